@@ -1,0 +1,293 @@
+"""``adapt``: from labelled examples to an adapter, in one call, resumable stage by stage."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ia2.config import AdaptConfig, TrainConfig
+from ia2.console import logger
+from ia2.distributed import first_then_all, is_first, wait
+from ia2.errors import ConfigError, DataError
+from ia2.evaluation.metrics import summarise
+from ia2.evaluation.scoring import Prediction, write_predictions
+from ia2.examples import Examples, FewShotSplit, RowFormat
+from ia2.files import read_json, write_json, write_text
+from ia2.models import BaseModel, load_base
+from ia2.recipes import ALIGN, RECIPES, TRAINED
+from ia2.report.card import model_card
+from ia2.runs import add_facts, claim, load_run, machine, task_facts
+from ia2.task import Task, make_task
+from ia2.workbench import TrainedRecipe, Workbench
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass
+class AdaptResult:
+    """An adapter and what is known about it.
+
+    Attributes:
+        model: the PEFT model with the trained adapter, in evaluation mode.
+        tokenizer: the base model's.
+        config: the settings used.
+        task: what counts as an answer.
+        metrics: see ``metrics.json`` in the documentation.
+        predictions: of the test rows, if there were any.
+        folder: where the run lies.
+    """
+
+    model: PeftModel
+    tokenizer: Any
+    config: AdaptConfig
+    task: Task
+    metrics: dict[str, Any]
+    predictions: list[Prediction] = field(default_factory=list)
+    folder: Path | None = None
+    _facts: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write adapter, tokenizer, model card, settings and metrics to ``folder``.
+
+        Raises:
+            RunFolderError: it holds something else.
+        """
+        folder = Path(folder)
+        claim(folder, "train", self._facts["config"], self._facts["data"])
+        write_outputs(folder, self)
+        return folder
+
+
+def adapt(
+    model: str | BaseModel,
+    examples: Examples | FewShotSplit,
+    config: AdaptConfig | None = None,
+    *,
+    test: Examples | None = None,
+    output_dir: str | Path | None = None,
+    overwrite: bool = False,
+) -> AdaptResult:
+    """Train an adapter on labelled examples with one recipe.
+
+    Args:
+        model: what :func:`ia2.models.load_base` takes, or a loaded base model.
+        examples: all labelled rows (split as ``config`` says), or a split of your own.
+        config: settings; the defaults align and then fine-tune a LoRA.
+        test: labelled rows to evaluate on. Without them the metrics are those of the dev rows, which
+            also chose the weights and are therefore optimistic.
+        output_dir: run folder. A killed run started again with the same arguments continues there.
+        overwrite: replace another run in that folder.
+
+    Returns:
+        The trained model with its metrics.
+
+    Raises:
+        UserError: a mistake in data, settings or model; nothing is left half-written.
+    """
+    config = config or AdaptConfig()
+    if config.recipe not in TRAINED:
+        raise ConfigError(
+            f"recipe '{config.recipe}' trains nothing. Choose one of {', '.join(TRAINED)}, or use compare."
+        )
+    if isinstance(examples, FewShotSplit):
+        data = examples
+    else:
+        data = examples.split(num_examples=config.num_examples, seed=config.seed, balanced=config.balanced)
+    facts = {
+        "config": _settings(model, config),
+        "data": {
+            "train": data.train.fingerprint,
+            "dev": data.dev.fingerprint,
+            "test": test.fingerprint if test is not None else "",
+        },
+    }
+    base = load_base_of(model, config)
+    every = examples if isinstance(examples, Examples) else _joined(data)
+    template = getattr(config, "prompt_template", None)
+    task = make_task(every, config, base.tokenizer, template)
+    if test is not None and task.kind == "classification":
+        for example in test:
+            task.label_of(example)
+    logger.info("Examples: %d to train on, %d dev rows.", len(data.train), len(data.dev))
+    if not len(data.dev):
+        logger.warning("No dev rows: no early stopping, no choice of learning rate, no temperature scaling.")
+    if output_dir is None:
+        with tempfile.TemporaryDirectory(prefix="ia2-") as scratch:
+            return _run(base, data, task, config, test, Path(scratch), facts, keep=False)
+    folder = Path(output_dir)
+    # the workbench refuses what cannot work before anything is written
+    first_then_all(lambda: claim(folder, "train", facts["config"], facts["data"], overwrite and is_first()))
+    return _run(base, data, task, config, test, folder, facts, keep=True)
+
+
+def _run(
+    base: BaseModel,
+    data: FewShotSplit,
+    task: Task,
+    config: AdaptConfig,
+    test: Examples | None,
+    folder: Path,
+    facts: dict[str, Any],
+    *,
+    keep: bool,
+) -> AdaptResult:
+    bench = Workbench(base, data, task, config, folder, one_recipe=True)
+    if ALIGN in RECIPES[config.recipe]:
+        bench.targets  # noqa: B018 - the teacher pass, before the user pays for training
+        warn_if_icl_fails(bench)
+    trained = bench.train(config.recipe)
+    result = AdaptResult(
+        bench.model, base.tokenizer, config, task, {}, folder=folder if keep else None, _facts=facts
+    )
+    if keep and (folder / "metrics.json").is_file():
+        logger.info("%s is complete; nothing was trained again.", folder)
+        wait()
+        result.metrics = read_json(folder / "metrics.json")
+        return result
+    rows = test if test is not None else data.dev
+    result.metrics = _metrics(bench, trained, base)
+    if len(rows) and is_first():
+        reference = bench.icl_reference(rows)
+        evaluated = bench.evaluate(config.recipe, rows, reference)
+        part = "test" if test is not None else "dev"
+        result.predictions = evaluated.predictions
+        result.metrics[part] = summarise([evaluated.measured])
+        result.metrics["temperatures"] = evaluated.measured.temperatures
+        if evaluated.similarity is not None:
+            result.metrics["similarity_to_icl"] = evaluated.similarity.to_dict()
+        if test is None:
+            result.metrics["note"] = "dev rows also chose the weights, so these figures are optimistic"
+    if keep and is_first():
+        write_outputs(folder, result)
+    wait()
+    return result
+
+
+def warn_if_icl_fails(bench: Workbench) -> None:
+    """When ICL is no better than chance, alignment cannot help; say so before training is paid for."""
+    found = bench.teacher_accuracy()
+    if found is None:
+        return
+    right, count = found
+    answers = bench.data.train.answers
+    frequent = max(answers.count(label) for label in set(answers))
+    logger.info("ICL answers %d of %d training examples rightly (each from all the others).", right, count)
+    if right <= frequent:
+        logger.warning(
+            "ICL is right on %d of %d, no better than always giving the most frequent label (%d): "
+            "alignment is unlikely to help. `ia2 probe` tells more.",
+            right,
+            count,
+            frequent,
+        )
+
+
+def _metrics(bench: Workbench, trained: TrainedRecipe, base: BaseModel) -> dict[str, Any]:
+    return {
+        "recipe": trained.recipe,
+        "model": base.name,
+        "learning_rate": trained.learning_rate,
+        "selected_by": trained.selected_by,
+        "dev_loss_by_learning_rate": trained.tried,
+        "seconds": {**bench.seconds, **trained.seconds},
+        "steps": {stage.name: stage.steps for stage in trained.stages},
+        "num_train": len(bench.data.train),
+        "num_dev": len(bench.data.dev),
+        "machine": machine(),
+    }
+
+
+def write_outputs(folder: Path, result: AdaptResult) -> None:
+    """The files that other tools load; ``metrics.json`` last, since it marks the run as complete."""
+    result.model.save_pretrained(str(folder))
+    result.tokenizer.save_pretrained(folder)
+    if result.predictions:
+        write_predictions(folder / "predictions.jsonl", result.predictions)
+    add_facts(folder, task=task_facts(result.task), temperatures=result.metrics.get("temperatures", {}))
+    write_text(folder / "README.md", model_card(result.metrics, result._facts, result.task))
+    write_json(folder / "metrics.json", result.metrics)
+
+
+def load_base_of(model: str | BaseModel, config: AdaptConfig) -> BaseModel:
+    """The base model that a configuration names, unless it is loaded already."""
+    if isinstance(model, BaseModel):
+        return model
+    options = {
+        name: getattr(config, name)
+        for name in ("dtype", "device", "revision", "trust_remote_code")
+        if hasattr(config, name)
+    }
+    return load_base(model, **options)
+
+
+def row_format(config: TrainConfig) -> RowFormat:
+    """How rows become examples, from the data options."""
+    return RowFormat(config.prompt_template, config.completion_template, config.label_map)
+
+
+def load_examples(config: Any, *, labelled: bool = True) -> Examples:
+    """The rows of ``config.data``.
+
+    Raises:
+        DataError: no data were named, or they cannot be read.
+    """
+    if not config.data:
+        raise DataError("no data given. Name a file, folder or hub data set with --data.")
+    return Examples.load(
+        config.data,
+        split=config.split,
+        config=config.data_config,
+        format=row_format(config),
+        labelled=labelled,
+    )
+
+
+def load_test_examples(config: Any) -> Examples | None:
+    """The rows of ``config.test_data``, or None if none were named."""
+    if not config.test_data:
+        return None
+    return Examples.load(
+        config.test_data,
+        split=config.test_split,
+        config=config.data_config if config.test_data == config.data else None,
+        format=row_format(config),
+        labelled=True,
+    )
+
+
+def load_adapter(folder: str | Path, device: str | None = None) -> tuple[AdaptResult, BaseModel]:
+    """A finished run's model, ready to use.
+
+    Raises:
+        DataError: the folder holds no finished run.
+        ModelError: its base model cannot be loaded.
+    """
+    from safetensors.torch import load_file
+
+    from ia2.adapters import attach, load_adapter_state, peft_config
+
+    folder = Path(folder)
+    config, task, facts = load_run(folder)
+    if device is not None:
+        config = config.model_copy(update={"device": device})
+    base = load_base_of(config.model, config)
+    model = attach(base.model, peft_config(base.model, config.adapter), config.seed)
+    load_adapter_state(model, load_file(folder / "adapter_model.safetensors"))
+    metrics = read_json(folder / "metrics.json")
+    return AdaptResult(model, base.tokenizer, config, task, metrics, folder=folder, _facts=facts), base
+
+
+def _settings(model: str | BaseModel, config: AdaptConfig) -> dict[str, Any]:
+    """All settings as a flat YAML-able mapping, of a TrainConfig whatever was given."""
+    name = model.name if isinstance(model, BaseModel) else model
+    values = config.model_dump()
+    known = TrainConfig.model_fields
+    settings = {**TrainConfig().model_dump(), **{k: v for k, v in values.items() if k in known}}
+    return {**settings, "model": name, "output_dir": None}
+
+
+def _joined(data: FewShotSplit) -> Examples:
+    return Examples([*data.train, *data.dev], name=data.train.name)

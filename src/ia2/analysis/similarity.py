@@ -1,0 +1,85 @@
+"""How alike two sets of activations are: cosine (asim), L2, and the fraction of variance unexplained.
+
+All three are taken by layer, between activations ``[L, G, d]`` of the same answer tokens, and streamed,
+so memory does not grow with the number of examples (but for L numbers each).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class Similarity:
+    """Similarity of n examples' activations to a reference.
+
+    Attributes:
+        layers: layer indices, ``[L]``.
+        asim: cosine, mean over an example's answer tokens, ``[n, L]``.
+        l2: Euclidean distance, mean over an example's answer tokens, ``[n, L]``.
+        unexplained: fraction of the reference's variance that is not matched, ``[L]``: the summed
+            squared distance over the summed squared deviation of the reference from its mean. 0 is a
+            perfect match; the mean of the reference scores 1. NaN with a single answer token.
+    """
+
+    layers: list[int]
+    asim: np.ndarray
+    l2: np.ndarray
+    unexplained: np.ndarray
+
+    def to_dict(self) -> dict[str, Any]:
+        """Means over examples, overall and by layer."""
+        return {
+            "n": len(self.asim),
+            "layers": self.layers,
+            "asim": float(self.asim.mean()),
+            "l2": float(self.l2.mean()),
+            "variance_unexplained": float(np.mean(self.unexplained)),
+            "asim_by_layer": self.asim.mean(0).tolist(),
+            "l2_by_layer": self.l2.mean(0).tolist(),
+            "variance_unexplained_by_layer": self.unexplained.tolist(),
+        }
+
+
+class SimilarityMeter:
+    """Collects :class:`Similarity`, one example at a time."""
+
+    def __init__(self, layers: list[int]) -> None:
+        self.layers = layers
+        self._asim: dict[int, np.ndarray] = {}
+        self._l2: dict[int, np.ndarray] = {}
+        self._distance: Any = 0.0
+        self._sum: Any = 0.0
+        self._squares: Any = 0.0
+        self._tokens = 0
+
+    def add(self, index: int, activations: torch.Tensor, reference: torch.Tensor) -> None:
+        """Compare one example's ``[L, G, d]`` with the reference's."""
+        import torch
+
+        a, b = activations.double(), reference.double()
+        self._asim[index] = torch.nn.functional.cosine_similarity(a, b, dim=-1).mean(-1).numpy()
+        squared = (a - b).pow(2).sum(-1)
+        self._l2[index] = squared.sqrt().mean(-1).numpy()
+        self._distance = self._distance + squared.sum(-1).numpy()
+        self._sum = self._sum + b.sum(1).numpy()
+        self._squares = self._squares + b.pow(2).sum((1, 2)).numpy()
+        self._tokens += b.shape[1]
+
+    def finish(self) -> Similarity:
+        """All examples have been added."""
+        order = sorted(self._asim)
+        variance = self._squares - (self._sum**2).sum(-1) / self._tokens
+        unexplained = np.where(variance > 0, self._distance / np.where(variance > 0, variance, 1), np.nan)
+        return Similarity(
+            self.layers,
+            np.stack([self._asim[i] for i in order]),
+            np.stack([self._l2[i] for i in order]),
+            unexplained,
+        )

@@ -1,0 +1,129 @@
+"""Using a trained adapter: evaluate it on labelled rows, predict unlabelled ones."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ia2.adaptation import AdaptResult, load_adapter, row_format
+from ia2.errors import DataError
+from ia2.evaluation.metrics import summarise
+from ia2.evaluation.run import evaluate_prompts
+from ia2.evaluation.scoring import (
+    Prediction,
+    answer_freely,
+    free_predictions,
+    label_predictions,
+    score_labels,
+)
+from ia2.examples import Example, Examples
+from ia2.models import BaseModel
+from ia2.runs import load_run
+from ia2.tokens import Ids, encode_prompt
+
+
+def evaluate_adapter(
+    folder: str | Path, data: str, *, split: str | None = None, device: str | None = None
+) -> tuple[dict[str, Any], list[Prediction]]:
+    """Metrics of a trained adapter on labelled rows, and its predictions.
+
+    Temperatures are those fitted on the training run's dev rows.
+
+    Raises:
+        UserError: no finished run, or rows that cannot be read.
+    """
+    rows = _read(folder, data, split, labelled=True)
+    result, base = load_adapter(folder, device)
+    if result.task.kind == "classification":
+        for row in rows:
+            result.task.label_of(row)
+    prompts = _prompts(result, base, rows)
+    temperatures = result._facts.get("temperatures") or None
+    predictions, measured = evaluate_prompts(
+        result.model, result.tokenizer, result.task, rows, prompts, temperatures
+    )
+    metrics = {
+        "recipe": result.config.recipe,
+        "adapter": str(folder),
+        "data": {"name": rows.name, "fingerprint": rows.fingerprint},
+        "test": summarise([measured]),
+    }
+    return metrics, predictions
+
+
+def predict_rows(
+    folder: str | Path, data: str, *, split: str | None = None, device: str | None = None
+) -> list[dict[str, Any]]:
+    """Label, confidence and label distribution of each row; for free text, answer and confidence.
+
+    Raises:
+        UserError: no finished run, or rows that cannot be read.
+    """
+    rows = _read(folder, data, split, labelled=False)
+    result, base = load_adapter(folder, device)
+    prompts = _prompts(result, base, rows)
+    model, tokenizer, task = result.model, result.tokenizer, result.task
+    if task.kind == "classification":
+        scores = score_labels(model, tokenizer, task, prompts, description="predicting")
+        found = label_predictions(tokenizer, task, rows, scores)
+        return [
+            {
+                "source": p.source,
+                "query": p.query,
+                "label": p.predicted,
+                "confidence": p.confidence,
+                "labels": p.details["labels"],
+            }
+            for p in found
+        ]
+    answers = answer_freely(model, tokenizer, task, prompts, description="predicting")
+    return [
+        {
+            "source": p.source,
+            "query": p.query,
+            "label": p.predicted,
+            "confidence": p.confidence,
+            "answer": p.details["answer"],
+        }
+        for p in free_predictions(task, rows, answers)
+    ]
+
+
+def prediction_text(rows: Sequence[dict[str, Any]], suffix: str) -> str:
+    """Predictions as JSON lines, or as CSV with one column a label."""
+    if suffix == ".jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    flat = []
+    for row in rows:
+        plain = {key: value for key, value in row.items() if key != "labels"}
+        plain.update({f"p({name})": share for name, share in row.get("labels", {}).items()})
+        flat.append(plain)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(flat[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()
+
+
+def _read(folder: str | Path, data: str, split: str | None, *, labelled: bool) -> Examples:
+    """Rows in the format of the training run; read before the model is loaded, so mistakes are quick."""
+    config, _, _ = load_run(Path(folder))
+    return Examples.load(data, split=split, format=row_format(config), labelled=labelled)
+
+
+def _prompts(result: AdaptResult, base: BaseModel, rows: Sequence[Example]) -> list[Ids]:
+    prompts = []
+    reserve = 1 if result.task.single_token else result.task.max_answer_tokens
+    for row in rows:
+        prompt = encode_prompt(result.tokenizer, row.query, row.source)
+        if len(prompt) + reserve > base.max_length:
+            raise DataError(
+                f"{row.source}: the prompt has {len(prompt)} tokens; the context window holds "
+                f"{base.max_length}, of which {reserve} are kept for the answer."
+            )
+        prompts.append(prompt)
+    return prompts

@@ -1,0 +1,58 @@
+"""``ia2 compare``."""
+
+from __future__ import annotations
+
+from ia2.cli.options import Json, Overwrite, Quiet, with_settings
+from ia2.config import CompareConfig
+
+
+@with_settings(CompareConfig, leave_out=("recipe",))
+def compare(
+    config: CompareConfig, json: Json = False, quiet: Quiet = False, overwrite: Overwrite = False
+) -> None:
+    """Compare recipes on the same examples, over several seeds.
+
+    Without --test-data the rows given are cross-fitted: every row is predicted by models that did not
+    see it.
+    """
+    from ia2.cli.output import start
+    from ia2.errors import ConfigError
+
+    start(quiet)
+    if not config.output_dir:
+        raise ConfigError("no output folder given. Name one with --output-dir.")
+    from ia2.adaptation import load_examples, load_test_examples
+
+    examples = load_examples(config)
+    run_comparison(config, examples, load_test_examples(config), json=json, overwrite=overwrite)
+
+
+def run_comparison(
+    config: CompareConfig, examples: object, test: object, *, json: bool, overwrite: bool
+) -> None:
+    """Compare and print; what ``ia2 demo`` does too."""
+    from ia2 import comparison
+    from ia2.cli.output import print_comparison, print_json
+    from ia2.distributed import is_first
+    from ia2.report.figures import try_comparison_figure
+
+    assert config.output_dir is not None
+    result = comparison.compare(
+        config.model,
+        examples,  # type: ignore[arg-type]
+        config,
+        test=test,  # type: ignore[arg-type]
+        output_dir=config.output_dir,
+        overwrite=overwrite,
+    )
+    if not is_first():
+        return
+    figure = try_comparison_figure(result.summary, result.folder)
+    if json:
+        print_json(result.summary)
+        return
+    print_comparison(result.summary)
+    print(
+        f"\nResults: {result.folder / 'compare.json'}, {result.folder / 'table.md'}"
+        + (f", {figure}" if figure else "")
+    )

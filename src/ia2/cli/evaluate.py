@@ -1,0 +1,37 @@
+"""``ia2 eval``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ia2.cli.options import Json, Quiet
+
+
+def evaluate(
+    adapter: Annotated[Path, typer.Option(help="Folder that ia2 train made.")],
+    data: Annotated[str, typer.Option(help="Labelled rows, read as the training rows were.")],
+    split: Annotated[str | None, typer.Option(help="Split of a hub data set or folder.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write per-example predictions to this JSONL file.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a trained adapter on labelled rows: accuracy and calibration, with intervals."""
+    from ia2.cli.output import print_json, print_metrics, start
+
+    start(quiet)
+    from ia2.applying import evaluate_adapter
+    from ia2.evaluation.scoring import write_predictions
+
+    metrics, predictions = evaluate_adapter(adapter, data, split=split, device=device)
+    if output is not None:
+        write_predictions(output, predictions)
+    if json:
+        print_json(metrics)
+    else:
+        print_metrics(metrics)

@@ -1,0 +1,79 @@
+"""What commands print on stdout."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ia2.console import configure
+
+
+def start(quiet: bool) -> None:
+    """Set up log lines and progress bars for this command."""
+    configure(quiet=quiet)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def print_metrics(metrics: dict[str, Any]) -> None:
+    """The metrics of one adapter as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ia2.report.tables import interval
+
+    part = "test" if "test" in metrics else "dev"
+    if part not in metrics:
+        print("Not evaluated: there were neither test nor dev rows.")
+        return
+    found = metrics[part]
+    scopes = {
+        "vocabulary": "over the vocabulary",
+        "labels": "over the label set",
+        "answer": "whole answer",
+    }
+    shown = [scope for scope in scopes if scope in found]
+    table = Table(title=f"{metrics.get('recipe', '')} on {found['n']} {part} rows (95% intervals)")
+    table.add_column("metric")
+    for scope in shown:
+        table.add_column(scopes[scope], justify="right")
+    for name in ("accuracy", "ece", "ece_equal_width", "brier", "nll"):
+        table.add_row(name, *(interval(found[scope][name]) for scope in shown))
+    if "scaled" in found:
+        cells = [interval(found["scaled"][scope]["ece"]) for scope in shown]
+        table.add_row("ece, temperature-scaled", *cells)
+    Console().print(table)
+    if "similarity_to_icl" in metrics:
+        print(f"asim to ICL: {metrics['similarity_to_icl']['asim']:.3f}")
+    if "note" in metrics:
+        print(f"Note: {metrics['note']}.")
+
+
+def print_comparison(summary: dict[str, Any]) -> None:
+    """A comparison as a table with what it is of."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ia2.report.tables import comparison_columns, comparison_lines, difference_lines
+
+    columns = comparison_columns(summary)
+    table = Table()
+    table.add_column("recipe", no_wrap=True)
+    for title, _ in columns:
+        table.add_column(title, justify="right")
+    for recipe, entry in summary["recipes"].items():
+        table.add_row(recipe, *(cell(entry) for _, cell in columns))
+    console = Console()
+    # in a pipe or a narrow log the table would be squeezed beyond reading
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(table)
+    for line in [*comparison_lines(summary), *difference_lines(summary)]:
+        print(line)

@@ -1,0 +1,46 @@
+"""``ia2 predict``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ia2.cli.options import Json, Quiet
+
+
+def predict(
+    adapter: Annotated[Path, typer.Option(help="Folder that ia2 train made.")],
+    data: Annotated[str, typer.Option(help="Unlabelled rows, read as the training rows were.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="JSONL or CSV file to write (by its ending); stdout by default."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a hub data set or folder.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Label new rows: label, confidence and label distribution of each."""
+    from ia2.cli.output import print_json, start
+    from ia2.errors import ConfigError
+
+    start(quiet)
+    if output is not None and output.suffix not in (".jsonl", ".csv"):
+        raise ConfigError(f"{output}: predictions are written to a .jsonl or a .csv file.")
+    from ia2.applying import predict_rows, prediction_text
+
+    rows = predict_rows(adapter, data, split=split, device=device)
+    if output is not None:
+        from ia2.files import write_text
+
+        write_text(output, prediction_text(rows, output.suffix))
+        if json:
+            print_json({"rows": len(rows), "output": str(output)})
+        else:
+            print(f"{len(rows)} predictions: {output}")
+    elif json:
+        print_json(rows)
+    else:
+        print(prediction_text(rows, ".jsonl"), end="")

@@ -1,0 +1,42 @@
+"""``ia2 probe``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ia2.cli.options import Json, Quiet, with_settings
+from ia2.config import ProbeConfig
+
+
+@with_settings(ProbeConfig, leave_out=("recipe",))
+def probe(config: ProbeConfig, json: Json = False, quiet: Quiet = False) -> None:
+    """Will IA2 help here? ICL against the base and against guessing, and the cost, before any training."""
+    from ia2.cli.output import print_json, start
+
+    start(quiet)
+    from ia2 import probing
+    from ia2.adaptation import load_examples
+
+    found = probing.probe(config.model, load_examples(config), config)
+    if json:
+        print_json(found.to_dict())
+        return
+    _print(found.verdict, found.reason, found.facts)
+
+
+def _print(verdict: str, reason: str, facts: dict[str, Any]) -> None:
+    accuracy, cost = facts["accuracy"], facts["cost"]
+    print(
+        f"Each of {facts['rows']} rows answered with the {facts['demonstrations']} others as demonstrations:"
+    )
+    print(f"  in-context learning   {accuracy['icl']:.1%}")
+    print(f"  base model            {accuracy['base']:.1%}")
+    print(f"  most frequent label   {accuracy['most_frequent_label']:.1%}")
+    megabytes, steps = cost["target_bytes"] / 1e6, cost["max_steps_a_stage"]
+    print(f"Cost of ia2-sft on {cost['num_train']} training rows on this machine:")
+    print(f"  teacher pass          {cost['teacher_seconds']:.0f} s, {megabytes:.1f} MB of targets")
+    print(
+        f"  training              {cost['step_seconds']:.2f} s a step, at most {steps} steps a stage: at most "
+        f"{cost['training_seconds_at_most']:.0f} s (early stopping usually ends far sooner)"
+    )
+    print(f"Verdict: {verdict}. {reason}")

@@ -1,0 +1,42 @@
+"""``ia2 train``."""
+
+from __future__ import annotations
+
+from ia2.cli.options import Json, Overwrite, Quiet, with_settings
+from ia2.config import TrainConfig
+
+
+@with_settings(TrainConfig)
+def train(
+    config: TrainConfig, json: Json = False, quiet: Quiet = False, overwrite: Overwrite = False
+) -> None:
+    """Turn labelled examples into an adapter.
+
+    Example: ia2 train --model Qwen/Qwen3-4B-Base --data reviews.jsonl --output-dir out/reviews
+    """
+    from ia2.cli.output import print_json, print_metrics, start
+    from ia2.distributed import is_first
+    from ia2.errors import ConfigError
+
+    start(quiet)
+    if not config.output_dir:
+        raise ConfigError("no output folder given. Name one with --output-dir.")
+    from ia2.adaptation import adapt, load_examples, load_test_examples
+
+    examples = load_examples(config)
+    result = adapt(
+        config.model,
+        examples,
+        config,
+        test=load_test_examples(config),
+        output_dir=config.output_dir,
+        overwrite=overwrite,
+    )
+    if not is_first():
+        return
+    if json:
+        print_json({**result.metrics, "output_dir": config.output_dir})
+        return
+    print_metrics(result.metrics)
+    print(f"\nAdapter, model card and metrics: {config.output_dir}")
+    print(f"Next: ia2 predict --adapter {config.output_dir} --data new.jsonl")

@@ -1,0 +1,368 @@
+"""``compare``: recipes side by side on the same examples, over several seeds, with intervals."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ia2.adaptation import load_base_of
+from ia2.analysis.similarity import Similarity
+from ia2.config import CompareConfig
+from ia2.console import logger
+from ia2.distributed import first_then_all, is_first, wait
+from ia2.errors import ConfigError
+from ia2.evaluation.calibration import clustered_interval
+from ia2.evaluation.metrics import STATISTICS, Measured, RowMeasures, summarise
+from ia2.evaluation.scoring import write_predictions
+from ia2.examples import Examples, FewShotSplit
+from ia2.files import digest, read_json, write_json, write_text
+from ia2.models import BaseModel
+from ia2.recipes import DESCRIPTIONS, RECIPES
+from ia2.report.tables import comparison_markdown
+from ia2.runs import claim, machine, versions
+from ia2.task import Task, make_task
+from ia2.workbench import IclReference, Workbench
+
+
+@dataclass
+class Outcome:
+    """One recipe, one seed, one fold: rows, similarity to ICL and what it cost.
+
+    Attributes:
+        places: of the test rows in the data, ``[n]``.
+        measured: rows that metrics are made of.
+        asim: mean over layers and tokens for each of the first queries, ``[m]``; None for ``icl``.
+        similarity: means by layer; None for ``icl``.
+        seconds: by stage; ``evaluate`` too.
+        learning_rate: chosen; None for recipes without training.
+    """
+
+    places: list[int]
+    measured: Measured
+    asim: list[float] | None
+    similarity: dict[str, Any] | None
+    seconds: dict[str, float]
+    learning_rate: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; floats survive exactly."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Outcome:
+        """What :meth:`to_dict` gave."""
+
+        def rows(scopes: dict[str, Any]) -> dict[str, RowMeasures]:
+            return {s: RowMeasures(**{k: np.array(v) for k, v in r.items()}) for s, r in scopes.items()}
+
+        measured = value["measured"]
+        return cls(
+            **{
+                **value,
+                "measured": Measured(
+                    rows(measured["plain"]), rows(measured["scaled"]), measured["temperatures"]
+                ),
+            }
+        )
+
+
+@dataclass
+class Comparison:
+    """The result of :func:`compare`.
+
+    Attributes:
+        summary: what ``compare.json`` holds.
+        folder: where it lies.
+    """
+
+    summary: dict[str, Any]
+    folder: Path
+
+    def table(self) -> str:
+        """Markdown."""
+        return comparison_markdown(self.summary)
+
+
+@dataclass
+class _Round:
+    """One training set and the rows it is evaluated on."""
+
+    data: FewShotSplit
+    test: Examples
+    places: list[int]
+    folder: Path
+    seed: int
+    task: Task
+    reference: IclReference | None = field(default=None)
+
+
+def compare(
+    model: str | BaseModel,
+    examples: Examples,
+    config: CompareConfig | None = None,
+    *,
+    test: Examples | None = None,
+    output_dir: str | Path,
+    overwrite: bool = False,
+) -> Comparison:
+    """Train and evaluate recipes on the same examples.
+
+    With test rows, each seed draws its training and dev rows and is evaluated on the test rows.
+    Without, the rows are cross-fitted: each fold is evaluated by models trained on the others, so
+    every row is a test row once a seed.
+
+    Args:
+        model: what :func:`ia2.models.load_base` takes, or a loaded base model.
+        examples: labelled rows.
+        config: settings.
+        test: labelled test rows.
+        output_dir: run folder; a killed run started again continues there.
+        overwrite: replace another run in that folder.
+
+    Raises:
+        UserError: a mistake in data, settings or model.
+    """
+    config = config or CompareConfig()
+    folder = Path(output_dir)
+    if test is None and config.max_test:
+        raise ConfigError("max_test needs test data; with cross-fitting every row is a test row.")
+    if test is not None and config.max_test and config.max_test < len(test):
+        logger.info("Evaluating on %d of %d test rows, drawn once.", config.max_test, len(test))
+        places = sorted(random.Random("max_test").sample(range(len(test)), config.max_test))
+        test = Examples([test[i] for i in places], name=test.name)
+    rounds = _rounds(examples, test, config, folder)
+    base = load_base_of(model, config)
+    task = make_task(examples, config, base.tokenizer, config.prompt_template)
+    for row in test or ():
+        if task.kind == "classification":
+            task.label_of(row)
+    data = {"data": examples.fingerprint, "test": test.fingerprint if test is not None else ""}
+    settings = {**config.model_dump(), "model": base.name, "output_dir": None}
+    first_then_all(lambda: claim(folder, "compare", settings, data, overwrite and is_first()))
+
+    outcomes: dict[str, dict[int, list[Outcome]]] = {r: {} for r in config.recipes}
+    for number, (seed, split, rows, places, path) in enumerate(rounds):
+        logger.info(
+            "Round %d of %d: seed %d, %d training, %d dev, %d test rows.",
+            number + 1,
+            len(rounds),
+            seed,
+            len(split.train),
+            len(split.dev),
+            len(rows),
+        )
+        done = _round(base, task, config, _Round(split, rows, places, path, seed, task))
+        for recipe, outcome in done.items():
+            outcomes[recipe].setdefault(seed, []).append(outcome)
+    summary = _summary(base, task, config, examples, test, rounds, outcomes)
+    if is_first():
+        write_json(folder / "compare.json", summary)
+        write_text(folder / "table.md", comparison_markdown(summary))
+    wait()
+    return Comparison(summary, folder)
+
+
+_Plan = tuple[int, FewShotSplit, Examples, list[int], Path]
+
+
+def _rounds(examples: Examples, test: Examples | None, config: CompareConfig, folder: Path) -> list[_Plan]:
+    plans: list[_Plan] = []
+    where = {id(example): place for place, example in enumerate(examples)}
+    for seed in range(config.seed, config.seed + config.seeds):
+        options: dict[str, Any] = {
+            "num_examples": config.num_examples,
+            "seed": seed,
+            "balanced": config.balanced,
+        }
+        if test is not None:
+            path = folder / f"seed-{seed}"
+            plans.append((seed, examples.split(**options), test, list(range(len(test))), path))
+            continue
+        for number, (rest, held) in enumerate(examples.folds(config.folds, seed)):
+            places = [where[id(example)] for example in held]
+            path = folder / f"seed-{seed}" / f"fold-{number}"
+            plans.append((seed, rest.split(**options), held, places, path))
+    if test is None:
+        logger.info(
+            "No test data: %d-fold cross-fitting over the %d rows given, %d seeds.",
+            config.folds,
+            len(examples),
+            config.seeds,
+        )
+    return plans
+
+
+def _round(base: BaseModel, task: Task, config: CompareConfig, current: _Round) -> dict[str, Outcome]:
+    """All recipes on one training set; what an earlier start finished is read, not run."""
+    found: dict[str, Outcome] = {}
+    files = {recipe: current.folder / "evaluations" / f"{recipe}.json" for recipe in config.recipes}
+    for recipe, file in files.items():
+        if file.is_file():
+            found[recipe] = Outcome.from_dict(read_json(file))
+    if len(found) == len(files):
+        logger.info("%s: finished before.", current.folder)
+        wait()
+        return found
+    settings = config.model_copy(update={"seed": current.seed})
+    bench = Workbench(base, current.data, task, settings, current.folder)
+    try:
+        for recipe, file in files.items():
+            if recipe in found:
+                continue
+            trained = bench.train(recipe) if RECIPES[recipe] else None
+            if is_first():
+                if current.reference is None and recipe != "icl":
+                    current.reference = bench.icl_reference(current.test)
+                evaluated = bench.evaluate(recipe, current.test, current.reference)
+                seconds = {"evaluate": evaluated.seconds}
+                if trained is not None:
+                    teacher = bench.seconds if "align" in RECIPES[recipe] else {}
+                    seconds = {**teacher, **trained.seconds, **seconds}
+                similarity: Similarity | None = evaluated.similarity
+                outcome = Outcome(
+                    current.places,
+                    evaluated.measured,
+                    None if similarity is None else similarity.asim.mean(1).tolist(),
+                    None if similarity is None else similarity.to_dict(),
+                    seconds,
+                    trained.learning_rate if trained is not None else None,
+                )
+                rows = evaluated.predictions
+                write_predictions(current.folder / "evaluations" / f"{recipe}.predictions.jsonl", rows)
+                write_json(file, outcome.to_dict())
+            wait()
+            found[recipe] = Outcome.from_dict(read_json(file))
+    finally:
+        bench.close()
+    return {recipe: found[recipe] for recipe in config.recipes}
+
+
+# ----------------------------------------------------------------------------------------- summary
+
+
+def _summary(
+    base: BaseModel,
+    task: Task,
+    config: CompareConfig,
+    examples: Examples,
+    test: Examples | None,
+    rounds: Sequence[_Plan],
+    outcomes: dict[str, dict[int, list[Outcome]]],
+) -> dict[str, Any]:
+    merged = {
+        recipe: [_merge(folds) for _, folds in sorted(by_seed.items())]
+        for recipe, by_seed in outcomes.items()
+    }
+    recipes = {}
+    for recipe, by_seed in outcomes.items():
+        every = [outcome for folds in by_seed.values() for outcome in folds]
+        entry: dict[str, Any] = {
+            "description": DESCRIPTIONS[recipe],
+            "metrics": summarise(merged[recipe]),
+            "seconds": _mean_seconds(every),
+            "learning_rates": [outcome.learning_rate for outcome in every],
+        }
+        if all(outcome.asim is not None for outcome in every):
+            runs = [[np.concatenate([np.array(o.asim) for o in folds])] for folds in by_seed.values()]
+            entry["asim"] = clustered_interval(lambda a, axis: a.mean(axis), runs).to_dict()
+            parts = [o.similarity for o in every if o.similarity is not None]
+            entry["similarity"] = {
+                key: np.mean([p[key] for p in parts], axis=0)
+                for key in (
+                    "l2",
+                    "variance_unexplained",
+                    "asim_by_layer",
+                    "l2_by_layer",
+                    "variance_unexplained_by_layer",
+                )
+            } | {"layers": parts[0]["layers"]}
+        recipes[recipe] = entry
+    train, dev = rounds[0][1].train, rounds[0][1].dev
+    return {
+        "model": base.name,
+        "data": {
+            "name": examples.name,
+            "fingerprint": examples.fingerprint,
+            "rows": len(examples),
+            "test": None if test is None else {"name": test.name, "fingerprint": test.fingerprint},
+        },
+        "design": {
+            "kind": "test data" if test is not None else f"{config.folds}-fold cross-fitting",
+            "num_train": len(train),
+            "num_dev": len(dev),
+            "num_test": len(test) if test is not None else len(examples),
+            "seeds": list(range(config.seed, config.seed + config.seeds)),
+            "task": task.kind,
+            "labels": list(task.labels),
+            "single_token": task.single_token,
+            "learning_rates": config.learning_rates,
+            "selected_by": "dev loss",
+            "icl_demonstrations": "the same training examples",
+        },
+        "recipes": recipes,
+        "differences": _differences(merged),
+        "config": config.model_dump(exclude={"output_dir"}),
+        "config_digest": digest(config.model_dump(exclude={"output_dir"})),
+        "machine": machine(),
+        "versions": versions(),
+    }
+
+
+def _merge(folds: Sequence[Outcome]) -> Measured:
+    """The folds of one seed as one evaluation, rows in the data's order."""
+    order = np.argsort(np.concatenate([outcome.places for outcome in folds]), kind="stable")
+
+    def join(parts: list[dict[str, RowMeasures]]) -> dict[str, RowMeasures]:
+        joined = {}
+        for scope in parts[0]:
+            rows = RowMeasures.concatenate([part[scope] for part in parts])
+            joined[scope] = RowMeasures(*(column[order] for column in rows.arrays()))
+        return joined
+
+    scaled = [outcome.measured.scaled for outcome in folds]
+    temperatures = [outcome.measured.temperatures for outcome in folds]
+    return Measured(
+        join([outcome.measured.plain for outcome in folds]),
+        join(scaled) if all(scaled) else {},
+        {s: float(np.mean([t[s] for t in temperatures])) for s in temperatures[0]},
+    )
+
+
+def _mean_seconds(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    names = list(dict.fromkeys(name for outcome in outcomes for name in outcome.seconds))
+    return {n: float(np.mean([o.seconds[n] for o in outcomes if n in o.seconds])) for n in names}
+
+
+def _differences(merged: dict[str, list[Measured]]) -> dict[str, Any]:
+    """``ia2-sft`` less every other recipe, paired by row and seed."""
+    if "ia2-sft" not in merged:
+        return {}
+    scope = "vocabulary" if "vocabulary" in merged["ia2-sft"][0].plain else "answer"
+    result: dict[str, Any] = {}
+    for other in merged:
+        if other == "ia2-sft":
+            continue
+        runs = [
+            [*a.plain[scope].arrays(), *b.plain[scope].arrays()]
+            for a, b in zip(merged["ia2-sft"], merged[other], strict=True)
+        ]
+        result[f"ia2-sft − {other}"] = {
+            name: clustered_interval(_paired(name), runs, shared_rows=True).to_dict()
+            for name in ("accuracy", "ece")
+        }
+    return result
+
+
+def _paired(name: str) -> Any:
+    statistic = STATISTICS[name]
+
+    def difference(*columns: np.ndarray, axis: int) -> Any:
+        half = len(columns) // 2
+        return statistic(*columns[:half], axis=axis) - statistic(*columns[half:], axis=axis)
+
+    return difference

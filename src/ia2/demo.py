@@ -1,0 +1,42 @@
+"""The demo: a packaged data set on which the demo model's ICL is clearly above chance."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from ia2.config import CompareConfig, validate
+
+# One-word labels: small models cannot read digits as labels.
+LABEL_MAP = {
+    "get_weather": "weather",
+    "play_music": "music",
+    "book_restaurant": "restaurant",
+    "rate_book": "rating",
+}
+PROMPT_TEMPLATE = "Text: {text}\nLabel:"
+COMPLETION_TEMPLATE = " {label}"
+
+
+def demo_data(split: str) -> Path:
+    """Path of the packaged rows, ``train`` or ``test``."""
+    return Path(str(files("ia2") / "data" / "intents" / f"{split}.jsonl"))
+
+
+def demo_config(**changes: object) -> CompareConfig:
+    """What ``ia2 demo`` compares: six examples of four intents, three seeds, 80 test queries."""
+    values = {
+        "model": "demo",
+        "data": str(demo_data("train")),
+        "test_data": str(demo_data("test")),
+        "prompt_template": PROMPT_TEMPLATE,
+        "completion_template": COMPLETION_TEMPLATE,
+        "label_map": LABEL_MAP,
+        "num_examples": 6,
+        "seeds": 3,
+        "max_test": 80,
+        "learning_rates": [1e-3],
+        **changes,
+    }
+    config: CompareConfig = validate(CompareConfig, values)
+    return config

@@ -1,0 +1,35 @@
+"""What a user can mend: every such mistake is one line that names the place and the way out."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake of the caller, not of the library.
+
+    The command line prints ``str(error)`` without a traceback and exits with code 2. The message
+    says what was given, what is allowed and what to do.
+    """
+
+
+class DataError(UserError):
+    """Something in the user's rows: a missing file, a bad row, a template that does not fit."""
+
+
+class ModelError(UserError):
+    """A model that cannot be found, read or used for this."""
+
+
+class ConfigError(UserError):
+    """A setting that is unknown, contradictory or impossible."""
+
+
+class RunFolderError(UserError):
+    """An output folder that holds something else, or a store that does not match."""
+
+
+def suggest(name: str, known: list[str] | tuple[str, ...]) -> str:
+    """`` Did you mean 'x'?`` for the closest known name, else an empty string."""
+    import difflib
+
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,243 @@
+"""Accuracy and calibration from scores, with intervals, before and after temperature scaling.
+
+Two confidences are kept apart (METHOD: measures): over the whole **vocabulary** (is the most probable
+token the label, and how probable was it) and over the **label set** (renormalised). For free text they
+are the probability of the first token and of the whole answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ia2.evaluation.calibration import (
+    TEMPERATURES,
+    brier_rows,
+    clustered_interval,
+    ece_equal_mass,
+    ece_equal_width,
+    fit_temperature,
+    scale_label_log_probabilities,
+)
+from ia2.evaluation.scoring import FreeAnswers, LabelScores
+
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class RowMeasures:
+    """Per-row numbers of one scope; every metric is a statistic of these.
+
+    Attributes:
+        confidence: of the prediction, ``[n]``.
+        correct: 0 or 1, ``[n]``.
+        brier: squared error of the distribution, ``[n]``.
+        nll: minus log-probability of the truth, in nats, ``[n]``.
+    """
+
+    confidence: np.ndarray
+    correct: np.ndarray
+    brier: np.ndarray
+    nll: np.ndarray
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """In the order that the statistics take."""
+        return self.confidence, self.correct, self.brier, self.nll
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[RowMeasures]) -> RowMeasures:
+        """Rows of several folds as one."""
+        return cls(*(np.concatenate(columns) for columns in zip(*(p.arrays() for p in parts), strict=True)))
+
+
+Statistic = Callable[..., Any]
+
+# each takes (confidence, correct, brier, nll), with rows along the axis
+STATISTICS: dict[str, Statistic] = {
+    "accuracy": lambda confidence, correct, brier, nll, axis: correct.mean(axis),
+    "ece": lambda confidence, correct, brier, nll, axis: ece_equal_mass(confidence, correct, axis=axis),
+    "ece_equal_width": lambda confidence, correct, brier, nll, axis: ece_equal_width(
+        confidence, correct, axis=axis
+    ),
+    "brier": lambda confidence, correct, brier, nll, axis: brier.mean(axis),
+    "nll": lambda confidence, correct, brier, nll, axis: nll.mean(axis),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rows of every scope, plain and temperature-scaled, and the temperatures used.
+
+    Attributes:
+        plain: scope → rows.
+        scaled: scope → rows after temperature scaling on dev; empty without dev rows.
+        temperatures: scope → temperature.
+    """
+
+    plain: dict[str, RowMeasures]
+    scaled: dict[str, RowMeasures]
+    temperatures: dict[str, float]
+
+
+def label_rows(
+    scores: LabelScores, gold: np.ndarray, label_tokens: Sequence[int], t: int = 0
+) -> dict[str, RowMeasures]:
+    """Rows of both scopes at temperature number ``t``.
+
+    Args:
+        scores: of n queries.
+        gold: label index of each, ``[n]``.
+        label_tokens: the token of each label (single-token tasks).
+        t: which of ``scores.temperatures``.
+    """
+    n = np.arange(len(gold))
+    log_p = scores.log_probability[:, :, t]
+    gold_log_p = log_p[n, gold]
+    if scores.single_token:
+        vocabulary = RowMeasures(
+            scores.top_probability[:, t],
+            (scores.top_token == np.asarray(label_tokens)[gold]).astype(float),
+            scores.square_sum[:, t] - 2 * np.exp(gold_log_p) + 1,
+            -gold_log_p,
+        )
+    else:
+        # the distribution over the labels as wholes, everything else being one more outcome
+        best = log_p.argmax(1)
+        vocabulary = RowMeasures(
+            np.exp(log_p[n, best]),
+            (best == gold).astype(float),
+            scores.square_sum[:, t] - 2 * np.exp(gold_log_p) + 1,
+            -gold_log_p,
+        )
+    return {"vocabulary": vocabulary, "labels": _label_set_rows(log_p, gold, 1.0)}
+
+
+def _label_set_rows(log_p: np.ndarray, gold: np.ndarray, temperature: float) -> RowMeasures:
+    scaled = scale_label_log_probabilities(log_p, temperature)
+    p = np.exp(scaled)
+    n = np.arange(len(gold))
+    best = scaled.argmax(1)
+    return RowMeasures(
+        p[n, best],
+        (best == gold).astype(float),
+        brier_rows(p, gold),
+        -np.maximum(scaled[n, gold], np.log(_TINY)),
+    )
+
+
+def fit_label_temperatures(dev: LabelScores, gold: np.ndarray) -> dict[str, float]:
+    """Temperatures of both scopes from dev scores taken at ``calibration.TEMPERATURES``."""
+    n = np.arange(len(gold))
+    vocabulary = -dev.log_probability[n, gold, :]
+    at_one = dev.log_probability[:, :, int(np.argmin(np.abs(dev.temperatures - 1)))]
+    labels = np.stack([_label_set_rows(at_one, gold, float(t)).nll for t in TEMPERATURES], axis=1)
+    return {
+        "vocabulary": fit_temperature(TEMPERATURES, vocabulary),
+        "labels": fit_temperature(TEMPERATURES, labels),
+    }
+
+
+def measure_labels(
+    scores: LabelScores,
+    gold: np.ndarray,
+    label_tokens: Sequence[int],
+    temperatures: dict[str, float] | None,
+) -> Measured:
+    """Rows of a labelled evaluation.
+
+    Args:
+        scores: taken at temperatures ``(1,)``, or ``(1, T)`` with T the vocabulary's temperature.
+        gold: label indices, ``[n]``.
+        label_tokens: see :func:`label_rows`.
+        temperatures: from :func:`fit_label_temperatures`, or None without dev rows.
+    """
+    plain = label_rows(scores, gold, label_tokens)
+    if temperatures is None:
+        return Measured(plain, {}, {})
+    scaled = {
+        "vocabulary": label_rows(scores, gold, label_tokens, t=1)["vocabulary"],
+        "labels": _label_set_rows(scores.log_probability[:, :, 0], gold, temperatures["labels"]),
+    }
+    return Measured(plain, scaled, temperatures)
+
+
+def free_rows(answers: FreeAnswers, correct: np.ndarray, temperature: float = 1.0) -> dict[str, RowMeasures]:
+    """Rows of free-form answers: confidence of the first token, and of the whole answer.
+
+    Being right is a binary outcome here, so Brier and NLL are those of the confidence in it;
+    temperature acts on its logit.
+    """
+    rows = {}
+    for scope, p in (
+        ("vocabulary", answers.first_probability),
+        ("answer", np.exp(answers.sequence_log_probability)),
+    ):
+        clipped = np.clip(p, _TINY, 1 - 1e-7)
+        p = 1 / (1 + np.exp(-np.log(clipped / (1 - clipped)) / temperature))
+        rows[scope] = RowMeasures(
+            p,
+            correct.astype(float),
+            (p - correct) ** 2,
+            -np.log(np.where(correct > 0, p, 1 - p) + _TINY),
+        )
+    return rows
+
+
+def fit_free_temperatures(answers: FreeAnswers, correct: np.ndarray) -> dict[str, float]:
+    """Temperatures of both scopes from dev answers."""
+    grids = [free_rows(answers, correct, float(t)) for t in TEMPERATURES]
+    return {
+        scope: fit_temperature(TEMPERATURES, np.stack([grid[scope].nll for grid in grids], axis=1))
+        for scope in grids[0]
+    }
+
+
+def measure_free(
+    answers: FreeAnswers, correct: np.ndarray, temperatures: dict[str, float] | None
+) -> Measured:
+    """Rows of a free-form evaluation; ``temperatures`` come from :func:`fit_free_temperatures`."""
+    plain = free_rows(answers, correct)
+    if temperatures is None:
+        return Measured(plain, {}, {})
+    scaled = {s: free_rows(answers, correct, temperatures[s])[s] for s in plain}
+    return Measured(plain, scaled, temperatures)
+
+
+def summarise(runs: Sequence[Measured], *, seed: int = 0) -> dict[str, Any]:
+    """Every metric of every scope, mean over runs, with 95% bootstrap intervals over runs and rows.
+
+    Args:
+        runs: one for each seed; all with the same scopes.
+        seed: of the bootstrap.
+
+    Returns:
+        ``{"n", "runs", scope: {metric: {"value", "low", "high"}}, "scaled": {scope: …}}``.
+    """
+    result: dict[str, Any] = {
+        "runs": len(runs),
+        "n": len(next(iter(runs[0].plain.values())).correct),
+    }
+    for scope in runs[0].plain:
+        result[scope] = _intervals([run.plain[scope] for run in runs], seed)
+    if all(run.scaled for run in runs):
+        result["scaled"] = {
+            scope: {
+                **_intervals([run.scaled[scope] for run in runs], seed),
+                "temperature": float(np.mean([run.temperatures[scope] for run in runs])),
+            }
+            for scope in runs[0].scaled
+        }
+    return result
+
+
+def _intervals(runs: Sequence[RowMeasures], seed: int) -> dict[str, Any]:
+    rows = [run.arrays() for run in runs]
+    # Seeds evaluated on the same rows share those rows' luck; resampling them apart would hide it.
+    shared = len({len(run.correct) for run in runs}) == 1
+    return {
+        name: clustered_interval(statistic, rows, seed=seed, shared_rows=shared).to_dict()
+        for name, statistic in STATISTICS.items()
+    }

@@ -1,0 +1,114 @@
+"""Evaluate a model on prompts, whatever the task: predictions and the rows that metrics are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ia2.evaluation.answers import exact_match, load_parser
+from ia2.evaluation.calibration import TEMPERATURES
+from ia2.evaluation.metrics import (
+    Measured,
+    fit_free_temperatures,
+    fit_label_temperatures,
+    measure_free,
+    measure_labels,
+)
+from ia2.evaluation.scoring import (
+    FreeAnswers,
+    Prediction,
+    answer_freely,
+    free_predictions,
+    label_predictions,
+    score_labels,
+)
+from ia2.examples import Example
+from ia2.inference import AnswerOutput
+from ia2.task import Task
+from ia2.tokens import Ids
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from ia2.capture import ActivationCapture
+
+
+def fit_temperatures(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: Sequence[Example],
+    prompts: Sequence[Ids],
+) -> dict[str, float]:
+    """Temperatures of every scope, fitted on these (dev) rows: the calibration baseline."""
+    description = "fitting temperature"
+    if task.kind == "classification":
+        grid = [float(t) for t in TEMPERATURES]
+        scores = score_labels(model, tokenizer, task, prompts, temperatures=grid, description=description)
+        return fit_label_temperatures(scores, _gold(task, examples))
+    answers = answer_freely(model, tokenizer, task, prompts, description=description)
+    return fit_free_temperatures(answers, _right(task, examples, answers))
+
+
+def evaluate_prompts(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: Sequence[Example],
+    prompts: Sequence[Ids],
+    temperatures: dict[str, float] | None = None,
+    *,
+    capture: ActivationCapture | None = None,
+    on_output: Callable[[AnswerOutput], None] | None = None,
+    description: str = "evaluating",
+) -> tuple[list[Prediction], Measured]:
+    """Predictions and measured rows of labelled examples.
+
+    Args:
+        model: as it is to be evaluated.
+        tokenizer: its tokenizer.
+        task: what counts as an answer.
+        examples: labelled rows.
+        prompts: what the model is asked for each, with or without demonstrations.
+        temperatures: from :func:`fit_temperatures`; None leaves scaled metrics out.
+        capture: for labels, an entered capture whose activations ``on_output`` gets.
+        on_output: called with every row's output, for labels.
+        description: text of the progress bar.
+
+    Raises:
+        DataError: an answer that is not among the labels.
+    """
+    if task.kind == "classification":
+        gold = _gold(task, examples)
+        asked = [1.0] if temperatures is None else [1.0, temperatures["vocabulary"]]
+        scores = score_labels(
+            model,
+            tokenizer,
+            task,
+            prompts,
+            temperatures=asked,
+            capture=capture,
+            on_output=on_output,
+            description=description,
+        )
+        first = [ids[0] for ids in task.label_ids]
+        return (
+            label_predictions(tokenizer, task, examples, scores),
+            measure_labels(scores, gold, first, temperatures),
+        )
+    answers = answer_freely(model, tokenizer, task, prompts, description=description)
+    right = _right(task, examples, answers)
+    return free_predictions(task, examples, answers), measure_free(answers, right, temperatures)
+
+
+def _gold(task: Task, examples: Sequence[Example]) -> np.ndarray:
+    return np.array([task.label_of(example) for example in examples])
+
+
+def _right(task: Task, examples: Sequence[Example], answers: FreeAnswers) -> np.ndarray:
+    parse = load_parser(task.parser)
+    pairs = zip(answers.parsed, examples, strict=True)
+    return np.array([exact_match(a, parse(e.answer or "")) for a, e in pairs], dtype=float)

@@ -1,0 +1,283 @@
+"""Predictions: labels scored by log-probability, or free text generated and parsed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ia2.examples import Example
+from ia2.files import write_text
+from ia2.inference import AnswerOutput, answer_pass, generate_answers
+from ia2.task import Task
+from ia2.tokens import Ids, decode
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from ia2.capture import ActivationCapture
+
+
+@dataclass
+class LabelScores:
+    """Scores of n queries over C labels at T temperatures.
+
+    Attributes:
+        temperatures: ``[T]``; the first is 1.
+        log_probability: of each whole label, ``[n, C, T]``.
+        top_probability: of the most probable first token over the vocabulary, ``[n, T]``.
+        top_token: that token, ``[n]``.
+        square_sum: sum of squared probabilities over the vocabulary (for the Brier score), ``[n, T]``;
+            for labels of several tokens, over the labels and everything else as one outcome.
+        single_token: whether every label is one token.
+    """
+
+    temperatures: np.ndarray
+    log_probability: np.ndarray
+    top_probability: np.ndarray
+    top_token: np.ndarray
+    square_sum: np.ndarray
+    single_token: bool
+
+    def __len__(self) -> int:
+        return len(self.top_token)
+
+
+class LabelScorer:
+    """Collects :class:`LabelScores` from the outputs of an ``answer_pass``.
+
+    Labels of one token need one row a query; otherwise there is a row for each query and label, and
+    the terminator is scored where one label begins another.
+    """
+
+    def __init__(self, task: Task, count: int, temperatures: Sequence[float] = (1.0,)) -> None:
+        self.task = task
+        self.temperatures = np.asarray(temperatures, dtype=float)
+        shape = (count, len(task.labels), len(self.temperatures))
+        self._log_p = np.full(shape, np.nan)
+        self._top = np.full((count, len(self.temperatures)), np.nan)
+        self._token = np.zeros(count, dtype=int)
+        self._squares = np.full((count, len(self.temperatures)), np.nan)
+
+    def pairs(self, prompts: Sequence[Ids]) -> list[tuple[Ids, Ids]]:
+        """What to feed: (prompt, answer) for each query, or for each query and label."""
+        if self.task.single_token:
+            return [(prompt, self.task.label_ids[0]) for prompt in prompts]
+        # a last id that is only predicted, never fed, asks for the terminator's probability
+        end = (0,) if self.task.terminators else ()
+        return [(prompt, (*ids, *end)) for prompt in prompts for ids in self.task.label_ids]
+
+    def add(self, output: AnswerOutput) -> None:
+        """Take one row's output."""
+        assert output.logits is not None
+        if self.task.single_token:
+            self._add_single(output.index, output.logits[0])
+            return
+        import torch
+
+        query, label = divmod(output.index, len(self.task.labels))
+        ids = torch.tensor(self.task.label_ids[label])
+        steps = torch.arange(len(ids))
+        for t, temperature in enumerate(self.temperatures):
+            log_p = (output.logits / temperature).log_softmax(-1)
+            total = float(log_p[steps, ids].sum())
+            if self.task.terminators:
+                total += float(log_p[len(ids), list(self.task.terminators)].logsumexp(0))
+            self._log_p[query, label, t] = total
+            if label == 0:
+                self._top[query, t] = float(log_p[0].max().exp())
+        if label == 0:
+            self._token[query] = int(output.logits[0].argmax())
+
+    def _add_single(self, query: int, logits: Any) -> None:
+        import torch
+
+        # float64 only for the few numbers that are kept
+        scaled = logits[None, :] / torch.tensor(self.temperatures, dtype=logits.dtype)[:, None]
+        log_p = scaled.log_softmax(-1)
+        labels = [ids[0] for ids in self.task.label_ids]
+        self._log_p[query] = log_p[:, labels].T.double().numpy()
+        self._top[query] = log_p.max(-1).values.exp().numpy()
+        self._squares[query] = log_p.mul(2).exp().sum(-1).numpy()
+        self._token[query] = int(logits.argmax())
+
+    def finish(self) -> LabelScores:
+        """All outputs have been added."""
+        if not self.task.single_token:
+            p = np.exp(self._log_p)
+            rest = np.clip(1 - p.sum(axis=1), 0, 1)
+            self._squares = (p**2).sum(axis=1) + rest**2
+        return LabelScores(
+            self.temperatures,
+            self._log_p,
+            self._top,
+            self._token,
+            self._squares,
+            self.task.single_token,
+        )
+
+
+def score_labels(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    prompts: Sequence[Ids],
+    *,
+    temperatures: Sequence[float] = (1.0,),
+    capture: ActivationCapture | None = None,
+    on_output: Callable[[AnswerOutput], None] | None = None,
+    description: str = "evaluating",
+) -> LabelScores:
+    """Score every label of every prompt; ``on_output`` sees each row's output as it comes."""
+    scorer = LabelScorer(task, len(prompts), temperatures)
+    pairs = scorer.pairs(prompts)
+    for output in answer_pass(model, tokenizer, pairs, capture=capture, description=description):
+        scorer.add(output)
+        if on_output is not None:
+            on_output(output)
+    return scorer.finish()
+
+
+@dataclass
+class FreeAnswers:
+    """Generated answers of n queries.
+
+    Attributes:
+        texts: as generated.
+        parsed: what the parser read; None where it found no answer.
+        first_probability: of the first answer token over the vocabulary, ``[n]`` (the paper's confidence).
+        sequence_log_probability: of the whole answer, ``[n]``.
+    """
+
+    texts: list[str]
+    parsed: list[str | None]
+    first_probability: np.ndarray
+    sequence_log_probability: np.ndarray
+
+
+def answer_freely(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    prompts: Sequence[Ids],
+    *,
+    description: str = "evaluating",
+) -> FreeAnswers:
+    """Generate an answer to every prompt and read it; confidences come from one more pass over them."""
+    import torch
+
+    from ia2.evaluation.answers import load_parser
+
+    parse = load_parser(task.parser)
+    generated = generate_answers(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=task.max_answer_tokens,
+        stop_texts=task.stop_texts,
+        description=description,
+    )
+    first = np.zeros(len(prompts))
+    total = np.zeros(len(prompts))
+    pairs = [(prompt, g.ids) for prompt, g in zip(prompts, generated, strict=True)]
+    for output in answer_pass(model, tokenizer, pairs, description=f"{description}: confidence"):
+        assert output.logits is not None
+        ids = torch.tensor(generated[output.index].ids)
+        log_p = output.logits.log_softmax(-1)[torch.arange(len(ids)), ids]
+        first[output.index], total[output.index] = float(log_p[0].exp()), float(log_p.sum())
+    texts = [g.text for g in generated]
+    return FreeAnswers(texts, [parse(text) for text in texts], first, total)
+
+
+@dataclass
+class Prediction:
+    """One query's prediction, as a row of ``predictions.jsonl``."""
+
+    source: str
+    query: str
+    gold: Any
+    predicted: Any
+    correct: bool | None
+    confidence: float
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A flat JSON-able row."""
+        return {
+            "source": self.source,
+            "query": self.query,
+            "gold": self.gold,
+            "predicted": self.predicted,
+            "correct": self.correct,
+            "confidence": self.confidence,
+            **self.details,
+        }
+
+
+def label_predictions(
+    tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example], scores: LabelScores
+) -> list[Prediction]:
+    """Per-example rows: the best label, its share of the label set, and the whole distribution."""
+    log_p = scores.log_probability[:, :, 0]
+    shares = np.exp(log_p - log_p.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True)
+    rows = []
+    for i, example in enumerate(examples):
+        best = int(log_p[i].argmax())
+        gold = task.label_of(example) if example.answer is not None else None
+        rows.append(
+            Prediction(
+                example.source,
+                example.query,
+                None if gold is None else task.names[gold],
+                task.names[best],
+                None if gold is None else best == gold,
+                float(shares[i, best]),
+                {
+                    "labels": {
+                        str(name): float(share) for name, share in zip(task.names, shares[i], strict=True)
+                    },
+                    "top_token": decode(tokenizer, [int(scores.top_token[i])]),
+                    "top_token_probability": float(scores.top_probability[i, 0]),
+                },
+            )
+        )
+    return rows
+
+
+def free_predictions(task: Task, examples: Sequence[Example], answers: FreeAnswers) -> list[Prediction]:
+    """Per-example rows of generated answers."""
+    from ia2.evaluation.answers import exact_match, load_parser
+
+    parse = load_parser(task.parser)
+    rows = []
+    for i, example in enumerate(examples):
+        gold = None if example.answer is None else parse(example.answer)
+        rows.append(
+            Prediction(
+                example.source,
+                example.query,
+                gold,
+                answers.parsed[i],
+                None if example.answer is None else exact_match(answers.parsed[i], gold),
+                float(np.exp(answers.sequence_log_probability[i])),
+                {
+                    "answer": answers.texts[i],
+                    "first_token_probability": float(answers.first_probability[i]),
+                    "sequence_log_probability": float(answers.sequence_log_probability[i]),
+                },
+            )
+        )
+    return rows
+
+
+def write_predictions(path: Path, rows: Iterable[Prediction]) -> None:
+    """Rows as JSON lines, whole or not at all."""
+    import json
+
+    text = "".join(json.dumps(row.to_dict(), ensure_ascii=False) + "\n" for row in rows)
+    write_text(path, text)

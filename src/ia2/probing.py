@@ -1,0 +1,212 @@
+"""``probe``: will alignment help here? ICL against the base and against guessing, before any training."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ia2.adaptation import load_base_of
+from ia2.adapters import base_weights
+from ia2.config import ProbeConfig
+from ia2.console import logger
+from ia2.errors import DataError
+from ia2.evaluation.run import evaluate_prompts
+from ia2.examples import Examples, FewShotSplit
+from ia2.models import BaseModel
+from ia2.runs import machine
+from ia2.task import Task, make_task
+from ia2.workbench import Workbench
+
+# ICL must beat guessing and the base at this level (one-sided) before help is called likely.
+SIGNIFICANCE = 0.05
+
+# … and the base by this much accuracy: less leaves little for alignment to carry over.
+HEADROOM = 0.05
+
+
+@dataclass
+class Probe:
+    """What :func:`probe` found.
+
+    Attributes:
+        verdict: ``likely to help``, ``unclear`` or ``unlikely``.
+        reason: one sentence.
+        facts: accuracies, costs and what they are of; JSON-able.
+    """
+
+    verdict: str
+    reason: str
+    facts: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"verdict": self.verdict, "reason": self.reason, **self.facts}
+
+
+def probe(model: str | BaseModel, examples: Examples, config: ProbeConfig | None = None) -> Probe:
+    """Compare ICL, leaving each row out of its own demonstrations, with the base model and guessing.
+
+    Args:
+        model: what :func:`ia2.models.load_base` takes, or a loaded base model.
+        examples: labelled rows.
+        config: settings; ``num_examples`` limits the demonstrations to that many less one.
+
+    Raises:
+        UserError: a mistake in data, settings or model.
+    """
+    config = config or ProbeConfig()
+    base = load_base_of(model, config)
+    task = make_task(examples, config, base.tokenizer, config.prompt_template)
+    limit = min(config.num_examples or len(examples), config.max_queries)
+    rows = examples
+    if limit < 2:
+        raise DataError(f"{examples.name}: at least two rows are needed.")
+    if limit > len(examples):
+        raise DataError(f"{examples.name}: asked for {limit} rows, there are {len(examples)}.")
+    if limit < len(examples):
+        drawn = sorted(random.Random(f"probe {config.seed}").sample(range(len(examples)), limit))
+        rows = Examples([examples[i] for i in drawn], name=examples.name)
+        logger.info("Probing on %d of %d rows, drawn with seed %d.", limit, len(examples), config.seed)
+    with tempfile.TemporaryDirectory(prefix="ia2-probe-") as scratch:
+        nothing = Examples([], name=rows.name)
+        bench = Workbench(base, FewShotSplit(train=rows, dev=nothing), task, config, Path(scratch))
+        try:
+            return _probe(bench, rows, len(examples))
+        finally:
+            bench.close()
+
+
+def _probe(bench: Workbench, rows: Examples, available: int) -> Probe:
+    task = bench.task
+    contexts = bench.train_contexts
+    in_context = [contexts.context_ids(i) for i in range(len(rows))]
+    bare = bench.prompts(rows, demonstrations=False)
+    with base_weights(bench.model):
+        began = time.perf_counter()
+        icl = _right(bench, rows, in_context, "ICL, leave one out")
+        seconds_icl = time.perf_counter() - began
+        zero = _right(bench, rows, bare, "base")
+    guess = _majority(rows) if task.kind == "classification" else np.zeros(len(rows))
+    step = _training_step_seconds(bench)
+    facts = {
+        "rows": len(rows),
+        "demonstrations": len(rows) - 1,
+        "accuracy": {
+            "icl": float(icl.mean()),
+            "base": float(zero.mean()),
+            "most_frequent_label": float(guess.mean()),
+        },
+        "chance": 1 / len(task.labels) if task.labels else 0.0,
+        "cost": _cost(bench, seconds_icl, step, available),
+        "machine": machine(),
+    }
+    verdict, reason = judge(icl, zero, guess, task)
+    return Probe(verdict, reason, facts)
+
+
+def judge(icl: np.ndarray, base: np.ndarray, guess: np.ndarray, task: Task) -> tuple[str, str]:
+    """Verdict and reason from 0/1 arrays of right answers, ``[n]`` each."""
+    from scipy.stats import binomtest
+
+    n = len(icl)
+    chance = max(float(guess.mean()), 1 / len(task.labels) if task.labels else 0.0)
+    what = "always answering the most frequent label" if task.labels else "no answer at all"
+    above_chance = (
+        binomtest(int(icl.sum()), n, min(chance, 1 - 1e-9), alternative="greater").pvalue
+        if chance > 0
+        else float(icl.sum() == 0)
+    )
+    better = int(((icl == 1) & (base == 0)).sum())
+    worse = int(((icl == 0) & (base == 1)).sum())
+    above_base = (
+        binomtest(better, better + worse, 0.5, alternative="greater").pvalue if better + worse else 1.0
+    )
+    figures = f"ICL {icl.mean():.0%}, base {base.mean():.0%}, {what} {chance:.0%}, on {n} rows"
+    if icl.mean() <= chance or (above_chance > SIGNIFICANCE and n >= 16):
+        return (
+            "unlikely",
+            f"ICL is at chance ({figures}): there is nothing in its activations to align with. Try other "
+            "label words (--label-map), more examples or a stronger model.",
+        )
+    if above_chance > SIGNIFICANCE:
+        return (
+            "unclear",
+            f"too few rows to tell ICL from chance ({figures}). Give more labelled rows.",
+        )
+    if icl.mean() - base.mean() < HEADROOM:
+        return (
+            "unclear",
+            f"ICL is hardly better than the model without demonstrations ({figures}): little to carry over.",
+        )
+    if above_base > SIGNIFICANCE:
+        return (
+            "unclear",
+            f"ICL looks better than the base, but the rows are too few to be sure ({figures}).",
+        )
+    return "likely to help", f"ICL is clearly above the base and above chance ({figures})."
+
+
+def _right(bench: Workbench, rows: Examples, prompts: list[Any], description: str) -> np.ndarray:
+    predictions, _ = evaluate_prompts(
+        bench.model, bench.tokenizer, bench.task, rows, prompts, description=description
+    )
+    return np.array([float(bool(p.correct)) for p in predictions])
+
+
+def _majority(rows: Examples) -> np.ndarray:
+    """Whether the most frequent label of the *other* rows is a row's own, ``[n]``."""
+    counts = Counter(rows.answers)
+    right = []
+    for answer in rows.answers:
+        others = counts.copy()
+        others[answer] -= 1
+        guess = max(sorted(others), key=lambda label: others[label])
+        right.append(float(guess == answer))
+    return np.array(right)
+
+
+def _training_step_seconds(bench: Workbench) -> float:
+    """Seconds of one optimiser step's forward and backward pass, measured on the longest rows."""
+    from ia2.trainer import SftTrainer, StageSettings
+
+    rows, nothing = bench.sft_rows()
+    count = min(bench.config.batch_size, len(rows))
+    order = sorted(range(len(rows)), key=lambda i: -len(rows.rows[i].query))[:count]
+    with tempfile.TemporaryDirectory(prefix="ia2-probe-") as scratch:
+        settings = StageSettings(Path(scratch), batch_size=bench.config.batch_size)
+        trainer = SftTrainer(bench.model, rows, nothing, settings, bench.tokenizer)
+        trainer.model.to(trainer.args.device)
+        batch = trainer._prepare_inputs(trainer.data_collator([rows[i] for i in order]))
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            trainer.example_losses(bench.model, batch).sum().backward()
+            times.append(time.perf_counter() - began)
+            bench.model.zero_grad()
+    return min(times)
+
+
+def _cost(bench: Workbench, seconds_icl: float, step: float, available: int) -> dict[str, Any]:
+    config = bench.config
+    train = config.num_examples or max(2, available - available // 3)
+    dev = train // 2 if config.num_examples else available // 3
+    per_query = seconds_icl / len(bench.data.train)
+    # one order is one pass; generated answers are part of what was timed
+    teacher = per_query * (train + dev) * config.demo_permutations
+    steps_an_epoch = -(-train // config.batch_size)
+    stages = max(1, len(config.learning_rates))
+    return {
+        "num_train": train,
+        "teacher_seconds": teacher,
+        "step_seconds": step,
+        "max_steps_a_stage": steps_an_epoch * config.align.epochs,
+        "training_seconds_at_most": 2 * stages * step * steps_an_epoch * config.align.epochs,
+        "target_bytes": bench.target_bytes() // max(1, len(bench.data.train)) * (train + dev),
+    }

@@ -1,0 +1,111 @@
+"""The model card (``README.md``) beside an adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ia2.models import DEMO_MODELS
+from ia2.recipes import DESCRIPTIONS
+from ia2.task import Task
+
+_CARD = """\
+---
+{front}---
+
+# Adapter made by ia2 ({recipe})
+
+{description}
+
+| | |
+|---|---|
+| base model | `{model}` |
+| recipe | `{recipe}` |
+| training examples | {train} (and {dev} dev rows) |
+| data (SHA-256, first 16 digits) | train `{train_hash}`, dev `{dev_hash}` |
+| learning rate | {rate:g}, chosen by {selected} |
+| seed | {seed} |
+| answers | {answers} |
+
+## Metrics
+
+{metrics}
+## How to load
+
+```python
+from peft import PeftModel
+{load}
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```
+
+or `ia2 predict --adapter path/to/this/folder --data new.jsonl`.
+
+## Method
+
+*IA2: Alignment with ICL Activations Improves Supervised Fine-Tuning* (Mishra, Khashabi, Liu; ICLR 2026,
+arXiv 2509.22621). Settings are in `ia2_config.yaml`, all metrics in `metrics.json`.
+"""
+
+
+def model_card(metrics: dict[str, Any], facts: dict[str, Any], task: Task) -> str:
+    """Markdown with base model, data hashes, metrics and how to load."""
+    config = facts["config"]
+    model = config["model"]
+    labels = ", ".join(f"`{label.strip()}`" for label in task.labels[:20])
+    front = "library_name: peft\ntags: [ia2, few-shot, adapter]\n"
+    if model in DEMO_MODELS:
+        load = f'from ia2 import load_base\n\nbase = load_base("{model}").model'
+    else:
+        front = f"base_model: {_yaml_text(model)}\n" + front
+        load = (
+            "from transformers import AutoModelForCausalLM\n\n"
+            f"base = AutoModelForCausalLM.from_pretrained({model!r})"
+        )
+    return _CARD.format(
+        front=front,
+        recipe=metrics["recipe"],
+        description=f"Trained by {DESCRIPTIONS[metrics['recipe']]}.",
+        model=model,
+        train=metrics["num_train"],
+        dev=metrics["num_dev"],
+        train_hash=facts["data"]["train"],
+        dev_hash=facts["data"]["dev"],
+        rate=metrics["learning_rate"],
+        selected=metrics["selected_by"],
+        seed=config["seed"],
+        answers=f"one of {labels}" if task.labels else f"free text, up to {task.max_answer_tokens} tokens",
+        metrics=_metrics_table(metrics),
+        load=load,
+    )
+
+
+def _metrics_table(metrics: dict[str, Any]) -> str:
+    part = "test" if "test" in metrics else "dev"
+    if part not in metrics:
+        return "Not evaluated: there were neither test nor dev rows.\n"
+    found = metrics[part]
+    scopes = [s for s in ("vocabulary", "labels", "answer") if s in found]
+    lines = [
+        f"On {found['n']} {part} rows, with 95% bootstrap intervals"
+        + (f" ({metrics['note']})" if "note" in metrics else "")
+        + ":",
+        "",
+        "| metric | "
+        + " | ".join(f"over the {s}" if s != "labels" else "over the label set" for s in scopes)
+        + " |",
+        "|---" * (len(scopes) + 1) + "|",
+    ]
+    for name in ("accuracy", "ece", "ece_equal_width", "brier", "nll"):
+        cells = [f"{_number(found[s][name])}" for s in scopes]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n\n"
+
+
+def _number(interval: dict[str, float | None]) -> str:
+    value, low, high = (interval[key] for key in ("value", "low", "high"))
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _yaml_text(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -1,0 +1,87 @@
+"""Figures (matplotlib, from the extra ``report``)."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from ia2.console import logger
+
+# Okabe and Ito's palette, told apart by readers with any colour vision.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+
+
+def try_comparison_figure(summary: dict[str, Any], folder: Path) -> Path | None:
+    """Draw ``compare.svg`` if matplotlib is there; say how to get it otherwise."""
+    if importlib.util.find_spec("matplotlib") is None:
+        logger.info("No figure: pip install 'ia2[report]' brings matplotlib.")
+        return None
+    path = folder / "compare.svg"
+    comparison_figure(summary, path)
+    return path
+
+
+def comparison_figure(summary: dict[str, Any], path: Path) -> None:
+    """Accuracy, ECE and similarity to ICL of each recipe, with 95% intervals.
+
+    Args:
+        summary: what ``compare.json`` holds.
+        path: the file; its ending chooses the format.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    labelled = summary["design"]["task"] == "classification"
+    scope = "vocabulary" if labelled else "answer"
+    recipes = list(summary["recipes"])
+    panels: list[tuple[str, dict[str, Any]]] = [
+        (
+            "accuracy (higher is better)",
+            {r: summary["recipes"][r]["metrics"][scope]["accuracy"] for r in recipes},
+        ),
+        (
+            "ECE (lower is better)",
+            {r: summary["recipes"][r]["metrics"][scope]["ece"] for r in recipes},
+        ),
+        (
+            "activation similarity to ICL",
+            {r: summary["recipes"][r]["asim"] for r in recipes if "asim" in summary["recipes"][r]},
+        ),
+    ]
+    panels = [panel for panel in panels if panel[1]]
+    # fixed ids and no date: the same numbers give the same file
+    settings: Any = {"svg.hashsalt": "ia2", "svg.fonttype": "none", "font.size": 10}
+    with plt.rc_context(settings):
+        figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.0), squeeze=False)
+        figure.patch.set_facecolor("white")
+        for axis, (title, values) in zip(axes[0], panels, strict=True):
+            for place, (recipe, found) in enumerate(values.items()):
+                colour = COLOURS[recipes.index(recipe) % len(COLOURS)]
+                value, low, high = found["value"], found["low"], found["high"]
+                axis.barh(place, value, color=colour, height=0.65)
+                if low is not None and high is not None:
+                    axis.plot([low, high], [place, place], color="#222222", linewidth=1.5)
+                axis.text(max(value, high or value) + 0.02, place, f"{value:.2f}", va="center", fontsize=9)
+            axis.set_yticks(range(len(values)), list(values))
+            axis.invert_yaxis()
+            axis.set_title(title, fontsize=10)
+            axis.set_xlim(
+                0,
+                max(
+                    1.0 if "ECE" not in title else 0.0,
+                    *(1.25 * (f["high"] or f["value"]) for f in values.values()),
+                ),
+            )
+            axis.spines[["top", "right"]].set_visible(False)
+        design = summary["design"]
+        figure.suptitle(
+            f"{summary['model']}: {design['num_train']} examples, {design['num_test']} test rows, "
+            f"{len(design['seeds'])} seeds, 95% intervals",
+            fontsize=10,
+        )
+        figure.tight_layout()
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)
+        plt.close(figure)

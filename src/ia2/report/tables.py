@@ -1,0 +1,93 @@
+"""Tables of comparisons, for the terminal and in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Column = tuple[str, Callable[[dict[str, Any]], str]]
+
+
+def comparison_columns(summary: dict[str, Any]) -> list[Column]:
+    """Title and cell of each column; cells take a recipe's entry."""
+    labelled = summary["design"]["task"] == "classification"
+    main = "vocabulary" if labelled else "answer"
+
+    def metric(scope: str, name: str) -> Callable[[dict[str, Any]], str]:
+        return lambda entry: interval(entry["metrics"].get(scope, {}).get(name))
+
+    def scaled(entry: dict[str, Any]) -> str:
+        return interval(entry["metrics"].get("scaled", {}).get(main, {}).get("ece"))
+
+    columns: list[Column] = [("accuracy", metric(main, "accuracy"))]
+    if labelled:
+        columns.append(("acc. in label set", metric("labels", "accuracy")))
+    columns += [
+        ("ECE", metric(main, "ece")),
+        ("ECE, temp.-scaled", scaled),
+        ("Brier", metric(main, "brier")),
+        ("NLL", metric(main, "nll")),
+        ("asim to ICL", lambda entry: interval(entry.get("asim"))),
+        ("seconds", seconds),
+    ]
+    return columns
+
+
+def interval(value: dict[str, Any] | None) -> str:
+    """``0.81 [0.76, 0.86]``."""
+    if value is None or value["value"] is None:
+        return "–"
+    if value["low"] is None or value["high"] is None:
+        return f"{value['value']:.3f}"
+    return f"{value['value']:.3f} [{value['low']:.2f}, {value['high']:.2f}]"
+
+
+def seconds(entry: dict[str, Any]) -> str:
+    """``teacher 3 + align 20 + sft 5``; recipes without training have their evaluation only."""
+    parts = [f"{name} {value:.1f}" for name, value in entry["seconds"].items() if name != "evaluate"]
+    return " + ".join(parts) if parts else "–"
+
+
+def comparison_lines(summary: dict[str, Any]) -> list[str]:
+    """What the table is of, in sentences."""
+    design = summary["design"]
+    data = summary["data"]
+    test = "test rows" if data["test"] else f"rows, {design['kind']}"
+    return [
+        f"Model {summary['model']}; data {data['name']}; {design['num_train']} training and "
+        f"{design['num_dev']} dev examples, {design['num_test']} {test}; seeds "
+        f"{', '.join(map(str, design['seeds']))}; rate "
+        f"{'/'.join(f'{r:g}' for r in design['learning_rates'])} by {design['selected_by']}; ICL uses "
+        f"{design['icl_demonstrations']}.",
+        "Means over seeds, 95% bootstrap intervals over seeds and rows. ECE has an upward bias on few rows. "
+        "Seconds of training are per seed and fold.",
+    ]
+
+
+def difference_lines(summary: dict[str, Any]) -> list[str]:
+    """The paired differences, as sentences."""
+    return [
+        f"{name}: accuracy {signed(found['accuracy'])}, ECE {signed(found['ece'])} (paired by row, seed)"
+        for name, found in summary["differences"].items()
+    ]
+
+
+def signed(value: dict[str, Any]) -> str:
+    """``+0.09 [+0.02, +0.15]``."""
+    return f"{value['value']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
+
+
+def comparison_markdown(summary: dict[str, Any]) -> str:
+    """The table with what it is of and the paired differences."""
+    columns = comparison_columns(summary)
+    lines = [
+        "| recipe | " + " | ".join(title for title, _ in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for recipe, entry in summary["recipes"].items():
+        cells = [cell(entry) for _, cell in columns]
+        lines.append(f"| `{recipe}` | " + " | ".join(cells) + " |")
+    text = "\n".join(lines)
+    notes = "\n\n".join(comparison_lines(summary))
+    differences = "\n".join(f"- {line}" for line in difference_lines(summary))
+    return f"{text}\n\n{notes}\n\n{differences}\n"

@@ -1,0 +1,206 @@
+"""Where the teacher's activations live between the teacher pass and training.
+
+``store``: safetensors shards and a JSON index on disk, written while the teacher runs, so memory does
+not grow with the number of examples; a fingerprint says what they were computed from. ``memory``: the
+same in a dict. ``online``: nothing is kept; each training step computes them with the adapter
+switched off. All three give the same loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ia2.errors import RunFolderError
+from ia2.files import digest, read_json, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+_INDEX = "index.json"
+_SHARD_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class TeacherAnswer:
+    """What the teacher answered to one query, and how it went.
+
+    Attributes:
+        ids: ``Ŷ``, with the end-of-sequence id where the answer ended by itself.
+        text: its text.
+        ended: it ended by itself (always true for single-token tasks).
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    ended: bool = True
+
+
+class Targets(Protocol):
+    """Activations ``A_ICL`` of a set of examples, by index and permutation."""
+
+    answers: list[TeacherAnswer]
+    permutations: int
+    rms: list[float]
+    layers: list[int]
+
+    def get(self, index: int, permutation: int = 0) -> torch.Tensor | None:
+        """``[L, G, d]``, or None where they are computed online."""
+        ...
+
+
+class Statistics:
+    """Root mean square of each layer over all targets, frozen for the objectives' scales."""
+
+    def __init__(self) -> None:
+        self.sums: Any = None
+        self.count = 0
+
+    def add(self, activations: torch.Tensor) -> None:
+        squares = activations.double().pow(2).sum(dim=(1, 2))
+        self.sums = squares if self.sums is None else self.sums + squares
+        self.count += activations.shape[1] * activations.shape[2]
+
+    def rms(self) -> list[float]:
+        if self.sums is None:
+            return []
+        return [float(value) for value in (self.sums / self.count).sqrt()]
+
+
+class MemoryTargets:
+    """Targets in a dict; also what collects them."""
+
+    def __init__(self, layers: Sequence[int], permutations: int = 1) -> None:
+        self.answers: list[TeacherAnswer] = []
+        self.layers = list(layers)
+        self.permutations = permutations
+        self.rms: list[float] = []
+        self._tensors: dict[tuple[int, int], torch.Tensor] = {}
+        self._statistics = Statistics()
+
+    def add(self, index: int, permutation: int, activations: torch.Tensor) -> None:
+        """Keep ``[L, G, d]`` of one example and permutation."""
+        self._tensors[index, permutation] = activations
+        self._statistics.add(activations)
+
+    def finish(self, answers: list[TeacherAnswer]) -> MemoryTargets:
+        """All targets have been added."""
+        self.answers, self.rms = answers, self._statistics.rms()
+        return self
+
+    def get(self, index: int, permutation: int = 0) -> torch.Tensor:
+        return self._tensors[index, permutation]
+
+
+class OnlineTargets:
+    """Answers and scales only; the trainer computes the activations in every step."""
+
+    def __init__(
+        self,
+        answers: list[TeacherAnswer],
+        layers: Sequence[int],
+        rms: list[float],
+        permutations: int = 1,
+    ) -> None:
+        self.answers, self.layers, self.rms = answers, list(layers), rms
+        self.permutations = permutations
+
+    def get(self, index: int, permutation: int = 0) -> None:
+        return None
+
+
+class StoreWriter:
+    """Writes targets to shards as they come; at most one shard is in memory."""
+
+    def __init__(self, folder: Path, layers: Sequence[int], permutations: int) -> None:
+        self.folder, self.layers, self.permutations = folder, list(layers), permutations
+        self._pending: dict[str, torch.Tensor] = {}
+        self._bytes = 0
+        self._shards: dict[str, str] = {}
+        self._statistics = Statistics()
+
+    def add(self, index: int, permutation: int, activations: torch.Tensor) -> None:
+        """Write ``[L, G, d]`` of one example and permutation."""
+        self._statistics.add(activations)
+        self._pending[f"{index}.{permutation}"] = activations.contiguous()
+        self._bytes += activations.numel() * activations.element_size()
+        if self._bytes >= _SHARD_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        from safetensors.torch import save_file
+
+        if not self._pending:
+            return
+        name = f"shard-{len(set(self._shards.values())):05d}.safetensors"
+        save_file(self._pending, self.folder / name)
+        self._shards.update(dict.fromkeys(self._pending, name))
+        self._pending, self._bytes = {}, 0
+
+    def finish(self, answers: list[TeacherAnswer], fingerprint: Mapping[str, Any]) -> None:
+        """Write the last shard and the index."""
+        self._flush()
+        write_json(
+            self.folder / _INDEX,
+            {
+                "fingerprint": dict(fingerprint),
+                "layers": self.layers,
+                "permutations": self.permutations,
+                "rms": self._statistics.rms(),
+                "answers": [asdict(answer) for answer in answers],
+                "shards": self._shards,
+            },
+        )
+
+
+class TargetStore:
+    """Targets on disk, read by memory map.
+
+    Raises:
+        RunFolderError: the folder holds no complete store.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not (folder / _INDEX).is_file():
+            raise RunFolderError(f"{folder} holds no teacher targets.")
+        index = read_json(folder / _INDEX)
+        self.folder = folder
+        self.fingerprint: dict[str, Any] = index["fingerprint"]
+        self.layers: list[int] = index["layers"]
+        self.permutations: int = index["permutations"]
+        self.rms: list[float] = index["rms"]
+        self.answers = [TeacherAnswer(tuple(a["ids"]), a["text"], a["ended"]) for a in index["answers"]]
+        self._shards: dict[str, str] = index["shards"]
+        self._open: dict[str, Any] = {}
+
+    def get(self, index: int, permutation: int = 0) -> torch.Tensor:
+        from safetensors import safe_open
+
+        key = f"{index}.{permutation}"
+        shard = self._shards[key]
+        if shard not in self._open:
+            self._open[shard] = safe_open(self.folder / shard, framework="pt")
+        tensor: torch.Tensor = self._open[shard].get_tensor(key)
+        return tensor
+
+
+def open_store(folder: Path, fingerprint: Mapping[str, Any]) -> TargetStore | None:
+    """The store in ``folder`` if it was computed from exactly this, None if there is none.
+
+    Raises:
+        RunFolderError: there is a store of something else; the message names what differs.
+    """
+    if not (folder / _INDEX).is_file():
+        return None
+    store = TargetStore(folder)
+    # what a JSON round trip makes of the expected fingerprint is what was written
+    if digest(store.fingerprint) == digest(fingerprint):
+        return store
+    keys = sorted({*store.fingerprint, *fingerprint})
+    differing = [k for k in keys if digest(store.fingerprint.get(k)) != digest(fingerprint.get(k))]
+    raise RunFolderError(
+        f"{folder} holds teacher targets computed from something else; these differ: {', '.join(differing)}. "
+        "Choose another output folder, or delete that one."
+    )

@@ -1,0 +1,229 @@
+"""What counts as an answer: labels of a fixed set, of one token or several, or free text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ia2.config import AdaptConfig
+from ia2.console import logger
+from ia2.errors import ConfigError, DataError
+from ia2.examples import Example, Examples
+from ia2.tokens import Ids, decode, encode_answer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# METHOD: definitions (G = 200).
+FREE_TEXT_TOKENS = 200
+
+# Ids a generated label may run on for before the stop text is due.
+_LABEL_SLACK = 8
+
+
+@dataclass(frozen=True)
+class Task:
+    """How answers are made, scored and read.
+
+    Attributes:
+        kind: ``classification`` or ``generation``.
+        labels: label texts (completions, verbatim), sorted; empty for generation.
+        label_ids: their ids.
+        names: what users call them: the raw label where a template made the completion, else the text.
+        max_answer_tokens: G at most.
+        append_end: end-of-sequence id that is appended to training answers, or None.
+        terminators: ids with which a label can end, where one label is the beginning of another.
+        stop_texts: what ends a generated answer.
+        parser: how a free-form answer is read.
+    """
+
+    kind: str
+    labels: tuple[str, ...] = ()
+    label_ids: tuple[Ids, ...] = ()
+    names: tuple[Any, ...] = ()
+    max_answer_tokens: int = FREE_TEXT_TOKENS
+    append_end: int | None = None
+    terminators: tuple[int, ...] = ()
+    stop_texts: tuple[str, ...] = ()
+    parser: str = "text"
+    separator: str = "\n\n"
+    index: dict[str, int] = field(default_factory=dict, compare=False)
+
+    @property
+    def single_token(self) -> bool:
+        """Every answer is one token."""
+        return self.max_answer_tokens == 1
+
+    def label_of(self, example: Example) -> int:
+        """Index of an example's label.
+
+        Raises:
+            DataError: its answer is not among the labels.
+        """
+        try:
+            return self.index[example.answer or ""]
+        except KeyError:
+            raise DataError(
+                f"{example.source}: the completion {example.answer!r} is not one of the labels "
+                f"{', '.join(repr(label) for label in self.labels[:10])}."
+            ) from None
+
+    def target_ids(self, tokenizer: PreTrainedTokenizerBase, example: Example) -> Ids:
+        """Ids of the ground-truth answer as it is trained on.
+
+        Raises:
+            DataError: the answer is not among the labels, or longer than allowed.
+        """
+        if self.kind == "classification":
+            ids = self.label_ids[self.label_of(example)]
+        else:
+            ids = encode_answer(tokenizer, example.answer or "", example.source)
+            if len(ids) > self.max_answer_tokens:
+                raise DataError(
+                    f"{example.source}: the completion has {len(ids)} tokens, max_answer_tokens is "
+                    f"{self.max_answer_tokens}. Raise it to at least {len(ids)}."
+                )
+        return ids if self.append_end is None else (*ids, self.append_end)
+
+
+def make_task(
+    examples: Examples,
+    config: AdaptConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_template: str | None = None,
+) -> Task:
+    """Settle what kind of task the labelled rows are, and say so.
+
+    Raises:
+        ConfigError: labels that contradict the settings.
+        DataError: an answer that is not among the given labels, or of several tokens where one was
+            declared.
+    """
+    kind = config.task
+    if kind == "auto":
+        kind = "classification" if config.labels or _looks_like_labels(examples) else "generation"
+    stop = stop_text(examples, config.separator, prompt_template)
+    if kind == "generation":
+        if config.labels:
+            raise ConfigError("labels are given, but task is generation. Leave one of them out.")
+        limit = config.max_answer_tokens or FREE_TEXT_TOKENS
+        logger.info(
+            "Task: free-form answers of up to %d tokens, read with the parser '%s'.",
+            limit,
+            config.parser,
+        )
+        task = Task(
+            "generation",
+            max_answer_tokens=limit,
+            append_end=None if limit == 1 else _end(tokenizer),
+            stop_texts=(stop,),
+            parser=config.parser,
+            separator=config.separator,
+        )
+        too_long = []
+        for example in examples:
+            try:
+                task.target_ids(tokenizer, example)
+            except DataError as error:
+                too_long.append(str(error))
+        if too_long:
+            more = f" … and {len(too_long) - 5} more rows" if len(too_long) > 5 else ""
+            raise DataError(" ".join(too_long[:5]) + more)
+        return task
+    labels = tuple(sorted(config.labels)) if config.labels else examples.label_set()
+    if len(labels) < 2:
+        raise DataError(
+            f"{examples.name}: all rows have the completion {labels[0]!r}; at least two labels are needed."
+        )
+    ids = tuple(encode_answer(tokenizer, label) for label in labels)
+    twins = [label for label, count in Counter(ids).items() if count > 1]
+    if twins:
+        same = [label for label, i in zip(labels, ids, strict=True) if i in twins]
+        raise DataError(
+            f"the labels {same} are the same tokens to this model. Choose other texts with --label-map."
+        )
+    longest = max(len(i) for i in ids)
+    limit = config.max_answer_tokens or (1 if longest == 1 else longest + _LABEL_SLACK)
+    if limit < longest:
+        label = labels[max(range(len(ids)), key=lambda j: len(ids[j]))]
+        raise DataError(
+            f"max_answer_tokens is {limit}, but the label {label!r} has {longest} tokens "
+            f"({[decode(tokenizer, [t]) for t in ids[labels.index(label)]]}). Raise it, leave it out, or "
+            "choose one-token texts with --label-map."
+        )
+    raw = examples.raw_labels
+    several = longest > 1
+    task = Task(
+        "classification",
+        labels=labels,
+        label_ids=ids,
+        names=tuple(raw.get(label, label.strip()) for label in labels),
+        max_answer_tokens=limit,
+        append_end=_end(tokenizer) if several else None,
+        terminators=_terminators(tokenizer, stop) if _nested(ids) else (),
+        stop_texts=(stop,),
+        parser="text",
+        separator=config.separator,
+        index={label: i for i, label in enumerate(labels)},
+    )
+    for example in examples:
+        task.label_of(example)
+    shown = ", ".join(repr(label) for label in labels[:8]) + (" …" if len(labels) > 8 else "")
+    size = "one token each" if not several else f"up to {longest} tokens, scored by summed log-probability"
+    logger.info("Task: %d labels (%s), %s.", len(labels), shown, size)
+    return task
+
+
+def stop_text(examples: Sequence[Example], separator: str, prompt_template: str | None) -> str:
+    """The separator and the prompt's opening literal (``"\\n\\n" + "Text:"``).
+
+    The literal comes from the template, or is what all prompts begin with, up to the end of a line. A
+    bare blank line would cut many worked solutions in the middle.
+    """
+    if prompt_template is not None:
+        literal = prompt_template.split("{", 1)[0]
+    else:
+        literal = _common_beginning([example.query for example in examples])
+        if len({example.query for example in examples}) < 2:
+            literal = ""
+    literal = literal.split("\n", 1)[0][:40].rstrip()
+    return separator + literal
+
+
+def _common_beginning(texts: Sequence[str]) -> str:
+    first, last = min(texts), max(texts)
+    same = 0
+    while same < min(len(first), len(last)) and first[same] == last[same]:
+        same += 1
+    return first[:same]
+
+
+def _looks_like_labels(examples: Examples) -> bool:
+    """Few distinct answers, each seen again: at most half as many as there are rows."""
+    answers = examples.answers
+    distinct = len(set(answers))
+    if distinct <= len(answers) // 2:
+        return True
+    # too few rows to see repeats: answers of one word are labels more often than not
+    return len(answers) <= 8 and all(len(answer.split()) == 1 for answer in answers)
+
+
+def _end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    return None if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
+
+
+def _nested(ids: Sequence[Ids]) -> bool:
+    """Whether one label's ids begin another's; the shorter would win by its length alone."""
+    return any(a != b and b[: len(a)] == a for a in ids for b in ids)
+
+
+def _terminators(tokenizer: PreTrainedTokenizerBase, stop: str) -> tuple[int, ...]:
+    """Ids that can follow a finished label: the end of sequence, or the start of what comes after."""
+    found = {encode_answer(tokenizer, stop)[0]}
+    if stripped := stop.rstrip():
+        found.add(encode_answer(tokenizer, stop[: len(stop) - len(stripped.lstrip())] or stripped)[0])
+    if (end := _end(tokenizer)) is not None:
+        found.add(end)
+    return tuple(sorted(found))

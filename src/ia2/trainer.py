@@ -1,0 +1,688 @@
+"""Training stages on ``transformers.Trainer``: alignment with ICL activations, and fine-tuning.
+
+Both weigh every *example* the same: the loss of an optimiser step is the mean over the examples of the
+effective batch (all micro-batches, all processes) of a mean over the example's answer tokens. So batch
+1 × accumulation 8, batch 8 × accumulation 1 and two processes follow the same trajectory.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from ia2.adapters import adapter_state, base_weights, load_adapter_state
+from ia2.capture import ActivationCapture
+from ia2.config import REENTRANT
+from ia2.console import Progress, logger
+from ia2.errors import ConfigError
+from ia2.files import read_json, write_json
+from ia2.losses import OBJECTIVES, alignment_losses, cross_entropy_losses
+from ia2.tokens import Batch, Ids, answer_index, fed_ids, pad_id, pad_rows
+
+if TYPE_CHECKING:
+    from ia2.targets import Targets
+
+# Rows of one forward pass of the dev evaluation.
+_EVAL_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Row:
+    """One answer in two contexts.
+
+    Attributes:
+        query: ids without context, ``X``.
+        answer: answer ids, ``Y`` or ``Ŷ``.
+        contexts: ids with context, ``I ∘ X``, one for each permutation; empty where no context is
+            needed (targets are stored, or the stage is supervised).
+    """
+
+    query: Ids
+    answer: Ids
+    contexts: tuple[Ids, ...] = ()
+
+
+@dataclass
+class AnswerDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Rows by ``(index, permutation, weight)`` or by plain index; weight 0 marks a filler row."""
+
+    rows: list[Row]
+    targets: Targets | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def permutations(self) -> int:
+        """How many targets each example has."""
+        return self.targets.permutations if self.targets is not None else 1
+
+    def __getitem__(self, key: int | tuple[int, int, float]) -> dict[str, Any]:
+        index, permutation, weight = (key, 0, 1.0) if isinstance(key, int) else key
+        row = self.rows[index]
+        return {
+            "row": row,
+            "permutation": permutation,
+            "weight": weight,
+            "target": self.targets.get(index, permutation) if self.targets is not None else None,
+        }
+
+
+@dataclass
+class Collator:
+    """Right-pads rows; the result holds only tensors and plain lists."""
+
+    padding: int
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        rows: list[Row] = [item["row"] for item in items]
+        lengths = [len(row.answer) for row in rows]
+        fed = [fed_ids(row.query, row.answer) for row in rows]
+        padded = pad_rows(fed, lengths, self.padding)
+        batch: dict[str, Any] = {
+            "input_ids": padded.input_ids,
+            "attention_mask": padded.attention_mask,
+            "row_lengths": padded.row_lengths,
+            "answer_lengths": lengths,
+            "answers": torch.tensor([token for row in rows for token in row.answer]),
+            "weights": torch.tensor([item["weight"] for item in items], dtype=torch.float32),
+        }
+        if items[0]["target"] is not None:
+            batch["targets"] = torch.cat([item["target"] for item in items], dim=1)
+        elif rows[0].contexts:
+            contexts = [row.contexts[item["permutation"]] for row, item in zip(rows, items, strict=True)]
+            rows_in_context = [fed_ids(c, row.answer) for c, row in zip(contexts, rows, strict=True)]
+            context = pad_rows(rows_in_context, lengths, self.padding)
+            batch["context_ids"] = context.input_ids
+            batch["context_mask"] = context.attention_mask
+            batch["context_lengths"] = context.row_lengths
+        return batch
+
+
+class EpochSampler(torch.utils.data.Sampler):  # type: ignore[type-arg]
+    """A shuffled order of each epoch that depends on seed and epoch alone.
+
+    Every optimiser step is filled up to the same number of rows with fillers of weight 0, so that
+    micro-batches and processes divide it evenly and nothing is counted twice.
+
+    Args:
+        count: number of examples.
+        per_step: examples of one optimiser step.
+        slots: rows of one optimiser step, at least ``per_step``.
+        permutations: targets an example has; one is drawn an epoch.
+        seed: of the order.
+        epoch: tells the current epoch.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        per_step: int,
+        slots: int,
+        permutations: int,
+        seed: int,
+        epoch: Callable[[], int],
+    ) -> None:
+        self.count, self.per_step, self.slots = count, per_step, slots
+        self.permutations, self.seed, self.epoch = permutations, seed, epoch
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of an epoch."""
+        return -(-self.count // self.per_step)
+
+    def __len__(self) -> int:
+        return self.steps * self.slots
+
+    def __iter__(self) -> Iterator[tuple[int, int, float]]:
+        draw = random.Random(f"epoch {self.seed} {self.epoch()}")
+        order = draw.sample(range(self.count), self.count)
+        keys: list[tuple[int, int, float]] = []
+        for start in range(0, self.count, self.per_step):
+            step = order[start : start + self.per_step]
+            keys += [(i, draw.randrange(self.permutations), 1.0) for i in step]
+            keys += [(step[0], 0, 0.0)] * (self.slots - len(step))
+        return iter(keys)
+
+
+@dataclass
+class StageSettings:
+    """What a stage needs to know beside model and data.
+
+    Attributes:
+        output_dir: where checkpoints go while it runs.
+        learning_rate: constant.
+        epochs: at most.
+        batch_size: examples of one optimiser step, over all processes.
+        micro_batch_size: rows of one forward pass and process; None: all at once.
+        eval_every: optimiser steps between dev evaluations; None: four an epoch, two steps apart at least.
+        patience: dev evaluations without improvement before stopping.
+        restore_best: end with the weights of the best dev loss.
+        seed: of the order and of dropout.
+        checkpoint_every: optimiser steps between checkpoints.
+        activation_checkpointing: recompute activations in the backward pass.
+        activation_checkpointing_kwargs: passed on; ``use_reentrant`` must be false.
+        report_to: trackers.
+    """
+
+    output_dir: Path
+    learning_rate: float = 1e-3
+    epochs: int = 50
+    batch_size: int = 4
+    micro_batch_size: int | None = None
+    eval_every: int | None = None
+    patience: int = 5
+    restore_best: bool = True
+    seed: int = 0
+    checkpoint_every: int = 100
+    activation_checkpointing: bool = False
+    activation_checkpointing_kwargs: dict[str, Any] = field(default_factory=dict)
+    report_to: list[str] = field(default_factory=list)
+
+
+class ExampleTrainer(Trainer):
+    """A Trainer whose unit is the example; subclasses say what one example's loss is.
+
+    Adam with a constant rate, no weight decay, no clipping, a fresh optimiser in each stage; dev loss
+    every few steps and at each epoch's end; stops early and restores the best weights (METHOD: paper
+    hyper-parameters).
+
+    Args:
+        model: a PEFT model.
+        train_dataset: what to train on.
+        eval_dataset: dev rows; empty means no early stopping.
+        settings: see :class:`StageSettings`.
+        tokenizer: gives the padding id.
+        progress: advanced once a step.
+
+    Raises:
+        ConfigError: a batch size that the processes cannot share, or reentrant checkpointing.
+    """
+
+    # transformers 5.18 and later; earlier ones look at model_accepts_loss_kwargs
+    loss_is_scaled_for_ga = True
+
+    # narrower than the parent's, which may lack any of them
+    model: Any
+    train_dataset: Any
+    eval_dataset: Any
+
+    def __init__(
+        self,
+        model: Any,
+        train_dataset: AnswerDataset,
+        eval_dataset: AnswerDataset,
+        settings: StageSettings,
+        tokenizer: Any,
+        progress: Progress | None = None,
+    ) -> None:
+        if settings.activation_checkpointing_kwargs.get("use_reentrant"):
+            raise ConfigError(REENTRANT + ".")
+        self.settings = settings
+        self.best = BestWeights(settings.patience, settings.restore_best)
+        arguments = self._arguments(settings, len(train_dataset), next(model.parameters()).device)
+        super().__init__(
+            model=model,
+            args=arguments,
+            data_collator=Collator(pad_id(tokenizer)),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=[self.best, _Steps(progress or Progress())],
+        )
+        self.best.trainer = self
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True
+        if settings.activation_checkpointing:
+            _enable_checkpointing(self.model, settings.activation_checkpointing_kwargs)
+
+    def _arguments(self, settings: StageSettings, count: int, device: torch.device) -> TrainingArguments:
+        on_cpu = device.type == "cpu"
+        probe = TrainingArguments(output_dir=str(settings.output_dir), use_cpu=on_cpu, report_to=[])
+        world = probe.world_size
+        self._per_step = min(settings.batch_size, count)
+        per_process = -(-self._per_step // world)
+        micro = min(settings.micro_batch_size or per_process, per_process)
+        accumulation = -(-per_process // micro)
+        self._slots = micro * accumulation * world
+        steps = -(-count // self._per_step)
+        self.eval_every = settings.eval_every or max(2, -(-steps // 4))
+        arguments = TrainingArguments(
+            output_dir=str(settings.output_dir),
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="constant",
+            optim="adamw_torch",
+            weight_decay=0.0,
+            max_grad_norm=0.0,
+            num_train_epochs=settings.epochs,
+            eval_strategy="steps",
+            eval_steps=self.eval_every,
+            logging_strategy="steps",
+            logging_steps=self.eval_every,
+            save_strategy="steps",
+            save_steps=settings.checkpoint_every,
+            save_total_limit=2,
+            seed=settings.seed,
+            use_cpu=on_cpu,
+            report_to=settings.report_to,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=not on_cpu,
+            ddp_find_unused_parameters=False,
+        )
+        # nn.DataParallel would replicate the hooked modules; several GPUs are for `accelerate launch`
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        return arguments
+
+    # ------------------------------------------------------------------------------------ the loss
+
+    def example_losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """Loss of each row of a batch, ``[B]``, with gradient."""
+        raise NotImplementedError(f"{type(self).__name__} defines no example_losses")
+
+    def compute_loss(  # type: ignore[override]
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """This micro-batch's share of the mean over the examples of the effective batch."""
+        losses = self.example_losses(model, inputs)
+        total = (losses * inputs["weights"].to(losses.device)).sum()
+        count = num_items_in_batch if num_items_in_batch is not None else inputs["weights"].sum()
+        # gradients are averaged over processes afterwards, hence the factor
+        return total / torch.as_tensor(count, device=total.device) * self.args.world_size
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor]:
+        """The micro-batches of one optimiser step, and the number of examples in it everywhere."""
+        batches = []
+        for _ in range(num_batches):
+            try:
+                batches.append(next(epoch_iterator))
+            except StopIteration:
+                break
+        count = torch.stack([batch["weights"].sum() for batch in batches]).sum().to(device)
+        if self.args.world_size > 1:
+            count = self.accelerator.gather(count.reshape(1)).sum()
+        return batches, count
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        steps = -(-len(dataset) // self._per_step)
+        return EpochSampler(
+            len(dataset),
+            self._per_step,
+            self._slots,
+            dataset.permutations,
+            self.settings.seed,
+            lambda: self.state.global_step // steps,
+        )
+
+    # -------------------------------------------------------------------------------- evaluation
+
+    def evaluate(  # type: ignore[override]
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean loss over the dev examples; every process computes it and uses the first one's."""
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        loss = self._mean_loss(dataset)
+        if self.args.world_size > 1:
+            from accelerate.utils import broadcast
+
+            loss = float(broadcast(torch.tensor(loss, dtype=torch.float64, device=self.args.device)))
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _mean_loss(self, dataset: AnswerDataset) -> float:
+        if not len(dataset):
+            return float("nan")
+        order = sorted(range(len(dataset)), key=lambda i: -len(dataset.rows[i].query))
+        size = self.settings.micro_batch_size or _EVAL_ROWS
+        training = self.model.training
+        self.model.eval()
+        total = 0.0
+        try:
+            with torch.no_grad():
+                for start in range(0, len(order), size):
+                    for keys in _permuted(order[start : start + size], dataset.permutations):
+                        batch = self._prepare_inputs(self.data_collator([dataset[key] for key in keys]))
+                        losses = self.example_losses(self.model, batch)
+                        total += float(losses.double().sum()) / dataset.permutations
+        finally:
+            self.model.train(training)
+        return total / len(dataset)
+
+    # ------------------------------------------------------------------------------- checkpoints
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        from safetensors.torch import load_file
+
+        path = Path(resume_from_checkpoint) / "adapter_model.safetensors"
+        load_adapter_state(self.model, load_file(path))
+
+    def fit(self) -> float:
+        """Train, from the last complete checkpoint if there is one; returns the best dev loss.
+
+        Leaves the model with the weights that the settings ask for and no checkpoint behind.
+        """
+        checkpoint = last_complete_checkpoint(self.settings.output_dir)
+        if checkpoint is not None:
+            logger.info("Continuing from %s.", checkpoint)
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        self.best.restore(self.model)
+        self.model.eval()
+        if self.settings.activation_checkpointing:
+            _disable_checkpointing(self.model)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            for leftover in self.settings.output_dir.glob("checkpoint-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        return self.best.loss
+
+
+class SftTrainer(ExampleTrainer):
+    """Cross-entropy on the answers; the head runs at answer positions only."""
+
+    def example_losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """Mean cross-entropy over each row's answer tokens, ``[B]``."""
+        shape = _batch_of(batch)
+        output = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            logits_to_keep=shape.keep(),
+            use_cache=False,
+        )
+        rows, positions = answer_index(
+            output.logits.shape[1],
+            shape.row_lengths,
+            shape.answer_lengths,
+            shape.input_ids.shape[1],
+        )
+        device = output.logits.device
+        logits = output.logits[rows.to(device), positions.to(device)]
+        return cross_entropy_losses(logits, batch["answers"].to(device), shape.answer_lengths)
+
+
+class AlignTrainer(ExampleTrainer):
+    """Trains an adapter to give, without demonstrations, the activations that the base has with them.
+
+    Minimises ``L_IA2`` (METHOD: stages). The language-model head does not run (but for one position),
+    and adapters from which no path leads to an attention output are frozen meanwhile.
+
+    Args:
+        model: a PEFT model.
+        train_dataset: rows with the teacher's answers, and targets; where the targets are online, the
+            rows carry their contexts.
+        eval_dataset: the same of the dev examples.
+        settings: see :class:`StageSettings`.
+        tokenizer: gives the padding id.
+        objective: ``mse``, ``kl`` or ``cosine``.
+        temperature: τ of ``kl``.
+        attention_modules: glob, for models whose attention is not recognised.
+        progress: advanced once a step.
+
+    Raises:
+        ConfigError: reentrant activation checkpointing, an unknown objective, or an adapter none of
+            whose weights reach an attention output.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        train_dataset: AnswerDataset,
+        eval_dataset: AnswerDataset,
+        settings: StageSettings,
+        tokenizer: Any,
+        *,
+        objective: str = "mse",
+        temperature: float = 1.0,
+        attention_modules: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        if objective not in OBJECTIVES:
+            raise ConfigError(f"objective '{objective}' is not one of {', '.join(OBJECTIVES)}.")
+        if train_dataset.targets is None:
+            raise ConfigError("alignment needs targets; the training rows have none.")
+        self.objective: str = objective
+        self.temperature: float = temperature
+        super().__init__(model, train_dataset, eval_dataset, settings, tokenizer, progress)
+        self.capture = ActivationCapture(model, attention_modules, train_dataset.targets.layers)
+        self.rms = torch.tensor(train_dataset.targets.rms)
+        self._pathless = self._freeze_pathless()
+
+    def example_losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """``Σ_layers mean_tokens`` of the objective for each row, ``[B]``."""
+        teacher = batch["targets"] if "targets" in batch else self._online_targets(batch)
+        with self._listening():
+            self.capture.arm()
+            model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                logits_to_keep=1,
+                use_cache=False,
+            )
+            student = self.capture.at_answers(_batch_of(batch))
+        return alignment_losses(
+            self.objective,
+            student,
+            teacher.to(student.device),
+            batch["answer_lengths"],
+            self.rms.to(student.device),
+            self.temperature,
+        )
+
+    def _online_targets(self, batch: dict[str, Any]) -> torch.Tensor:
+        """The base model's activations with demonstrations, ``[L, ΣG, d]``; dropout off, no gradient."""
+        training = self.model.training
+        self.model.eval()
+        shape = Batch(
+            batch["context_ids"],
+            batch["context_mask"],
+            batch["answer_lengths"],
+            batch["context_lengths"],
+        )
+        try:
+            with torch.no_grad(), base_weights(self.model), self._listening():
+                self.capture.arm()
+                self.model(
+                    input_ids=shape.input_ids,
+                    attention_mask=shape.attention_mask,
+                    logits_to_keep=1,
+                    use_cache=False,
+                )
+                return self.capture.at_answers(shape)
+        finally:
+            self.model.train(training)
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Hooks are in place for a forward pass of this trainer only."""
+        with self.capture:
+            yield
+
+    def _freeze_pathless(self) -> list[torch.nn.Parameter]:
+        """Freeze adapter weights that L_IA2 does not reach, such as those behind the last attention.
+
+        They would have no gradient, on which DDP fails. Found by one backward pass over the shortest
+        training row, so any adapter and any choice of layers is covered.
+        """
+        dataset = self.train_dataset
+        trainable = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        shortest = min(range(len(dataset)), key=lambda i: len(dataset.rows[i].query))
+        batch = self._prepare_inputs(self.data_collator([dataset[shortest]]))
+        self.model.to(self.args.device)
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            self.example_losses(self.model, batch).sum().backward()
+        without = [(n, p) for n, p in trainable if p.grad is None]
+        for _, parameter in trainable:
+            parameter.grad = None
+        if len(without) == len(trainable):
+            raise ConfigError(
+                "no adapter weight lies on a path to an attention output; choose other target modules."
+            )
+        if without:
+            logger.info(
+                "Alignment: %d of %d adapter tensors lie behind the last attention and are frozen in this "
+                "stage (%s …).",
+                len(without),
+                len(trainable),
+                without[0][0],
+            )
+        for _, parameter in without:
+            parameter.requires_grad_(False)
+        return [parameter for _, parameter in without]
+
+    def fit(self) -> float:
+        """Train (see :meth:`ExampleTrainer.fit`); frozen adapters are free again afterwards."""
+        try:
+            return super().fit()
+        finally:
+            for parameter in self._pathless:
+                parameter.requires_grad_(True)
+
+
+class BestWeights(TrainerCallback):
+    """Keeps the adapter of the best dev loss, stops when it does not improve, evaluates at epoch ends.
+
+    Args:
+        patience: evaluations without improvement before stopping.
+        restore_best: whether :meth:`restore` does anything.
+    """
+
+    def __init__(self, patience: int, restore_best: bool) -> None:
+        self.patience, self.restore_best = patience, restore_best
+        self.loss = float("nan")
+        self.step = 0
+        self.waited = 0
+        self.state_dict: dict[str, torch.Tensor] | None = None
+        self.trainer: ExampleTrainer | None = None
+        self._evaluated_at = -1
+
+    def on_evaluate(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Compare with the best so far."""
+        self._evaluated_at = state.global_step
+        loss = (metrics or {}).get("eval_loss", float("nan"))
+        if loss != loss:  # no dev rows
+            return
+        if self.loss != self.loss or loss < self.loss:
+            assert self.trainer is not None
+            self.loss, self.step, self.waited = loss, state.global_step, 0
+            if self.restore_best:
+                self.state_dict = adapter_state(self.trainer.model)
+        else:
+            self.waited += 1
+            if self.waited >= self.patience:
+                control.should_training_stop = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """No dev rows, no evaluation."""
+        if self.trainer is not None and not len(self.trainer.eval_dataset):
+            control.should_evaluate = False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluate at the end of an epoch too, but never twice at one step (patience would halve)."""
+        has_dev = self.trainer is not None and bool(len(self.trainer.eval_dataset))
+        control.should_evaluate = has_dev and self._evaluated_at != state.global_step
+        # the step's own save has been made; the epoch's end asks for none
+        control.should_save = False
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Complete a checkpoint: without these files it is not resumed from."""
+        if not state.is_world_process_zero:
+            return
+        from safetensors.torch import save_file
+
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.state_dict is not None:
+            save_file(self.state_dict, folder / "best.safetensors")
+        write_json(
+            folder / "complete.json",
+            {
+                "loss": None if self.loss != self.loss else self.loss,
+                "step": self.step,
+                "waited": self.waited,
+                "evaluated_at": self._evaluated_at,
+            },
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take up what was known at the checkpoint."""
+        folder = last_complete_checkpoint(Path(args.output_dir))
+        if folder is None or state.global_step == 0:
+            return
+        from safetensors.torch import load_file
+
+        known = read_json(folder / "complete.json")
+        self.loss = float("nan") if known["loss"] is None else known["loss"]
+        self.step, self.waited = known["step"], known["waited"]
+        self._evaluated_at = known["evaluated_at"]
+        if (folder / "best.safetensors").is_file():
+            self.state_dict = load_file(folder / "best.safetensors")
+
+    def restore(self, model: Any) -> None:
+        """Give the model the best weights, if that was asked for and there was a dev set."""
+        if self.restore_best and self.state_dict is not None:
+            load_adapter_state(model, self.state_dict)
+
+
+class _Steps(TrainerCallback):
+    """Moves the progress bar."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.advance()
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """The latest checkpoint that was written to its end, or None."""
+    complete = [path.parent for path in folder.glob("checkpoint-*/complete.json")]
+    return max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def _permuted(indices: Sequence[int], permutations: int) -> Iterator[list[tuple[int, int, float]]]:
+    for k in range(permutations):
+        yield [(i, k, 1.0) for i in indices]
+
+
+def _batch_of(batch: dict[str, Any]) -> Batch:
+    return Batch(batch["input_ids"], batch["attention_mask"], batch["answer_lengths"], batch["row_lengths"])
+
+
+def _enable_checkpointing(model: Any, options: dict[str, Any]) -> None:
+    """Non-reentrant activation checkpointing, under the name that this transformers knows."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    options = {**options, "use_reentrant": False}
+    enable = getattr(inner, "activation_checkpointing_enable", None)
+    if enable is not None:
+        enable(activation_checkpointing_kwargs=options)
+    else:
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def _disable_checkpointing(model: Any) -> None:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    disable = getattr(inner, "activation_checkpointing_disable", None)
+    (disable or inner.gradient_checkpointing_disable)()

@@ -1,0 +1,461 @@
+"""Calibration measures, temperature and bootstrap intervals, each against something independent."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchmetrics.functional.classification import (
+    binary_calibration_error,
+    multiclass_calibration_error,
+)
+
+from ia2.evaluation.calibration import (
+    TEMPERATURES,
+    Interval,
+    bootstrap_interval,
+    brier,
+    brier_rows,
+    clustered_interval,
+    ece_equal_mass,
+    ece_equal_width,
+    fit_temperature,
+    nll,
+    paired_difference_interval,
+    reliability_bins,
+    scale_label_log_probabilities,
+)
+
+
+def equal_mass_by_loop(confidence: list[float], correct: list[int], bins: int) -> float:
+    n = len(confidence)
+    rows = sorted(zip(confidence, correct, strict=True), key=lambda row: row[0])
+    bins = min(bins, n)
+    size = n // bins
+    total = 0.0
+    for b in range(bins):
+        chunk = rows[b * size :] if b == bins - 1 else rows[b * size : (b + 1) * size]
+        mean_confidence = sum(c for c, _ in chunk) / len(chunk)
+        accuracy = sum(y for _, y in chunk) / len(chunk)
+        total += len(chunk) / n * abs(mean_confidence - accuracy)
+    return total
+
+
+def torch_ece(confidence: np.ndarray, correct: np.ndarray, bins: int) -> float:
+    return float(
+        binary_calibration_error(
+            torch.from_numpy(confidence), torch.from_numpy(correct.astype(np.int64)), n_bins=bins
+        )
+    )
+
+
+rows = st.lists(
+    st.tuples(st.sampled_from([0.0, 0.25, 0.5, 1.0]) | st.floats(0, 1), st.integers(0, 1)),
+    min_size=1,
+    max_size=70,
+)
+
+
+# --- ECE ---------------------------------------------------------------------------------------
+
+
+@given(rows, st.integers(1, 20))
+def test_equal_mass_is_the_loop(data: list[tuple[float, int]], bins: int) -> None:
+    confidence, correct = [c for c, _ in data], [y for _, y in data]
+    expected = equal_mass_by_loop(confidence, correct, bins)
+    assert ece_equal_mass(confidence, correct, bins) == pytest.approx(expected, abs=1e-12)
+
+
+def test_equal_mass_remainder_goes_to_the_last_bin() -> None:
+    confidence = np.linspace(0.1, 0.8, 8)
+    correct = np.array([0, 0, 0, 1, 1, 1, 1, 0])
+    found = reliability_bins(confidence, correct, 3, "equal-mass")
+    assert found.count.tolist() == [2, 2, 4]
+    assert found.accuracy.tolist() == [0, 0.5, 0.75]
+
+
+def test_equal_mass_by_hand() -> None:
+    assert ece_equal_mass([0.6, 0.8, 0.9, 1.0], [0, 1, 1, 1], 2) == pytest.approx(0.125)
+    # Ties keep their order: each of the two bins holds one right and one wrong answer, or not.
+    assert ece_equal_mass([0.5] * 4, [0, 1, 0, 1], 2) == 0
+    assert ece_equal_mass([0.5] * 4, [0, 0, 1, 1], 2) == 0.5
+
+
+@pytest.mark.parametrize("ece", [ece_equal_mass, ece_equal_width])
+def test_batches_along_any_axis(ece: object) -> None:
+    assert callable(ece)
+    rng = np.random.default_rng(0)
+    confidence, correct = rng.random((3, 4, 101)), rng.random((3, 4, 101)) < 0.5
+    batch = ece(confidence, correct)
+    assert batch.shape == (3, 4)
+    np.testing.assert_allclose(batch[1, 2], ece(confidence[1, 2], correct[1, 2]), atol=1e-15)
+    moved = ece(np.moveaxis(confidence, -1, 0), np.moveaxis(correct, -1, 0), axis=0)
+    np.testing.assert_allclose(moved, batch, atol=1e-15)
+    assert isinstance(float(ece(confidence[0, 0], correct[0, 0])), float)
+    assert math.isnan(ece([], []))
+    assert np.isnan(ece(np.zeros((2, 0)), np.zeros((2, 0)))).tolist() == [True, True]
+
+
+@given(rows, st.sampled_from([1, 2, 4, 8, 16]))
+def test_equal_width_is_torchmetrics_on_edges_too(data: list[tuple[float, int]], bins: int) -> None:
+    confidence = np.array([c for c, _ in data])
+    correct = np.array([y for _, y in data])
+    expected = torch_ece(confidence, correct, bins)
+    assert ece_equal_width(confidence, correct, bins) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("bins", [1, 7, 10, 15, 16, 100])
+def test_equal_width_is_torchmetrics_on_random_data(dtype: type, bins: int) -> None:
+    rng = np.random.default_rng(bins)
+    confidence = rng.beta(5, 1, 2000).astype(dtype)
+    confidence[:20], confidence[20:40] = 0, 1
+    correct = rng.random(2000) < 0.7
+    expected = torch_ece(confidence, correct, bins)
+    tolerance = 1e-5 if dtype == np.float32 else 1e-12
+    assert ece_equal_width(confidence, correct, bins) == pytest.approx(expected, abs=tolerance)
+
+
+def test_equal_width_is_torchmetrics_on_its_own_edges() -> None:
+    edges = torch.linspace(0, 1, 16, dtype=torch.float64).numpy()
+    correct = np.arange(16) % 3 == 0
+    expected = torch_ece(edges, correct, 15)
+    assert ece_equal_width(edges, correct, 15) == pytest.approx(expected, abs=1e-12)
+
+
+def test_equal_width_is_torchmetrics_multiclass() -> None:
+    rng = np.random.default_rng(1)
+    p = rng.dirichlet(np.ones(4), 500)
+    gold = rng.integers(4, size=500)
+    expected = float(
+        multiclass_calibration_error(torch.from_numpy(p), torch.from_numpy(gold), num_classes=4, n_bins=15)
+    )
+    found = ece_equal_width(p.max(axis=1), p.argmax(axis=1) == gold, 15)
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_equal_width_edges_are_closed_on_the_left() -> None:
+    found = reliability_bins([0.0, 0.1, 0.3, 0.7, 1.0], [1] * 5, 10, "equal-width")
+    assert np.flatnonzero(found.count).tolist() == [0, 1, 3, 7, 10]
+    # float32(0.7) is less than 0.7 in float64, and still on the edge.
+    single = reliability_bins(np.array([0.7], dtype=np.float32), [1], 10, "equal-width")
+    assert np.flatnonzero(single.count).tolist() == [7]
+
+
+@given(rows, st.integers(1, 20))
+def test_reliability_bins_add_up_to_the_ece(data: list[tuple[float, int]], bins: int) -> None:
+    confidence, correct = [c for c, _ in data], [y for _, y in data]
+    mass = reliability_bins(confidence, correct, bins, "equal-mass")
+    width = reliability_bins(confidence, correct, bins, "equal-width")
+    assert mass.ece() == pytest.approx(ece_equal_mass(confidence, correct, bins), abs=1e-12)
+    assert width.ece() == pytest.approx(ece_equal_width(confidence, correct, bins), abs=1e-12)
+    for found in (mass, width):
+        assert found.count.sum() == len(data)
+        full = found.count > 0
+        assert (found.lower[full] <= found.confidence[full] + 1e-12).all()
+        assert (found.confidence[full] <= found.upper[full] + 1e-12).all()
+
+
+def test_reliability_bins_of_nothing() -> None:
+    assert reliability_bins([], [], kind="equal-mass").count.tolist() == []
+    assert reliability_bins([], [], 2, kind="equal-width").count.tolist() == [0, 0, 0]
+    assert math.isnan(reliability_bins([], []).ece())
+
+
+def test_bad_input_of_the_measures() -> None:
+    for ece in (ece_equal_mass, ece_equal_width):
+        with pytest.raises(ValueError, match="agree"):
+            ece([0.5, 0.5], [1])
+        with pytest.raises(ValueError, match="bins"):
+            ece([0.5], [1], 0)
+        with pytest.raises(ValueError, match="axis"):
+            ece(0.5, 1)
+    for bad in (1.1, -0.1, math.nan):
+        with pytest.raises(ValueError, match="probabilities"):
+            ece_equal_width([bad], [1])
+    assert ece_equal_width([1 + 1e-7], [1]) == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="kind"):
+        reliability_bins([0.5], [1], kind="mass")  # type: ignore[arg-type]
+
+
+# --- proper scores -----------------------------------------------------------------------------
+
+
+def test_brier_and_nll_by_hand() -> None:
+    p = [[0.7, 0.2, 0.1], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
+    np.testing.assert_allclose(brier_rows(p, [0, 1, 2]), [0.14, 0.0, 2.0], atol=1e-12)
+    assert brier(p, [0, 1, 2]) == pytest.approx(2.14 / 3)
+    assert nll(np.log([0.5, 0.25])) == pytest.approx(1.5 * math.log(2))
+    assert nll([0.0, -np.inf]) == np.inf
+    assert math.isnan(nll([]))
+    assert math.isnan(brier(np.zeros((0, 3)), []))
+
+
+def test_brier_refuses() -> None:
+    for gold in ([2], [-1], [0.5]):
+        with pytest.raises(ValueError, match="gold"):
+            brier([[0.5, 0.5]], gold)
+    with pytest.raises(ValueError, match=r"\[n, C\]"):
+        brier([0.5, 0.5], [0, 1])
+
+
+# --- temperature -------------------------------------------------------------------------------
+
+
+def nll_grid(log_p: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    row = np.arange(len(gold))
+    scaled = [scale_label_log_probabilities(log_p, t)[row, gold] for t in TEMPERATURES]
+    return -np.stack(scaled, axis=1)
+
+
+def test_the_grid() -> None:
+    assert len(TEMPERATURES) == 33
+    assert TEMPERATURES[0] == pytest.approx(0.1)
+    assert TEMPERATURES[-1] == pytest.approx(10)
+    assert 1.0 in TEMPERATURES.tolist()
+    with pytest.raises(ValueError, match="read-only"):
+        TEMPERATURES[0] = 1
+
+
+@pytest.mark.parametrize("true", [0.3, 0.77, 1.0, 2.5, 6.0])
+def test_temperature_is_recovered(true: float) -> None:
+    rng = np.random.default_rng(0)
+    logits = 2 * rng.standard_normal((40_000, 4))
+    noise = rng.gumbel(size=logits.shape)
+    gold = (logits + noise).argmax(axis=1)  # drawn from softmax(logits)
+    # The model reports logits that are `true` times too sharp.
+    assert fit_temperature(TEMPERATURES, nll_grid(true * logits, gold)) == pytest.approx(true, rel=0.03)
+
+
+def test_parabola_is_exact_on_a_parabola() -> None:
+    grid = (np.log(TEMPERATURES) - math.log(1.37)) ** 2
+    assert fit_temperature(TEMPERATURES, np.stack([grid, grid])) == pytest.approx(1.37, rel=1e-9)
+    uneven = np.array([0.2, 0.9, 1.5, 7.0])
+    grid = (np.log(uneven) - math.log(1.2)) ** 2
+    assert fit_temperature(uneven, grid[None]) == pytest.approx(1.2, rel=1e-9)
+
+
+def test_temperature_at_the_ends_and_without_information() -> None:
+    rising, flat = np.arange(33.0)[None], np.zeros((5, 33))
+    assert fit_temperature(TEMPERATURES, rising) == TEMPERATURES[0]
+    assert fit_temperature(TEMPERATURES, rising[:, ::-1]) == TEMPERATURES[-1]
+    assert fit_temperature(TEMPERATURES, flat) == 1.0
+    assert fit_temperature(TEMPERATURES, np.zeros((0, 33))) == 1.0
+    assert fit_temperature(TEMPERATURES, np.full((2, 33), np.inf)) == 1.0
+    part = np.full((1, 33), np.inf)
+    part[0, 20] = 1.0
+    assert fit_temperature(TEMPERATURES, part) == TEMPERATURES[20]
+
+
+def test_temperature_refuses() -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        fit_temperature(TEMPERATURES, np.full((1, 33), np.nan))
+    with pytest.raises(ValueError, match="nll_grid"):
+        fit_temperature(TEMPERATURES, np.zeros((1, 32)))
+    for bad in ([], [0.0, 1.0], [2.0, 1.0]):
+        with pytest.raises(ValueError, match="ascending"):
+            fit_temperature(bad, np.zeros((1, len(bad))))
+
+
+def test_scaling_label_log_probabilities() -> None:
+    p = np.array([[0.7, 0.2, 0.1], [0.25, 0.5, 0.25]])
+    np.testing.assert_allclose(np.exp(scale_label_log_probabilities(np.log(p), 1.0)), p)
+    # Not normalised in, normalised out.
+    np.testing.assert_allclose(np.exp(scale_label_log_probabilities(np.log(p) - 9, 1.0)), p)
+    squared = p**2 / (p**2).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(np.exp(scale_label_log_probabilities(np.log(p), 0.5)), squared)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = scale_label_log_probabilities([[-np.inf, -1.0, -1.0], [-np.inf] * 3], 0.1)
+        tiny = scale_label_log_probabilities([[-1e3, 0.0]], 1e-308)
+    np.testing.assert_allclose(np.exp(found), [[0, 0.5, 0.5], [1 / 3] * 3])
+    np.testing.assert_allclose(np.exp(tiny), [[0.0, 1.0]])
+    assert scale_label_log_probabilities(np.zeros((0, 3)), 2.0).shape == (0, 3)
+    for bad in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="temperature"):
+            scale_label_log_probabilities(p, bad)
+
+
+# --- intervals ---------------------------------------------------------------------------------
+
+
+def bernoulli(n: int, p: float, seed: int) -> np.ndarray:
+    return (np.random.default_rng(seed).random(n) < p).astype(np.float64)
+
+
+def test_coverage_on_a_bernoulli() -> None:
+    found = [bootstrap_interval(np.mean, [bernoulli(200, 0.7, s)], seed=s) for s in range(200)]
+    covered = np.mean([i.low <= 0.7 <= i.high for i in found])
+    assert 0.90 <= covered <= 0.99
+    assert all(i.low <= i.value <= i.high for i in found)
+    width = np.mean([i.high - i.low for i in found])
+    assert width == pytest.approx(2 * 1.96 * math.sqrt(0.7 * 0.3 / 200), rel=0.1)
+
+
+def test_agrees_with_scipy() -> None:
+    from scipy import stats
+
+    x = np.random.default_rng(3).exponential(size=80)
+    expected = stats.bootstrap((x,), np.mean, n_resamples=1000, method="BCa", random_state=7)
+    found = bootstrap_interval(np.mean, [x], seed=7)
+    assert found.low == pytest.approx(expected.confidence_interval.low, rel=0.03)
+    assert found.high == pytest.approx(expected.confidence_interval.high, rel=0.03)
+
+
+def test_degenerate_data_give_an_interval_and_no_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert bootstrap_interval(np.mean, [np.ones(50)]) == Interval(1.0, 1.0, 1.0)
+        assert bootstrap_interval(np.mean, [np.full(50, 0.1)]).low == pytest.approx(0.1)
+        one = bootstrap_interval(np.mean, [np.array([0.3])])
+        assert one == Interval(0.3, 0.3, 0.3)
+        for empty in (
+            bootstrap_interval(np.mean, [np.zeros(0)]),
+            clustered_interval(np.mean, []),
+            clustered_interval(np.mean, [[np.ones(3)], [np.zeros(0)]]),
+        ):
+            assert all(map(math.isnan, (empty.value, empty.low, empty.high)))
+        infinite = bootstrap_interval(np.mean, [np.array([1.0, np.inf, 2.0])])
+        assert infinite.value == infinite.high == np.inf
+        # All right, at different confidences: accuracy is constant, ECE is not.
+        confidence = np.random.default_rng(0).random(60)
+        ece = bootstrap_interval(ece_equal_mass, [confidence, np.ones(60)])
+        assert ece.low < ece.value < ece.high
+
+
+def test_only_the_degenerate_warning_is_silenced() -> None:
+    def warns(x: np.ndarray, axis: int = -1) -> np.ndarray:
+        warnings.warn("mine", UserWarning, stacklevel=1)
+        return np.mean(x, axis=axis)
+
+    with pytest.warns(UserWarning, match="mine"):
+        bootstrap_interval(warns, [np.ones(10)])
+
+
+def test_small_ece_keeps_a_width() -> None:
+    # BCa alone collapses here: resampling adds to a small ECE.
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        confidence = rng.uniform(0.3, 1, 500)
+        correct = rng.random(500) < confidence
+        found = bootstrap_interval(ece_equal_mass, [confidence, correct], seed=seed)
+        assert 0 <= found.low <= found.value <= found.high
+        assert found.high - found.low > 0.01
+
+
+def test_determinism_by_seed() -> None:
+    x, y = bernoulli(100, 0.6, 0), np.random.default_rng(1).random(100)
+    for interval in (
+        lambda seed: bootstrap_interval(ece_equal_mass, [y, x], seed=seed),
+        lambda seed: clustered_interval(ece_equal_mass, [[y, x], [y[:50], x[:50]]], seed=seed),
+        lambda seed: clustered_interval(np.mean, [x, y], seed=seed, shared_rows=True),
+        lambda seed: paired_difference_interval(np.mean, x, y, seed=seed),
+    ):
+        assert interval(0) == interval(0)
+        assert interval(0) != interval(1)
+
+
+def test_large_and_fast() -> None:
+    confidence, correct = np.random.default_rng(0).random(500), bernoulli(500, 0.6, 0)
+    start = time.perf_counter()
+    bootstrap_interval(ece_equal_mass, [confidence, correct])
+    assert time.perf_counter() - start < 2  # 0.15 s on an idle core
+    big = bernoulli(20_000, 0.5, 0)  # percentile, in batches
+    found = bootstrap_interval(np.mean, [big], resamples=200)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(20_000), rel=0.2)
+
+
+def test_narrower_at_less_confidence() -> None:
+    x = bernoulli(100, 0.5, 0)
+    wide, narrow = (bootstrap_interval(np.mean, [x], confidence=c) for c in (0.99, 0.5))
+    assert wide.low < narrow.low < narrow.high < wide.high
+
+
+def test_paired_difference() -> None:
+    rng = np.random.default_rng(0)
+    common = rng.normal(size=300)
+    a, b = common + 0.1 + 0.01 * rng.normal(size=300), common
+    found = paired_difference_interval(np.mean, [a], [b])
+    assert found.value == pytest.approx(np.mean(a) - np.mean(b))
+    assert 0.09 < found.low < found.high < 0.11  # unpaired it would be ten times as wide
+    same = paired_difference_interval(np.mean, a, a)
+    assert same == Interval(0.0, 0.0, 0.0)
+    confidence, right, wrong = rng.random(300), np.ones(300), np.zeros(300)
+    ece = paired_difference_interval(ece_equal_mass, [confidence, right], [confidence, wrong])
+    assert ece.low <= ece.value <= ece.high
+    with pytest.raises(ValueError, match="one length"):
+        paired_difference_interval(np.mean, [a], [b[:10]])
+
+
+def test_one_run_is_the_row_bootstrap() -> None:
+    x = bernoulli(200, 0.7, 0)
+    found = clustered_interval(np.mean, [[x]])
+    rows_only = bootstrap_interval(np.mean, [x])
+    assert found.value == rows_only.value
+    assert found.low == pytest.approx(rows_only.low, abs=0.015)
+    assert found.high == pytest.approx(rows_only.high, abs=0.015)
+    shared = clustered_interval(np.mean, [[x]], shared_rows=True)
+    assert shared.low == pytest.approx(rows_only.low, abs=0.015)
+
+
+def test_runs_that_differ_widen_the_interval() -> None:
+    alike = [[bernoulli(400, 0.7, s)] for s in range(5)]
+    apart = [[bernoulli(400 + s, 0.5 + 0.1 * s, s)] for s in range(5)]
+    narrow, wide = clustered_interval(np.mean, alike), clustered_interval(np.mean, apart)
+    assert wide.value == pytest.approx(np.mean([run[0].mean() for run in apart]))
+    assert wide.high - wide.low > 3 * (narrow.high - narrow.low)
+    for found in (narrow, wide):
+        assert found.low <= found.value <= found.high
+
+
+def test_shared_rows_do_not_average_out() -> None:
+    # Five runs that agree on every row say no more about other rows than one run.
+    x = bernoulli(300, 0.7, 0)
+    runs = [[x]] * 5
+    one = clustered_interval(np.mean, [[x]], shared_rows=True)
+    shared = clustered_interval(np.mean, runs, shared_rows=True)
+    nested = clustered_interval(np.mean, runs)
+    assert shared.high - shared.low == pytest.approx(one.high - one.low, rel=0.2)
+    assert nested.high - nested.low < 0.6 * (shared.high - shared.low)
+    with pytest.raises(ValueError, match="equal length"):
+        clustered_interval(np.mean, [[x], [x[:10]]], shared_rows=True)
+
+
+@settings(deadline=None, max_examples=25)
+@given(rows, st.integers(0, 3))
+def test_ends_enclose_the_value(data: list[tuple[float, int]], seed: int) -> None:
+    confidence = np.array([c for c, _ in data])
+    correct = np.array([y for _, y in data])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for found in (
+            bootstrap_interval(ece_equal_mass, [confidence, correct], seed=seed, resamples=99),
+            bootstrap_interval(np.mean, correct, seed=seed, resamples=99),
+            clustered_interval(ece_equal_width, [[confidence, correct]] * 2, resamples=99),
+        ):
+            assert found.low <= found.value <= found.high
+
+
+def test_interval_refuses() -> None:
+    x = np.ones(3)
+    for bad in ([], [x, np.ones(2)], [np.ones((3, 2))], [np.array(1.0)]):
+        with pytest.raises(ValueError, match="row arrays"):
+            bootstrap_interval(np.mean, bad)
+    for confidence in (0.0, 1.0, 95.0):
+        with pytest.raises(ValueError, match="confidence"):
+            bootstrap_interval(np.mean, [x], confidence=confidence)
+    with pytest.raises(ValueError, match="resamples"):
+        clustered_interval(np.mean, [[x]], resamples=0)
+
+
+def test_interval_to_dict_is_json() -> None:
+    assert Interval(0.5, 0.4, 0.6).to_dict() == {"value": 0.5, "low": 0.4, "high": 0.6}
+    nothing = Interval(math.nan, math.nan, math.inf).to_dict()
+    assert json.loads(json.dumps(nothing, allow_nan=False)) == dict.fromkeys(nothing)

@@ -1,0 +1,1 @@
+"""A tiny causal language model that learns in context, and the tasks it was trained on."""
