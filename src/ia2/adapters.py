@@ -68,7 +68,7 @@ def _lora(model: nn.Module, config: AdapterConfig) -> PeftConfig:
 
     return LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT takes floats too
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # floats work too
         lora_dropout=config.dropout,
         target_modules=list(config.target_modules or attention_projections(model)),
         task_type="CAUSAL_LM",

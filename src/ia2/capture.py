@@ -88,11 +88,11 @@ def _declared(model: nn.Module) -> list[tuple[str, nn.Module]]:
                 layer_name, target = recorder.layer_name, recorder.target_class
             if not isinstance(target, type):
                 continue
-            part_modules: Any = part.named_modules(prefix=prefix)
-            for name, module in part_modules:
+            kind: Any = target
+            for name, module in part.named_modules(prefix=prefix):
                 # layer_name tells self-attention from cross-attention of the same class
                 suffix_fits = layer_name is None or f".{name}".endswith(layer_name)
-                if isinstance(module, target) and suffix_fits and _is_text_layer(name, module):
+                if isinstance(module, kind) and suffix_fits and _is_text_layer(name, module):
                     found.append((name, module))
     return found
 

@@ -16,12 +16,12 @@ queries with fillers, and last to the separator token.  The early stages use mor
 (4 to 8), so that guessing pays less.  A stage ends when the running accuracy on predictable
 labels (those whose class came up before in the sequence) passes a bar.  The last stage mixes
 sequences with and without the separator token (both work afterwards), and the learning rate falls
-to zero over the last part of the run.  Rates of 7e-4 and 1e-3 get through; from 1.5e-3 on the
-model stays on the first stage.
+to zero over the last part of the run.  In single trials, rates of 7e-4 and 1e-3 got
+through; 1.5e-3 and 3e-3 were still on the first stage after a thousand steps.
 
-Result.  Accuracy is 1.0 (2, 3 and 4 classes, argmax over the whole vocabulary) from 4 up to 16
-demonstrations; without any, the eight labels are about equally likely.  The model never emits
-EOS, so generate one token.
+Result.  On 300 tasks a cell, accuracy is 1.0 (2, 3 and 4 classes, argmax over the whole
+vocabulary) with 4, 8, 12 and 16 demonstrations.  Without any, the eight labels are about equally
+likely.  The model never emits EOS, so generate one token.
 
 The run is deterministic for a given seed, machine and number of threads.
 """

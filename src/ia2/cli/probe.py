@@ -26,9 +26,7 @@ def probe(config: ProbeConfig, json: Json = False, quiet: Quiet = False) -> None
 
 def _print(verdict: str, reason: str, facts: dict[str, Any]) -> None:
     accuracy, cost = facts["accuracy"], facts["cost"]
-    print(
-        f"Each of {facts['rows']} rows answered with the {facts['demonstrations']} others as demonstrations:"
-    )
+    print(f"Each of {facts['rows']} rows, the {facts['demonstrations']} others shown before it:")
     print(f"  in-context learning   {accuracy['icl']:.1%}")
     print(f"  base model            {accuracy['base']:.1%}")
     print(f"  most frequent label   {accuracy['most_frequent_label']:.1%}")
