@@ -16,27 +16,24 @@ import pytest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-WORDS = (
-    "Text Label Question Answer : \n \n\n a b c d e f g h i j red green blue good bad great awful fine "
-    "film food song day night cat dog bird fish sun rain one two three four five six seven the was is "
-    "very not and or to of in on it this that . , ! ? 0 1 positive negative yes no"
-).split(" ")
+_WORDS = """
+    Text Label Question Answer positive negative yes no 0 1 a b c d e f g h red green blue good bad great
+    awful fine film food song day night cat dog bird fish sun one two three the was is very not and in
+"""
+_SIGNS = [":", "\n", "\n\n", ".", ",", "!", "?", " "]
 
 
 def make_word_tokenizer(model_max_length: int = 256) -> PreTrainedTokenizerFast:
-    """One id a word; blanks separate and are not part of a token, line breaks are tokens."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    """One id a word, with and without a blank before it, so that decoding gives the text back."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
-    vocabulary = {word: place for place, word in enumerate([*special, *dict.fromkeys(WORDS)])}
+    words = _WORDS.split()
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", *_SIGNS, *words, *(f" {word}" for word in words)]
+    vocabulary = {token: place for place, token in enumerate(tokens)}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\n\n|\n|[:.,!?]"), "isolated"),
-            pre_tokenizers.Split(" ", "removed"),
-        ]
-    )
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n\n|\n|[:.,!?]| ?[A-Za-z0-9]+| "), "isolated")
+    inner.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
         pad_token="<pad>",
@@ -49,7 +46,7 @@ def make_word_tokenizer(model_max_length: int = 256) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer that adds no special tokens; its ids fit the models of ``families``."""
+    """A word-level tokenizer without special tokens around a text; its ids fit ``families``."""
     return make_word_tokenizer()
 
 

@@ -27,7 +27,7 @@ from transformers import (
     Qwen3Config,
 )
 
-VOCABULARY = 96
+VOCABULARY = 128
 WIDTH = 32
 LAYERS = 2
 HEADS = 4
@@ -88,9 +88,7 @@ def _mistral() -> PreTrainedModel:
 
 
 def _phi3() -> PreTrainedModel:
-    return build(
-        Phi3Config(**_MODERN, num_key_value_heads=2, original_max_position_embeddings=POSITIONS)
-    )
+    return build(Phi3Config(**_MODERN, num_key_value_heads=2, original_max_position_embeddings=POSITIONS))
 
 
 def _gpt_neox() -> PreTrainedModel:
@@ -117,9 +115,7 @@ def _opt() -> PreTrainedModel:
 
 
 def _falcon() -> PreTrainedModel:
-    return build(
-        FalconConfig(**_OLD, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS)
-    )
+    return build(FalconConfig(**_OLD, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS))
 
 
 def _bloom() -> PreTrainedModel:

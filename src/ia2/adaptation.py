@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from ia2.errors import ConfigError, DataError
 from ia2.evaluation.metrics import summarise
 from ia2.evaluation.scoring import Prediction, write_predictions
 from ia2.examples import Examples, FewShotSplit, RowFormat
-from ia2.files import read_json, write_json, write_text
+from ia2.files import finite, read_json, write_json, write_text
 from ia2.models import BaseModel, load_base
 from ia2.recipes import ALIGN, RECIPES, TRAINED
 from ia2.report.card import model_card
@@ -111,30 +112,32 @@ def adapt(
     if test is not None and task.kind == "classification":
         for example in test:
             task.label_of(example)
+    rows = test if test is not None else data.dev
     logger.info("Examples: %d to train on, %d dev rows.", len(data.train), len(data.dev))
     if not len(data.dev):
         logger.warning("No dev rows: no early stopping, no choice of learning rate, no temperature scaling.")
-    if output_dir is None:
-        with tempfile.TemporaryDirectory(prefix="ia2-") as scratch:
-            return _run(base, data, task, config, test, Path(scratch), facts, keep=False)
-    folder = Path(output_dir)
-    # the workbench refuses what cannot work before anything is written
-    first_then_all(lambda: claim(folder, "train", facts["config"], facts["data"], overwrite and is_first()))
-    return _run(base, data, task, config, test, folder, facts, keep=True)
+    with ExitStack() as stack:
+        if output_dir is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ia2-")))
+        else:
+            folder = Path(output_dir)
+        bench = Workbench(base, data, task, config, folder, one_recipe=True)
+        try:
+            # what cannot work is refused before anything is written, or anything of another run deleted
+            bench.check([config.recipe], rows)
+            bench.model  # noqa: B018 - put on here, where an adapter that does not fit is refused
+            if output_dir is not None:
+                first_then_all(
+                    lambda: claim(folder, "train", facts["config"], facts["data"], overwrite and is_first())
+                )
+            return _run(bench, test, facts, keep=output_dir is not None)
+        except BaseException:
+            bench.close()
+            raise
 
 
-def _run(
-    base: BaseModel,
-    data: FewShotSplit,
-    task: Task,
-    config: AdaptConfig,
-    test: Examples | None,
-    folder: Path,
-    facts: dict[str, Any],
-    *,
-    keep: bool,
-) -> AdaptResult:
-    bench = Workbench(base, data, task, config, folder, one_recipe=True)
+def _run(bench: Workbench, test: Examples | None, facts: dict[str, Any], *, keep: bool) -> AdaptResult:
+    base, data, task, config, folder = bench.base, bench.data, bench.task, bench.config, bench.folder
     if ALIGN in RECIPES[config.recipe]:
         bench.targets  # noqa: B018 - the teacher pass, before the user pays for training
         warn_if_icl_fails(bench)
@@ -208,7 +211,7 @@ def write_outputs(folder: Path, result: AdaptResult) -> None:
         write_predictions(folder / "predictions.jsonl", result.predictions)
     add_facts(folder, task=task_facts(result.task), temperatures=result.metrics.get("temperatures", {}))
     write_text(folder / "README.md", model_card(result.metrics, result._facts, result.task))
-    write_json(folder / "metrics.json", result.metrics)
+    write_json(folder / "metrics.json", finite(result.metrics))
 
 
 def load_base_of(model: str | BaseModel, config: AdaptConfig) -> BaseModel:
@@ -265,6 +268,7 @@ def load_adapter(folder: str | Path, device: str | None = None) -> tuple[AdaptRe
         DataError: the folder holds no finished run.
         ModelError: its base model cannot be loaded.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from ia2.adapters import attach, load_adapter_state, peft_config
@@ -273,9 +277,13 @@ def load_adapter(folder: str | Path, device: str | None = None) -> tuple[AdaptRe
     config, task, facts = load_run(folder)
     if device is not None:
         config = config.model_copy(update={"device": device})
+    try:
+        state = load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{folder}: adapter_model.safetensors cannot be read ({error}).") from error
     base = load_base_of(config.model, config)
     model = attach(base.model, peft_config(base.model, config.adapter), config.seed)
-    load_adapter_state(model, load_file(folder / "adapter_model.safetensors"))
+    load_adapter_state(model, state)
     metrics = read_json(folder / "metrics.json")
     return AdaptResult(model, base.tokenizer, config, task, metrics, folder=folder, _facts=facts), base
 

@@ -65,12 +65,15 @@ def attention_projections(model: nn.Module, pattern: str | None = None) -> list[
 
 def _lora(model: nn.Module, config: AdapterConfig) -> PeftConfig:
     from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
 
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # floats work too
         lora_dropout=config.dropout,
         target_modules=list(config.target_modules or attention_projections(model)),
+        # GPT-2's layers keep their weights transposed
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in unwrap(model).modules()),
         task_type="CAUSAL_LM",
     )
 
@@ -146,29 +149,51 @@ def base_weights(model: nn.Module) -> Iterator[None]:
         return
     # PEFT marks every adapter weight as trainable when it switches back on
     trainable = [(parameter, parameter.requires_grad) for parameter in inner.parameters()]
-    with disable():
-        yield
-    for parameter, requires_grad in trainable:
-        parameter.requires_grad_(requires_grad)
+    try:
+        with disable():
+            yield
+    finally:
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
 
 
 def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Copies of the adapter's weights on the CPU."""
+    """Copies of the adapter's weights on the CPU, from which training can go on."""
     from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(model)
+    if model.active_peft_config.is_prompt_learning:
+        # PEFT keeps what the encoder of p-tuning computes, not the encoder itself
+        state = model.prompt_encoder.state_dict(prefix="prompt_encoder.")
+    else:
+        # the base's embeddings never change size here, and looking whether they did asks the hub
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
 
 def load_adapter_state(model: PeftModel, state: Mapping[str, torch.Tensor]) -> None:
-    """Set the adapter's weights.
+    """Set the adapter's weights, from :func:`adapter_state` or from a file that PEFT has written.
 
     Raises:
         ConfigError: the weights are of another adapter.
     """
     from peft import set_peft_model_state_dict
 
-    result = set_peft_model_state_dict(model, dict(state))
-    unexpected = getattr(result, "unexpected_keys", None)
+    config: Any = model.active_peft_config
+    try:
+        if not config.is_prompt_learning:
+            result: Any = set_peft_model_state_dict(model, dict(state))
+            unexpected = result.unexpected_keys
+        elif "prompt_embeddings" in state:
+            set_peft_model_state_dict(model, dict(state))
+            # these are the encoder's outputs, to be used as they are
+            config.inference_mode = True
+            unexpected = []
+        else:
+            config.inference_mode = False
+            prefix = "prompt_encoder."
+            weights = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+            unexpected = model.prompt_encoder.load_state_dict(weights, strict=False).unexpected_keys
+    except RuntimeError as error:  # other shapes
+        raise ConfigError(f"these adapter weights do not fit the model: {error}") from error
     if unexpected:
         raise ConfigError(f"these adapter weights do not fit the model: {unexpected[:3]} …")

@@ -20,7 +20,7 @@ from ia2.evaluation.calibration import clustered_interval
 from ia2.evaluation.metrics import STATISTICS, Measured, RowMeasures, summarise
 from ia2.evaluation.scoring import write_predictions
 from ia2.examples import Examples, FewShotSplit
-from ia2.files import digest, read_json, write_json, write_text
+from ia2.files import digest, finite, read_json, write_json, write_text
 from ia2.models import BaseModel
 from ia2.recipes import DESCRIPTIONS, RECIPES
 from ia2.report.tables import comparison_markdown
@@ -97,7 +97,7 @@ class _Round:
     places: list[int]
     folder: Path
     seed: int
-    task: Task
+    bench: Workbench
     reference: IclReference | None = field(default=None)
 
 
@@ -143,6 +143,17 @@ def compare(
             task.label_of(row)
     data = {"data": examples.fingerprint, "test": test.fingerprint if test is not None else ""}
     settings = {**config.model_dump(), "model": base.name, "output_dir": None}
+    benches = [
+        Workbench(base, split, task, config.model_copy(update={"seed": seed}), path)
+        for seed, split, _, _, path in rounds
+    ]
+    # what cannot work is refused before anything is written, or anything of another run deleted
+    for bench, (_, _, rows, _, _) in zip(benches, rounds, strict=True):
+        bench.check(config.recipes, rows)
+    try:
+        benches[0].model  # noqa: B018 - an adapter that does not fit is refused when it is put on
+    finally:
+        benches[0].close()
     first_then_all(lambda: claim(folder, "compare", settings, data, overwrite and is_first()))
 
     outcomes: dict[str, dict[int, list[Outcome]]] = {r: {} for r in config.recipes}
@@ -156,12 +167,12 @@ def compare(
             len(split.dev),
             len(rows),
         )
-        done = _round(base, task, config, _Round(split, rows, places, path, seed, task))
+        done = _round(config, _Round(split, rows, places, path, seed, benches[number]))
         for recipe, outcome in done.items():
             outcomes[recipe].setdefault(seed, []).append(outcome)
     summary = _summary(base, task, config, examples, test, rounds, outcomes)
     if is_first():
-        write_json(folder / "compare.json", summary)
+        write_json(folder / "compare.json", finite(summary))
         write_text(folder / "table.md", comparison_markdown(summary))
     wait()
     return Comparison(summary, folder)
@@ -197,7 +208,7 @@ def _rounds(examples: Examples, test: Examples | None, config: CompareConfig, fo
     return plans
 
 
-def _round(base: BaseModel, task: Task, config: CompareConfig, current: _Round) -> dict[str, Outcome]:
+def _round(config: CompareConfig, current: _Round) -> dict[str, Outcome]:
     """All recipes on one training set; what an earlier start finished is read, not run."""
     found: dict[str, Outcome] = {}
     files = {recipe: current.folder / "evaluations" / f"{recipe}.json" for recipe in config.recipes}
@@ -208,8 +219,7 @@ def _round(base: BaseModel, task: Task, config: CompareConfig, current: _Round) 
         logger.info("%s: finished before.", current.folder)
         wait()
         return found
-    settings = config.model_copy(update={"seed": current.seed})
-    bench = Workbench(base, current.data, task, settings, current.folder)
+    bench = current.bench
     try:
         for recipe, file in files.items():
             if recipe in found:
@@ -268,8 +278,7 @@ def _summary(
             "learning_rates": [outcome.learning_rate for outcome in every],
         }
         if all(outcome.asim is not None for outcome in every):
-            runs = [[np.concatenate([np.array(o.asim) for o in folds])] for folds in by_seed.values()]
-            entry["asim"] = clustered_interval(lambda a, axis: a.mean(axis), runs).to_dict()
+            entry["asim"] = _asim_interval(list(by_seed.values()))
             parts = [o.similarity for o in every if o.similarity is not None]
             entry["similarity"] = {
                 key: np.mean([p[key] for p in parts], axis=0)
@@ -311,6 +320,19 @@ def _summary(
         "machine": machine(),
         "versions": versions(),
     }
+
+
+def _asim_interval(by_seed: Sequence[Sequence[Outcome]]) -> dict[str, float | None]:
+    """Mean similarity to ICL over seeds and queries."""
+    places, runs = [], []
+    for folds in by_seed:
+        # measured on the first queries of each fold
+        where = np.concatenate([outcome.places[: len(outcome.asim or ())] for outcome in folds])
+        order = np.argsort(where, kind="stable")
+        places.append(where[order].tolist())
+        runs.append([np.concatenate([np.array(outcome.asim) for outcome in folds])[order]])
+    shared = all(where == places[0] for where in places)
+    return clustered_interval(lambda a, axis: a.mean(axis), runs, shared_rows=shared).to_dict()
 
 
 def _merge(folds: Sequence[Outcome]) -> Measured:

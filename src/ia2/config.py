@@ -158,6 +158,11 @@ class AdaptConfig(_Section):
             raise ValueError(
                 f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}"
             )
+        if self.targets == "online" and self.permutation_targets == "mean" and self.demo_permutations > 1:
+            raise ValueError(
+                "targets averaged over several demonstration orders cannot be computed online. Set "
+                "permutation_targets to sample, or targets to store"
+            )
         return self
 
 
@@ -259,7 +264,7 @@ def load_config(kind: type[_Section], file: str | Path | None, flags: Mapping[st
         values = _read_yaml(Path(file))
     for name, value in flags.items():
         if value is not None:
-            _assign(values, name, value)
+            _assign(values, name, value, f"{file}: " if file is not None else "")
     return validate(kind, values, str(file) if file is not None else None)
 
 
@@ -274,7 +279,8 @@ def validate(kind: type[_Section], values: Mapping[str, Any], where: str | None 
     except ValidationError as error:
         lines = [_describe(kind, problem) for problem in error.errors()]
         prefix = f"{where}: " if where else ""
-        raise ConfigError(prefix + "; ".join(lines) + ".") from None
+        message = prefix + "; ".join(lines)
+        raise ConfigError(message if message.endswith("?") else message + ".") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -290,17 +296,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if values is None:  # nothing but comments
+        return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(values).__name__}.")
     return values
 
 
-def _assign(values: dict[str, Any], name: str, value: Any) -> None:
+def _assign(values: dict[str, Any], name: str, value: Any, prefix: str) -> None:
     *sections, leaf = name.split(".")
     for section in sections:
         inner = values.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"{name}: {section} is not a section.")
+            raise ConfigError(f"{prefix}{section}: expected keys and values, found {type(inner).__name__}.")
         values = inner
     values[leaf] = value
 

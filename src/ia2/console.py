@@ -44,6 +44,12 @@ def _quiet_dependencies() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if _show_progress else "1")
     os.environ.setdefault("TQDM_DISABLE", "0" if _show_progress else "1")
+    # peft 0.21 asks transformers for an attribute that was renamed in 5.18; it works all the same
+    # (https://github.com/huggingface/peft/issues) until peft asks by the new name.
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
+    # one dependency's use of another; nothing a user can act on
+    for package in ("accelerate", "datasets", "peft", "torch", "transformers"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{package}\.")
     # torch's lazy NVML probe on machines without a GPU; nothing a user can act on.
     warnings.filterwarnings("ignore", message="Can't initialize NVML")
 

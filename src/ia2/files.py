@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -24,13 +25,36 @@ def cache_dir() -> Path:
     return (Path(base).expanduser() if base else Path.home() / ".cache") / "ia2"
 
 
+def no_space_left(error: BaseException) -> bool:
+    """Whether a full disk is what went wrong; safetensors and torch have no errno, only the text."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "No space left on device" in str(error) or "os error 28" in str(error)
+
+
 @contextmanager
-def _no_space_is_a_user_error(path: Path) -> Iterator[None]:
+def space_needed(path: Path) -> Iterator[None]:
+    """A full disk while something is written to ``path`` is a user's error.
+
+    Raises:
+        RunFolderError: the disk is full.
+    """
     try:
         yield
+    except Exception as error:
+        if not no_space_left(error):
+            raise
+        raise RunFolderError(
+            f"{path}: no space left on the device. Free some and run the same command again."
+        ) from error
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        with space_needed(path):
+            yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunFolderError(f"{path}: no space left on the device. Free some and run again.") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise RunFolderError(
                 f"{path}: not writable ({error.strerror}). Choose another folder."
@@ -47,7 +71,7 @@ def atomic_dir(path: Path) -> Iterator[Path]:
     Raises:
         RunFolderError: nothing can be written there.
     """
-    with _no_space_is_a_user_error(path):
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
@@ -62,7 +86,7 @@ def atomic_dir(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path``, whole or not at all."""
-    with _no_space_is_a_user_error(path):
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
@@ -81,8 +105,28 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file written by :func:`write_json`."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read a JSON file written by :func:`write_json`.
+
+    Raises:
+        RunFolderError: it has been damaged since.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunFolderError(f"{path}: damaged ({error}). Remove it, or choose another folder.") from error
+
+
+def finite(value: Any) -> Any:
+    """``value`` with None for NaN and infinities, which JSON lacks: for results that others read."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return value
 
 
 def digest(value: Any) -> str:

@@ -9,7 +9,9 @@ that fits in memory and halve it when it does not.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -99,12 +101,15 @@ def answer_pass(
     budget = batch_tokens or token_budget(model)
     plan = _plan(suffixes, lengths, budget, vocabulary)
 
-    with _evaluating(model), torch.inference_mode(), progress(description, len(rows)) as bar:
+    with _evaluating(model), progress(description, len(rows)) as bar:
         prefix = _prefill(model, rows[0][:shared], capture) if shared else None
 
         def run(members: list[int]) -> list[AnswerOutput]:
             batch = pad_rows([suffixes[i] for i in members], [lengths[i] for i in members], pad_id(tokenizer))
-            return _run_batch(model, batch, members, prefix, shared, capture, logits)
+            # Here, not around the loop: this is a generator, and the caller's code runs between batches.
+            # Not inference_mode: its tensors cannot be targets of a loss.
+            with torch.no_grad():
+                return _run_batch(model, batch, members, prefix, shared, capture, logits)
 
         yield from _halving(plan, run, bar)
 
@@ -223,11 +228,10 @@ def generate_answers(
         batch_tokens or token_budget(model),
         0,
         grow=reach,
-        # Padding between a shared prefix and the query would count towards a sliding window.
-        equal_lengths=bool(shared) and _has_sliding_window(model),
+        equal_lengths=_padding_counts(model, shared),
     )
     results: dict[int, Generated] = {}
-    with _evaluating(model), torch.inference_mode(), progress(description, len(prompts)) as bar:
+    with _evaluating(model), _greedy(model), torch.no_grad(), progress(description, len(prompts)) as bar:
         prefix = _prefill(model, prompts[0][:shared], None) if shared else None
         device = _input_device(model)
 
@@ -407,15 +411,16 @@ def _prefill(model: Any, prefix: Ids, capture: ActivationCapture | None) -> Any:
 
     cache = DynamicCache(config=model.config)
     device = _input_device(model)
-    model(
-        input_ids=torch.tensor([prefix], device=device),
-        attention_mask=torch.ones(1, len(prefix), dtype=torch.long, device=device),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    with torch.no_grad():
+        model(
+            input_ids=torch.tensor([prefix], device=device),
+            attention_mask=torch.ones(1, len(prefix), dtype=torch.long, device=device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
     if capture is not None:
-        capture.take()  # nothing before the queries is an answer position
+        capture.disarm()  # nothing before the queries is an answer position
     return cache
 
 
@@ -429,9 +434,29 @@ def _takes_cache(model: Any) -> bool:
     if any("attention" not in kind for kind in kinds):
         return False
     # virtual tokens would come between the cached prefix and the query
-    return not getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False) or bool(
-        getattr(model, "_adapters_disabled", False)
-    )
+    return not _has_virtual_tokens(model)
+
+
+def _has_virtual_tokens(model: Any) -> bool:
+    """Whether an active adapter puts tokens of its own before the sequence (prompt tuning)."""
+    prompting = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    return bool(prompting) and not getattr(model, "_adapters_disabled", False)
+
+
+def _padding_counts(model: Any, shared: int) -> bool:
+    """Whether padding just before the query, behind ``shared`` cached ids, would change its answer.
+
+    Attention skips padding; what matters is whether the distance over it counts.
+    """
+    from ia2.capture import unwrap
+
+    if _has_virtual_tokens(model):
+        return True  # they stand before the padding, and PEFT drops the position ids
+    if not shared:
+        return False
+    # without position ids, distances may be those in the padded row (MPT)
+    positioned = "position_ids" in inspect.signature(unwrap(model).forward).parameters
+    return not positioned or _has_sliding_window(model)
 
 
 def _has_sliding_window(model: Any) -> bool:
@@ -445,6 +470,21 @@ def _has_sliding_window(model: Any) -> bool:
 def _input_device(model: Any) -> torch.device:
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     return next(iter(embeddings.parameters())).device  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _greedy(model: Any) -> Iterator[None]:
+    """Without the settings that come with a model: ``generate`` would add its penalties to ours."""
+    from transformers import GenerationConfig
+
+    from ia2.capture import unwrap
+
+    inner = unwrap(model)
+    recommended, inner.generation_config = inner.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = recommended
 
 
 class _evaluating:

@@ -123,6 +123,7 @@ def load_base(
     """
     path = resolve(name)
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     target = _device(device)
@@ -137,7 +138,7 @@ def load_base(
         if attn_implementation:
             options["attn_implementation"] = attn_implementation
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(_explain(name, path, error)) from error
     torch.nn.Module.to(model, target).eval().requires_grad_(False)
     identity = {
@@ -203,12 +204,11 @@ def _explain(name: str, path: str, error: Exception) -> str:
 
 def _weights_identity(model: PreTrainedModel) -> str:
     """A cheap digest that changes when weights change: shapes, and a few values of every tensor."""
-    import torch
-
     sample = []
     for parameter_name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
-        picks = torch.linspace(0, flat.numel() - 1, 4).long().to(flat.device)
+        last = flat.numel() - 1
+        picks = [0, last // 3, 2 * last // 3, last] if last >= 0 else []
         sample.append((parameter_name, list(parameter.shape), flat[picks].float().tolist()))
     return digest(sample)
 
@@ -269,8 +269,8 @@ def _write_converted(parts: list[Path], target: Path) -> None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(source.parent, **options)
             model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **options)
-        except (OSError, ValueError, KeyError, NotImplementedError) as error:
-            message = " ".join(str(error).split())[:300]
+        except Exception as error:  # broken bytes lead readers to errors of any kind
+            message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise ModelError(f"{parts[0]}: not a GGUF file that transformers can read: {message}") from error
         # The weights are plain float32 now; with this entry save_pretrained refuses them.
         if hasattr(model.config, "quantization_config"):

@@ -161,15 +161,14 @@ def _right(bench: Workbench, rows: Examples, prompts: list[Any], description: st
 
 
 def _majority(rows: Examples) -> np.ndarray:
-    """Whether the most frequent label of the *other* rows is a row's own, ``[n]``."""
+    """Whether a row has the most frequent label, ``[n]``.
+
+    Of all rows, not of the others: among balanced rows the most frequent label of the others is never a
+    row's own, and guessing would seem to be always wrong.
+    """
     counts = Counter(rows.answers)
-    right = []
-    for answer in rows.answers:
-        others = counts.copy()
-        others[answer] -= 1
-        guess = max(sorted(others), key=lambda label: others[label])
-        right.append(float(guess == answer))
-    return np.array(right)
+    guess = max(sorted(counts), key=lambda label: counts[label])
+    return np.array([float(answer == guess) for answer in rows.answers])
 
 
 def _training_step_seconds(bench: Workbench) -> float:

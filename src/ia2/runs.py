@@ -41,16 +41,18 @@ def claim(
         raise RunFolderError(f"{folder} is a file. Choose another --output-dir.")
     holds = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
     if (folder / RUN_FILE).is_file():
-        known = read_json(folder / RUN_FILE)
-        differing = _differences(known, facts)
-        if not differing:
+        differing = _differences(read_json(folder / RUN_FILE), facts)
+        if not differing and (folder / CONFIG_FILE).is_file():
             return
-        if not overwrite:
+        # a run that was stopped before it computed anything is no work to protect
+        started = any(path.name not in (RUN_FILE, CONFIG_FILE) for path in holds)
+        if differing and started and not overwrite:
             raise RunFolderError(
                 f"{folder} holds another run ({', '.join(differing)} differ). "
                 "Choose another --output-dir, or give --overwrite to replace it."
             )
-        shutil.rmtree(folder)
+        if differing and started:
+            shutil.rmtree(folder)
     elif holds:
         raise RunFolderError(
             f"{folder} is not empty and holds no ia2 run ({holds[0].name} …). Choose another --output-dir."
@@ -96,7 +98,9 @@ def load_run(folder: Path) -> tuple[TrainConfig, Task, dict[str, Any]]:
     if not (folder / RUN_FILE).is_file():
         raise DataError(f"{folder}: no ia2 run there ({RUN_FILE} is missing).")
     facts = read_json(folder / RUN_FILE)
-    if "task" not in facts or not (folder / "adapter_config.json").is_file():
+    # metrics.json is written last
+    parts = ("adapter_config.json", "adapter_model.safetensors", "metrics.json")
+    if "task" not in facts or not all((folder / part).is_file() for part in parts):
         raise DataError(f"{folder}: the run has not finished; start the same command again to continue it.")
     config = validate(TrainConfig, {**facts["config"], "output_dir": str(folder)}, str(folder))
     given = facts["task"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ia2.config import AdaptConfig
 from ia2.console import logger
 from ia2.errors import ConfigError, DataError
+from ia2.evaluation.answers import load_parser
 from ia2.examples import Example, Examples
 from ia2.tokens import Ids, decode, encode_answer
 
@@ -102,6 +103,7 @@ def make_task(
             declared.
     """
     kind = config.task
+    load_parser(config.parser)  # unknown ones are refused now, not after the training
     if kind == "auto":
         kind = "classification" if config.labels or _looks_like_labels(examples) else "generation"
     stop = stop_text(examples, config.separator, prompt_template)

@@ -38,11 +38,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, source: str = "
         DataError: the text gives no token at all (there is then no position that predicts).
     """
     ids = list(tokenizer(text, add_special_tokens=True)["input_ids"])
-    plain = tokenizer(text, add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids)
-    # Only what the special-token pass appended goes; a text may itself end in a special token.
-    while ids and ids[-1] in special and (not plain or ids[-1] != plain[-1]):
-        ids.pop()
+    plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    # What the tokenizer appended is what follows the plain ids; the text may itself end in special tokens.
+    for start in range(len(ids) - len(plain) + 1):
+        if ids[start : start + len(plain)] == plain:
+            ids = ids[: start + len(plain)]
+            break
     if not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
     if not ids:

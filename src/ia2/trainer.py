@@ -252,8 +252,8 @@ class ExampleTrainer(Trainer):
         micro = min(settings.micro_batch_size or per_process, per_process)
         accumulation = -(-per_process // micro)
         self._slots = micro * accumulation * world
-        steps = -(-count // self._per_step)
-        self.eval_every = settings.eval_every or max(2, -(-steps // 4))
+        self.steps_per_epoch = -(-count // self._per_step)
+        self.eval_every = settings.eval_every or max(2, -(-self.steps_per_epoch // 4))
         arguments = TrainingArguments(
             output_dir=str(settings.output_dir),
             per_device_train_batch_size=micro,
@@ -320,14 +320,13 @@ class ExampleTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
-        steps = -(-len(dataset) // self._per_step)
         return EpochSampler(
             len(dataset),
             self._per_step,
             self._slots,
             dataset.permutations,
             self.settings.seed,
-            lambda: self.state.global_step // steps,
+            lambda: self.state.global_step // self.steps_per_epoch,
         )
 
     # -------------------------------------------------------------------------------- evaluation
@@ -570,7 +569,6 @@ class BestWeights(TrainerCallback):
         self.waited = 0
         self.state_dict: dict[str, torch.Tensor] | None = None
         self.trainer: ExampleTrainer | None = None
-        self._evaluated_at = -1
 
     def on_evaluate(
         self,
@@ -581,12 +579,10 @@ class BestWeights(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Compare with the best so far."""
-        self._evaluated_at = state.global_step
+        assert self.trainer is not None
         loss = (metrics or {}).get("eval_loss", float("nan"))
-        if loss != loss:  # no dev rows
-            return
-        if self.loss != self.loss or loss < self.loss:
-            assert self.trainer is not None
+        # a diverged stage has a loss of nan, which is no improvement
+        if loss == loss and not loss >= self.loss:
             self.loss, self.step, self.waited = loss, state.global_step, 0
             if self.restore_best:
                 self.state_dict = adapter_state(self.trainer.model)
@@ -594,18 +590,20 @@ class BestWeights(TrainerCallback):
             self.waited += 1
             if self.waited >= self.patience:
                 control.should_training_stop = True
+                # a stage resumed from here would not know that it is over, and train on
+                control.should_save = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """No dev rows, no evaluation."""
-        if self.trainer is not None and not len(self.trainer.eval_dataset):
-            control.should_evaluate = False
+        """Evaluate after an epoch's last step too; without dev rows, never.
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluate at the end of an epoch too, but never twice at one step (patience would halve)."""
-        has_dev = self.trainer is not None and bool(len(self.trainer.eval_dataset))
-        control.should_evaluate = has_dev and self._evaluated_at != state.global_step
-        # the step's own save has been made; the epoch's end asks for none
-        control.should_save = False
+        Not in ``on_epoch_end``: a checkpoint of that step, written before, would not know of the
+        evaluation, and a resumed stage would leave it out.
+        """
+        assert self.trainer is not None
+        if not len(self.trainer.eval_dataset):
+            control.should_evaluate = False
+        elif state.global_step % self.trainer.steps_per_epoch == 0:
+            control.should_evaluate = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Complete a checkpoint: without these files it is not resumed from."""
@@ -622,7 +620,6 @@ class BestWeights(TrainerCallback):
                 "loss": None if self.loss != self.loss else self.loss,
                 "step": self.step,
                 "waited": self.waited,
-                "evaluated_at": self._evaluated_at,
             },
         )
 
@@ -636,7 +633,6 @@ class BestWeights(TrainerCallback):
         known = read_json(folder / "complete.json")
         self.loss = float("nan") if known["loss"] is None else known["loss"]
         self.step, self.waited = known["step"], known["waited"]
-        self._evaluated_at = known["evaluated_at"]
         if (folder / "best.safetensors").is_file():
             self.state_dict = load_file(folder / "best.safetensors")
 

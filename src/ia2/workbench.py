@@ -35,7 +35,7 @@ from ia2.evaluation.metrics import Measured
 from ia2.evaluation.run import evaluate_prompts, fit_temperatures
 from ia2.evaluation.scoring import Prediction
 from ia2.examples import Example, FewShotSplit
-from ia2.files import atomic_dir, digest, read_json, write_json
+from ia2.files import atomic_dir, digest, read_json, space_needed, write_json
 from ia2.inference import AnswerOutput, answer_pass
 from ia2.models import BaseModel
 from ia2.recipes import ALIGN, RECIPES
@@ -46,6 +46,7 @@ from ia2.tokens import Ids, encode_prompt
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
 
     from ia2.trainer import AnswerDataset
 
@@ -137,14 +138,53 @@ class Workbench:
     def __post_init__(self) -> None:
         if len(self.data.train) < 2:
             raise DataError(f"{self.data.train.name}: at least two training examples are needed.")
-        configuration = peft_config(self.base.model, self.config.adapter)
-        self.model = attach(self.base.model, configuration, self.config.seed)
-        self._initial = adapter_state(self.model)
         self.tokenizer = self.base.tokenizer
+        self._pools: dict[tuple[tuple[Example, ...], int], Contexts] = {}
+
+    @cached_property
+    def model(self) -> PeftModel:
+        """The base model with a fresh adapter, which is put on when it is first asked for."""
+        configuration = peft_config(self.base.model, self.config.adapter)
+        return attach(self.base.model, configuration, self.config.seed)
+
+    @cached_property
+    def _initial(self) -> dict[str, torch.Tensor]:
+        return adapter_state(self.model)
 
     def close(self) -> None:
         """Take the adapter off; the base model is as before."""
-        detach(self.model)
+        if "model" in self.__dict__:
+            detach(self.model)
+            del self.model
+
+    def check(self, recipes: Sequence[str], test: Sequence[Example]) -> None:
+        """Refuse what cannot work, before anything is trained or written.
+
+        Args:
+            recipes: those to be trained or evaluated.
+            test: the rows they will be evaluated on.
+
+        Raises:
+            DataError: a prompt or all demonstrations of one do not fit the context window.
+            ConfigError: an adapter that is unknown.
+            ModelError: attention modules that are not found.
+        """
+        peft_config(self.base.model, self.config.adapter)
+        ActivationCapture(self.base.model, self.config.attention_modules)
+        if any(ALIGN in RECIPES[recipe] for recipe in recipes):
+            contexts = self.train_contexts
+            if len(self.data.dev):
+                self.pool_contexts(self.data.dev, contexts.permutations)
+        if any(RECIPES[recipe] for recipe in recipes):
+            self.sft_rows()
+            self.prompts(self.data.train, demonstrations=False)
+        for rows in (self.data.dev, test):
+            if any(recipe != "icl" for recipe in recipes):
+                self.prompts(rows, demonstrations=False)
+            if "icl" in recipes:
+                self.pool_contexts(rows)
+        if any(recipe != "icl" for recipe in recipes):
+            self.pool_contexts(test[:SIMILARITY_QUERIES])
 
     # -------------------------------------------------------------------------------- contexts
 
@@ -169,16 +209,20 @@ class Workbench:
 
     def pool_contexts(self, queries: Sequence[Example], permutations: int = 1) -> Contexts:
         """Queries behind all training examples in fixed orders, shared by all of them."""
-        return Contexts.pool(
-            self.tokenizer,
-            queries,
-            self.data.train,
-            permutations=permutations,
-            seed=self.config.seed,
-            max_length=self._window,
-            reserve=self._reserve,
-            separator=self.config.separator,
-        )
+        key = (tuple(queries), permutations)
+        # kept, so that what was checked is what is used, and dropped demonstrations are reported once
+        if key not in self._pools:
+            self._pools[key] = Contexts.pool(
+                self.tokenizer,
+                queries,
+                self.data.train,
+                permutations=permutations,
+                seed=self.config.seed,
+                max_length=self._window,
+                reserve=self._reserve,
+                separator=self.config.separator,
+            )
+        return self._pools[key]
 
     @property
     def _reserve(self) -> int:
@@ -303,7 +347,9 @@ class Workbench:
                 state, key = stage.state, stage.key
             candidate = TrainedRecipe(recipe, stages, tried, "dev loss")
             tried[f"{rate:g}"] = stages[-1].dev_loss
-            if best is None or stages[-1].dev_loss < best.stages[-1].dev_loss:
+            loss = stages[-1].dev_loss
+            # nan: a rate that diverged, or no dev rows, where the first rate stays
+            if best is None or (loss == loss and not loss >= best.stages[-1].dev_loss):
                 best = candidate
         assert best is not None
         if not len(self.data.dev):
@@ -361,6 +407,9 @@ class Workbench:
                 f"{folder} holds a stage trained with other settings or data. Choose another output folder."
             )
         logger.info("Stage %s at rate %g: reusing %s.", name, rate, folder)
+        spent = self.folder / "teacher" / "seconds.json"
+        if name == ALIGN and spent.is_file():
+            self.seconds.setdefault("teacher", float(read_json(spent)))
         state = load_file(folder / "adapter_model.safetensors")
         return StageResult(
             name,
@@ -429,7 +478,8 @@ class Workbench:
                 )
             else:
                 trainer = SftTrainer(self.model, train, dev, stage, self.tokenizer, bar)
-            dev_loss = trainer.fit()
+            with space_needed(folder):  # for checkpoints
+                dev_loss = trainer.fit()
         seconds = time.perf_counter() - began
         history = [
             {k: v for k, v in entry.items() if k in ("step", "epoch", "loss", "eval_loss")}

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import errno
 import sys
+from typing import Any, NoReturn
 
 import typer
 
 from ia2.cli import compare, demo, env, evaluate, predict, probe, train
 from ia2.cli.options import gather_lists, list_flags
 from ia2.config import CompareConfig, ProbeConfig, TrainConfig
-from ia2.errors import UserError
+from ia2.errors import UserError, suggest
+from ia2.files import no_space_left
+
+# Old typer raises click's exceptions, new typer its own copies of them; both export this one below them.
+_UsageError, _ClickException = typer.BadParameter.__mro__[1:3]
+
+_INTERRUPTED = 130
 
 app = typer.Typer(
     name="ia2",
     help="Fine-tune on a handful of examples: align an adapter with in-context activations, then "
     "fine-tune it. Start with [bold]ia2 demo[/bold], then [bold]ia2 probe[/bold] on your own rows.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -46,26 +51,46 @@ def _version(
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; a user's mistake is one line on stderr and exit code 2."""
     given = sys.argv[1:] if arguments is None else arguments
+    lists = list_flags(TrainConfig, CompareConfig, ProbeConfig)
     try:
-        app(
-            gather_lists(given, list_flags(TrainConfig, CompareConfig, ProbeConfig)),
-            prog_name="ia2",
-        )
+        # not standalone: typer would draw a box of several lines around its own errors
+        status = app(gather_lists(given or ["--help"], lists), prog_name="ia2", standalone_mode=False)
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        print("\nia2: interrupted; start the same command again to continue.", file=sys.stderr)
-        sys.exit(130)
+        status = _INTERRUPTED
     except BrokenPipeError:
         # the reader of a pipe has gone (`ia2 … | head`); nothing to say to it
         sys.stderr.close()
         sys.exit(1)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        if isinstance(error, _ClickException):
+            _fail(_usage_line(error))
+        if not no_space_left(error):
             raise
-        _fail(f"{error.filename or 'disk'}: no space left on the device. Free some and run again.")
+        place = getattr(error, "filename", None) or "disk"
+        _fail(f"{place}: no space left on the device. Free some and run the same command again.")
+    # typer turns an interrupt into this status
+    if status == _INTERRUPTED:
+        print("\nia2: interrupted; start the same command again to continue.", file=sys.stderr)
+    if status:
+        sys.exit(status)
 
 
-def _fail(message: str) -> None:
-    print("ia2: error: " + " ".join(message.split("\n")), file=sys.stderr)
+def _usage_line(error: Any) -> str:
+    """What typer says of a wrong flag or command, in one line with the way out."""
+    message = error.format_message()
+    context = getattr(error, "ctx", None)
+    if context is None:
+        return str(message)
+    if hasattr(error, "possibilities") and getattr(error, "option_name", None):
+        flags = [flag for p in context.command.params for flag in (*p.opts, *p.secondary_opts)]
+        message = f"unknown option {error.option_name}.{suggest(error.option_name, flags)}"
+    elif message.startswith("No such command") and "Did you mean" not in message:
+        message = f"{message.rstrip('.')}; there are {', '.join(context.command.commands)}."
+    return f"{message.rstrip('.')}{'' if message.endswith('?') else '.'} See {context.command_path} --help."
+
+
+def _fail(message: str) -> NoReturn:
+    print("ia2: error: " + " ".join(message.splitlines()), file=sys.stderr)
     sys.exit(2)

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from ia2.console import configure
+from ia2.files import finite
 
 
 def start(quiet: bool) -> None:
@@ -15,11 +16,7 @@ def start(quiet: bool) -> None:
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=_plain))
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else str(value)
+    print(json.dumps(finite(value), indent=2, ensure_ascii=False, default=str))
 
 
 def print_metrics(metrics: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ def _print(verdict: str, reason: str, facts: dict[str, Any]) -> None:
     print(f"Cost of ia2-sft on {cost['num_train']} training rows on this machine:")
     print(f"  teacher pass          {cost['teacher_seconds']:.0f} s, {megabytes:.1f} MB of targets")
     print(
-        f"  training              {cost['step_seconds']:.2f} s a step, at most {steps} steps a stage: at most "
-        f"{cost['training_seconds_at_most']:.0f} s (early stopping usually ends far sooner)"
+        f"  training              {cost['step_seconds']:.2f} s a step, at most {steps} steps a stage: "
+        f"at most {cost['training_seconds_at_most']:.0f} s (early stopping usually ends far sooner)"
     )
     print(f"Verdict: {verdict}. {reason}")

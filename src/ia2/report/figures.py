@@ -54,6 +54,8 @@ def comparison_figure(summary: dict[str, Any], path: Path) -> None:
     panels = [panel for panel in panels if panel[1]]
     # fixed ids and no date: the same numbers give the same file
     settings: Any = {"svg.hashsalt": "ia2", "svg.fonttype": "none", "font.size": 10}
+    # a dollar in the name of a model is a dollar
+    settings["text.parse_math"] = False
     with plt.rc_context(settings):
         figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.0), squeeze=False)
         figure.patch.set_facecolor("white")
@@ -71,7 +73,7 @@ def comparison_figure(summary: dict[str, Any], path: Path) -> None:
             axis.set_xlim(
                 0,
                 max(
-                    1.0 if "ECE" not in title else 0.0,
+                    1.0 if "ECE" not in title else 0.05,
                     *(1.25 * (f["high"] or f["value"]) for f in values.values()),
                 ),
             )

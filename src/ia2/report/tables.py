@@ -25,7 +25,6 @@ def comparison_columns(summary: dict[str, Any]) -> list[Column]:
     columns += [
         ("ECE", metric(main, "ece")),
         ("ECE, temp.-scaled", scaled),
-        ("Brier", metric(main, "brier")),
         ("NLL", metric(main, "nll")),
         ("asim to ICL", lambda entry: interval(entry.get("asim"))),
         ("seconds", seconds),
@@ -34,17 +33,18 @@ def comparison_columns(summary: dict[str, Any]) -> list[Column]:
 
 
 def interval(value: dict[str, Any] | None) -> str:
-    """``0.81 [0.76, 0.86]``."""
+    """``0.812 [.76–.86]``: short enough for a table of seven columns in a terminal."""
     if value is None or value["value"] is None:
         return "–"
     if value["low"] is None or value["high"] is None:
         return f"{value['value']:.3f}"
-    return f"{value['value']:.3f} [{value['low']:.2f}, {value['high']:.2f}]"
+    low, high = (f"{value[end]:.2f}".removeprefix("0") for end in ("low", "high"))
+    return f"{value['value']:.3f} [{low}–{high}]"
 
 
 def seconds(entry: dict[str, Any]) -> str:
-    """``teacher 3 + align 20 + sft 5``; recipes without training have their evaluation only."""
-    parts = [f"{name} {value:.1f}" for name, value in entry["seconds"].items() if name != "evaluate"]
+    """``teacher 3 + align 20 + sft 5``; a dash for recipes without training."""
+    parts = [f"{name} {value:.0f}" for name, value in entry["seconds"].items() if name != "evaluate"]
     return " + ".join(parts) if parts else "–"
 
 
@@ -74,6 +74,10 @@ def difference_lines(summary: dict[str, Any]) -> list[str]:
 
 def signed(value: dict[str, Any]) -> str:
     """``+0.09 [+0.02, +0.15]``."""
+    if value["value"] is None:
+        return "–"
+    if value["low"] is None or value["high"] is None:
+        return f"{value['value']:+.3f}"
     return f"{value['value']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
 
 

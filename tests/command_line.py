@@ -1,0 +1,81 @@
+"""Running ``ia2`` in tests, in this process or in one of its own, and what a refusal looks like."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command left behind."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Standard output, which must be one JSON document without NaN."""
+
+        def refuse(name: str) -> Any:
+            raise AssertionError(f"{name} is not JSON")
+
+        return json.loads(self.out, parse_constant=refuse)
+
+    def refusal(self) -> str:
+        """The one line of a user's mistake."""
+        assert self.status == 2, self
+        assert self.out == "", self
+        lines = self.err.splitlines()
+        assert len(lines) == 1, self
+        assert lines[0].startswith("ia2: error: "), self
+        assert "Traceback" not in self.err
+        return lines[0].removeprefix("ia2: error: ")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Ran:
+    """``ia2 arguments…`` in this process."""
+    from ia2.cli import main
+
+    capsys.readouterr()
+    status = 0
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 1
+    captured = capsys.readouterr()
+    return Ran(status, captured.out, captured.err)
+
+
+def run_apart(*arguments: str | Path, **environment: str) -> Ran:
+    """``python -m ia2 arguments…``."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ia2", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+def write_rows(path: Path, rows: Iterable[tuple[str, str] | dict[str, Any]]) -> Path:
+    """Rows as JSON lines; pairs become the columns ``prompt`` and ``completion``."""
+    columns = ("prompt", "completion")
+    listed = [row if isinstance(row, dict) else dict(zip(columns, row, strict=True)) for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in listed), encoding="utf-8")
+    return path
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder and what it holds."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -1,0 +1,76 @@
+"""Two processes under ``accelerate launch`` learn what one process learns."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benches import icl_examples
+from launching import finish, python, start, write_rows
+from safetensors.torch import load_file
+
+
+# What `-m ia2` runs, and a word about how many processes share a stage: `accelerate launch --cpu` starts
+# a single one, whatever it is asked for, so the launch goes through torchrun (--multi_gpu).
+_MAIN = """
+from ia2.cli import main
+from ia2.trainer import ExampleTrainer
+
+fit = ExampleTrainer.fit
+
+def telling(trainer):
+    print(f"[process {trainer.args.process_index} of {trainer.args.world_size}]", flush=True)
+    return fit(trainer)
+
+ExampleTrainer.fit = telling
+main()
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")
+def test_two_processes_learn_what_one_learns(tiny_icl_model_path: Path, tmp_path: Path) -> None:
+    # six training rows, four a step: the second step of an epoch has two rows for two processes; with
+    # adapters behind the last attention, which the first stage does not reach
+    data = write_rows(icl_examples(9), tmp_path / "rows.jsonl")
+
+    def arguments(name: str) -> list[Any]:
+        options = ["--model", tiny_icl_model_path, "--device", "cpu", "--data", data, "--num-examples", 6]
+        options += ["--adapter-target-modules", "q_proj,k_proj,o_proj,down_proj"]
+        options += ["--align-epochs", 4, "--sft-epochs", 4, "--learning-rates", 0.002]
+        return ["train", *options, "--output-dir", tmp_path / name]
+
+    logs = {name: tmp_path / f"{name}.log" for name in ("one", "two")}
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", free_port()]
+    script = tmp_path / "main.py"
+    script.write_text(_MAIN)
+    two = python([*launcher, script, *arguments("two")], logs["two"], ACCELERATE_USE_CPU="true")
+    one = start(arguments("one"), logs["one"])
+    finish(one, logs["one"])
+    said = finish(two, logs["two"])
+
+    assert all(said.count(f"[process {i} of 2]") == 2 for i in (0, 1))  # two stages
+    assert said.count("Stage sft at rate") == 1  # only the first process speaks
+    states = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        # Adam makes a step of rounding where a gradient is next to nothing, hence not element by element
+        assert float((tensor - states[1][name]).norm()) < 2e-4 * float(tensor.norm()) + 1e-7
+    assert max(float(t.abs().max()) for n, t in states[0].items() if "lora_B" in n) > 1e-3
+    for stage in ("align", "sft"):
+        files = [tmp_path / name / stage / "lr-0.002" / "stage.json" for name in ("one", "two")]
+        told = [json.loads(file.read_text()) for file in files]
+        assert told[0]["steps"] == told[1]["steps"] == 8
+        assert told[0]["dev_loss"] == pytest.approx(told[1]["dev_loss"], rel=1e-4)
+        losses = [[e["loss"] for e in t["history"] if "loss" in e] for t in told]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)

