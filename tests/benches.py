@@ -17,7 +17,9 @@ from ia2.models import BaseModel, load_base
 from ia2.task import make_task
 from ia2.workbench import Workbench
 
-_WORDS = "good bad great awful fine film food song day night cat dog bird fish sun one two three".split()
+_WORDS = tuple(
+    "good bad great awful fine film food song day night cat dog bird fish sun one two three".split()  # noqa: SIM905
+)
 
 
 def icl_examples(count: int, seed: int = 0, task: int = 0, num_classes: int = 3) -> Examples:

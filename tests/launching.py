@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from ia2.examples import Examples
 
 _PATIENCE = 240
-_PRELOAD = ("ia2.cli", "ia2.comparison", "ia2.trainer", "peft", "transformers.models.llama.modeling_llama")
+_PRELOAD = ["ia2.cli", "ia2.comparison", "ia2.trainer", "peft", "transformers.models.llama.modeling_llama"]
 
 
 def write_rows(examples: Examples, path: Path) -> Path:
@@ -37,11 +38,16 @@ def python(arguments: Sequence[object], log: Path, **environment: str) -> subpro
         return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=variables)
 
 
+def forkserver() -> Any:
+    """Processes forked from the server; the first call in a test session settles what it has imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
+
+
 def start(arguments: Sequence[object], log: Path) -> BaseProcess:
     """Start ``ia2 <arguments>``; its output goes to a file."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOAD))
-    process = context.Process(target=_ia2, args=(list(map(str, arguments)), str(log)))
+    process: BaseProcess = forkserver().Process(target=_ia2, args=(list(map(str, arguments)), str(log)))
     process.start()
     return process
 

@@ -196,6 +196,18 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
     assert "transformers: " in run(capsys, "env").out
 
 
+def test_an_interrupt_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ia2.adaptation.load_examples", interrupted)
+    ran = run(capsys, "train", "--data", "rows.jsonl", "--output-dir", tmp_path / "out")
+    assert (ran.status, ran.out) == (130, "")
+    assert ran.err == "\nia2: interrupted; start the same command again to continue.\n"
+
+
 # ------------------------------------------------------------------------------------- end to end
 
 

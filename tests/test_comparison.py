@@ -131,7 +131,7 @@ def test_cross_fitted_files(crossed: Comparison) -> None:
                     assert sum(row["labels"].values()) == pytest.approx(1)
             assert sorted(sources) == sorted(example.source for example in ROWS)
     assert not list(folder.rglob("checkpoint-*"))
-    assert not [path for path in folder.rglob(".*")]
+    assert not list(folder.rglob(".*"))
 
 
 def test_metrics_are_those_of_the_predictions(crossed: Comparison) -> None:

@@ -62,7 +62,9 @@ def test_cosine_sees_direction_only() -> None:
     student, teacher, rms = pair()
     losses = OBJECTIVES["cosine"](student, teacher, rms, 1.0)
     torch.testing.assert_close(OBJECTIVES["cosine"](3 * student, teacher, rms, 1.0), losses)
-    torch.testing.assert_close(OBJECTIVES["cosine"](-teacher, teacher, rms, 1.0), torch.full((3, 5), 2.0).double())
+    torch.testing.assert_close(
+        OBJECTIVES["cosine"](-teacher, teacher, rms, 1.0), torch.full((3, 5), 2.0).double()
+    )
     dot = (student * teacher).sum(-1) / student.norm(dim=-1) / teacher.norm(dim=-1)
     torch.testing.assert_close(losses, 1 - dot)
 

@@ -56,6 +56,16 @@ def test_verdicts(
     assert "\n" not in reason
 
 
+def test_icl_is_held_against_guessing_where_only_labels_compete() -> None:
+    """Over the vocabulary a model may answer beside the labels; that is no worse than guessing."""
+    arrays = right(0.4, 60), right(0.1, 60), right(0.5, 60)
+    assert judge(*arrays, LABELS)[0] == "unlikely"
+    verdict, reason = judge(*arrays, LABELS, in_label_set=right(0.9, 60))
+    assert verdict == "likely to help"
+    assert "ICL 40% (90% in the label set), base 10%" in reason
+    assert judge(*arrays, LABELS, in_label_set=right(0.5, 60))[0] == "unlikely"
+
+
 @pytest.fixture(scope="module")
 def base(tiny_icl_model_path: Path) -> BaseModel:
     return icl_base(tiny_icl_model_path)
@@ -88,7 +98,14 @@ def test_facts(base: BaseModel) -> None:
     found = probe(base, icl_examples(30), ProbeConfig(max_queries=12, demo_permutations=2))
     facts = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert (facts["rows"], facts["demonstrations"]) == (12, 11)
-    assert set(facts["accuracy"]) == {"icl", "base", "most_frequent_label"}
+    assert set(facts["accuracy"]) == {
+        "icl",
+        "base",
+        "icl_in_label_set",
+        "base_in_label_set",
+        "most_frequent_label",
+    }
+    assert facts["accuracy"]["icl_in_label_set"] >= facts["accuracy"]["icl"]
     assert facts["chance"] == pytest.approx(1 / 3)
     cost = facts["cost"]
     # a run on all 30 rows: 20 to train on, five steps an epoch, at most 50 epochs; L·d·4 bytes a row

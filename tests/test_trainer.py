@@ -64,7 +64,7 @@ def test_alignment_lowers_l_ia2(objective: str, bench: Workbench, tmp_path: Path
 
 
 def test_fine_tuning_lowers_cross_entropy(bench: Workbench, tmp_path: Path) -> None:
-    trainer = trainer_of(bench, "sft", tmp_path, learning_rate=5e-3, epochs=20)
+    trainer = trainer_of(bench, "sft", tmp_path, learning_rate=1e-2, epochs=30)
     before = loss_of(trainer, trainer.train_dataset)
     trainer.fit()
     assert loss_of(trainer, trainer.train_dataset) < 0.3 * before
@@ -184,8 +184,9 @@ def test_recomputation_really_happens(bench: Workbench, tmp_path: Path) -> None:
     for on in (False, True):
         trainer = trainer_of(bench, "align", tmp_path, epochs=1, activation_checkpointing=on, eval_every=99)
         count = [0]
+        # before, not after: recomputation stops as soon as it has what the backward pass needs
         layer = bench.base.model.model.layers[0].mlp
-        handle = layer.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        handle = layer.register_forward_pre_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
         trainer.fit()
         handle.remove()
         calls[on] = count[0]
@@ -201,7 +202,9 @@ def test_recomputation_really_happens(bench: Workbench, tmp_path: Path) -> None:
 def test_restore_best(kind: str, restore: bool, bench: Workbench, tmp_path: Path) -> None:
     """With an absurd rate the dev loss gets worse at once; the best weights come back, or not."""
     states: dict[int, dict[str, torch.Tensor]] = {}
-    trainer = trainer_of(bench, kind, tmp_path, learning_rate=0.3, restore_best=restore, patience=3, epochs=20)
+    trainer = trainer_of(
+        bench, kind, tmp_path, learning_rate=0.3, restore_best=restore, patience=3, epochs=20
+    )
     evaluate = trainer._mean_loss
 
     def recording(dataset: AnswerDataset) -> float:
@@ -270,7 +273,7 @@ class _Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("kill_at", [3, 4, 6, 8, 12])
+@pytest.mark.parametrize("kill_at", [3, 4, 9, 12])
 @pytest.mark.parametrize("patience", [99, 3])
 def test_resumed_at_any_step_it_ends_the_same(
     kill_at: int, patience: int, bench: Workbench, tmp_path: Path
@@ -409,9 +412,7 @@ def test_reentrant_checkpointing_is_refused(bench: Workbench, tmp_path: Path) ->
 def test_unknown_objective(bench: Workbench, tmp_path: Path) -> None:
     train, dev = bench.align_rows()
     with pytest.raises(ConfigError, match="'mae' is not one of mse, kl, cosine"):
-        AlignTrainer(
-            bench.model, train, dev, StageSettings(tmp_path), bench.tokenizer, objective="mae"
-        )
+        AlignTrainer(bench.model, train, dev, StageSettings(tmp_path), bench.tokenizer, objective="mae")
 
 
 def test_rows_without_targets(bench: Workbench, tmp_path: Path) -> None:

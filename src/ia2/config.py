@@ -244,7 +244,7 @@ class CompareConfig(AdaptConfig, ModelOptions, DataOptions):
 class ProbeConfig(AdaptConfig, ModelOptions, DataOptions):
     """Everything that `ia2 probe` needs."""
 
-    max_queries: int = Field(64, ge=2, description="Probe on at most this many rows.")
+    max_queries: int = Field(32, ge=2, description="Probe on at most this many rows.")
 
 
 def load_config(kind: type[_Section], file: str | Path | None, flags: Mapping[str, Any]) -> Any:

@@ -16,6 +16,15 @@ from typing import Any
 
 from ia2.errors import RunFolderError
 
+# What safetensors and torch.save say of a full disk: they raise no OSError.
+_FULL_DISK = (
+    "No space left on device",
+    "os error 28",
+    "iostream error",
+    "unexpected pos",
+    "PytorchStreamWriter failed writing",
+)
+
 
 def cache_dir() -> Path:
     """The user's cache folder for converted models (``IA2_CACHE_DIR``, else the XDG one)."""
@@ -26,10 +35,10 @@ def cache_dir() -> Path:
 
 
 def no_space_left(error: BaseException) -> bool:
-    """Whether a full disk is what went wrong; safetensors and torch have no errno, only the text."""
+    """Whether a full disk is what went wrong."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return "No space left on device" in str(error) or "os error 28" in str(error)
+    return any(text in str(error) for text in _FULL_DISK)
 
 
 @contextmanager

@@ -90,9 +90,9 @@ def _probe(bench: Workbench, rows: Examples, available: int) -> Probe:
     bare = bench.prompts(rows, demonstrations=False)
     with base_weights(bench.model):
         began = time.perf_counter()
-        icl = _right(bench, rows, in_context, "ICL, leave one out")
+        icl, icl_in_set = _right(bench, rows, in_context, "ICL, leave one out")
         seconds_icl = time.perf_counter() - began
-        zero = _right(bench, rows, bare, "base")
+        zero, zero_in_set = _right(bench, rows, bare, "base")
     guess = _majority(rows) if task.kind == "classification" else np.zeros(len(rows))
     step = _training_step_seconds(bench)
     facts = {
@@ -101,35 +101,54 @@ def _probe(bench: Workbench, rows: Examples, available: int) -> Probe:
         "accuracy": {
             "icl": float(icl.mean()),
             "base": float(zero.mean()),
+            "icl_in_label_set": float(icl_in_set.mean()),
+            "base_in_label_set": float(zero_in_set.mean()),
             "most_frequent_label": float(guess.mean()),
         },
         "chance": 1 / len(task.labels) if task.labels else 0.0,
         "cost": _cost(bench, seconds_icl, step, available),
         "machine": machine(),
     }
-    verdict, reason = judge(icl, zero, guess, task)
+    verdict, reason = judge(icl, zero, guess, task, in_label_set=icl_in_set)
     return Probe(verdict, reason, facts)
 
 
-def judge(icl: np.ndarray, base: np.ndarray, guess: np.ndarray, task: Task) -> tuple[str, str]:
-    """Verdict and reason from 0/1 arrays of right answers, ``[n]`` each."""
+def judge(
+    icl: np.ndarray,
+    base: np.ndarray,
+    guess: np.ndarray,
+    task: Task,
+    *,
+    in_label_set: np.ndarray | None = None,
+) -> tuple[str, str]:
+    """Verdict and reason from 0/1 arrays of right answers, ``[n]`` each.
+
+    Args:
+        icl: in-context learning, over the whole vocabulary.
+        base: the model without demonstrations, over the whole vocabulary.
+        guess: always giving the most frequent label.
+        task: what counts as an answer.
+        in_label_set: ICL when only the labels compete, as they do in a guess; by default ``icl``.
+    """
     from scipy.stats import binomtest
 
     n = len(icl)
+    chosen = icl if in_label_set is None else in_label_set
     chance = max(float(guess.mean()), 1 / len(task.labels) if task.labels else 0.0)
     what = "always answering the most frequent label" if task.labels else "no answer at all"
     above_chance = (
-        binomtest(int(icl.sum()), n, min(chance, 1 - 1e-9), alternative="greater").pvalue
+        binomtest(int(chosen.sum()), n, min(chance, 1 - 1e-9), alternative="greater").pvalue
         if chance > 0
-        else float(icl.sum() == 0)
+        else float(chosen.sum() == 0)
     )
     better = int(((icl == 1) & (base == 0)).sum())
     worse = int(((icl == 0) & (base == 1)).sum())
     above_base = (
         binomtest(better, better + worse, 0.5, alternative="greater").pvalue if better + worse else 1.0
     )
-    figures = f"ICL {icl.mean():.0%}, base {base.mean():.0%}, {what} {chance:.0%}, on {n} rows"
-    if icl.mean() <= chance or (above_chance > SIGNIFICANCE and n >= 16):
+    among = f" ({chosen.mean():.0%} in the label set)" if in_label_set is not None else ""
+    figures = f"ICL {icl.mean():.0%}{among}, base {base.mean():.0%}, {what} {chance:.0%}, on {n} rows"
+    if chosen.mean() <= chance or (above_chance > SIGNIFICANCE and n >= 16):
         return (
             "unlikely",
             f"ICL is at chance ({figures}): there is nothing in its activations to align with. Try other "
@@ -153,11 +172,15 @@ def judge(icl: np.ndarray, base: np.ndarray, guess: np.ndarray, task: Task) -> t
     return "likely to help", f"ICL is clearly above the base and above chance ({figures})."
 
 
-def _right(bench: Workbench, rows: Examples, prompts: list[Any], description: str) -> np.ndarray:
-    predictions, _ = evaluate_prompts(
+def _right(
+    bench: Workbench, rows: Examples, prompts: list[Any], description: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """0/1 arrays ``[n]``: right over the whole vocabulary, and when only the labels compete."""
+    _, measured = evaluate_prompts(
         bench.model, bench.tokenizer, bench.task, rows, prompts, description=description
     )
-    return np.array([float(bool(p.correct)) for p in predictions])
+    scopes = measured.plain
+    return scopes["vocabulary"].correct, scopes.get("labels", scopes["vocabulary"]).correct
 
 
 def _majority(rows: Examples) -> np.ndarray:

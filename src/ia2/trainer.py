@@ -525,7 +525,9 @@ class AlignTrainer(ExampleTrainer):
         batch = self._prepare_inputs(self.data_collator([dataset[shortest]]))
         self.model.to(self.args.device)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            self.example_losses(self.model, batch).sum().backward()
+            loss = self.example_losses(self.model, batch).sum()
+            if loss.requires_grad:  # else not one weight is on the way
+                loss.backward()
         without = [(n, p) for n, p in trainable if p.grad is None]
         for _, parameter in trainable:
             parameter.grad = None

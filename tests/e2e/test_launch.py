@@ -13,7 +13,6 @@ from benches import icl_examples
 from launching import finish, python, start, write_rows
 from safetensors.torch import load_file
 
-
 # What `-m ia2` runs, and a word about how many processes share a stage: `accelerate launch --cpu` starts
 # a single one, whatever it is asked for, so the launch goes through torchrun (--multi_gpu).
 _MAIN = """

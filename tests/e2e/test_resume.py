@@ -44,7 +44,9 @@ def test_train(tiny_icl_model_path: Path, tmp_path: Path) -> None:
     kill_when(process, lambda: any(between.glob("align/lr-*/stage.json")), logs["between"])
 
     again = [start(arguments(name), logs[name]) for name in ("align", "between")]
-    said = {name: finish(process, logs[name]) for name, process in zip(("align", "between"), again, strict=True)}
+    said = {
+        name: finish(process, logs[name]) for name, process in zip(("align", "between"), again, strict=True)
+    }
     assert "Continuing from" in said["align"] and "checkpoint-" in said["align"]
     assert "Teacher targets: reusing" in said["align"]
     assert "Stage align at rate 0.005: reusing" in said["between"]

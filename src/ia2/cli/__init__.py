@@ -87,7 +87,9 @@ def _usage_line(error: Any) -> str:
         flags = [flag for p in context.command.params for flag in (*p.opts, *p.secondary_opts)]
         message = f"unknown option {error.option_name}.{suggest(error.option_name, flags)}"
     elif message.startswith("No such command") and "Did you mean" not in message:
-        message = f"{message.rstrip('.')}; there are {', '.join(context.command.commands)}."
+        known = list(context.command.commands)
+        near = suggest(message.split("'")[1], known) or f" There are {', '.join(known)}."
+        message = f"{message.rstrip('.')}.{near}"
     return f"{message.rstrip('.')}{'' if message.endswith('?') else '.'} See {context.command_path} --help."
 
 

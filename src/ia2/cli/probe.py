@@ -27,9 +27,10 @@ def probe(config: ProbeConfig, json: Json = False, quiet: Quiet = False) -> None
 def _print(verdict: str, reason: str, facts: dict[str, Any]) -> None:
     accuracy, cost = facts["accuracy"], facts["cost"]
     print(f"Each of {facts['rows']} rows, the {facts['demonstrations']} others shown before it:")
-    print(f"  in-context learning   {accuracy['icl']:.1%}")
-    print(f"  base model            {accuracy['base']:.1%}")
-    print(f"  most frequent label   {accuracy['most_frequent_label']:.1%}")
+    print("                        accuracy   in the label set")
+    print(f"  in-context learning   {accuracy['icl']:8.1%}   {accuracy['icl_in_label_set']:8.1%}")
+    print(f"  base model            {accuracy['base']:8.1%}   {accuracy['base_in_label_set']:8.1%}")
+    print(f"  most frequent label   {accuracy['most_frequent_label']:8.1%}")
     megabytes, steps = cost["target_bytes"] / 1e6, cost["max_steps_a_stage"]
     print(f"Cost of ia2-sft on {cost['num_train']} training rows on this machine:")
     print(f"  teacher pass          {cost['teacher_seconds']:.0f} s, {megabytes:.1f} MB of targets")
