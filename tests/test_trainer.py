@@ -12,16 +12,9 @@ import torch
 from benches import base_of, bench_of, icl_base, icl_examples, word_examples, wordy_model
 
 from ia2.adapters import adapter_state
+from ia2.batches import AnswerDataset, EpochSampler
 from ia2.errors import ConfigError
-from ia2.trainer import (
-    AlignTrainer,
-    AnswerDataset,
-    EpochSampler,
-    ExampleTrainer,
-    SftTrainer,
-    StageSettings,
-    last_complete_checkpoint,
-)
+from ia2.trainer import AlignTrainer, ExampleTrainer, SftTrainer, StageSettings, last_complete_checkpoint
 from ia2.workbench import Workbench
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +90,13 @@ class Comparison:
 
 @dataclass
 class _Round:
-    """One training set and the rows it is evaluated on."""
+    """One training set and the rows it is evaluated on, with their places in the data."""
 
+    seed: int
     data: FewShotSplit
     test: Examples
     places: list[int]
     folder: Path
-    seed: int
-    bench: Workbench
-    reference: IclReference | None = field(default=None)
 
 
 def compare(
@@ -144,12 +142,11 @@ def compare(
     data = {"data": examples.fingerprint, "test": test.fingerprint if test is not None else ""}
     settings = {**config.model_dump(), "model": base.name, "output_dir": None}
     benches = [
-        Workbench(base, split, task, config.model_copy(update={"seed": seed}), path)
-        for seed, split, _, _, path in rounds
+        Workbench(base, r.data, task, config.model_copy(update={"seed": r.seed}), r.folder) for r in rounds
     ]
     # what cannot work is refused before anything is written, or anything of another run deleted
-    for bench, (_, _, rows, _, _) in zip(benches, rounds, strict=True):
-        bench.check(config.recipes, rows)
+    for bench, current in zip(benches, rounds, strict=True):
+        bench.check(config.recipes, current.test)
     try:
         benches[0].model  # noqa: B018 - an adapter that does not fit is refused when it is put on
     finally:
@@ -157,19 +154,18 @@ def compare(
     first_then_all(lambda: claim(folder, "compare", settings, data, overwrite and is_first()))
 
     outcomes: dict[str, dict[int, list[Outcome]]] = {r: {} for r in config.recipes}
-    for number, (seed, split, rows, places, path) in enumerate(rounds):
+    for number, (bench, current) in enumerate(zip(benches, rounds, strict=True)):
         logger.info(
             "Round %d of %d: seed %d, %d training, %d dev, %d test rows.",
             number + 1,
             len(rounds),
-            seed,
-            len(split.train),
-            len(split.dev),
-            len(rows),
+            current.seed,
+            len(current.data.train),
+            len(current.data.dev),
+            len(current.test),
         )
-        done = _round(config, _Round(split, rows, places, path, seed, benches[number]))
-        for recipe, outcome in done.items():
-            outcomes[recipe].setdefault(seed, []).append(outcome)
+        for recipe, outcome in _run_round(bench, config.recipes, current).items():
+            outcomes[recipe].setdefault(current.seed, []).append(outcome)
     summary = _summary(base, task, config, examples, test, rounds, outcomes)
     if is_first():
         write_json(folder / "compare.json", finite(summary))
@@ -178,11 +174,8 @@ def compare(
     return Comparison(summary, folder)
 
 
-_Plan = tuple[int, FewShotSplit, Examples, list[int], Path]
-
-
-def _rounds(examples: Examples, test: Examples | None, config: CompareConfig, folder: Path) -> list[_Plan]:
-    plans: list[_Plan] = []
+def _rounds(examples: Examples, test: Examples | None, config: CompareConfig, folder: Path) -> list[_Round]:
+    rounds: list[_Round] = []
     where = {id(example): place for place, example in enumerate(examples)}
     for seed in range(config.seed, config.seed + config.seeds):
         options: dict[str, Any] = {
@@ -192,12 +185,12 @@ def _rounds(examples: Examples, test: Examples | None, config: CompareConfig, fo
         }
         if test is not None:
             path = folder / f"seed-{seed}"
-            plans.append((seed, examples.split(**options), test, list(range(len(test))), path))
+            rounds.append(_Round(seed, examples.split(**options), test, list(range(len(test))), path))
             continue
         for number, (rest, held) in enumerate(examples.folds(config.folds, seed)):
             places = [where[id(example)] for example in held]
             path = folder / f"seed-{seed}" / f"fold-{number}"
-            plans.append((seed, rest.split(**options), held, places, path))
+            rounds.append(_Round(seed, rest.split(**options), held, places, path))
     if test is None:
         logger.info(
             "No test data: %d-fold cross-fitting over the %d rows given, %d seeds.",
@@ -205,13 +198,13 @@ def _rounds(examples: Examples, test: Examples | None, config: CompareConfig, fo
             len(examples),
             config.seeds,
         )
-    return plans
+    return rounds
 
 
-def _round(config: CompareConfig, current: _Round) -> dict[str, Outcome]:
+def _run_round(bench: Workbench, recipes: Sequence[str], current: _Round) -> dict[str, Outcome]:
     """All recipes on one training set; what an earlier start finished is read, not run."""
     found: dict[str, Outcome] = {}
-    files = {recipe: current.folder / "evaluations" / f"{recipe}.json" for recipe in config.recipes}
+    files = {recipe: current.folder / "evaluations" / f"{recipe}.json" for recipe in recipes}
     for recipe, file in files.items():
         if file.is_file():
             found[recipe] = Outcome.from_dict(read_json(file))
@@ -219,16 +212,16 @@ def _round(config: CompareConfig, current: _Round) -> dict[str, Outcome]:
         logger.info("%s: finished before.", current.folder)
         wait()
         return found
-    bench = current.bench
+    reference: IclReference | None = None
     try:
         for recipe, file in files.items():
             if recipe in found:
                 continue
             trained = bench.train(recipe) if RECIPES[recipe] else None
             if is_first():
-                if current.reference is None and recipe != "icl":
-                    current.reference = bench.icl_reference(current.test)
-                evaluated = bench.evaluate(recipe, current.test, current.reference)
+                if reference is None and recipe != "icl":
+                    reference = bench.icl_reference(current.test)
+                evaluated = bench.evaluate(recipe, current.test, reference)
                 seconds = {"evaluate": evaluated.seconds}
                 if trained is not None:
                     teacher = bench.seconds if "align" in RECIPES[recipe] else {}
@@ -249,7 +242,7 @@ def _round(config: CompareConfig, current: _Round) -> dict[str, Outcome]:
             found[recipe] = Outcome.from_dict(read_json(file))
     finally:
         bench.close()
-    return {recipe: found[recipe] for recipe in config.recipes}
+    return {recipe: found[recipe] for recipe in recipes}
 
 
 # ----------------------------------------------------------------------------------------- summary
@@ -261,7 +254,7 @@ def _summary(
     config: CompareConfig,
     examples: Examples,
     test: Examples | None,
-    rounds: Sequence[_Plan],
+    rounds: Sequence[_Round],
     outcomes: dict[str, dict[int, list[Outcome]]],
 ) -> dict[str, Any]:
     merged = {
@@ -291,7 +284,7 @@ def _summary(
                 )
             } | {"layers": parts[0]["layers"]}
         recipes[recipe] = entry
-    train, dev = rounds[0][1].train, rounds[0][1].dev
+    train, dev = rounds[0].data.train, rounds[0].data.dev
     return {
         "model": base.name,
         "data": {

@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 # Below this a shared prefix saves less than copying its cache costs.
 MIN_SHARED_PREFIX = 16
 
+# Tokens of one batch from which on more rows make a forward pass hardly faster (two cores; on a GPU a
+# thousand or so, where bounds on padding matter less).
+_EFFICIENT = 256
+
 # Float32 logits of one batch; beyond this the vocabulary, not the model, fills the memory.
 _MAX_LOGITS = 5 * 10**7
 
@@ -347,7 +351,10 @@ def _plan(
             width = len(rows[last[0]]) + grow
             keep = max(answer_lengths[j] for j in [*last, i]) + len(rows[last[0]]) - len(rows[i])
             fits = size * width <= budget and size * keep * vocabulary <= _MAX_LOGITS
-            if fits and (not equal_lengths or len(rows[last[0]]) == len(rows[i])):
+            # Padding is computed and thrown away, and the head runs wherever any row's answer is; a
+            # batch that is large enough to be efficient takes no row much shorter than its first.
+            wasteful = not grow and size * width > _EFFICIENT and len(rows[i]) < 0.85 * width
+            if fits and not wasteful and (not equal_lengths or len(rows[last[0]]) == len(rows[i])):
                 last.append(i)
                 continue
         batches.append([i])

@@ -27,18 +27,19 @@ from ia2.adapters import (
 from ia2.analysis.similarity import Similarity, SimilarityMeter
 from ia2.capture import ActivationCapture
 from ia2.config import AdaptConfig, AlignConfig, SftConfig
-from ia2.console import logger, progress
+from ia2.console import logger
 from ia2.context import Contexts
 from ia2.distributed import first_then_all, is_first, wait
-from ia2.errors import ConfigError, DataError, RunFolderError
+from ia2.errors import ConfigError, DataError
 from ia2.evaluation.metrics import Measured
 from ia2.evaluation.run import evaluate_prompts, fit_temperatures
 from ia2.evaluation.scoring import Prediction
 from ia2.examples import Example, FewShotSplit
-from ia2.files import atomic_dir, digest, read_json, space_needed, write_json
+from ia2.files import digest, read_json, write_json
 from ia2.inference import AnswerOutput, answer_pass
 from ia2.models import BaseModel
 from ia2.recipes import ALIGN, RECIPES
+from ia2.stages import FORMAT, StageResult, TrainedRecipe, finished_stage, run_stage
 from ia2.targets import MemoryTargets, OnlineTargets, Targets
 from ia2.task import Task
 from ia2.teacher import Teacher
@@ -48,52 +49,10 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
 
-    from ia2.trainer import AnswerDataset
+    from ia2.batches import AnswerDataset
 
 # Test queries that similarity to ICL is measured on; more would narrow its interval by little.
 SIMILARITY_QUERIES = 100
-
-_FORMAT = 1  # of stage folders and target stores; bump when their meaning changes
-
-
-@dataclass
-class StageResult:
-    """A finished stage: the adapter's weights and how it went."""
-
-    name: str
-    learning_rate: float
-    dev_loss: float
-    steps: int
-    seconds: float
-    folder: Path
-    key: str
-    state: dict[str, torch.Tensor]
-    history: list[dict[str, Any]]
-
-
-@dataclass
-class TrainedRecipe:
-    """A recipe's chosen adapter, and what each learning rate came to."""
-
-    recipe: str
-    stages: list[StageResult]
-    tried: dict[str, float]
-    selected_by: str
-
-    @property
-    def state(self) -> dict[str, torch.Tensor]:
-        """Weights after the last stage."""
-        return self.stages[-1].state
-
-    @property
-    def learning_rate(self) -> float:
-        """The rate chosen."""
-        return self.stages[-1].learning_rate
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Training seconds of each stage."""
-        return {stage.name: stage.seconds for stage in self.stages}
 
 
 @dataclass
@@ -311,7 +270,7 @@ class Workbench:
 
     def _targets_fingerprint(self, contexts: Contexts) -> dict[str, Any]:
         return {
-            "format": _FORMAT,
+            "format": FORMAT,
             "model": self.base.identity,
             "data": self.data.train.fingerprint,
             "queries": digest([query.query for query in contexts.queries]),
@@ -379,7 +338,7 @@ class Workbench:
         folder = self.stage_folder(chain, tried)
         key = digest(
             {
-                "format": _FORMAT,
+                "format": FORMAT,
                 "stage": name,
                 "settings": settings.model_dump(),
                 "parent": parent or digest([(k, list(v.shape)) for k, v in start.items()]),
@@ -395,133 +354,19 @@ class Workbench:
             }
         )
         if (folder / "stage.json").is_file():
-            return self._finished_stage(name, tried, folder, key)
-        return self._run_stage(name, settings, rate, tried, start, folder, key)
-
-    def _finished_stage(self, name: str, rate: float, folder: Path, key: str) -> StageResult:
-        from safetensors.torch import load_file
-
-        known = read_json(folder / "stage.json")
-        if known["key"] != key:
-            raise RunFolderError(
-                f"{folder} holds a stage trained with other settings or data. Choose another output folder."
-            )
-        logger.info("Stage %s at rate %g: reusing %s.", name, rate, folder)
-        spent = self.folder / "teacher" / "seconds.json"
-        if name == ALIGN and spent.is_file():
-            self.seconds.setdefault("teacher", float(read_json(spent)))
-        state = load_file(folder / "adapter_model.safetensors")
-        return StageResult(
-            name,
-            rate,
-            float("nan") if known["dev_loss"] is None else known["dev_loss"],
-            known["steps"],
-            known["seconds"],
-            folder,
-            key,
-            state,
-            known["history"],
-        )
-
-    def _run_stage(
-        self,
-        name: str,
-        settings: AlignConfig | SftConfig,
-        rate: float,
-        tried: float,
-        start: dict[str, torch.Tensor],
-        folder: Path,
-        key: str,
-    ) -> StageResult:
-        from ia2.trainer import (
-            AlignTrainer,
-            ExampleTrainer,
-            SftTrainer,
-            StageSettings,
-        )
-
+            spent = self.folder / "teacher" / "seconds.json"
+            if name == ALIGN and spent.is_file():
+                self.seconds.setdefault("teacher", float(read_json(spent)))
+            return finished_stage(name, tried, folder, key)
+        rows = self.align_rows() if name == ALIGN else self.sft_rows()
         self.use(start)
-        partial = folder.with_name(f".{folder.name}.{key}")
-        stage = StageSettings(
-            output_dir=partial,
-            learning_rate=rate,
-            epochs=settings.epochs,
-            batch_size=self.config.batch_size,
-            micro_batch_size=self.config.micro_batch_size,
-            eval_every=settings.eval_every,
-            patience=settings.patience,
-            restore_best=settings.restore_best,
-            seed=self.config.seed,
-            checkpoint_every=self.config.checkpoint_every,
-            activation_checkpointing=self.config.activation_checkpointing,
-            activation_checkpointing_kwargs=self.config.activation_checkpointing_kwargs or {},
-            report_to=self.config.report_to,
-        )
-        train: AnswerDataset
-        dev: AnswerDataset
-        train, dev = self.align_rows() if name == ALIGN else self.sft_rows()
-        steps = settings.epochs * -(-len(train) // min(self.config.batch_size, len(train)))
-        began = time.perf_counter()
-        with progress(f"{name} (rate {rate:g}, at most {steps} steps)", steps) as bar:
-            trainer: ExampleTrainer
-            if isinstance(settings, AlignConfig):
-                trainer = AlignTrainer(
-                    self.model,
-                    train,
-                    dev,
-                    stage,
-                    self.tokenizer,
-                    objective=settings.objective,
-                    temperature=settings.temperature,
-                    attention_modules=self.config.attention_modules,
-                    progress=bar,
-                )
-            else:
-                trainer = SftTrainer(self.model, train, dev, stage, self.tokenizer, bar)
-            with space_needed(folder):  # for checkpoints
-                dev_loss = trainer.fit()
-        seconds = time.perf_counter() - began
-        history = [
-            {k: v for k, v in entry.items() if k in ("step", "epoch", "loss", "eval_loss")}
-            for entry in trainer.state.log_history
-            if "loss" in entry or "eval_loss" in entry
-        ]
-        state = adapter_state(self.model)
-        if is_first():
-            with atomic_dir(folder) as temporary:
-                self.model.save_pretrained(str(temporary))
-                (temporary / "README.md").unlink(missing_ok=True)
-                write_json(
-                    temporary / "stage.json",
-                    {
-                        "stage": name,
-                        "key": key,
-                        "learning_rate": rate,
-                        "dev_loss": None if dev_loss != dev_loss else dev_loss,
-                        "best_step": trainer.best.step,
-                        "steps": trainer.state.global_step,
-                        "seconds": seconds,
-                        "history": history,
-                    },
-                )
-            shutil.rmtree(partial, ignore_errors=True)
-        wait()
-        logger.info(
-            "Stage %s at rate %g: %d steps, best dev loss %.4g at step %d, %.1f s.",
-            name,
-            rate,
-            trainer.state.global_step,
-            dev_loss,
-            trainer.best.step,
-            seconds,
-        )
-        return StageResult(
-            name, tried, dev_loss, trainer.state.global_step, seconds, folder, key, state, history
+        return run_stage(
+            self.model, self.tokenizer, self.config, settings, rows, name, rate, tried, folder, key
         )
 
     def align_rows(self) -> tuple[AnswerDataset, AnswerDataset]:
         """Training and dev rows of the alignment stage: queries, the teacher's answers, targets."""
-        from ia2.trainer import AnswerDataset, Row
+        from ia2.batches import AnswerDataset, Row
 
         train, dev = self.targets
         online = self.target_mode == "online"
@@ -546,7 +391,7 @@ class Workbench:
 
     def sft_rows(self) -> tuple[AnswerDataset, AnswerDataset]:
         """Training and dev rows of the supervised stage: queries and true answers."""
-        from ia2.trainer import AnswerDataset, Row
+        from ia2.batches import AnswerDataset, Row
 
         def rows(examples: Sequence[Example]) -> list[Row]:
             return [

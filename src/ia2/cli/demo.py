@@ -13,7 +13,7 @@ from ia2.cli.options import Json, Overwrite, Quiet
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Folder for results.")] = Path("out/demo"),
     model: Annotated[str, typer.Option(help="demo, demo-gemma, or any other model.")] = "demo",
-    seeds: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 2,
     json: Json = False,
     quiet: Quiet = False,
     overwrite: Overwrite = False,
