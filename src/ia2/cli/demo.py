@@ -13,7 +13,7 @@ from ia2.cli.options import Json, Overwrite, Quiet
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Folder for results.")] = Path("out/demo"),
     model: Annotated[str, typer.Option(help="demo, demo-gemma, or any other model.")] = "demo",
-    seeds: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 2,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions, each with examples of its own.")] = 1,
     json: Json = False,
     quiet: Quiet = False,
     overwrite: Overwrite = False,
@@ -33,6 +33,8 @@ def demo(
     adapter = output_dir / "seed-0" / "align-sft" / "lr-0.001"
     print(f"Adapter of seed 0 (IA2 → SFT), loadable with peft: {adapter}")
     print(f"Data: {demo_data('train')}")
+    if seeds == 1:
+        print("One draw of examples proves little: ia2 demo --seeds 5 --output-dir out/demo5 takes five.")
     print("\nOn your own rows (JSONL or CSV with the columns prompt and completion):")
     print("  ia2 probe   --model HuggingFaceTB/SmolLM2-360M --data rows.jsonl   # will it help here?")
     print("  ia2 train   --model HuggingFaceTB/SmolLM2-360M --data rows.jsonl --output-dir out/mine")
