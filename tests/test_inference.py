@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_word_tokenizer
 from families import FAMILIES, LAYERS, VOCABULARY, WIDTH, build, llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_context import awkward
 from transformers import FalconConfig, PreTrainedModel, PreTrainedTokenizerFast
+from words import make_word_tokenizer
 
 from ia2 import inference
 from ia2.adapters import attach, base_weights, peft_config

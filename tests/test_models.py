@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_word_tokenizer
 from families import FAMILIES, LAYERS, POSITIONS, VOCABULARY, WIDTH, llama
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedModel
+from words import make_word_tokenizer
 
 from ia2.errors import ConfigError, ModelError
 from ia2.models import (

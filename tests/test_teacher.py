@@ -169,7 +169,7 @@ _LAYERS, _WIDTH, _TOKENS = 16, 64, 128
 
 def _peak(where: str, count: int, folder: str, out: Any) -> None:
     """Peak memory of a teacher pass over ``count`` examples with long answers, in bytes."""
-    from conftest import make_word_tokenizer
+    from words import make_word_tokenizer
 
     torch.set_num_threads(1)
     # freed tensors go back to the system at once, so that the peak is of what is held (M_MMAP_THRESHOLD)

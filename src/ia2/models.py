@@ -230,11 +230,25 @@ def _demo_folder(name: str) -> Path:
     return _convert(parts, name)
 
 
+def _file_stamp(path: Path) -> list[int | str]:
+    """Tells one model file from another wherever it lies: its size, and a digest of its two ends.
+
+    The whole of a large file would take seconds to read at every start.
+    """
+    end = 1 << 20
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        sha.update(file.read(end))
+        file.seek(max(0, path.stat().st_size - end))
+        sha.update(file.read(end))
+    return [path.stat().st_size, sha.hexdigest()]
+
+
 def _convert(parts: list[Path], label: str) -> Path:
     """Convert a GGUF file (given whole or in parts) to a transformers folder in the cache."""
     from filelock import FileLock
 
-    stamp = [(str(part.resolve()), part.stat().st_size, part.stat().st_mtime_ns) for part in parts]
+    stamp = [_file_stamp(part) for part in parts]
     folder = cache_dir() / "models" / f"{label}-{digest([_CONVERSION, stamp])}"
     if folder.is_dir():
         return folder

@@ -8,6 +8,7 @@ effective batch (all micro-batches, all processes) of a mean over the example's 
 from __future__ import annotations
 
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -69,7 +70,7 @@ class StageSettings:
     report_to: list[str] = field(default_factory=list)
 
 
-class ExampleTrainer(Trainer):
+class ExampleTrainer(Trainer, ABC):
     """A Trainer whose unit is the example; subclasses say what one example's loss is.
 
     Adam with a constant rate, no weight decay, no clipping, a fresh optimiser in each stage; dev loss
@@ -85,7 +86,7 @@ class ExampleTrainer(Trainer):
         progress: advanced once a step.
 
     Raises:
-        ConfigError: a batch size that the processes cannot share, or reentrant checkpointing.
+        ConfigError: reentrant activation checkpointing.
     """
 
     # transformers 5.18 and later; earlier ones look at model_accepts_loss_kwargs
@@ -166,9 +167,9 @@ class ExampleTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------ the loss
 
+    @abstractmethod
     def example_losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """Loss of each row of a batch, ``[B]``, with gradient."""
-        raise NotImplementedError(f"{type(self).__name__} defines no example_losses")
 
     def compute_loss(  # type: ignore[override]
         self,
