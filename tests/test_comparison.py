@@ -59,29 +59,32 @@ def test_cross_fitting_tests_every_row_once_a_seed_and_never_on_itself(tmp_path:
     plans = _rounds(ROWS, None, config(folds=4, seeds=3, seed=5), tmp_path)
     assert len(plans) == 12
     for seed in (5, 6, 7):
-        of_seed = [plan for plan in plans if plan[0] == seed]
-        tested = [place for _, _, _, places, _ in of_seed for place in places]
+        of_seed = [plan for plan in plans if plan.seed == seed]
+        tested = [place for plan in of_seed for place in plan.places]
         assert sorted(tested) == list(range(len(ROWS)))
-        for _, split, held, places, _ in of_seed:
-            assert [ROWS[place] for place in places] == list(held)
-            train, dev, test = ({e.source for e in part} for part in (split.train, split.dev, held))
+        for plan in of_seed:
+            assert [ROWS[place] for place in plan.places] == list(plan.test)
+            parts = (plan.data.train, plan.data.dev, plan.test)
+            train, dev, test = ({e.source for e in part} for part in parts)
             assert not (train & test or dev & test or train & dev)
             assert train | dev | test == {e.source for e in ROWS}
-    assert len({plan[4] for plan in plans}) == 12
-    assert {tuple(p[3]) for p in plans if p[0] == 5} != {tuple(p[3]) for p in plans if p[0] == 6}
+    assert len({plan.folder for plan in plans}) == 12
+    assert {tuple(p.places) for p in plans if p.seed == 5} != {tuple(p.places) for p in plans if p.seed == 6}
 
 
 def test_rows_that_read_the_same_keep_their_places(tmp_path: Path) -> None:
     rows = Examples([Example("a0", (" L1", " L2")[i % 2], "same") for i in range(6)])
     plans = _rounds(rows, None, config(folds=3, seeds=1), tmp_path)
-    assert sorted(place for plan in plans for place in plan[3]) == list(range(6))
+    assert sorted(place for plan in plans for place in plan.places) == list(range(6))
 
 
 def test_with_test_data_there_is_one_round_a_seed(tmp_path: Path) -> None:
     test = icl_examples(5, seed=9)
     plans = _rounds(ROWS, test, config(num_examples=8), tmp_path)
-    assert [(plan[0], plan[2], plan[3]) for plan in plans] == [(s, test, [0, 1, 2, 3, 4]) for s in (0, 1)]
-    assert [(len(plan[1].train), len(plan[1].dev)) for plan in plans] == [(8, 4)] * 2
+    assert [(plan.seed, plan.test, plan.places) for plan in plans] == [
+        (s, test, [0, 1, 2, 3, 4]) for s in (0, 1)
+    ]
+    assert [(len(plan.data.train), len(plan.data.dev)) for plan in plans] == [(8, 4)] * 2
 
 
 # ------------------------------------------------------------------------------------ cross-fitting

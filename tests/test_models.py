@@ -350,5 +350,7 @@ def test_demo_model(monkeypatch: pytest.MonkeyPatch) -> None:
     converted = sorted((cache_dir() / "models").glob("demo-[0-9a-f]*"))
     if not converted:
         pytest.skip(f"the demo model has not been converted to {cache_dir()} yet; run `ia2 demo` once")
-    assert resolve("demo") in map(str, converted)
-    assert (converted[0] / "config.json").is_file()
+    found = Path(resolve("demo"))
+    assert found.parent == cache_dir() / "models"
+    assert (found / "config.json").is_file()
+    assert resolve("demo") == str(found)

@@ -41,7 +41,7 @@ def outcomes(
             num_examples=8,
             balanced=True,
             learning_rates=[1e-3],
-            align={"eval_every": 10, "epochs": 60},
+            align={"eval_every": 10, "epochs": 40},
             sft={"eval_every": 5, "epochs": 25},
         )
         folder = tmp_path_factory.mktemp("compare") / str(seed)
@@ -78,6 +78,10 @@ def test_fine_tuning_after_alignment_keeps_more_of_it_than_fine_tuning_alone(out
     kept = outcomes["ia2-sft"]["asim"] - outcomes["sft"]["asim"]
     assert (kept > 0).all(), kept
     assert kept.mean() > 0.2
+
+
+def test_alignment_first_is_better_calibrated_than_fine_tuning_alone(outcomes: dict) -> None:
+    assert (outcomes["sft"]["ece"] - outcomes["ia2-sft"]["ece"]).mean() > 0.1
 
 
 def test_trained_recipes_learn_the_rule(outcomes: dict) -> None:
