@@ -31,7 +31,7 @@ from ia2.context import Contexts
 from ia2.demo import COMPLETION_TEMPLATE, LABEL_MAP, PROMPT_TEMPLATE, demo_data
 from ia2.evaluation.scoring import score_labels
 from ia2.examples import Example, Examples, RowFormat
-from ia2.files import write_json
+from ia2.files import read_json, write_json
 from ia2.models import BaseModel, load_base
 from ia2.runs import machine, versions
 from ia2.targets import MemoryTargets, TeacherAnswer
@@ -129,7 +129,7 @@ def long_examples(base: BaseModel, count: int, context: int) -> Examples:
     pieces = iter(texts)
     while len(rows) < count:
         query = ""
-        while len(encode_answer(base.tokenizer, query)) < per_example - 8:
+        while not query or len(encode_answer(base.tokenizer, query)) < per_example - 8:
             query += next(pieces).fields["text"] + " "
         rows.append(Example(f"Text: {query.strip()}\nLabel:", " music", f"row:{len(rows) + 1}"))
     return Examples(rows, name="long rows")
@@ -263,7 +263,9 @@ def main() -> None:
         )
         print("teacher", results["teacher"], flush=True)
     if given.output:
-        write_json(given.output, results)
+        # parts that were measured by themselves come together in one file
+        known = read_json(given.output) if given.output.is_file() else {}
+        write_json(given.output, {**known, **results})
 
 
 if __name__ == "__main__":

@@ -40,9 +40,8 @@ def outcomes(
             seed=seed,
             num_examples=8,
             balanced=True,
-            learning_rates=[1e-3],
-            align={"eval_every": 10, "epochs": 40},
-            sft={"eval_every": 5, "epochs": 25},
+            align={"eval_every": 10, "epochs": 25, "learning_rate": 2e-3},
+            sft={"eval_every": 5, "epochs": 12, "learning_rate": 3e-3},
         )
         folder = tmp_path_factory.mktemp("compare") / str(seed)
         train = rows(task.examples(24, seed), "train")
