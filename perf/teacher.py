@@ -199,9 +199,9 @@ def measure_step(base: BaseModel, steps: int) -> dict[str, Any]:
     targets.finish([TeacherAnswer(row.answer, "") for row in rows])
     with tempfile.TemporaryDirectory() as scratch:
         settings = StageSettings(Path(scratch), batch_size=len(rows))
-        nothing = AnswerDataset([])
-        align = AlignTrainer(model, AnswerDataset(rows, targets), nothing, settings, base.tokenizer)
-        sft = SftTrainer(model, AnswerDataset(rows), nothing, settings, base.tokenizer)
+        nothing = AnswerDataset.of([])
+        align = AlignTrainer(model, AnswerDataset.of(rows, targets), nothing, settings, base.tokenizer)
+        sft = SftTrainer(model, AnswerDataset.of(rows), nothing, settings, base.tokenizer)
         seconds: dict[str, list[float]] = {"align": [], "sft": []}
         for trainer in (align, sft):
             trainer.create_optimizer()

@@ -11,6 +11,7 @@ import torch
 from families import build, llama
 from tiny_icl.tasks import sample_task
 
+from ia2.batches import AnswerDataset, Row
 from ia2.config import AdaptConfig
 from ia2.examples import Example, Examples, FewShotSplit
 from ia2.models import BaseModel, load_base
@@ -75,6 +76,11 @@ def bench_of(
             if "lora_B" in name:
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return bench
+
+
+def rows_of(dataset: AnswerDataset) -> list[Row]:
+    """All rows of a dataset."""
+    return [dataset.row(place) for place in range(len(dataset))]
 
 
 def clone(base: BaseModel) -> BaseModel:

@@ -1,7 +1,8 @@
 """Tiny random models, one a model family: two layers, width 32, seeded, in evaluation mode.
 
 Every family has the same vocabulary and hardly more positions than a test needs, so that a test can run
-over all of them in seconds. Dropout stays at each configuration's default.
+over all of them in seconds. Dropout stays at each configuration's default. ``HYBRIDS`` have four layers
+of which only some have attention.
 """
 
 from __future__ import annotations
@@ -13,18 +14,29 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    CohereConfig,
     FalconConfig,
+    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
     GPTNeoXConfig,
+    GraniteConfig,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     MptConfig,
+    Olmo2Config,
     OPTConfig,
     Phi3Config,
     PreTrainedModel,
+    Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+    SmolLM3Config,
+    StableLmConfig,
 )
 
 VOCABULARY = 128
@@ -44,6 +56,7 @@ _MODERN: dict[str, Any] = {
     "max_position_embeddings": POSITIONS,
     **_SPECIAL,
 }
+_GROUPED: dict[str, Any] = {**_MODERN, "num_key_value_heads": 2}
 _OLD: dict[str, Any] = {"vocab_size": VOCABULARY, **_SPECIAL}
 
 
@@ -61,7 +74,7 @@ def build(config: Any, seed: int = 0) -> PreTrainedModel:
 
 def llama(**changes: Any) -> PreTrainedModel:
     """Llama with grouped key and value heads; keyword arguments replace fields of its configuration."""
-    return build(LlamaConfig(**{**_MODERN, "num_key_value_heads": 2, **changes}))
+    return build(LlamaConfig(**{**_GROUPED, **changes}))
 
 
 def gpt2(**changes: Any) -> PreTrainedModel:
@@ -71,24 +84,20 @@ def gpt2(**changes: Any) -> PreTrainedModel:
 
 
 def _qwen3() -> PreTrainedModel:
-    return build(Qwen3Config(**_MODERN, num_key_value_heads=2, head_dim=8))
+    return build(Qwen3Config(**_GROUPED, head_dim=8))
 
 
 def _gemma3() -> PreTrainedModel:
     kinds = ["sliding_attention", "full_attention"]
-    return build(
-        Gemma3TextConfig(
-            **_MODERN, num_key_value_heads=2, head_dim=8, sliding_window=WINDOW, layer_types=kinds
-        )
-    )
+    return build(Gemma3TextConfig(**_GROUPED, head_dim=8, sliding_window=WINDOW, layer_types=kinds))
 
 
 def _mistral() -> PreTrainedModel:
-    return build(MistralConfig(**_MODERN, num_key_value_heads=2, sliding_window=WINDOW))
+    return build(MistralConfig(**_GROUPED, sliding_window=WINDOW))
 
 
 def _phi3() -> PreTrainedModel:
-    return build(Phi3Config(**_MODERN, num_key_value_heads=2, original_max_position_embeddings=POSITIONS))
+    return build(Phi3Config(**_GROUPED, original_max_position_embeddings=POSITIONS))
 
 
 def _gpt_neox() -> PreTrainedModel:
@@ -126,6 +135,66 @@ def _mpt() -> PreTrainedModel:
     return build(MptConfig(**_OLD, d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS, max_seq_len=POSITIONS))
 
 
+def _qwen2() -> PreTrainedModel:
+    return build(Qwen2Config(**_GROUPED))
+
+
+def _gemma2() -> PreTrainedModel:
+    kinds = ["sliding_attention", "full_attention"]
+    return build(Gemma2Config(**_GROUPED, head_dim=8, sliding_window=WINDOW, layer_types=kinds))
+
+
+def _olmo2() -> PreTrainedModel:
+    return build(Olmo2Config(**_GROUPED))
+
+
+def _granite() -> PreTrainedModel:
+    return build(GraniteConfig(**_GROUPED, residual_multiplier=0.7))
+
+
+def _cohere() -> PreTrainedModel:
+    return build(CohereConfig(**_GROUPED), seed=1)
+
+
+def _stablelm() -> PreTrainedModel:
+    return build(StableLmConfig(**_GROUPED), seed=1)
+
+
+def _smollm3() -> PreTrainedModel:
+    return build(SmolLM3Config(**_GROUPED, no_rope_layers=[1, 0]))
+
+
+def _mixtral() -> PreTrainedModel:
+    return build(MixtralConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2))
+
+
+def _qwen3_moe() -> PreTrainedModel:
+    experts = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    return build(Qwen3MoeConfig(**_GROUPED, head_dim=8, **experts))
+
+
+def qwen3_next() -> PreTrainedModel:
+    """Every second layer is linear attention, a recurrent state."""
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    return build(
+        Qwen3NextConfig(
+            **{**_GROUPED, "num_hidden_layers": 4},
+            **linear,
+            head_dim=8,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            num_experts=0,
+            layer_types=["linear_attention", "full_attention"] * 2,
+        )
+    )
+
+
+def lfm2(**changes: Any) -> PreTrainedModel:
+    """Two convolutions, then two layers of attention; keyword arguments replace fields."""
+    fields = {**_GROUPED, "num_hidden_layers": 4, "layer_types": ["conv"] * 2 + ["full_attention"] * 2}
+    return build(Lfm2Config(**{**fields, **changes}))
+
+
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": llama,
     "qwen3": _qwen3,
@@ -139,7 +208,25 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "falcon": _falcon,
     "bloom": _bloom,
     "mpt": _mpt,
+    "qwen2": _qwen2,
+    "gemma2": _gemma2,
+    "olmo2": _olmo2,
+    "granite": _granite,
+    "cohere": _cohere,
+    "stablelm": _stablelm,
+    "smollm3": _smollm3,
+    "mixtral": _mixtral,
+    "qwen3_moe": _qwen3_moe,
 }
 
 # Families with a layer that sees only the last few positions.
-SLIDING = ("gemma3", "mistral")
+SLIDING = ("gemma2", "gemma3", "mistral")
+
+HYBRIDS: dict[str, Callable[[], PreTrainedModel]] = {"qwen3_next": qwen3_next, "lfm2": lfm2}
+
+ALL = {**FAMILIES, **HYBRIDS}
+
+
+def attention_layers(name: str) -> list[int]:
+    """The layers of a family that have attention: of a hybrid, some."""
+    return {"qwen3_next": [1, 3], "lfm2": [2, 3]}.get(name, list(range(LAYERS)))

@@ -19,7 +19,7 @@ from tiny_icl.tasks import sample_task
 import ia2
 from ia2 import console
 from ia2.cli.options import gather_lists, list_flags, with_settings
-from ia2.config import AdaptConfig, CompareConfig, ProbeConfig, TrainConfig
+from ia2.config import SECTIONS, AdaptConfig, CompareConfig, CurveConfig, ProbeConfig, TrainConfig
 
 TASK = sample_task(0, num_classes=3)
 
@@ -88,7 +88,7 @@ def options_of(kind: type[AdaptConfig], leave_out: tuple[str, ...] = ()) -> list
     for name, field in kind.model_fields.items():
         if name in leave_out:
             continue
-        inner = field.annotation.model_fields if name in ("adapter", "align", "sft") else None  # type: ignore[union-attr]
+        inner = field.annotation.model_fields if name in ("adapter", *SECTIONS) else None  # type: ignore[union-attr]
         names = [name] if inner is None else [f"{name}_{leaf}" for leaf in inner]
         flags += ["--" + n.replace("_", "-") for n in names]
     return flags
@@ -97,6 +97,7 @@ def options_of(kind: type[AdaptConfig], leave_out: tuple[str, ...] = ()) -> list
 OPTIONS = {
     "train": [*options_of(TrainConfig), "--config", "--json", "--quiet", "--overwrite"],
     "compare": [*options_of(CompareConfig, ("recipe",)), "--config", "--json", "--quiet", "--overwrite"],
+    "curve": [*options_of(CurveConfig, ("recipe", "num_examples", "folds")), "--config", "--json", "--quiet"],
     "probe": [*options_of(ProbeConfig, ("recipe",)), "--config", "--json", "--quiet"],
     "eval": ["--adapter", "--data", "--split", "--output", "--device", "--json", "--quiet"],
     "predict": ["--adapter", "--data", "--split", "--output", "--device", "--json", "--quiet"],
@@ -120,7 +121,18 @@ def test_help_names_every_option(
 
 def test_lists_may_be_written_with_spaces() -> None:
     flags = list_flags(TrainConfig, CompareConfig, ProbeConfig)
-    assert {"--learning-rates", "--recipes", "--labels", "--report-to", "--adapter-target-modules"} == flags
+    assert flags == {
+        "--learning-rates",
+        "--recipes",
+        "--adapters",
+        "--objectives",
+        "--labels",
+        "--report-to",
+        "--adapter-target-modules",
+        "--align-layers",
+        "--joint-layers",
+        "--joint-betas",
+    }
     given = ["train", "--learning-rates", "1e-4", "3e-4", "1e-3", "--seed", "1", "--report-to"]
     assert gather_lists(given, flags) == [
         "train", "--learning-rates", "1e-4,3e-4,1e-3", "--seed", "1", "--report-to"

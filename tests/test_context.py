@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import logging
+import random
+import tracemalloc
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ia2.context import SEPARATOR, Contexts, leave_one_out_orders, pool_orders, render
+from ia2.context import (
+    SEPARATOR,
+    Contexts,
+    DemonstrationContexts,
+    FixedOrders,
+    Given,
+    GivenContexts,
+    LeaveOneOut,
+    pool_orders,
+    render,
+)
 from ia2.errors import DataError
 from ia2.examples import Example
+from ia2.files import digest
+from ia2.rendering import Rendering
 from ia2.tokens import common_prefix, decode, encode_prompt
 
 WORDS = ["good", "bad", "film", "food", "cat", "dog", "red", "blue", "one", "two"]
@@ -35,18 +51,39 @@ def test_render() -> None:
     assert render([first], "Q", separator="|") == "Q: a\nA: 1|Q"
 
 
-@given(count=st.integers(0, 12), permutations=st.integers(1, 4), seed=st.integers(0, 5))
+def naive_orders(count: int, permutations: int, seed: int) -> list[list[list[int]]]:
+    """Random orders of all the others, as they have been from the first release on."""
+    orders = []
+    for i in range(count):
+        draw = random.Random(f"leave-one-out {seed} {i}")
+        others = [j for j in range(count) if j != i]
+        orders.append([draw.sample(others, len(others)) for _ in range(permutations)])
+    return orders
+
+
+@given(
+    count=st.integers(1, 12), permutations=st.integers(1, 4), seed=st.integers(0, 5), limit=st.integers(0, 14)
+)
 @settings(deadline=None)
-def test_leave_one_out_orders(count: int, permutations: int, seed: int) -> None:
-    orders = leave_one_out_orders(count, permutations, seed)
-    assert len(orders) == count
-    for i, of_query in enumerate(orders):
-        assert len(of_query) == permutations
-        for order in of_query:
-            assert sorted(order) == [j for j in range(count) if j != i]
-    assert orders == leave_one_out_orders(count, permutations, seed)
-    more = leave_one_out_orders(count, permutations + 2, seed)
-    assert [of_query[:permutations] for of_query in more] == orders
+def test_leave_one_out_orders(count: int, permutations: int, seed: int, limit: int) -> None:
+    orders = LeaveOneOut(count, permutations, seed)
+    for i, expected in enumerate(naive_orders(count, permutations, seed)):
+        assert [orders.candidates(i, k, count) for k in range(permutations)] == expected
+        for k in range(permutations):
+            drawn = orders.candidates(i, k, limit)
+            assert len(set(drawn)) == len(drawn) == min(limit, count - 1)
+            assert set(drawn) <= set(range(count)) - {i}
+            assert drawn == LeaveOneOut(count, permutations + 2, seed).candidates(i, k, limit)
+
+
+def test_fixed_orders() -> None:
+    shared = FixedOrders([[3, 1, 0, 2]])
+    assert shared.shared and not shared.leave_one_out
+    assert [shared.candidates(9, 0, limit) for limit in (4, 2, 0)] == [[3, 1, 0, 2], [0, 2], []]
+    own = FixedOrders([[3, 1, 0, 2], [0, 1, 2, 3]], leave_one_out=True)
+    assert own.permutations == 2 and not own.shared
+    assert [own.candidates(i, 0, 2) for i in range(4)] == [[1, 2], [0, 2], [1, 0], [0, 2]]
+    assert own.candidates(3, 1, 9) == [0, 1, 2]
 
 
 @given(count=st.integers(0, 12), permutations=st.integers(1, 4), seed=st.integers(0, 5))
@@ -58,10 +95,12 @@ def test_pool_orders(count: int, permutations: int, seed: int) -> None:
 
 
 def test_seeds_and_places_give_other_orders() -> None:
-    assert leave_one_out_orders(8, 1, 0) != leave_one_out_orders(8, 1, 1)
+    def drawn(seed: int) -> list[list[int]]:
+        return [LeaveOneOut(8, 2, seed).candidates(i, k, 8) for i in range(8) for k in range(2)]
+
+    assert drawn(0) != drawn(1)
     assert pool_orders(8, 1, 0) != pool_orders(8, 1, 1)
-    drawn = leave_one_out_orders(8, 2, 0)
-    assert drawn[0][0] != drawn[0][1]
+    assert drawn(0)[0] != drawn(0)[1]
 
 
 def test_leave_one_out_contexts(word_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -87,11 +126,11 @@ def test_pool_contexts_share_their_prefix(word_tokenizer: PreTrainedTokenizerFas
     )
     for k in range(2):
         ids = [contexts.context_ids(i, k) for i in range(4)]
-        order = contexts.orders[0][k]
+        order = contexts.chosen(0, k)
         prefix = render([demonstrations[j] for j in order], "")
         assert all(decode(word_tokenizer, row).startswith(prefix) for row in ids)
         assert common_prefix(ids) >= len(encode_prompt(word_tokenizer, prefix))
-        assert all(contexts.orders[i][k] == order for i in range(4))
+        assert all(contexts.chosen(i, k) == order for i in range(4))
 
 
 def test_one_example_has_no_demonstrations(word_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -112,9 +151,13 @@ def test_whole_demonstrations_are_dropped_and_counted(
     examples = rows(8, length=3)
     roomy = Contexts.leave_one_out(word_tokenizer, examples, max_length=1000, reserve=5)
     whole = [kept_blocks(word_tokenizer, roomy, i) for i in range(8)]
+    caplog.clear()
     logging.getLogger("ia2").addHandler(caplog.handler)
     try:
         contexts = Contexts.leave_one_out(word_tokenizer, examples, max_length=70, reserve=5)
+        assert not caplog.text  # said when it is used
+        contexts.prepare()
+        contexts.context_ids(1)
     finally:
         logging.getLogger("ia2").removeHandler(caplog.handler)
     dropped = 0
@@ -122,8 +165,11 @@ def test_whole_demonstrations_are_dropped_and_counted(
         assert len(contexts.context_ids(i)) <= 65
         kept = kept_blocks(word_tokenizer, contexts, i)
         assert 0 < len(kept) < 7
-        assert kept == whole[i][-len(kept) :], "the farthest from the query go first"
+        # one more would not have fitted
+        assert len(contexts.context_ids(i)) + 20 > 65
         dropped += 7 - len(kept)
+    assert all(len(set(blocks)) == 7 for blocks in whole)
+    assert len(set(caplog.text.splitlines())) == 1
     assert (contexts.dropped.demonstrations, contexts.dropped.prompts, contexts.dropped.of) == (dropped, 8, 8)
     assert f"{dropped} demonstrations dropped, whole, from 8 of 8 prompts" in caplog.text
     assert "70 tokens" in caplog.text
@@ -132,10 +178,12 @@ def test_whole_demonstrations_are_dropped_and_counted(
 def test_pool_drops_the_same_ones_for_every_query(word_tokenizer: PreTrainedTokenizerFast) -> None:
     queries = [*rows(3, offset=50), *rows(1, length=20, offset=60)]
     contexts = Contexts.pool(word_tokenizer, queries, rows(8), permutations=2, max_length=80, reserve=5)
+    full = pool_orders(8, 2, 0)
     for k in range(2):
-        kept = {tuple(contexts.orders[i][k]) for i in range(4)}
+        kept = {tuple(contexts.chosen(i, k)) for i in range(4)}
         assert len(kept) == 1
         assert 0 < len(kept.pop()) < 8
+        assert list(full[k][-len(contexts.chosen(0, k)) :]) == contexts.chosen(0, k), "the farthest go first"
     assert contexts.dropped.prompts == contexts.dropped.of == 8
     assert all(len(contexts.context_ids(i, k)) <= 75 for i in range(4) for k in range(2))
 
@@ -208,17 +256,217 @@ def test_what_was_fitted_fits(kind: str, texts: list[tuple[str, str]], max_lengt
     except DataError:
         return
     dropped = 0
-    for i, orders in enumerate(contexts.orders):
+    for i in range(len(contexts)):
         available = len(examples) - (not pool)
-        for k, order in enumerate(orders):
-            ids = contexts.context_ids(i, k)
+        for k in range(contexts.permutations):
+            order, ids = contexts.chosen(i, k), contexts.context_ids(i, k)
             assert len(ids) <= max_length - reserve
-            # rendered from whole demonstrations, the last of the full order
+            # rendered from whole demonstrations, the query itself not among them
+            assert pool or i not in order
+            assert len(set(order)) == len(order)
             assert ids == encode_prompt(
                 tokenizer, render([contexts.demonstrations[j] for j in order], contexts.queries[i].query)
             )
             assert order or available == 0
             dropped += available - len(order)
+        suffix, query, ids = contexts.common_suffix(i), contexts.query_ids(i), contexts.context_ids(i)
+        assert query[len(query) - suffix :] == ids[len(ids) - suffix :]
     assert contexts.dropped.demonstrations == dropped
     if pool:
-        assert contexts.orders[0] == contexts.orders[1]
+        assert contexts.chosen(0) == contexts.chosen(1)
+
+
+def test_common_suffix(word_tokenizer: PreTrainedTokenizerFast) -> None:
+    contexts = Contexts.leave_one_out(word_tokenizer, rows(4), permutations=3, max_length=200, reserve=1)
+    for i in range(4):
+        query = contexts.query_ids(i)
+        assert contexts.common_suffix(i) == len(query)  # no tokens merge, and none stands before a text
+        assert all(contexts.context_ids(i, k)[-len(query) :] == query for k in range(3))
+    bos = awkward("gpt2")
+    other = Contexts.leave_one_out(bos, rows(4), max_length=500, reserve=1)
+    assert 0 < other.common_suffix(0) == other.common_suffix(0) < len(other.query_ids(0))
+
+
+# --------------------------------------------------------------------------- more than a window holds
+
+
+def many(count: int) -> list[Example]:
+    """Different examples of nearly the same length."""
+    words = [f"{a}{b}" for a in "abcdefgh" for b in ("", " the", " a", " in", " and")]
+    size = len(words)
+    return [
+        Example(
+            f"Text: {words[i % size]} {words[i // size % size]} {i // size**2}\nLabel:",
+            (" positive", " negative")[i % 2],
+            f"row {i}",
+        )
+        for i in range(count)
+    ]
+
+
+def test_each_prompt_draws_its_own(word_tokenizer: PreTrainedTokenizerFast) -> None:
+    examples = many(400)
+    contexts = Contexts.leave_one_out(
+        word_tokenizer, examples, permutations=2, max_length=150, reserve=5, seed=1
+    )
+    drawn = [[contexts.chosen(i, k) for k in range(2)] for i in range(400)]
+    for i, orders in enumerate(drawn):
+        for k, order in enumerate(orders):
+            assert 8 <= len(order) <= 20 and len(set(order)) == len(order) and i not in order
+            blocks = decode(word_tokenizer, contexts.context_ids(i, k)).split(SEPARATOR)
+            assert blocks[:-1] == [examples[j].query + (examples[j].answer or "") for j in order]
+    assert len({tuple(order) for orders in drawn for order in orders}) == 800
+    used = np.bincount([j for orders in drawn for order in orders for j in order], minlength=400)
+    assert used.min() > 0 and used.max() < 6 * used.mean()  # none is left out, none preferred
+    again = Contexts.leave_one_out(
+        word_tokenizer, examples, permutations=3, max_length=150, reserve=5, seed=1
+    )
+    assert [[again.chosen(i, k) for k in range(2)] for i in range(400)] == drawn
+
+
+@pytest.mark.parametrize("most", [1, 5, 9])
+def test_at_most_so_many(word_tokenizer: PreTrainedTokenizerFast, most: int) -> None:
+    examples = many(10)
+    rendering = Rendering(word_tokenizer)
+    contexts = DemonstrationContexts(rendering, examples, examples, LeaveOneOut(10), 1000, 5, most=most)
+    assert {len(contexts.chosen(i)) for i in range(10)} == {most}
+    assert contexts.dropped.demonstrations == 0  # what was not wanted is not missing
+    short = DemonstrationContexts(rendering, examples, examples, LeaveOneOut(10), 60, 5, most=most)
+    lost = sum(most - len(short.chosen(i)) for i in range(10))
+    assert short.dropped.demonstrations == lost and (lost > 0) == (most > 3)
+
+
+def test_a_long_row_keeps_no_other_out(word_tokenizer: PreTrainedTokenizerFast) -> None:
+    examples = [*rows(6), Example("Text: " + "the " * 60 + "\nLabel:", " positive", "long")]
+    for seed in range(8):
+        contexts = Contexts.pool(
+            word_tokenizer, rows(2, offset=50), examples, max_length=70, reserve=5, seed=seed
+        )
+        assert len(contexts.chosen(0)) >= 3 and 6 not in contexts.chosen(0)
+        assert contexts.dropped.demonstrations == 2 * (7 - len(contexts.chosen(0)))
+    # even where chance gives nothing that fits
+    long = [Example(f"{'the ' * 60}{i}", " positive", f"long {i}") for i in range(9)]
+    mixed = [*rows(2), *long]
+    one = DemonstrationContexts(
+        Rendering(word_tokenizer), rows(5, offset=50), mixed, LeaveOneOutOfNothing(), 70, 5, most=1
+    )
+    assert {tuple(one.chosen(i)) for i in range(5)} == {(0,)}
+
+
+class LeaveOneOutOfNothing(FixedOrders):
+    """An order that ends in what is too long."""
+
+    def __init__(self) -> None:
+        super().__init__([list(range(11))])
+
+
+def test_many_are_counted_on_a_sample(
+    word_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ia2.context._LOOKED_AT", (1000, 200))
+    contexts = Contexts.leave_one_out(word_tokenizer, many(100), max_length=150, reserve=5)
+    logging.getLogger("ia2").addHandler(caplog.handler)
+    try:
+        dropped = contexts.dropped
+    finally:
+        logging.getLogger("ia2").removeHandler(caplog.handler)
+    assert 0 < dropped.of < 20 and dropped.total == 100
+    exact = np.mean([99 - len(contexts.chosen(i)) for i in range(100)])
+    assert abs(dropped.demonstrations / dropped.of - exact) < 1
+    assert f"demonstrations dropped, whole, from each of 100 prompts (by {dropped.of} of them)" in caplog.text
+
+
+@pytest.mark.parametrize("count", [5_000, pytest.param(50_000, marks=pytest.mark.slow)])
+def test_memory_is_flat(word_tokenizer: PreTrainedTokenizerFast, count: int) -> None:
+    examples = many(count)
+    Contexts.leave_one_out(word_tokenizer, examples[:1000], max_length=150, reserve=5).prepare()
+    tracemalloc.start()
+    contexts = Contexts.leave_one_out(word_tokenizer, examples, max_length=150, reserve=5)
+    contexts.prepare()
+    for i in range(0, count, count // 100):
+        assert len(contexts.context_ids(i)) <= 145
+    contexts.facts()
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept / count < 40
+    assert peak / count < (500 if count < 50_000 else 200)  # a batch of texts and their ids
+
+
+# ---------------------------------------------------------------------------------- facts
+
+
+def test_facts_change_with_the_contexts(word_tokenizer: PreTrainedTokenizerFast) -> None:
+    examples = rows(6)
+    plain: dict[str, Any] = {"max_length": 300, "reserve": 5}
+
+    def facts(given: list[Example] = examples, **changes: Any) -> str:
+        found = Contexts.leave_one_out(word_tokenizer, given, **{**plain, **changes}).facts()
+        return digest(found)
+
+    assert facts() == facts()
+    renamed = [Example(e.query, e.answer, "elsewhere") for e in examples]
+    assert facts(renamed) == facts()
+    swapped = [examples[1], examples[0], *examples[2:]]
+    other = [*examples[:5], Example(examples[5].query, " x", "row 5")]
+    changed = [
+        facts(seed=1),
+        facts(permutations=2),
+        facts(separator="\n"),
+        facts(max_length=90),
+        facts(reserve=7),
+        facts(swapped),
+        facts(other),
+        digest(Contexts.pool(word_tokenizer, examples, examples, **plain).facts()),
+        digest(Contexts.pool(word_tokenizer, examples, examples, seed=1, **plain).facts()),
+    ]
+    assert len({facts(), *changed}) == len(changed) + 1
+
+
+# ---------------------------------------------------------------------------- contexts of other kinds
+
+
+def test_given_contexts(word_tokenizer: PreTrainedTokenizerFast) -> None:
+    queries = rows(3)
+    rendering = Rendering(word_tokenizer)
+    contexts = GivenContexts(rendering, queries, [Given("the film was good.")] * 3, 100, 5)
+    assert contexts.permutations == 1 and len(contexts) == 3
+    for i, query in enumerate(queries):
+        text = decode(word_tokenizer, contexts.context_ids(i))
+        assert text == f"the film was good.\n\n{query.query}"
+        assert decode(word_tokenizer, contexts.query_ids(i)) == query.query
+        assert contexts.common_suffix(i) == len(contexts.query_ids(i))
+    other = GivenContexts(rendering, queries, [Given("the film was bad.")] * 3, 100, 5)
+    assert digest(other.facts()) != digest(contexts.facts())
+
+
+def test_given_demonstrations_are_dropped_whole(
+    word_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    queries, shown = rows(3), rows(6, offset=20)
+    given = [Given(demonstrations=shown), Given(demonstrations=shown[:1]), Given(demonstrations=shown)]
+    logging.getLogger("ia2").addHandler(caplog.handler)
+    try:
+        contexts = GivenContexts(Rendering(word_tokenizer), queries, given, 60, 5)
+    finally:
+        logging.getLogger("ia2").removeHandler(caplog.handler)
+    for i, query in enumerate(queries):
+        ids = contexts.context_ids(i)
+        assert len(ids) <= 55
+        *blocks, last = decode(word_tokenizer, ids).split(SEPARATOR)
+        whole = [d.query + (d.answer or "") for d in given[i].demonstrations]
+        assert last == query.query and blocks == whole[-len(blocks) :]
+    assert contexts.dropped.prompts == 2
+    assert f"{contexts.dropped.demonstrations} demonstrations dropped, whole, from 2 of 3" in caplog.text
+
+
+def test_given_contexts_that_are_too_long(word_tokenizer: PreTrainedTokenizerFast) -> None:
+    queries, rendering = rows(2), Rendering(word_tokenizer)
+    with pytest.raises(
+        DataError, match=r"^row 1: the context is too long: with the prompt it has \d+ tokens"
+    ):
+        GivenContexts(rendering, queries, [Given("good"), Given("good " * 90)], 60, 5)
+    long = Example("good " * 90, " positive", "long")
+    with pytest.raises(DataError, match="row 0: no demonstration of the row fits"):
+        GivenContexts(rendering, queries, [Given(demonstrations=[long])] * 2, 60, 5)
+    with pytest.raises(DataError, match="long: the prompt has"):
+        GivenContexts(rendering, [long], [Given("good")], 60, 5)

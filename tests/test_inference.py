@@ -8,22 +8,34 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, LAYERS, VOCABULARY, WIDTH, build, llama
+from families import (
+    ALL,
+    FAMILIES,
+    HEADS,
+    HYBRIDS,
+    LAYERS,
+    VOCABULARY,
+    WIDTH,
+    attention_layers,
+    build,
+    lfm2,
+    llama,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_context import awkward
-from transformers import FalconConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import FalconConfig, PreTrainedModel, PreTrainedTokenizerFast, RecurrentGemmaConfig
 from words import make_word_tokenizer
 
 from ia2 import inference
 from ia2.adapters import attach, base_weights, peft_config
-from ia2.capture import ActivationCapture
+from ia2.capture import ActivationCapture, eager_attention
 from ia2.config import AdapterConfig
 from ia2.console import progress
 from ia2.inference import AnswerOutput, Generated, answer_pass, cut_answer, generate_answers, token_budget
 from ia2.tokens import Ids, common_prefix, fed_ids
 
-family = pytest.mark.parametrize("name", list(FAMILIES))
+family = pytest.mark.parametrize("name", list(ALL))
 sharing = pytest.mark.parametrize("shared", [0, 20])
 EOS = 2
 FALCON = {
@@ -80,7 +92,7 @@ def check(model: Any, pairs: list[tuple[Ids, Ids]], outputs: list[AnswerOutput])
 def test_answer_pass(
     name: str, shared: int, word_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, pairs = FAMILIES[name](), pairs_of(shared)
+    model, pairs = ALL[name](), pairs_of(shared)
     prefilled: list[int] = []
     prefill = inference._prefill
 
@@ -93,8 +105,60 @@ def test_answer_pass(
         # a small budget, so that there are several batches
         outputs = list(answer_pass(model, word_tokenizer, pairs, capture=capture, batch_tokens=40))
         assert capture._stored == {}
-    assert prefilled == ([shared] if shared else [])
+    # the cache of a hybrid holds more than keys and values
+    assert prefilled == ([shared] if shared and name not in HYBRIDS else [])
     check(model, pairs, outputs)
+
+
+def last_spans(pairs: list[tuple[Ids, Ids]], reach: int) -> list[int]:
+    """Spans that end with the row and begin at different places before its answer positions."""
+    return [len(answer) + (place * 3) % reach for place, (_, answer) in enumerate(pairs)]
+
+
+def naive_weights(model: Any, pair: tuple[Ids, Ids], span: int) -> torch.Tensor:
+    """``[L, G, H, S]`` from transformers' own record of one row."""
+    prompt, answer = pair
+    ids = torch.tensor([fed_ids(prompt, answer)])
+    with torch.no_grad():
+        record = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
+    shares = torch.stack([layer[0, :, -len(answer) :, -span:] for layer in record]).transpose(1, 2)
+    return shares / shares.sum(-1, keepdim=True)
+
+
+@family
+@sharing
+def test_answer_pass_gives_attention_weights(
+    name: str, shared: int, word_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Each row's over its own span, behind a cached prefix or not; some spans reach into the prefix."""
+    model, pairs = ALL[name](), pairs_of(shared)
+    spans = last_spans(pairs, reach=len(min(pairs)[0]) - 1)
+    if shared:
+        assert any(span > len(fed_ids(*pair)) - shared for span, pair in zip(spans, pairs, strict=True))
+    else:
+        spans = [min(span, len(fed_ids(*pair))) for span, pair in zip(spans, pairs, strict=True)]
+    with eager_attention(model):
+        with ActivationCapture(model, site="weights") as capture:
+            outputs = list(
+                answer_pass(
+                    model, word_tokenizer, pairs, capture=capture, spans=spans, logits=False, batch_tokens=40
+                )
+            )
+        assert sorted(output.index for output in outputs) == list(range(len(pairs)))
+        for output in outputs:
+            pair, span = pairs[output.index], spans[output.index]
+            assert output.activations is not None
+            assert output.activations.shape == (len(attention_layers(name)), len(pair[1]), HEADS, span)
+            expected = naive_weights(model, pair, span)
+            torch.testing.assert_close(output.activations, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_spans_that_do_not_fit(tiny_llama: PreTrainedModel, word_tokenizer: PreTrainedTokenizerFast) -> None:
+    pairs = pairs_of(0)
+    for wrong in (0, len(fed_ids(*pairs[2])) + 1):
+        spans = [1, 1, wrong, 1, 1, 1]
+        with pytest.raises(ValueError, match="spans must be between 1 and"):
+            list(answer_pass(tiny_llama, word_tokenizer, pairs, spans=spans))
 
 
 @pytest.mark.parametrize("logits", [False, True])
@@ -210,7 +274,7 @@ def greedy(model: Any, prompt: Ids, limit: int) -> Ids:
 @family
 @sharing
 def test_generation(name: str, shared: int, word_tokenizer: PreTrainedTokenizerFast) -> None:
-    model, prompts = FAMILIES[name](), prompts_of(shared)
+    model, prompts = ALL[name](), prompts_of(shared)
     expected = [greedy(model, prompt, 12) for prompt in prompts]
     for batch_tokens in (None, 80):
         answers = generate_answers(
@@ -218,6 +282,60 @@ def test_generation(name: str, shared: int, word_tokenizer: PreTrainedTokenizerF
         )
         assert [answer.ids for answer in answers] == expected
         assert [answer.ended for answer in answers] == [ids[-1] == EOS for ids in expected]
+
+
+def recurrent_gemma() -> PreTrainedModel:
+    return build(
+        RecurrentGemmaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            lru_width=WIDTH,
+            attention_window_size=64,
+            block_types=("recurrent", "attention"),
+            eos_token_id=EOS,
+            pad_token_id=0,
+        )
+    )
+
+
+RECURRENT = {
+    "qwen3_next": (HYBRIDS["qwen3_next"], False),
+    "lfm2": (HYBRIDS["lfm2"], False),
+    "lfm2 with biases": (lambda: lfm2(conv_bias=True), True),
+    "recurrent_gemma": (recurrent_gemma, True),
+}
+
+
+@pytest.mark.parametrize("name", list(RECURRENT))
+@sharing
+def test_padding_on_the_left_of_recurrent_layers(
+    name: str, shared: int, word_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of unequal length share a batch only where the family silences padding."""
+    make, disturbed = RECURRENT[name]
+    model, prompts = make(), prompts_of(shared)
+    padded = torch.tensor([[0] * 4 + list(prompts[0])])
+    mask = (torch.arange(padded.shape[1]) >= 4).long()[None]
+    with torch.no_grad():
+        alone = model(input_ids=torch.tensor([prompts[0]])).logits[0, -1]
+        behind = model(
+            input_ids=padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)
+        ).logits[0, -1]
+    assert ((alone - behind).abs().max() > 1e-4) == disturbed
+    generate, sizes = model.generate, []
+
+    def counted(**inputs: Any) -> Any:
+        sizes.append(len(inputs["input_ids"]))
+        return generate(**inputs)
+
+    monkeypatch.setattr(model, "generate", counted)
+    answers = generate_answers(model, word_tokenizer, prompts, max_new_tokens=8)
+    assert [answer.ids for answer in answers] == [greedy(model, prompt, 8) for prompt in prompts]
+    assert sorted(sizes) == ([1, 1, 1, 1, 2] if disturbed else [6])
 
 
 def test_generation_is_greedy_whatever_the_model_recommends(
@@ -440,6 +558,8 @@ def test_plan(data: list[tuple[int, int]], budget: int, vocabulary: int, grow: i
 def test_token_budget() -> None:
     for make in FAMILIES.values():
         assert 512 <= token_budget(make()) <= 4096
+    # attention weights that are kept leave room for fewer
+    assert token_budget(llama(), keys=10**9) == 512
 
 
 def test_fixture_prompts_share_what_they_claim() -> None:

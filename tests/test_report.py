@@ -148,7 +148,7 @@ def summary(
         "data": {"name": "rows.jsonl", "test": None},
         "design": {
             "kind": "3-fold cross-fitting", "num_train": 8, "num_dev": 4, "num_test": 18, "seeds": [0, 1],
-            "task": task, "learning_rates": [1e-3, 3e-4], "selected_by": "dev loss",
+            "task": task, "learning_rates": {"lora": [1e-3, 3e-4]}, "selected_by": "dev loss",
             "icl_demonstrations": "the same training examples",
         },
         "recipes": found,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ def trainer_of(bench: Workbench, kind: str, folder: Path, dev: bool = True, **ch
     train, held = bench.align_rows() if kind == "align" else bench.sft_rows()
     settings = StageSettings(folder / "stage", **{"learning_rate": 3e-3, "epochs": 4, **changes})
     cls = AlignTrainer if kind == "align" else SftTrainer
-    return cls(bench.model, train, held if dev else AnswerDataset([]), settings, bench.tokenizer)
+    return cls(bench.model, train, held if dev else AnswerDataset.of([]), settings, bench.tokenizer)
 
 
 def evaluations(trainer: ExampleTrainer) -> list[tuple[int, float]]:
@@ -101,7 +100,7 @@ def test_adapters_behind_the_last_attention_are_frozen_meanwhile(
         trainer = trainer_of(bench, "align", tmp_path)
     assert {n for n, p in parameters.items() if p.requires_grad} == everything - set(last)
     lines = [r.getMessage() for r in caplog.records if "frozen" in r.getMessage()]
-    assert len(lines) == 1 and lines[0].startswith("Alignment: 2 of 24 adapter tensors")
+    assert len(lines) == 1 and lines[0].startswith("Alignment: 2 of 24 trained tensors")
     trainer.fit()
     assert {n for n, p in parameters.items() if p.requires_grad} == everything
     state = adapter_state(bench.model)
@@ -427,10 +426,10 @@ def test_dropout_is_off_for_the_online_teacher(tiny_icl_model_path: Path, tmp_pa
     )
     trainer = trainer_of(bench, "align", tmp_path)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(6)])
-    stored = copy.copy(bench.teacher).to_memory(bench.train_contexts)
+    stored = bench.teaching.teacher().to_memory(bench.train_contexts)
     expected = torch.cat([stored.get(i) for i in range(6)], dim=1)
     bench.model.train()
-    online = trainer._online_targets(batch)
+    online = trainer.alignment.teacher(bench.model, batch)
     assert bench.model.training
     torch.testing.assert_close(online, expected, rtol=1e-4, atol=1e-5)
     assert not online.requires_grad

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from benches import base_of, bench_of, clone, icl_base, icl_examples, word_examples, wordy_model
+from benches import base_of, bench_of, clone, icl_base, icl_examples, rows_of, word_examples, wordy_model
 
 from ia2.adapters import adapter_state
 from ia2.errors import ConfigError, DataError, RunFolderError
@@ -34,14 +34,15 @@ def made(model: BaseModel, folder: Path, rows: Any = ROWS, **settings: Any) -> W
 
 def test_targets_are_found_again(model: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = made(model, tmp_path, targets="store")
-    train, dev = first.targets
-    seconds = first.seconds["teacher"]
+    train, dev = first.teaching.targets()
+    seconds = first.teaching.seconds
+    assert seconds.keys() == {"output"}
     monkeypatch.setattr("ia2.teacher.answer_pass", None)  # nothing may be computed again
     again = made(model, tmp_path, targets="store")
-    for old, new in zip((train, dev), again.targets, strict=True):
+    for old, new in zip((train, dev), again.teaching.targets(), strict=True):
         assert old.answers == new.answers and old.rms == new.rms
         assert all(torch.equal(old.get(i), new.get(i)) for i in range(len(old.answers)))
-    assert again.seconds["teacher"] == seconds  # what it cost when it was made
+    assert again.teaching.seconds == seconds  # what it cost when it was made
 
 
 @pytest.mark.parametrize(
@@ -58,14 +59,14 @@ def test_targets_are_found_again(model: BaseModel, tmp_path: Path, monkeypatch: 
 def test_targets_of_something_else_are_refused(
     change: dict[str, Any], named: set[str], model: BaseModel, tmp_path: Path
 ) -> None:
-    made(model, tmp_path, targets="store").targets  # noqa: B018
+    made(model, tmp_path, targets="store").teaching.targets()
     other = clone(model)
     if "model" in change:
         other.identity["weights"] = "others"
     settings = {k: v for k, v in change.items() if k not in ("rows", "model")}
     bench = made(other, tmp_path, change.get("rows", ROWS), targets="store", **settings)
     with pytest.raises(RunFolderError, match="these differ: ") as caught:
-        bench.targets  # noqa: B018
+        bench.teaching.targets()
     told = str(caught.value).split("these differ: ")[1].split(". Choose")[0].split(", ")
     assert named <= set(told) <= named | {"contexts"}
 
@@ -74,13 +75,13 @@ def test_targets_are_kept_where_there_is_room(
     model: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = made(model, tmp_path)
-    needed = bench.target_bytes()
+    needed = bench.teaching.target_bytes()
     assert needed == (6 + 3) * 4 * 64 * 4  # rows · layers · width · bytes
     sampled = made(model, tmp_path, demo_permutations=3, permutation_targets="sample")
-    assert sampled.target_bytes() == 3 * needed
+    assert sampled.teaching.target_bytes() == 3 * needed
     for free, mode in ((4 * needed, "store"), (4 * needed - 4, "online")):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
-        assert made(model, tmp_path).target_mode == mode
+        assert made(model, tmp_path).teaching.mode() == mode
 
 
 def test_averages_cannot_be_computed_online(
@@ -89,11 +90,11 @@ def test_averages_cannot_be_computed_online(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     bench = made(model, tmp_path, demo_permutations=2)
     with pytest.raises(ConfigError, match="permutation_targets to sample"):
-        bench.targets  # noqa: B018
+        bench.teaching.targets()
 
 
-def test_teacher_accuracy(model: BaseModel, tmp_path: Path, word_tokenizer: Any) -> None:
-    assert made(model, tmp_path / "a", targets="memory").teacher_accuracy() == (6, 6)
+def test_what_the_teacher_answers_rightly(model: BaseModel, tmp_path: Path, word_tokenizer: Any) -> None:
+    assert made(model, tmp_path / "a", targets="memory").teaching.correct()[0] == list(range(6))
     rows = word_examples(6, label_words=3)
     free = bench_of(
         base_of(wordy_model(), word_tokenizer),
@@ -103,7 +104,9 @@ def test_teacher_accuracy(model: BaseModel, tmp_path: Path, word_tokenizer: Any)
         task="generation",
         max_answer_tokens=6,
     )
-    assert free.teacher_accuracy() is None
+    texts = [answer.text.strip() for answer in free.teaching.answers()[0]]
+    right = [i for i, text in enumerate(texts) if text == (rows[i].answer or "").strip()]
+    assert free.teaching.correct()[0] == right
 
 
 def test_rows_of_the_stages(word_tokenizer: Any, tmp_path: Path) -> None:
@@ -120,9 +123,9 @@ def test_rows_of_the_stages(word_tokenizer: Any, tmp_path: Path) -> None:
     )
     align, sft = bench.align_rows(), bench.sft_rows()
     for part, examples in enumerate((rows[:6], rows[6:])):
-        answers = bench.targets[part].answers
-        assert [row.answer for row in align[part].rows] == [answer.ids for answer in answers]
-        for row, aligned, example in zip(sft[part].rows, align[part].rows, examples, strict=True):
+        answers = bench.teaching.targets()[part].answers
+        assert [row.answer for row in rows_of(align[part])] == [answer.ids for answer in answers]
+        for row, aligned, example in zip(rows_of(sft[part]), rows_of(align[part]), examples, strict=True):
             assert row.query == aligned.query == tuple(word_tokenizer(example.query)["input_ids"])
             assert row.answer == (*word_tokenizer(example.answer)["input_ids"], 2)
 
@@ -168,7 +171,9 @@ def test_a_finished_stage_is_reused_by_the_same_run_only(model: BaseModel, tmp_p
 
 
 def result(folder: Path, rate: float, loss: float) -> StageResult:
-    return StageResult("sft", rate, loss, 1, 0.0, folder, "", {"rate": torch.tensor(rate)}, [])
+    return StageResult(
+        "sft", rate, loss, 1, 0.0, folder, "", {"rate": torch.tensor(rate)}, [], selection_loss=loss
+    )
 
 
 @pytest.mark.parametrize(
@@ -191,7 +196,7 @@ def test_the_rate_of_the_best_dev_loss_is_chosen(
     rates = [0.1, 0.2, 0.3]
     bench = made(model, tmp_path, learning_rates=rates)
     by_rate = dict(zip(rates, losses, strict=True))
-    monkeypatch.setattr(bench, "_stage", lambda name, chain, rate, *_: result(tmp_path, rate, by_rate[rate]))
+    monkeypatch.setattr(bench, "_stage", lambda stage, chain, rate, *_: result(tmp_path, rate, by_rate[rate]))
     used: list[Any] = []
     monkeypatch.setattr(bench, "use", used.append)
     best = bench.train("sft")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ia2.adapters import attach, load_adapter_state, peft_config, read_adapter_state, save_adapter
 from ia2.config import AdaptConfig, TrainConfig
 from ia2.console import logger
 from ia2.distributed import first_then_all, is_first, wait
@@ -17,14 +18,18 @@ from ia2.evaluation.scoring import Prediction, write_predictions
 from ia2.examples import Examples, FewShotSplit, RowFormat
 from ia2.files import finite, read_json, write_json, write_text
 from ia2.models import BaseModel, load_base
-from ia2.recipes import ALIGN, RECIPES, TRAINED
+from ia2.prompts import ContextFunction
+from ia2.recipes import TRAINED
 from ia2.report.card import model_card
 from ia2.runs import add_facts, claim, load_run, machine, task_facts
+from ia2.stages import TrainedRecipe, is_trained, plan
 from ia2.task import Task, make_task
-from ia2.workbench import TrainedRecipe, Workbench
+from ia2.workbench import Workbench
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+    from ia2.full import FullModel
 
 
 @dataclass
@@ -32,7 +37,7 @@ class AdaptResult:
     """An adapter and what is known about it.
 
     Attributes:
-        model: the PEFT model with the trained adapter, in evaluation mode.
+        model: the model with the trained adapter (or, fully fine-tuned, a wrapper of it), in evaluation mode.
         tokenizer: the base model's.
         config: the settings used.
         task: what counts as an answer.
@@ -41,7 +46,7 @@ class AdaptResult:
         folder: where the run lies.
     """
 
-    model: PeftModel
+    model: PeftModel | FullModel
     tokenizer: Any
     config: AdaptConfig
     task: Task
@@ -70,6 +75,7 @@ def adapt(
     test: Examples | None = None,
     output_dir: str | Path | None = None,
     overwrite: bool = False,
+    context: ContextFunction | None = None,
 ) -> AdaptResult:
     """Train an adapter on labelled examples with one recipe.
 
@@ -81,6 +87,8 @@ def adapt(
             also chose the weights and are therefore optimistic.
         output_dir: run folder. A killed run started again with the same arguments continues there.
         overwrite: replace another run in that folder.
+        context: makes the context of an example from it and the other training examples: a text, chat
+            messages, or a list of examples. Demonstrations by default.
 
     Returns:
         The trained model with its metrics.
@@ -89,10 +97,9 @@ def adapt(
         UserError: a mistake in data, settings or model; nothing is left half-written.
     """
     config = config or AdaptConfig()
-    if config.recipe not in TRAINED:
-        raise ConfigError(
-            f"recipe '{config.recipe}' trains nothing. Choose one of {', '.join(TRAINED)}, or use compare."
-        )
+    if not is_trained(config.recipe):
+        known = ", ".join([*TRAINED, *config.schedules])
+        raise ConfigError(f"recipe '{config.recipe}' trains nothing. Choose one of {known}, or use compare.")
     if isinstance(examples, FewShotSplit):
         data = examples
     else:
@@ -121,7 +128,7 @@ def adapt(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ia2-")))
         else:
             folder = Path(output_dir)
-        bench = Workbench(base, data, task, config, folder, one_recipe=True)
+        bench = Workbench(base, data, task, config, folder, one_recipe=True, function=context)
         try:
             # what cannot work is refused before anything is written, or anything of another run deleted
             bench.check([config.recipe], rows)
@@ -138,9 +145,8 @@ def adapt(
 
 def _run(bench: Workbench, test: Examples | None, facts: dict[str, Any], *, keep: bool) -> AdaptResult:
     base, data, task, config, folder = bench.base, bench.data, bench.task, bench.config, bench.folder
-    if ALIGN in RECIPES[config.recipe]:
-        bench.targets  # noqa: B018 - the teacher pass, before the user pays for training
-        warn_if_icl_fails(bench)
+    if any(stage.teacher_answers for stage in plan(config.recipe, config)):
+        warn_if_icl_fails(bench)  # after the teacher pass, before the user pays for training
     trained = bench.train(config.recipe)
     result = AdaptResult(
         bench.model, base.tokenizer, config, task, {}, folder=folder if keep else None, _facts=facts
@@ -171,10 +177,9 @@ def _run(bench: Workbench, test: Examples | None, facts: dict[str, Any], *, keep
 
 def warn_if_icl_fails(bench: Workbench) -> None:
     """When ICL is no better than chance, alignment cannot help; say so before training is paid for."""
-    found = bench.teacher_accuracy()
-    if found is None:
+    if bench.task.kind != "classification":
         return
-    right, count = found
+    right, count = len(bench.teaching.correct()[0]), len(bench.data.train)
     answers = bench.data.train.answers
     frequent = max(answers.count(label) for label in set(answers))
     logger.info("ICL answers %d of %d training examples rightly (each from all the others).", right, count)
@@ -189,13 +194,15 @@ def warn_if_icl_fails(bench: Workbench) -> None:
 
 
 def _metrics(bench: Workbench, trained: TrainedRecipe, base: BaseModel) -> dict[str, Any]:
+    teacher = {"teacher": bench.teacher_seconds} if bench.teacher_seconds else {}
     return {
         "recipe": trained.recipe,
         "model": base.name,
         "learning_rate": trained.learning_rate,
         "selected_by": trained.selected_by,
         "dev_loss_by_learning_rate": trained.tried,
-        "seconds": {**bench.seconds, **trained.seconds},
+        "beta": trained.beta,
+        "seconds": {**teacher, **trained.seconds},
         "steps": {stage.name: stage.steps for stage in trained.stages},
         "num_train": len(bench.data.train),
         "num_dev": len(bench.data.dev),
@@ -205,7 +212,7 @@ def _metrics(bench: Workbench, trained: TrainedRecipe, base: BaseModel) -> dict[
 
 def write_outputs(folder: Path, result: AdaptResult) -> None:
     """The files that other tools load; ``metrics.json`` last, since it marks the run as complete."""
-    result.model.save_pretrained(str(folder))
+    save_adapter(result.model, folder)
     result.tokenizer.save_pretrained(folder)
     if result.predictions:
         write_predictions(folder / "predictions.jsonl", result.predictions)
@@ -220,7 +227,7 @@ def load_base_of(model: str | BaseModel, config: AdaptConfig) -> BaseModel:
         return model
     options = {
         name: getattr(config, name)
-        for name in ("dtype", "device", "revision", "trust_remote_code")
+        for name in ("dtype", "device", "revision", "trust_remote_code", "quantization")
         if hasattr(config, name)
     }
     return load_base(model, **options)
@@ -268,19 +275,11 @@ def load_adapter(folder: str | Path, device: str | None = None) -> tuple[AdaptRe
         DataError: the folder holds no finished run.
         ModelError: its base model cannot be loaded.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from ia2.adapters import attach, load_adapter_state, peft_config
-
     folder = Path(folder)
     config, task, facts = load_run(folder)
     if device is not None:
         config = config.model_copy(update={"device": device})
-    try:
-        state = load_file(folder / "adapter_model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{folder}: adapter_model.safetensors cannot be read ({error}).") from error
+    state = read_adapter_state(folder)
     base = load_base_of(config.model, config)
     model = attach(base.model, peft_config(base.model, config.adapter), config.seed)
     load_adapter_state(model, state)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ia2.adaptation import AdaptResult, load_adapter, row_format
-from ia2.errors import DataError
+from ia2.adapters import virtual_tokens
 from ia2.evaluation.metrics import summarise
 from ia2.evaluation.run import evaluate_prompts
 from ia2.evaluation.scoring import (
@@ -22,8 +22,10 @@ from ia2.evaluation.scoring import (
 )
 from ia2.examples import Example, Examples
 from ia2.models import BaseModel
+from ia2.prompts import query_prompts
+from ia2.rendering import Rendering
 from ia2.runs import load_run
-from ia2.tokens import Ids, encode_prompt
+from ia2.tokens import Ids
 
 
 def evaluate_adapter(
@@ -115,15 +117,8 @@ def _read(folder: str | Path, data: str, split: str | None, *, labelled: bool) -
     return Examples.load(data, split=split, format=row_format(config), labelled=labelled)
 
 
-def _prompts(result: AdaptResult, base: BaseModel, rows: Sequence[Example]) -> list[Ids]:
-    prompts = []
-    reserve = 1 if result.task.single_token else result.task.max_answer_tokens
-    for row in rows:
-        prompt = encode_prompt(result.tokenizer, row.query, row.source)
-        if len(prompt) + reserve > base.max_length:
-            raise DataError(
-                f"{row.source}: the prompt has {len(prompt)} tokens; the context window holds "
-                f"{base.max_length}, of which {reserve} are kept for the answer."
-            )
-        prompts.append(prompt)
-    return prompts
+def _prompts(result: AdaptResult, base: BaseModel, rows: Sequence[Example]) -> Sequence[Ids]:
+    config, task = result.config, result.task
+    rendering = Rendering(result.tokenizer, config.separator, config.chat, config.thinking)
+    reserve = 1 if task.single_token else task.max_answer_tokens
+    return query_prompts(rendering, rows, base.max_length - virtual_tokens(result.model), reserve)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ia2.tokens import Ids, fed_ids, pad_rows
-
-if TYPE_CHECKING:
-    from ia2.targets import Targets
+from ia2.targets import Targets, pack_targets
+from ia2.tokens import Batch, Ids, fed_ids, pad_rows
 
 
 @dataclass(frozen=True)
@@ -21,71 +19,114 @@ class Row:
 
     Attributes:
         query: ids without context, ``X``.
-        answer: answer ids, ``Y`` or ``Ŷ``.
-        contexts: ids with context, ``I ∘ X``, one for each permutation; empty where no context is
-            needed (targets are stored, or the stage is supervised).
+        answer: answer ids of the loss on answers, ``Y`` or ``Ŷ``.
+        response: answer ids at which the teacher's targets were taken, ``Ŷ``; None where nothing is
+            learnt from the teacher, or where it is the answer.
+        context: ids with context, ``I ∘ X``, where targets are computed online.
+        span: fed ids at the row's end that both contexts have in common (attention weights only).
     """
 
     query: Ids
     answer: Ids
-    contexts: tuple[Ids, ...] = ()
+    response: Ids | None = None
+    context: Ids = ()
+    span: int = 0
 
 
 @dataclass
 class AnswerDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """Rows by ``(index, permutation, weight)`` or by plain index; weight 0 marks a filler row."""
+    """Rows by ``(index, permutation, weight)`` or by plain index; weight 0 marks a filler row.
 
-    rows: list[Row]
+    Rows are made when they are asked for, so that memory does not grow with their number.
+
+    Attributes:
+        make: row of an example's index and permutation.
+        indices: the examples that are trained on.
+        targets: activations to align with, by the example's index.
+        soft: token distributions to distil, by the example's index.
+    """
+
+    make: Callable[[int, int], Row]
+    indices: Sequence[int]
     targets: Targets | None = None
+    soft: Targets | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], targets: Targets | None = None) -> AnswerDataset:
+        """Rows that are there already."""
+        return cls(lambda i, _: rows[i], range(len(rows)), targets)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.indices)
 
     @property
     def permutations(self) -> int:
         """How many targets each example has."""
-        return self.targets.permutations if self.targets is not None else 1
+        known = self.targets or self.soft
+        return known.permutations if known is not None else 1
+
+    def row(self, place: int, permutation: int = 0) -> Row:
+        """The row at this place."""
+        return self.make(self.indices[place], permutation)
 
     def __getitem__(self, key: int | tuple[int, int, float]) -> dict[str, Any]:
-        index, permutation, weight = (key, 0, 1.0) if isinstance(key, int) else key
-        row = self.rows[index]
+        place, permutation, weight = (key, 0, 1.0) if isinstance(key, int) else key
+        index = self.indices[place]
         return {
-            "row": row,
-            "permutation": permutation,
+            "row": self.make(index, permutation),
             "weight": weight,
             "target": self.targets.get(index, permutation) if self.targets is not None else None,
+            "soft": self.soft.get(index, permutation) if self.soft is not None else None,
         }
 
 
 @dataclass
 class Collator:
-    """Right-pads rows; the result holds only tensors and plain lists."""
+    """Right-pads rows; the result holds only tensors, plain lists and dicts of them.
+
+    ``input_ids`` and what belongs to it is the answer behind its query. ``response`` is the same with
+    the teacher's answer, and left out where it would be fed the same ids; ``context`` is the teacher's
+    answer in its context, where targets are computed online.
+    """
 
     padding: int
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         rows: list[Row] = [item["row"] for item in items]
-        lengths = [len(row.answer) for row in rows]
-        fed = [fed_ids(row.query, row.answer) for row in rows]
-        padded = pad_rows(fed, lengths, self.padding)
-        batch: dict[str, Any] = {
+        responses = [row.answer if row.response is None else row.response for row in rows]
+        batch = self._part([row.query for row in rows], [row.answer for row in rows])
+        batch["answers"] = torch.tensor([token for row in rows for token in row.answer])
+        batch["weights"] = torch.tensor([item["weight"] for item in items], dtype=torch.float32)
+        batch["spans"] = [row.span for row in rows]
+        if any(a[:-1] != row.answer[:-1] for a, row in zip(responses, rows, strict=True)):
+            batch["response"] = self._part([row.query for row in rows], responses)
+        if rows[0].context:
+            batch["context"] = self._part([row.context for row in rows], responses)
+        for name, key in (("targets", "target"), ("soft", "soft")):
+            if items[0][key] is not None:
+                batch[name] = pack_targets([item[key] for item in items])
+        return batch
+
+    def _part(self, prompts: Sequence[Ids], answers: Sequence[Ids]) -> dict[str, Any]:
+        lengths = [len(answer) for answer in answers]
+        padded = pad_rows(
+            [fed_ids(p, a) for p, a in zip(prompts, answers, strict=True)], lengths, self.padding
+        )
+        return {
             "input_ids": padded.input_ids,
             "attention_mask": padded.attention_mask,
             "row_lengths": padded.row_lengths,
             "answer_lengths": lengths,
-            "answers": torch.tensor([token for row in rows for token in row.answer]),
-            "weights": torch.tensor([item["weight"] for item in items], dtype=torch.float32),
         }
-        if items[0]["target"] is not None:
-            batch["targets"] = torch.cat([item["target"] for item in items], dim=1)
-        elif rows[0].contexts:
-            contexts = [row.contexts[item["permutation"]] for row, item in zip(rows, items, strict=True)]
-            rows_in_context = [fed_ids(c, row.answer) for c, row in zip(contexts, rows, strict=True)]
-            context = pad_rows(rows_in_context, lengths, self.padding)
-            batch["context_ids"] = context.input_ids
-            batch["context_mask"] = context.attention_mask
-            batch["context_lengths"] = context.row_lengths
-        return batch
+
+
+def part_of(batch: dict[str, Any], name: str | None = None) -> Batch:
+    """The rows of a collated batch, or of its part ``response`` or ``context``.
+
+    A batch without ``response`` feeds the model the same ids for both answers.
+    """
+    part = batch if name is None or (name == "response" and name not in batch) else batch[name]
+    return Batch(part["input_ids"], part["attention_mask"], part["answer_lengths"], part["row_lengths"])
 
 
 class EpochSampler(torch.utils.data.Sampler):  # type: ignore[type-arg]
@@ -126,9 +167,8 @@ class EpochSampler(torch.utils.data.Sampler):  # type: ignore[type-arg]
     def __iter__(self) -> Iterator[tuple[int, int, float]]:
         draw = random.Random(f"epoch {self.seed} {self.epoch()}")
         order = draw.sample(range(self.count), self.count)
-        keys: list[tuple[int, int, float]] = []
         for start in range(0, self.count, self.per_step):
             step = order[start : start + self.per_step]
-            keys += [(i, draw.randrange(self.permutations), 1.0) for i in step]
+            keys = [(i, draw.randrange(self.permutations), 1.0) for i in step]
             keys += [(step[0], 0, 0.0)] * (self.slots - len(step))
-        return iter(keys)
+            yield from keys

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from ia2.adaptation import load_base_of
+from ia2.adapters import default_learning_rate
 from ia2.analysis.similarity import Similarity
+from ia2.arms import Arm, arms, rivals
 from ia2.config import CompareConfig
 from ia2.console import logger
 from ia2.distributed import first_then_all, is_first, wait
@@ -22,11 +25,12 @@ from ia2.evaluation.scoring import write_predictions
 from ia2.examples import Examples, FewShotSplit
 from ia2.files import digest, finite, read_json, write_json, write_text
 from ia2.models import BaseModel
-from ia2.recipes import DESCRIPTIONS, RECIPES
 from ia2.report.tables import comparison_markdown
 from ia2.runs import claim, machine, versions
+from ia2.stages import TrainedRecipe, is_trained
 from ia2.task import Task, make_task
-from ia2.workbench import IclReference, Workbench
+from ia2.teaching import IclReference
+from ia2.workbench import Workbench
 
 
 @dataclass
@@ -40,6 +44,7 @@ class Outcome:
         similarity: means by layer; None for ``icl``.
         seconds: by stage; ``evaluate`` too.
         learning_rate: chosen; None for recipes without training.
+        beta: chosen; None for recipes without a joint stage.
     """
 
     places: list[int]
@@ -48,6 +53,7 @@ class Outcome:
     similarity: dict[str, Any] | None
     seconds: dict[str, float]
     learning_rate: float | None
+    beta: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; floats survive exactly."""
@@ -141,19 +147,24 @@ def compare(
             task.label_of(row)
     data = {"data": examples.fingerprint, "test": test.fingerprint if test is not None else ""}
     settings = {**config.model_dump(), "model": base.name, "output_dir": None}
+    every = arms(config)
     benches = [
         Workbench(base, r.data, task, config.model_copy(update={"seed": r.seed}), r.folder) for r in rounds
     ]
     # what cannot work is refused before anything is written, or anything of another run deleted
     for bench, current in zip(benches, rounds, strict=True):
-        bench.check(config.recipes, current.test)
-    try:
-        benches[0].model  # noqa: B018 - an adapter that does not fit is refused when it is put on
-    finally:
-        benches[0].close()
+        for arm in every:
+            _bench_of(bench, arm).check([arm.recipe], current.test)
+    for arm in every:
+        if is_trained(arm.recipe):
+            trial = _bench_of(benches[0], arm)
+            try:
+                trial.model  # noqa: B018 - an adapter that does not fit is refused when it is put on
+            finally:
+                trial.close()
     first_then_all(lambda: claim(folder, "compare", settings, data, overwrite and is_first()))
 
-    outcomes: dict[str, dict[int, list[Outcome]]] = {r: {} for r in config.recipes}
+    outcomes: dict[str, dict[int, list[Outcome]]] = {arm.name: {} for arm in every}
     for number, (bench, current) in enumerate(zip(benches, rounds, strict=True)):
         logger.info(
             "Round %d of %d: seed %d, %d training, %d dev, %d test rows.",
@@ -164,14 +175,20 @@ def compare(
             len(current.data.dev),
             len(current.test),
         )
-        for recipe, outcome in _run_round(bench, config.recipes, current).items():
-            outcomes[recipe].setdefault(current.seed, []).append(outcome)
-    summary = _summary(base, task, config, examples, test, rounds, outcomes)
+        for name, outcome in _run_round(bench, every, current).items():
+            outcomes[name].setdefault(current.seed, []).append(outcome)
+    summary = _summary(base, task, config, every, examples, test, rounds, outcomes)
     if is_first():
         write_json(folder / "compare.json", finite(summary))
         write_text(folder / "table.md", comparison_markdown(summary))
     wait()
     return Comparison(summary, folder)
+
+
+def _bench_of(bench: Workbench, arm: Arm) -> Workbench:
+    """The round's workbench with the settings of one arm."""
+    config = arm.config.model_copy(update={"seed": bench.config.seed})
+    return bench.with_config(config, arm.variant)
 
 
 def _rounds(examples: Examples, test: Examples | None, config: CompareConfig, folder: Path) -> list[_Round]:
@@ -201,48 +218,77 @@ def _rounds(examples: Examples, test: Examples | None, config: CompareConfig, fo
     return rounds
 
 
-def _run_round(bench: Workbench, recipes: Sequence[str], current: _Round) -> dict[str, Outcome]:
-    """All recipes on one training set; what an earlier start finished is read, not run."""
+def _run_round(bench: Workbench, every: Sequence[Arm], current: _Round) -> dict[str, Outcome]:
+    """All arms on one training set; what an earlier start finished is read, not run."""
     found: dict[str, Outcome] = {}
-    files = {recipe: current.folder / "evaluations" / f"{recipe}.json" for recipe in recipes}
-    for recipe, file in files.items():
+    files = {arm.name: current.folder / "evaluations" / f"{arm.name}.json" for arm in every}
+    for name, file in files.items():
         if file.is_file():
-            found[recipe] = Outcome.from_dict(read_json(file))
+            found[name] = Outcome.from_dict(read_json(file))
     if len(found) == len(files):
         logger.info("%s: finished before.", current.folder)
         wait()
         return found
     reference: IclReference | None = None
+    on: Workbench | None = None  # the workbench whose adapter is on the model
     try:
-        for recipe, file in files.items():
-            if recipe in found:
+        # arms of one adapter and objective one after the other, so that an adapter is put on once
+        for arm in sorted(every, key=lambda arm: [a.variant for a in every].index(arm.variant)):
+            if arm.name in found:
                 continue
-            trained = bench.train(recipe) if RECIPES[recipe] else None
+            if on is None or on.variant != arm.variant:
+                if on is not None:
+                    _leave(on)
+                on = _bench_of(bench, arm)
+            trained = on.train(arm.recipe) if is_trained(arm.recipe) else None
             if is_first():
-                if reference is None and recipe != "icl":
-                    reference = bench.icl_reference(current.test)
-                evaluated = bench.evaluate(recipe, current.test, reference)
-                seconds = {"evaluate": evaluated.seconds}
-                if trained is not None:
-                    teacher = bench.seconds if "align" in RECIPES[recipe] else {}
-                    seconds = {**teacher, **trained.seconds, **seconds}
-                similarity: Similarity | None = evaluated.similarity
-                outcome = Outcome(
-                    current.places,
-                    evaluated.measured,
-                    None if similarity is None else similarity.asim.mean(1).tolist(),
-                    None if similarity is None else similarity.to_dict(),
-                    seconds,
-                    trained.learning_rate if trained is not None else None,
-                )
-                rows = evaluated.predictions
-                write_predictions(current.folder / "evaluations" / f"{recipe}.predictions.jsonl", rows)
-                write_json(file, outcome.to_dict())
+                if reference is None and arm.recipe != "icl":
+                    reference = on.icl_reference(current.test)
+                outcome = _evaluate(on, arm, current, trained, reference)
+                write_json(files[arm.name], outcome.to_dict())
             wait()
-            found[recipe] = Outcome.from_dict(read_json(file))
+            found[arm.name] = Outcome.from_dict(read_json(files[arm.name]))
     finally:
-        bench.close()
-    return {recipe: found[recipe] for recipe in recipes}
+        if on is not None:
+            _leave(on)
+    return {arm.name: found[arm.name] for arm in every}
+
+
+def _leave(bench: Workbench) -> None:
+    """Take the adapter off; whole models, which fill a disk in no time, are not kept."""
+    bench.close()
+    folder = bench.folder / bench.variant
+    if bench.config.adapter.type == "full" and bench.config.adapter.peft is None and bench.variant:
+        if is_first() and folder.is_dir():
+            logger.info("%s: weights of full fine-tuning are not kept after a comparison.", folder)
+            shutil.rmtree(folder)
+        wait()
+
+
+def _evaluate(
+    bench: Workbench,
+    arm: Arm,
+    current: _Round,
+    trained: TrainedRecipe | None,
+    reference: IclReference | None,
+) -> Outcome:
+    evaluated = bench.evaluate(arm.recipe, current.test, reference)
+    seconds = {"evaluate": evaluated.seconds}
+    if trained is not None:
+        teacher = bench.teacher_seconds
+        seconds = {**({"teacher": teacher} if teacher else {}), **trained.seconds, **seconds}
+    similarity: Similarity | None = evaluated.similarity
+    rows = evaluated.predictions
+    write_predictions(current.folder / "evaluations" / f"{arm.name}.predictions.jsonl", rows)
+    return Outcome(
+        current.places,
+        evaluated.measured,
+        None if similarity is None else similarity.asim.mean(1).tolist(),
+        None if similarity is None else similarity.to_dict(),
+        seconds,
+        trained.learning_rate if trained is not None else None,
+        trained.beta if trained is not None else None,
+    )
 
 
 # ----------------------------------------------------------------------------------------- summary
@@ -252,27 +298,31 @@ def _summary(
     base: BaseModel,
     task: Task,
     config: CompareConfig,
+    every: Sequence[Arm],
     examples: Examples,
     test: Examples | None,
     rounds: Sequence[_Round],
     outcomes: dict[str, dict[int, list[Outcome]]],
 ) -> dict[str, Any]:
     merged = {
-        recipe: [_merge(folds) for _, folds in sorted(by_seed.items())]
-        for recipe, by_seed in outcomes.items()
+        name: [_merge(folds) for _, folds in sorted(by_seed.items())] for name, by_seed in outcomes.items()
     }
     recipes = {}
-    for recipe, by_seed in outcomes.items():
-        every = [outcome for folds in by_seed.values() for outcome in folds]
+    for arm in every:
+        by_seed = outcomes[arm.name]
+        all_folds = [outcome for folds in by_seed.values() for outcome in folds]
         entry: dict[str, Any] = {
-            "description": DESCRIPTIONS[recipe],
-            "metrics": summarise(merged[recipe]),
-            "seconds": _mean_seconds(every),
-            "learning_rates": [outcome.learning_rate for outcome in every],
+            "recipe": arm.recipe,
+            "variant": arm.variant,
+            "description": arm.description,
+            "metrics": summarise(merged[arm.name]),
+            "seconds": _mean_seconds(all_folds),
+            "learning_rates": [outcome.learning_rate for outcome in all_folds],
+            "betas": [outcome.beta for outcome in all_folds],
         }
-        if all(outcome.asim is not None for outcome in every):
+        if all(outcome.asim is not None for outcome in all_folds):
             entry["asim"] = _asim_interval(list(by_seed.values()))
-            parts = [o.similarity for o in every if o.similarity is not None]
+            parts = [o.similarity for o in all_folds if o.similarity is not None]
             entry["similarity"] = {
                 key: np.mean([p[key] for p in parts], axis=0)
                 for key in (
@@ -283,7 +333,7 @@ def _summary(
                     "variance_unexplained_by_layer",
                 )
             } | {"layers": parts[0]["layers"]}
-        recipes[recipe] = entry
+        recipes[arm.name] = entry
     train, dev = rounds[0].data.train, rounds[0].data.dev
     return {
         "model": base.name,
@@ -302,12 +352,12 @@ def _summary(
             "task": task.kind,
             "labels": list(task.labels),
             "single_token": task.single_token,
-            "learning_rates": config.learning_rates,
+            "learning_rates": _rates(every),
             "selected_by": "dev loss",
             "icl_demonstrations": "the same training examples",
         },
         "recipes": recipes,
-        "differences": _differences(merged),
+        "differences": _differences(every, merged),
         "config": config.model_dump(exclude={"output_dir"}),
         "config_digest": digest(config.model_dump(exclude={"output_dir"})),
         "machine": machine(),
@@ -353,23 +403,30 @@ def _mean_seconds(outcomes: Sequence[Outcome]) -> dict[str, float]:
     return {n: float(np.mean([o.seconds[n] for o in outcomes if n in o.seconds])) for n in names}
 
 
-def _differences(merged: dict[str, list[Measured]]) -> dict[str, Any]:
-    """``ia2-sft`` less every other recipe, paired by row and seed."""
-    if "ia2-sft" not in merged:
-        return {}
-    scope = "vocabulary" if "vocabulary" in merged["ia2-sft"][0].plain else "answer"
+def _rates(every: Sequence[Arm]) -> dict[str, list[float]]:
+    """Rates tried, by adapter type."""
+    return {
+        arm.config.adapter.type: arm.config.learning_rates or [default_learning_rate(arm.config.adapter)]
+        for arm in every
+        if is_trained(arm.recipe)
+    }
+
+
+def _differences(every: Sequence[Arm], merged: dict[str, list[Measured]]) -> dict[str, Any]:
+    """The method less every other arm that can be compared with it, paired by row and seed."""
     result: dict[str, Any] = {}
-    for other in merged:
-        if other == "ia2-sft":
-            continue
-        runs = [
-            [*a.plain[scope].arrays(), *b.plain[scope].arrays()]
-            for a, b in zip(merged["ia2-sft"], merged[other], strict=True)
-        ]
-        result[f"ia2-sft − {other}"] = {
-            name: clustered_interval(_paired(name), runs, shared_rows=True).to_dict()
-            for name in ("accuracy", "ece")
-        }
+    for arm in every:
+        mine = merged[arm.name]
+        scope = "vocabulary" if "vocabulary" in mine[0].plain else "answer"
+        for other in rivals(arm, every):
+            runs = [
+                [*a.plain[scope].arrays(), *b.plain[scope].arrays()]
+                for a, b in zip(mine, merged[other.name], strict=True)
+            ]
+            result[f"{arm.name} − {other.name}"] = {
+                name: clustered_interval(_paired(name), runs, shared_rows=True).to_dict()
+                for name in ("accuracy", "ece")
+            }
     return result
 
 

@@ -6,6 +6,7 @@ Unknown keys are refused with a suggestion. ``AdaptConfig`` is what the Python f
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +15,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ia2.errors import ConfigError, DataError, suggest
-from ia2.recipes import RECIPES
-
-RECIPE_NAMES = tuple(RECIPES)
+from ia2.recipes import OBJECTIVE_NAMES, RECIPES
 
 
 class _Section(BaseModel):
@@ -24,14 +23,29 @@ class _Section(BaseModel):
 
 
 class AdapterConfig(_Section):
-    """What is trained."""
+    """What is trained. A setting left open takes the type's own default (``ia2.adapters.ADAPTERS``)."""
 
-    type: str = Field("lora", description="Adapter type (lora), unless `peft` is given.")
-    rank: int = Field(8, ge=1, description="LoRA rank r.")
-    alpha: float = Field(8, gt=0, description="LoRA alpha; the update is scaled by alpha/r.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="LoRA dropout.")
+    type: str = Field(
+        "lora",
+        description="Adapter type: lora, rslora, dora, vera, ia3, prefix, prompt, p-tuning, bottleneck, or "
+        "full (every weight), unless `peft` is given.",
+    )
+    rank: int | None = Field(None, ge=1, description="Rank r of lora, rslora, dora (8) and vera (256).")
+    alpha: float | None = Field(
+        None, gt=0, description="Alpha of lora, rslora and dora (8); the update is scaled by alpha/r."
+    )
+    dropout: float | None = Field(None, ge=0, lt=1, description="Dropout of lora, rslora, dora, vera (0).")
     target_modules: list[str] | None = Field(
-        None, description="Modules to adapt; by default the query, key and output projections."
+        None,
+        description="Modules to adapt; by default the query, key and output projections (bottleneck: the "
+        "output projections of attention and MLP).",
+    )
+    virtual_tokens: int | None = Field(
+        None, ge=1, description="Virtual tokens of prefix, prompt and p-tuning (16)."
+    )
+    bottleneck_size: int | None = Field(None, ge=1, description="Width of bottleneck adapters (16).")
+    placement: Literal["houlsby", "pfeiffer"] | None = Field(
+        None, description="Bottleneck adapters after attention and MLP (houlsby) or after the MLP (pfeiffer)."
     )
     peft: dict[str, Any] | None = Field(
         None, description="Any PEFT configuration as it stands in an adapter_config.json."
@@ -57,21 +71,126 @@ class StageConfig(_Section):
     )
 
 
-class AlignConfig(StageConfig):
+class TeacherStageConfig(StageConfig):
+    """A stage that learns from the teacher: the base model with the context in its prompt."""
+
+    only_correct: bool = Field(
+        False, description="Only examples that the teacher answers rightly (dev rows too)."
+    )
+
+
+class AlignConfig(TeacherStageConfig):
     """The IA2 stage."""
 
-    objective: Literal["mse", "kl", "cosine"] = Field("mse", description="Alignment objective.")
+    objective: str = Field(
+        "mse",
+        description="Alignment objective: mse, kl or cosine of attention outputs; heads (before the output "
+        "projection), residual (the residual stream), attention (weights over the query's own tokens).",
+    )
     temperature: float = Field(1.0, gt=0, description="Temperature of the kl objective.")
+    normalise: bool = Field(False, description="Divide each layer's loss by the mean square of its targets.")
+    layers: str | list[int] = Field(
+        "all",
+        description="Layers that are aligned: all, a list (0,5,6), a glob over module names, first-third, "
+        "middle-third, last-third, or top-K: the K that change most under ICL.",
+    )
+
+    @field_validator("objective")
+    @classmethod
+    def _known_objective(cls, value: str) -> str:
+        if value not in OBJECTIVE_NAMES:
+            raise ValueError(
+                f"'{value}' is not one of {', '.join(OBJECTIVE_NAMES)}.{suggest(value, OBJECTIVE_NAMES)}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _scaled(self) -> AlignConfig:
+        if self.normalise and self.objective == "attention":
+            raise ValueError(
+                "normalise does nothing to attention weights, which have no scale. Leave it out, or choose "
+                "another objective"
+            )
+        return self
 
 
-class SftConfig(StageConfig):
+class SftConfig(TeacherStageConfig):
     """The supervised stage."""
+
+    answers: Literal["ground_truth", "icl_responses"] = Field(
+        "ground_truth", description="Train on the true answers, or on the teacher's own."
+    )
+    ia2_weight: float = Field(
+        0.0, ge=0, description="Keep the alignment loss beside cross-entropy, with this weight at first."
+    )
+    ia2_decay_epochs: int | None = Field(
+        None, ge=1, description="Epochs over which that weight falls to zero; by default all of the stage."
+    )
+
+    @model_validator(mode="after")
+    def _effective(self) -> SftConfig:
+        if self.only_correct and self.answers == "ground_truth" and not self.ia2_weight:
+            raise ValueError(
+                "only_correct does nothing to fine-tuning on true answers. Set answers to icl_responses, or "
+                "ia2_weight above 0, or leave it out"
+            )
+        if self.ia2_decay_epochs and not self.ia2_weight:
+            raise ValueError("ia2_decay_epochs does nothing without ia2_weight. Set that above 0")
+        return self
+
+
+class JointConfig(AlignConfig):
+    """The joint stage of ia2+sft: (1 − β)·alignment + β·cross-entropy."""
+
+    betas: list[float] = Field(
+        [0.5], min_length=1, description="Values of β to try; the best is chosen by cross-entropy on dev."
+    )
+    answers: Literal["ground_truth", "icl_responses"] = Field(
+        "icl_responses",
+        description="Answers of the cross-entropy: the teacher's (the paper) or the true ones.",
+    )
+
+    @field_validator("betas")
+    @classmethod
+    def _shares(cls, value: list[float]) -> list[float]:
+        if any(not 0 < beta < 1 for beta in value):
+            raise ValueError("β must lie between 0 and 1; for 0 or 1 take the recipes ia2 and sft")
+        return value
+
+
+class SoftConfig(TeacherStageConfig):
+    """The distillation stage of soft-sft."""
+
+    top_k: int | None = Field(
+        None, ge=1, description="Keep the teacher's k most probable tokens; by default the whole vocabulary."
+    )
+    remainder: Literal["spread", "drop"] = Field(
+        "spread", description="Mass outside the top k: spread evenly over the rest, or dropped."
+    )
+
+
+SECTIONS: dict[str, type[StageConfig]] = {
+    "align": AlignConfig,
+    "sft": SftConfig,
+    "joint": JointConfig,
+    "soft": SoftConfig,
+}
+"""Stage kind → its settings. A recipe is a list of these kinds (:mod:`ia2.recipes`)."""
 
 
 class AdaptConfig(_Section):
     """How examples become an adapter."""
 
-    recipe: str = Field("ia2-sft", description="sft, ia2, or ia2-sft (align, then fine-tune).")
+    recipe: str = Field(
+        "ia2-sft",
+        description="sft, ia2, ia2-sft (align, then fine-tune), sft-ia2, ia2+sft (jointly), soft-sft "
+        "(distillation), or a name under `schedules`.",
+    )
+    schedules: dict[str, list[dict[str, Any]]] = Field(
+        {},
+        description="Recipes of one's own: name → list of stages, each with the key `stage` (align, sft, "
+        "joint or soft) and any settings of that stage.",
+    )
     seed: int = Field(0, ge=0, description="Seed of the draw, the orders, the initial weights.")
     num_examples: int | None = Field(
         None,
@@ -92,6 +211,36 @@ class AdaptConfig(_Section):
         "module:function.",
     )
     separator: str = Field("\n\n", description="Text between demonstrations.")
+    context_text: str | None = Field(
+        None, description="A text (a system prompt, say) as the context, instead of demonstrations."
+    )
+    context_file: str | None = Field(None, description="The same, from a text file.")
+    context_column: str | None = Field(
+        None,
+        description="Column with each row's own context: a text or chat messages (TRL's privileged_context), "
+        "or a list of demonstrations, each with prompt and completion.",
+    )
+    context_function: str | None = Field(
+        None,
+        description="module:function that makes the context of an example from it and the other training "
+        "examples: a text, chat messages, or a list of examples.",
+    )
+    chat: Literal["off", "turns", "single"] = Field(
+        "off",
+        description="Prompts through the model's chat template: demonstrations as turns, or all in one user "
+        "turn.",
+    )
+    thinking: bool = Field(False, description="Leave a chat model's thinking switched on.")
+    max_demonstrations: int | None = Field(
+        None, ge=1, description="At most this many demonstrations a prompt, drawn for each example."
+    )
+    demo_order: Literal["random", "balanced", "nearest", "search"] = Field(
+        "random",
+        description="Which demonstrations come and in what order: random; balanced over the answers; nearest "
+        "to the query by the base model's own embedding, nearest last; search over orders by the likelihood "
+        "of each example given the others.",
+    )
+    demo_search_orders: int = Field(8, ge=2, description="Orders that the search tries.")
     demo_permutations: int = Field(
         1, ge=1, description="Random demonstration orders of each example in the teacher pass."
     )
@@ -106,8 +255,10 @@ class AdaptConfig(_Section):
         ge=1,
         description="Longest answer; by default 1 for one-token labels, 200 for free text.",
     )
-    learning_rates: list[float] = Field(
-        [1e-3], min_length=1, description="Rates to try; the best is chosen by dev loss."
+    learning_rates: list[float] | None = Field(
+        None,
+        min_length=1,
+        description="Rates to try; the best is chosen by dev loss. By default the adapter type's own rate.",
     )
     batch_size: int = Field(4, ge=1, description="Examples of one optimiser step, over all processes.")
     micro_batch_size: int | None = Field(
@@ -133,25 +284,21 @@ class AdaptConfig(_Section):
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
     align: AlignConfig = Field(default_factory=AlignConfig)
     sft: SftConfig = Field(default_factory=SftConfig)
-
-    @field_validator("recipe")
-    @classmethod
-    def _known_recipe(cls, value: str) -> str:
-        if value not in RECIPE_NAMES:
-            raise ValueError(
-                f"'{value}' is not one of {', '.join(RECIPE_NAMES)}.{suggest(value, RECIPE_NAMES)}"
-            )
-        return value
+    joint: JointConfig = Field(default_factory=JointConfig)
+    soft: SoftConfig = Field(default_factory=SoftConfig)
 
     @field_validator("learning_rates")
     @classmethod
-    def _positive(cls, value: list[float]) -> list[float]:
-        if any(rate <= 0 for rate in value):
+    def _positive(cls, value: list[float] | None) -> list[float] | None:
+        if any(rate <= 0 for rate in value or ()):
             raise ValueError("learning rates must be positive")
         return value
 
     @model_validator(mode="after")
     def _possible(self) -> AdaptConfig:
+        self._check_schedules()
+        self._check_recipe(self.recipe, "recipe")
+        self._check_context()
         if (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(REENTRANT)
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
@@ -164,6 +311,62 @@ class AdaptConfig(_Section):
                 "permutation_targets to sample, or targets to store"
             )
         return self
+
+    def _check_recipe(self, recipe: str, place: str) -> None:
+        known = [*RECIPES, *self.schedules]
+        if recipe not in known:
+            raise ValueError(f"{place}: '{recipe}' is not one of {', '.join(known)}.{suggest(recipe, known)}")
+
+    def _check_schedules(self) -> None:
+        for name, stages in self.schedules.items():
+            if name in RECIPES:
+                raise ValueError(f"schedules.{name}: '{name}' is a recipe already. Choose another name")
+            if not re.fullmatch(r"[\w.+-]+", name):
+                raise ValueError(
+                    f"schedules: '{name}' names a folder too; use letters, digits and . + - _ only"
+                )
+            if not stages:
+                raise ValueError(f"schedules.{name}: no stages. Give at least one, such as stage: sft")
+            for place, given in enumerate(stages):
+                self.stage_settings(given, f"schedules.{name}.{place}")
+
+    def stage_settings(self, given: Mapping[str, Any], where: str = "stage") -> StageConfig:
+        """Settings of one stage of a schedule: the section of its kind, changed by what is given.
+
+        Raises:
+            ValueError: no or an unknown ``stage``, an unknown key, or a value that is not allowed.
+        """
+        kind = given.get("stage")
+        if kind not in SECTIONS:
+            raise ValueError(f"{where}: the key stage must be one of {', '.join(SECTIONS)}, not {kind!r}")
+        changes = {key: value for key, value in given.items() if key != "stage"}
+        section = {**getattr(self, kind).model_dump(), **changes}
+        try:
+            return SECTIONS[kind](**section)
+        except ValidationError as error:
+            problems = [_describe(SECTIONS[kind], problem) for problem in error.errors()]
+            raise ValueError(f"{where}: {'; '.join(problems)}") from None
+
+    def _check_context(self) -> None:
+        given = [
+            name
+            for name in ("context_text", "context_file", "context_column", "context_function")
+            if getattr(self, name)
+        ]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given; one context at a time")
+        if given:
+            idle = [
+                name
+                for name, default in (("demo_permutations", 1), ("demo_order", "random"))
+                if getattr(self, name) != default
+            ]
+            if idle:
+                raise ValueError(f"{' and '.join(idle)} do nothing beside {given[0]}. Leave them out")
+        if self.thinking and self.chat == "off":
+            raise ValueError("thinking does nothing without chat. Set chat to turns or single")
+        if self.demo_search_orders != 8 and self.demo_order != "search":
+            raise ValueError("demo_search_orders does nothing unless demo_order is search")
 
 
 REENTRANT = (
@@ -186,6 +389,9 @@ class ModelOptions(_Section):
         None, description="cpu, cuda, cuda:1, mps; by default an accelerator if there is one."
     )
     revision: str | None = Field(None, description="Hub branch, tag or commit of the model.")
+    quantization: Literal["4bit", "8bit"] | None = Field(
+        None, description="Load the weights in 4 or 8 bit (bitsandbytes)."
+    )
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
 
 
@@ -223,21 +429,50 @@ class CompareConfig(AdaptConfig, ModelOptions, DataOptions):
     recipes: list[str] = Field(
         ["base", "icl", "sft", "ia2", "ia2-sft"], min_length=1, description="Recipes to compare."
     )
+    adapters: list[str] = Field(
+        [], description="Adapter types to compare, each with every recipe that trains."
+    )
+    objectives: list[str] = Field(
+        [], description="Alignment objectives to compare, each with every recipe that aligns."
+    )
     seeds: int = Field(3, ge=1, description="Number of repetitions, with seeds seed, seed + 1, …")
     folds: int = Field(3, ge=2, description="Cross-fitting folds when no test data is given.")
     max_test: int | None = Field(None, ge=1, description="Evaluate on at most this many test rows.")
     output_dir: str | None = Field(None, description="Folder for results and adapters.")
 
-    @field_validator("recipes")
+    @field_validator("objectives")
     @classmethod
-    def _known_recipes(cls, value: list[str]) -> list[str]:
-        for recipe in value:
-            if recipe not in RECIPE_NAMES:
+    def _known_objectives(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name not in OBJECTIVE_NAMES:
                 raise ValueError(
-                    f"'{recipe}' is not one of {', '.join(RECIPE_NAMES)}.{suggest(recipe, RECIPE_NAMES)}"
+                    f"'{name}' is not one of {', '.join(OBJECTIVE_NAMES)}.{suggest(name, OBJECTIVE_NAMES)}"
                 )
-        if len(set(value)) < len(value):
-            raise ValueError("a recipe is named twice")
+        return value
+
+    @model_validator(mode="after")
+    def _comparable(self) -> CompareConfig:
+        for recipe in self.recipes:
+            self._check_recipe(recipe, "recipes")
+        for name in ("recipes", "adapters", "objectives"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}: one of them is named twice")
+        return self
+
+
+class CurveConfig(CompareConfig):
+    """Everything that `ia2 curve` needs."""
+
+    sizes: list[int] = Field(
+        [2, 4, 8, 16, 32], min_length=2, description="Numbers of training examples, one point each."
+    )
+
+    @field_validator("sizes")
+    @classmethod
+    def _rising(cls, value: list[int]) -> list[int]:
+        if min(value) < 2 or sorted(set(value)) != value:
+            raise ValueError("sizes must rise, from 2 at least")
         return value
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,7 +56,8 @@ class AnswerOutput:
     Attributes:
         index: the row's place in the input.
         logits: ``[G, V]`` float32, or None.
-        activations: ``[L, G, d]`` in the model's dtype, or None.
+        activations: ``[L, G, d]`` in the model's dtype; attention weights ``[L, G, H, S]`` over the row's
+            own span, in float32; or None.
     """
 
     index: int
@@ -69,6 +71,7 @@ def answer_pass(
     pairs: Sequence[tuple[Ids, Ids]],
     *,
     capture: ActivationCapture | None = None,
+    spans: Sequence[int] | None = None,
     logits: bool = True,
     share_prefix: bool = True,
     description: str = "forward",
@@ -81,6 +84,8 @@ def answer_pass(
         tokenizer: gives the padding id.
         pairs: prompt ids and answer ids; only ``prompt + answer[:-1]`` is fed.
         capture: an entered :class:`~ia2.capture.ActivationCapture`, or None.
+        spans: where attention weights are captured, the number of last ids of each row, as fed, that they
+            are wanted over (see :meth:`~ia2.capture.ActivationCapture.at_answers`).
         logits: whether the language-model head is wanted at the answer positions.
         share_prefix: compute ids that all prompts begin with once.
         description: text of the progress bar.
@@ -88,11 +93,16 @@ def answer_pass(
 
     Yields:
         One :class:`AnswerOutput` a pair, in the order in which batches finish (not of the input).
+
+    Raises:
+        ValueError: a span that is longer than its row, or attention weights without spans.
     """
     import torch
 
     rows = [fed_ids(prompt, answer) for prompt, answer in pairs]
     lengths = [len(answer) for _, answer in pairs]
+    if spans is not None and any(not 1 <= s <= len(row) for s, row in zip(spans, rows, strict=True)):
+        raise ValueError("spans must be between 1 and the number of ids that are fed")
     shared = 0
     if share_prefix and len(rows) > 1 and _takes_cache(model):
         # the answer positions themselves must stay outside the shared part
@@ -102,7 +112,9 @@ def answer_pass(
             shared = 0
     suffixes = [row[shared:] for row in rows]
     vocabulary = model.get_output_embeddings().weight.shape[0] if logits else 0  # type: ignore[operator]
-    budget = batch_tokens or token_budget(model)
+    # attention weights of all layers are held until the pass is over
+    keys = max(map(len, rows), default=0) if capture is not None and capture.site == "weights" else 0
+    budget = batch_tokens or token_budget(model, keys)
     plan = _plan(suffixes, lengths, budget, vocabulary)
 
     with _evaluating(model), progress(description, len(rows)) as bar:
@@ -112,8 +124,9 @@ def answer_pass(
             batch = pad_rows([suffixes[i] for i in members], [lengths[i] for i in members], pad_id(tokenizer))
             # Here, not around the loop: this is a generator, and the caller's code runs between batches.
             # Not inference_mode: its tensors cannot be targets of a loss.
+            own = [spans[i] for i in members] if spans is not None else None
             with torch.no_grad():
-                return _run_batch(model, batch, members, prefix, shared, capture, logits)
+                return _run_batch(model, batch, members, prefix, shared, capture, own, logits)
 
         yield from _halving(plan, run, bar)
 
@@ -125,6 +138,7 @@ def _run_batch(
     prefix: Any,
     shared: int,
     capture: ActivationCapture | None,
+    spans: list[int] | None,
     logits: bool,
 ) -> list[AnswerOutput]:
     import torch
@@ -146,7 +160,7 @@ def _run_batch(
         logits_to_keep=keep,
         **options,
     )
-    stacked = capture.at_answers(batch).cpu() if capture is not None else None
+    stacked = capture.at_answers(batch, spans).cpu() if capture is not None else None
     scores = None
     if logits:
         index = answer_index(
@@ -158,13 +172,16 @@ def _run_batch(
         scores = output.logits[index[0].to(device), index[1].to(device)].float().cpu()
     results = []
     start = 0
-    for member, g in zip(members, batch.answer_lengths, strict=True):
+    for place, (member, g) in enumerate(zip(members, batch.answer_lengths, strict=True)):
         part = slice(start, start + g)
+        activations = stacked[:, part] if stacked is not None else None
+        if activations is not None and spans is not None:
+            activations = activations[..., -spans[place] :]
         results.append(
             AnswerOutput(
                 member,
                 scores[part] if scores is not None else None,
-                stacked[:, part].clone() if stacked is not None else None,
+                activations.clone() if activations is not None else None,
             )
         )
         start += g
@@ -193,6 +210,7 @@ def generate_answers(
     *,
     max_new_tokens: int,
     stop_texts: Sequence[str] = (),
+    end_id: int | None = None,
     share_prefix: bool = True,
     description: str = "generating",
     batch_tokens: int | None = None,
@@ -210,7 +228,7 @@ def generate_answers(
 
     # Room to see a stop text that begins at the very last allowed id.
     lookahead = max((len(encode_answer(tokenizer, text)) for text in stop_texts), default=0)
-    ends = _end_ids(model, tokenizer)
+    ends = _end_ids(model, tokenizer, end_id)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens + lookahead,
         do_sample=False,
@@ -261,7 +279,7 @@ def generate_answers(
                 **options,
             )
             return [
-                (i, cut_answer(tokenizer, row[width:].tolist(), ends, stop_texts, max_new_tokens))
+                (i, cut_answer(tokenizer, row[width:].tolist(), ends, stop_texts, max_new_tokens, end_id))
                 for i, row in zip(members, output, strict=True)
             ]
 
@@ -276,8 +294,12 @@ def cut_answer(
     ends: Sequence[int],
     stop_texts: Sequence[str],
     limit: int,
+    end_id: int | None = None,
 ) -> Generated:
-    """Cut raw generated ids at the end of sequence, the stop text or the limit."""
+    """Cut raw generated ids at the end of sequence, the stop text or the limit.
+
+    ``end_id`` is appended where the answer ended by itself; by default the tokenizer's.
+    """
     ids = list(ids)
     ended = False
     for place, token in enumerate(ids):
@@ -298,8 +320,9 @@ def cut_answer(
     if len(ids) > limit or (len(ids) == limit and not ended):
         ids, ended = ids[:limit], False
         text = decode(tokenizer, ids)
-    if ended and tokenizer.eos_token_id is not None:
-        ids = [*ids, int(tokenizer.eos_token_id)]
+    end = tokenizer.eos_token_id if end_id is None else end_id
+    if ended and end is not None:
+        ids = [*ids, int(end)]
     if not ids:  # no end-of-sequence token and an answer that stops at once
         ids = [pad_id(tokenizer)]
     return Generated(tuple(ids), text, ended)
@@ -322,11 +345,11 @@ class _StopAtText:
         return torch.tensor(hits, device=input_ids.device, dtype=torch.bool)
 
 
-def _end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end an answer: the tokenizer's, and those of the model's generation settings."""
+def _end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase, end_id: int | None) -> list[int]:
+    """Ids that end an answer: the one given, the tokenizer's, those of the model's generation settings."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
-    return sorted({int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    return sorted({int(i) for i in [*ids, tokenizer.eos_token_id, end_id] if i is not None})
 
 
 # ---------------------------------------------------------------------------------------- batches
@@ -385,11 +408,15 @@ def _halving(plan: list[list[int]], run: Callable[[list[int]], list[T]], bar: Pr
         bar.advance(len(members))
 
 
-def token_budget(model: Any) -> int:
+def token_budget(model: Any, keys: int = 0) -> int:
     """Tokens of one batch that a forward pass without gradients has memory for.
 
     A quarter of the free memory over a generous estimate of the bytes a token needs. On a CPU larger
     batches are not faster, so the budget is small there.
+
+    Args:
+        model: bare or wrapped causal model.
+        keys: length of the attention weights that are kept for every token, head and layer; 0: none are.
     """
     import psutil
     import torch
@@ -401,6 +428,7 @@ def token_budget(model: Any) -> int:
     parameter = next(iter(model.parameters()))
     # residual stream and attention, MLP, KV cache over all layers, float32 softmax and norms
     per_token = parameter.element_size() * (8 * width + 3 * inner + 2 * layers * width) + 16 * width
+    per_token += parameter.element_size() * keys * layers * getattr(config, "num_attention_heads", 32)
     if parameter.device.type == "cuda":
         free, ceiling = torch.cuda.mem_get_info(parameter.device)[0], 131072
     else:
@@ -431,14 +459,24 @@ def _prefill(model: Any, prefix: Ids, capture: ActivationCapture | None) -> Any:
     return cache
 
 
+# Layers whose whole state is keys and values; "attention" is what older configurations say.
+_KEYS_AND_VALUES = ("full_attention", "sliding_attention", "chunked_attention", "attention")
+
+# Layers that carry a state from token to token: convolutions, state-space models, linear attention.
+_RECURRENT = ("linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent")
+
+
+def _layer_kinds(model: Any) -> list[str]:
+    return list(getattr(model.config.get_text_config(), "layer_types", None) or [])
+
+
 def _takes_cache(model: Any) -> bool:
     """Whether a plain KV cache carries the whole state of a prefix."""
     from ia2.capture import unwrap
 
     if getattr(unwrap(model), "_is_stateful", False):
         return False  # recurrent or hybrid: the cache holds more than keys and values
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []  # type: ignore[union-attr,operator]
-    if any("attention" not in kind for kind in kinds):
+    if any(kind not in _KEYS_AND_VALUES for kind in _layer_kinds(model)):
         return False
     # virtual tokens would come between the cached prefix and the query
     return not _has_virtual_tokens(model)
@@ -453,17 +491,34 @@ def _has_virtual_tokens(model: Any) -> bool:
 def _padding_counts(model: Any, shared: int) -> bool:
     """Whether padding just before the query, behind ``shared`` cached ids, would change its answer.
 
-    Attention skips padding; what matters is whether the distance over it counts.
+    Attention skips padding; what matters is whether the distance over it counts. A recurrent layer reads
+    it, unless the family silences it there.
     """
     from ia2.capture import unwrap
 
     if _has_virtual_tokens(model):
         return True  # they stand before the padding, and PEFT drops the position ids
+    if _reads_padding(model):
+        return True
     if not shared:
         return False
     # without position ids, distances may be those in the padded row (MPT)
     positioned = "position_ids" in inspect.signature(unwrap(model).forward).parameters
     return not positioned or _has_sliding_window(model)
+
+
+def _reads_padding(model: Any) -> bool:
+    """Whether padding on the left changes the state of recurrent layers."""
+    from ia2.capture import unwrap
+
+    inner = unwrap(model)
+    recurrent = getattr(inner, "_is_stateful", False) or any(k in _RECURRENT for k in _layer_kinds(model))
+    if not recurrent:
+        return False
+    # The function's name in every family of transformers that sets padding to zero before such a layer
+    # (RecurrentGemma does not). LFM2's convolutions make something of zeros if they have a bias.
+    silenced = hasattr(sys.modules.get(type(inner).__module__), "apply_mask_to_padding_states")
+    return not silenced or bool(getattr(model.config.get_text_config(), "conv_bias", False))
 
 
 def _has_sliding_window(model: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("4bit", "8bit")
 
 # Bump when a conversion changes, so that folders of older versions are not reused.
 _CONVERSION = 1
@@ -106,6 +108,7 @@ def load_base(
     revision: str | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    quantization: str | None = None,
 ) -> BaseModel:
     """Load a base model and its tokenizer.
 
@@ -116,10 +119,12 @@ def load_base(
         revision: hub branch, tag or commit.
         trust_remote_code: run code that comes with the model. Off unless the user asks.
         attn_implementation: ``eager`` or ``sdpa``; None leaves transformers' choice.
+        quantization: ``4bit`` (NF4) or ``8bit`` weights through bitsandbytes; computation is in ``dtype``.
 
     Raises:
-        ModelError: the model cannot be found, is not a causal language model, or cannot be read.
-        ConfigError: unknown dtype or absent device.
+        ModelError: the model cannot be found, is not a causal language model, or cannot be read; or it is
+            to be quantised where that is not possible.
+        ConfigError: unknown dtype or quantisation, or absent device.
     """
     path = resolve(name)
     import torch
@@ -137,16 +142,22 @@ def load_base(
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         if attn_implementation:
             options["attn_implementation"] = attn_implementation
+        if quantization is not None:
+            options.update(_quantized(quantization, path, dtype, target, revision, trust_remote_code))
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(_explain(name, path, error)) from error
-    torch.nn.Module.to(model, target).eval().requires_grad_(False)
+    if quantization is None:  # else it was put there while it was read, and refuses to move
+        torch.nn.Module.to(model, target)
+    model.eval().requires_grad_(False)
     identity = {
         "model": name if name in DEMO_MODELS or not Path(path).exists() else str(Path(path).resolve()),
         "revision": revision or getattr(model.config, "_commit_hash", None),
         "dtype": dtype,
         "weights": _weights_identity(model),
     }
+    if quantization is not None:
+        identity["quantization"] = quantization
     return BaseModel(model, tokenizer, name, path, revision, identity)
 
 
@@ -188,6 +199,48 @@ def _device(device: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device '{device}' is not available on this machine. Try --device cpu.") from error
     return target
+
+
+def _quantized(
+    quantization: str, path: str, dtype: str, target: torch.device, revision: str | None, trust: bool
+) -> dict[str, Any]:
+    """Options of ``from_pretrained`` for a model whose weights are quantised as they are read.
+
+    Raises:
+        ConfigError: an unknown quantisation.
+        ModelError: no bitsandbytes, a device that it cannot use, or a model that is quantised already.
+    """
+    import torch
+    from transformers import AutoConfig, BitsAndBytesConfig
+
+    if quantization not in QUANTIZATIONS:
+        raise ConfigError(
+            f"quantization '{quantization}' is unknown. Choose one of {', '.join(QUANTIZATIONS)}."
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            "quantization needs the package bitsandbytes. Run: pip install bitsandbytes, or leave it out."
+        )
+    import bitsandbytes
+
+    devices = getattr(bitsandbytes, "supported_torch_devices", {"cuda"})  # older versions: GPUs only
+    if target.type not in devices:
+        raise ModelError(
+            f"bitsandbytes {bitsandbytes.__version__} cannot quantise on the device {target.type} (but on "
+            f"{', '.join(sorted(devices))}). Leave quantization out, or choose another device."
+        )
+    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"model {path} is quantised already. Leave quantization out.")
+    if quantization == "4bit":
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
+        )
+    else:
+        settings = BitsAndBytesConfig(load_in_8bit=True)
+        # one line for every layer and batch: "inputs will be cast … to float16"
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    return {"quantization_config": settings, "device_map": {"": str(target)}}
 
 
 def _explain(name: str, path: str, error: Exception) -> str:

@@ -6,6 +6,7 @@ import random
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from ia2.adaptation import load_base_of
 from ia2.adapters import base_weights
 from ia2.config import ProbeConfig
 from ia2.console import logger
+from ia2.context import DemonstrationContexts
 from ia2.errors import DataError
 from ia2.evaluation.run import evaluate_prompts
 from ia2.examples import Examples, FewShotSplit
 from ia2.models import BaseModel
 from ia2.runs import machine
 from ia2.task import Task, make_task
+from ia2.tokens import Ids
 from ia2.workbench import Workbench
 
 # ICL must beat guessing and the base at this level (one-sided) before help is called likely.
@@ -86,18 +89,21 @@ def probe(model: str | BaseModel, examples: Examples, config: ProbeConfig | None
 def _probe(bench: Workbench, rows: Examples, available: int) -> Probe:
     task = bench.task
     contexts = bench.train_contexts
+    began = time.perf_counter()
+    contexts.prepare()
+    seconds_prepare = time.perf_counter() - began
     in_context = [contexts.context_ids(i) for i in range(len(rows))]
     bare = bench.prompts(rows, demonstrations=False)
     with base_weights(bench.model):
         began = time.perf_counter()
         icl, icl_in_set = _right(bench, rows, in_context, "ICL, leave one out")
-        seconds_icl = time.perf_counter() - began
+        seconds_icl = seconds_prepare + time.perf_counter() - began
         zero, zero_in_set = _right(bench, rows, bare, "base")
     guess = _majority(rows) if task.kind == "classification" else np.zeros(len(rows))
     step = _training_step_seconds(bench)
     facts = {
         "rows": len(rows),
-        "demonstrations": len(rows) - 1,
+        "demonstrations": len(contexts.chosen(0)) if isinstance(contexts, DemonstrationContexts) else 0,
         "accuracy": {
             "icl": float(icl.mean()),
             "base": float(zero.mean()),
@@ -173,7 +179,7 @@ def judge(
 
 
 def _right(
-    bench: Workbench, rows: Examples, prompts: list[Any], description: str
+    bench: Workbench, rows: Examples, prompts: Sequence[Ids], description: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """0/1 arrays ``[n]``: right over the whole vocabulary, and when only the labels compete."""
     _, measured = evaluate_prompts(
@@ -200,7 +206,7 @@ def _training_step_seconds(bench: Workbench) -> float:
 
     rows, nothing = bench.sft_rows()
     count = min(bench.config.batch_size, len(rows))
-    order = sorted(range(len(rows)), key=lambda i: -len(rows.rows[i].query))[:count]
+    order = sorted(range(len(rows)), key=lambda i: -len(rows.row(i).query))[:count]
     with tempfile.TemporaryDirectory(prefix="ia2-probe-") as scratch:
         settings = StageSettings(Path(scratch), batch_size=bench.config.batch_size)
         trainer = SftTrainer(bench.model, rows, nothing, settings, bench.tokenizer)
@@ -223,12 +229,12 @@ def _cost(bench: Workbench, seconds_icl: float, step: float, available: int) -> 
     # one order is one pass; generated answers are part of what was timed
     teacher = per_query * (train + dev) * config.demo_permutations
     steps_an_epoch = -(-train // config.batch_size)
-    stages = max(1, len(config.learning_rates))
+    rates = len(bench.learning_rates)
     return {
         "num_train": train,
         "teacher_seconds": teacher,
         "step_seconds": step,
         "max_steps_a_stage": steps_an_epoch * config.align.epochs,
-        "training_seconds_at_most": 2 * stages * step * steps_an_epoch * config.align.epochs,
-        "target_bytes": bench.target_bytes() // max(1, len(bench.data.train)) * (train + dev),
+        "training_seconds_at_most": 2 * rates * step * steps_an_epoch * config.align.epochs,
+        "target_bytes": bench.teaching.target_bytes() // max(1, len(bench.data.train)) * (train + dev),
     }

@@ -99,8 +99,7 @@ def load_run(folder: Path) -> tuple[TrainConfig, Task, dict[str, Any]]:
         raise DataError(f"{folder}: no ia2 run there ({RUN_FILE} is missing).")
     facts = read_json(folder / RUN_FILE)
     # metrics.json is written last
-    parts = ("adapter_config.json", "adapter_model.safetensors", "metrics.json")
-    if "task" not in facts or not all((folder / part).is_file() for part in parts):
+    if "task" not in facts or not (folder / "metrics.json").is_file():
         raise DataError(f"{folder}: the run has not finished; start the same command again to continue it.")
     config = validate(TrainConfig, {**facts["config"], "output_dir": str(folder)}, str(folder))
     given = facts["task"]
@@ -112,6 +111,7 @@ def load_run(folder: Path) -> tuple[TrainConfig, Task, dict[str, Any]]:
         names=tuple(given["names"]),
         max_answer_tokens=given["max_answer_tokens"],
         append_end=given["append_end"],
+        trimmed=given["trimmed"],
         terminators=tuple(given["terminators"]),
         stop_texts=tuple(given["stop_texts"]),
         parser=given["parser"],

@@ -1,32 +1,103 @@
-"""One training stage: settings to trainer, trainer to a folder that a later start finds finished."""
+"""Training stages: what a recipe does one after the other, and a folder for each stage's result."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ia2.adapters import adapter_state
-from ia2.config import AdaptConfig, AlignConfig, SftConfig
+from ia2.adapters import adapter_state, read_adapter_state, save_adapter
+from ia2.config import AdaptConfig, JointConfig, SftConfig, SoftConfig, StageConfig
 from ia2.console import logger, progress
 from ia2.distributed import is_first, wait
 from ia2.errors import RunFolderError
-from ia2.files import atomic_dir, read_json, space_needed, write_json
+from ia2.files import atomic_dir, digest, read_json, space_needed, write_json
+from ia2.recipes import ALIGN, JOINT, RECIPES
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
 
+    from ia2.alignment import AlignmentSettings
     from ia2.batches import AnswerDataset
+    from ia2.console import Progress
+    from ia2.trainer import ExampleTrainer
 
-FORMAT = 1  # of stage folders and target stores; bump when their meaning changes
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage of a recipe.
+
+    Attributes:
+        kind: ``align``, ``sft``, ``joint`` or ``soft``.
+        settings: its section of the configuration, changed where a schedule says so.
+        label: names its folder; the kind, with a digest of the changes if there are any.
+    """
+
+    kind: str
+    settings: StageConfig
+    label: str
+
+    @property
+    def teacher_answers(self) -> bool:
+        """Whether it needs the teacher's answers ``Ŷ``."""
+        settings = self.settings
+        if isinstance(settings, SftConfig):
+            return settings.answers == "icl_responses" or settings.ia2_weight > 0
+        return True
+
+    @property
+    def aligns(self) -> bool:
+        """Whether ``L_IA2`` is part of its loss."""
+        return self.kind in (ALIGN, JOINT) or (
+            isinstance(self.settings, SftConfig) and self.settings.ia2_weight > 0
+        )
+
+    @property
+    def betas(self) -> list[float | None]:
+        """Values of β to try; only the joint stage has them."""
+        return list(self.settings.betas) if isinstance(self.settings, JointConfig) else [None]
+
+
+def plan(recipe: str, config: AdaptConfig) -> list[PlannedStage]:
+    """The stages of a recipe, built in or of the configuration's own schedules."""
+    if recipe in RECIPES:
+        return [PlannedStage(kind, getattr(config, kind), kind) for kind in RECIPES[recipe]]
+    stages = []
+    for given in config.schedules[recipe]:
+        kind, settings = given["stage"], config.stage_settings(given)
+        changed = settings != getattr(config, kind)
+        label = f"{kind}~{digest(settings.model_dump())[:6]}" if changed else kind
+        stages.append(PlannedStage(kind, settings, label))
+    return stages
+
+
+def is_trained(recipe: str) -> bool:
+    """Whether a recipe trains anything; all but ``base`` and ``icl`` do."""
+    return recipe not in RECIPES or bool(RECIPES[recipe])
 
 
 @dataclass
 class StageResult:
-    """A finished stage: the adapter's weights and how it went."""
+    """A finished stage: the adapter's weights and how it went.
+
+    Attributes:
+        name: its kind.
+        learning_rate: the rate tried (a stage's own rate is in its settings).
+        beta: of the joint stage.
+        dev_loss: the best.
+        selection_loss: what rates and β are chosen by; the dev loss, but for the joint stage, whose
+            losses of different β cannot be compared: there the cross-entropy on dev.
+        steps: optimiser steps taken.
+        seconds: of training.
+        folder: where it lies.
+        key: digest of everything it depends on.
+        state: the weights.
+        history: losses by step.
+    """
 
     name: str
     learning_rate: float
@@ -37,11 +108,13 @@ class StageResult:
     key: str
     state: dict[str, torch.Tensor]
     history: list[dict[str, Any]]
+    beta: float | None = None
+    selection_loss: float = float("nan")
 
 
 @dataclass
 class TrainedRecipe:
-    """A recipe's chosen adapter, and what each learning rate came to."""
+    """A recipe's chosen adapter, and what each learning rate (and β) came to."""
 
     recipe: str
     stages: list[StageResult]
@@ -59,16 +132,52 @@ class TrainedRecipe:
         return self.stages[-1].learning_rate
 
     @property
+    def beta(self) -> float | None:
+        """The β chosen, where the recipe has a joint stage."""
+        return next((stage.beta for stage in self.stages if stage.beta is not None), None)
+
+    @property
     def seconds(self) -> dict[str, float]:
-        """Training seconds of each stage."""
-        return {stage.name: stage.seconds for stage in self.stages}
+        """Training seconds of each stage; a kind that comes twice is summed."""
+        total: dict[str, float] = {}
+        for stage in self.stages:
+            total[stage.name] = total.get(stage.name, 0.0) + stage.seconds
+        return total
+
+
+@dataclass
+class StageJob:
+    """Everything about a stage that is to be trained.
+
+    Attributes:
+        stage: what it is.
+        rate: learning rate.
+        tried: the rate of the recipe that this is part of.
+        beta: of the joint stage.
+        rows: training and dev rows.
+        selection_rows: dev rows with true answers, by whose cross-entropy the joint stage is selected.
+        how: how alignment is measured, where the stage aligns.
+        folder: written whole, at the end; checkpoints lie beside it meanwhile.
+        key: digest of everything that the stage depends on.
+    """
+
+    stage: PlannedStage
+    rate: float
+    tried: float
+    beta: float | None
+    rows: tuple[AnswerDataset, AnswerDataset]
+    folder: Path
+    key: str
+    how: AlignmentSettings | None = None
+    selection_rows: AnswerDataset | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def finished_stage(name: str, tried: float, folder: Path, key: str) -> StageResult:
     """The result that lies in ``folder``.
 
     Args:
-        name: ``align`` or ``sft``.
+        name: the stage's kind.
         tried: the learning rate that the folder is of.
         folder: holds ``stage.json`` and the adapter.
         key: digest of everything that the stage depends on.
@@ -76,8 +185,6 @@ def finished_stage(name: str, tried: float, folder: Path, key: str) -> StageResu
     Raises:
         RunFolderError: the result is of something else.
     """
-    from safetensors.torch import load_file
-
     known = read_json(folder / "stage.json")
     if known["key"] != key:
         raise RunFolderError(
@@ -87,50 +194,108 @@ def finished_stage(name: str, tried: float, folder: Path, key: str) -> StageResu
     return StageResult(
         name,
         tried,
-        float("nan") if known["dev_loss"] is None else known["dev_loss"],
+        _number(known["dev_loss"]),
         known["steps"],
         known["seconds"],
         folder,
         key,
-        load_file(folder / "adapter_model.safetensors"),
+        read_adapter_state(folder),
         known["history"],
+        known["beta"],
+        _number(known["selection_loss"]),
     )
 
 
-def run_stage(
-    model: PeftModel,
-    tokenizer: Any,
-    config: AdaptConfig,
-    settings: AlignConfig | SftConfig,
-    rows: tuple[AnswerDataset, AnswerDataset],
-    name: str,
-    rate: float,
-    tried: float,
-    folder: Path,
-    key: str,
-) -> StageResult:
-    """Train from the model's present weights, and leave the result in ``folder``.
+def run_stage(model: Any, tokenizer: Any, config: AdaptConfig, job: StageJob) -> StageResult:
+    """Train from the model's present weights, and leave the result in the job's folder.
 
     Args:
         model: a PEFT model; trained in place.
         tokenizer: of the base model.
         config: settings that all stages share.
-        settings: of this stage; their class says which trainer it is.
-        rows: training and dev rows.
-        name: ``align`` or ``sft``.
-        rate: learning rate.
-        tried: the rate of the recipe that this is part of.
-        folder: written whole, at the end; checkpoints lie beside it meanwhile.
-        key: digest of everything that the stage depends on.
+        job: what is to be done.
     """
     # heavy imports are left until something is trained
-    from ia2.trainer import AlignTrainer, ExampleTrainer, SftTrainer, StageSettings
+    from ia2.capture import eager_attention
 
-    train, dev = rows
-    partial = folder.with_name(f".{folder.name}.{key}")
-    stage = StageSettings(
+    settings, (train, _) = job.stage.settings, job.rows
+    partial = job.folder.with_name(f".{job.folder.name}.{job.key}")
+    steps = settings.epochs * -(-len(train) // min(config.batch_size, len(train)))
+    began = time.perf_counter()
+    name = job.stage.kind
+    what = f"rate {job.rate:g}" + ("" if job.beta is None else f", β {job.beta:g}")
+    weights = job.how is not None and job.how.site == "weights"
+    with (
+        progress(f"{name} ({what}, at most {steps} steps)", steps) as bar,
+        eager_attention(model) if weights else nullcontext(),
+    ):
+        trainer = _trainer(model, tokenizer, config, job, partial, bar)
+        with space_needed(job.folder):  # for checkpoints
+            dev_loss = trainer.fit()
+    seconds = time.perf_counter() - began
+    selection_loss = dev_loss
+    if job.selection_rows is not None:
+        selection_loss = _cross_entropy(model, tokenizer, config, job, partial)
+    steps, best_step = trainer.state.global_step, trainer.best.step
+    history = [
+        {k: v for k, v in entry.items() if k in ("step", "epoch", "loss", "eval_loss")}
+        for entry in trainer.state.log_history
+        if "loss" in entry or "eval_loss" in entry
+    ]
+    if is_first():
+        with atomic_dir(job.folder) as temporary:
+            save_adapter(model, temporary)
+            write_json(
+                temporary / "stage.json",
+                {
+                    "stage": name,
+                    "key": job.key,
+                    "learning_rate": job.rate,
+                    "beta": job.beta,
+                    "dev_loss": _or_none(dev_loss),
+                    "selection_loss": _or_none(selection_loss),
+                    "best_step": best_step,
+                    "steps": steps,
+                    "seconds": seconds,
+                    "history": history,
+                    **job.facts,
+                },
+            )
+        shutil.rmtree(partial, ignore_errors=True)
+    wait()
+    logger.info(
+        "Stage %s at %s: %d steps, best dev loss %.4g at step %d, %.1f s.",
+        name,
+        what,
+        steps,
+        dev_loss,
+        best_step,
+        seconds,
+    )
+    return StageResult(
+        name,
+        job.tried,
+        dev_loss,
+        steps,
+        seconds,
+        job.folder,
+        job.key,
+        adapter_state(model),
+        history,
+        job.beta,
+        selection_loss,
+    )
+
+
+def _trainer(
+    model: Any, tokenizer: Any, config: AdaptConfig, job: StageJob, partial: Path, bar: Progress
+) -> ExampleTrainer:
+    from ia2.trainer import AlignTrainer, MixedTrainer, SftTrainer, SoftTrainer, StageSettings
+
+    settings, (train, dev), how = job.stage.settings, job.rows, job.how
+    shared = StageSettings(
         output_dir=partial,
-        learning_rate=rate,
+        learning_rate=job.rate,
         epochs=settings.epochs,
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
@@ -143,59 +308,80 @@ def run_stage(
         activation_checkpointing_kwargs=config.activation_checkpointing_kwargs or {},
         report_to=config.report_to,
     )
-    steps = settings.epochs * -(-len(train) // min(config.batch_size, len(train)))
-    began = time.perf_counter()
-    with progress(f"{name} (rate {rate:g}, at most {steps} steps)", steps) as bar:
-        trainer: ExampleTrainer
-        if isinstance(settings, AlignConfig):
-            trainer = AlignTrainer(
-                model,
-                train,
-                dev,
-                stage,
-                tokenizer,
-                objective=settings.objective,
-                temperature=settings.temperature,
-                attention_modules=config.attention_modules,
-                progress=bar,
-            )
-        else:
-            trainer = SftTrainer(model, train, dev, stage, tokenizer, bar)
-        with space_needed(folder):  # for checkpoints
-            dev_loss = trainer.fit()
-    seconds = time.perf_counter() - began
-    steps, best_step = trainer.state.global_step, trainer.best.step
-    history = [
-        {k: v for k, v in entry.items() if k in ("step", "epoch", "loss", "eval_loss")}
-        for entry in trainer.state.log_history
-        if "loss" in entry or "eval_loss" in entry
-    ]
-    if is_first():
-        with atomic_dir(folder) as temporary:
-            model.save_pretrained(str(temporary))
-            (temporary / "README.md").unlink(missing_ok=True)
-            write_json(
-                temporary / "stage.json",
-                {
-                    "stage": name,
-                    "key": key,
-                    "learning_rate": rate,
-                    "dev_loss": None if dev_loss != dev_loss else dev_loss,
-                    "best_step": best_step,
-                    "steps": steps,
-                    "seconds": seconds,
-                    "history": history,
-                },
-            )
-        shutil.rmtree(partial, ignore_errors=True)
-    wait()
-    logger.info(
-        "Stage %s at rate %g: %d steps, best dev loss %.4g at step %d, %.1f s.",
-        name,
-        rate,
-        steps,
-        dev_loss,
-        best_step,
-        seconds,
+    if job.stage.kind == ALIGN:
+        assert how is not None
+        return AlignTrainer(
+            model,
+            train,
+            dev,
+            shared,
+            tokenizer,
+            objective=how.objective,
+            temperature=how.temperature,
+            normalise=how.normalise,
+            layers=how.layers,
+            attention_modules=how.attention_modules,
+            progress=bar,
+        )
+    if job.beta is not None:
+        assert how is not None
+        share = 1 - job.beta
+        return MixedTrainer(
+            model,
+            train,
+            dev,
+            shared,
+            tokenizer,
+            how=how,
+            align_weight=lambda step: share,
+            answer_weight=job.beta,
+            progress=bar,
+        )
+    if isinstance(settings, SoftConfig):
+        return SoftTrainer(
+            model,
+            train,
+            dev,
+            shared,
+            tokenizer,
+            top_k=settings.top_k,
+            remainder=settings.remainder,
+            progress=bar,
+        )
+    assert isinstance(settings, SftConfig)
+    if how is None:
+        return SftTrainer(model, train, dev, shared, tokenizer, bar)
+    weight = settings.ia2_weight
+    per_epoch = -(-len(train) // min(config.batch_size, len(train)))
+    decay = per_epoch * (settings.ia2_decay_epochs or settings.epochs)
+    return MixedTrainer(
+        model,
+        train,
+        dev,
+        shared,
+        tokenizer,
+        how=how,
+        align_weight=lambda step: weight * max(0.0, 1 - step / decay),
+        dev="answers",
+        progress=bar,
     )
-    return StageResult(name, tried, dev_loss, steps, seconds, folder, key, adapter_state(model), history)
+
+
+def _cross_entropy(model: Any, tokenizer: Any, config: AdaptConfig, job: StageJob, partial: Path) -> float:
+    """Cross-entropy on dev, comparable over β."""
+    from ia2.trainer import SftTrainer, StageSettings
+
+    rows = job.selection_rows
+    assert rows is not None
+    if not len(rows):
+        return float("nan")
+    settings = StageSettings(output_dir=partial, micro_batch_size=config.micro_batch_size)
+    return float(SftTrainer(model, rows, rows, settings, tokenizer).evaluate()["eval_loss"])
+
+
+def _or_none(value: float) -> float | None:
+    return None if value != value else value
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value

@@ -39,7 +39,11 @@ class TeacherAnswer:
 
 
 class Targets(Protocol):
-    """Activations ``A_ICL`` of a set of examples, by index and permutation."""
+    """What the teacher gave for a set of examples, by index and permutation.
+
+    Activations ``A_ICL`` are ``[L, G, d]``; attention weights ``[L, G, H, S]``; token distributions are
+    as :func:`pack_soft` has them, and then there are no layers.
+    """
 
     answers: list[TeacherAnswer]
     permutations: int
@@ -47,8 +51,41 @@ class Targets(Protocol):
     layers: list[int]
 
     def get(self, index: int, permutation: int = 0) -> torch.Tensor | None:
-        """``[L, G, d]``, or None where they are computed online."""
+        """One example's tensor, its answer tokens along the second axis; None where it is online."""
         ...
+
+
+def pack_soft(probabilities: torch.Tensor, top_k: int | None) -> torch.Tensor:
+    """Token distributions as targets are kept.
+
+    Args:
+        probabilities: ``[G, V]``.
+        top_k: keep the k most probable tokens; None keeps all.
+
+    Returns:
+        ``[1, G, V]`` log-probabilities, or ``[2, G, k]``: token ids (exact in float32) and their
+        log-probabilities.
+    """
+    import torch
+
+    log_p = probabilities.float().clamp_min(1e-45).log()
+    if top_k is None or top_k >= log_p.shape[-1]:
+        return log_p[None]
+    values, ids = log_p.topk(top_k, dim=-1)
+    return torch.stack([ids.to(log_p.dtype), values])
+
+
+def pack_targets(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Targets of several examples, one behind the other along their answer tokens (axis 1).
+
+    The last axis of attention weights is as long as each row; it is filled on the left with zeros,
+    since positions are counted from the right.
+    """
+    import torch
+
+    width = max(tensor.shape[-1] for tensor in tensors)
+    padded = [torch.nn.functional.pad(t, (width - t.shape[-1], 0)) for t in tensors]
+    return torch.cat(padded, dim=1)
 
 
 class Statistics:
@@ -59,9 +96,9 @@ class Statistics:
         self.count = 0
 
     def add(self, activations: torch.Tensor) -> None:
-        squares = activations.double().pow(2).sum(dim=(1, 2))
+        squares = activations.double().pow(2).flatten(1).sum(dim=1)
         self.sums = squares if self.sums is None else self.sums + squares
-        self.count += activations.shape[1] * activations.shape[2]
+        self.count += activations[0].numel()
 
     def rms(self) -> list[float]:
         if self.sums is None:
@@ -95,7 +132,9 @@ class MemoryTargets:
 
 
 class OnlineTargets:
-    """Answers and scales only; the trainer computes the activations in every step."""
+    """Answers and scales only; the trainer computes the rest in every step."""
+
+    online = True
 
     def __init__(
         self,

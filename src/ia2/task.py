@@ -12,6 +12,7 @@ from ia2.console import logger
 from ia2.errors import ConfigError, DataError
 from ia2.evaluation.answers import load_parser
 from ia2.examples import Example, Examples
+from ia2.rendering import Rendering
 from ia2.tokens import Ids, decode, encode_answer
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class Task:
         terminators: ids with which a label can end, where one label is the beginning of another.
         stop_texts: what ends a generated answer.
         parser: how a free-form answer is read.
+        separator: text between demonstrations.
+        trimmed: answers are trained on without leading white space, as chat templates render them.
     """
 
     kind: str
@@ -50,6 +53,7 @@ class Task:
     stop_texts: tuple[str, ...] = ()
     parser: str = "text"
     separator: str = "\n\n"
+    trimmed: bool = False
     index: dict[str, int] = field(default_factory=dict, compare=False)
 
     @property
@@ -80,7 +84,8 @@ class Task:
         if self.kind == "classification":
             ids = self.label_ids[self.label_of(example)]
         else:
-            ids = encode_answer(tokenizer, example.answer or "", example.source)
+            text = example.answer or ""
+            ids = encode_answer(tokenizer, text.lstrip() if self.trimmed else text, example.source)
             if len(ids) > self.max_answer_tokens:
                 raise DataError(
                     f"{example.source}: the completion has {len(ids)} tokens, max_answer_tokens is "
@@ -107,6 +112,8 @@ def make_task(
     if kind == "auto":
         kind = "classification" if config.labels or _looks_like_labels(examples) else "generation"
     stop = stop_text(examples, config.separator, prompt_template)
+    rendering = Rendering(tokenizer, config.separator, config.chat, config.thinking)
+    end, chat = rendering.end_id, config.chat != "off"
     if kind == "generation":
         if config.labels:
             raise ConfigError("labels are given, but task is generation. Leave one of them out.")
@@ -119,10 +126,12 @@ def make_task(
         task = Task(
             "generation",
             max_answer_tokens=limit,
-            append_end=None if limit == 1 else _end(tokenizer),
-            stop_texts=(stop,),
+            append_end=None if limit == 1 else end,
+            # a chat model ends its turn
+            stop_texts=() if chat else (stop,),
             parser=config.parser,
             separator=config.separator,
+            trimmed=chat,
         )
         too_long = []
         for example in examples:
@@ -139,7 +148,7 @@ def make_task(
         raise DataError(
             f"{examples.name}: all rows have the completion {labels[0]!r}; at least two labels are needed."
         )
-    ids = tuple(encode_answer(tokenizer, label) for label in labels)
+    ids = tuple(encode_answer(tokenizer, rendering.as_answer(label)) for label in labels)
     twins = [label for label, count in Counter(ids).items() if count > 1]
     if twins:
         same = [label for label, i in zip(labels, ids, strict=True) if i in twins]
@@ -163,11 +172,12 @@ def make_task(
         label_ids=ids,
         names=tuple(raw.get(label, label.strip()) for label in labels),
         max_answer_tokens=limit,
-        append_end=_end(tokenizer) if several else None,
-        terminators=_terminators(tokenizer, stop) if _nested(ids) else (),
-        stop_texts=(stop,),
+        append_end=end if several else None,
+        terminators=_terminators(tokenizer, stop, end) if _nested(ids) else (),
+        stop_texts=() if chat else (stop,),
         parser="text",
         separator=config.separator,
+        trimmed=chat,
         index={label: i for i, label in enumerate(labels)},
     )
     for example in examples:
@@ -212,20 +222,16 @@ def _looks_like_labels(examples: Examples) -> bool:
     return len(answers) <= 8 and all(len(answer.split()) == 1 for answer in answers)
 
 
-def _end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    return None if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
-
-
 def _nested(ids: Sequence[Ids]) -> bool:
     """Whether one label's ids begin another's; the shorter would win by its length alone."""
     return any(a != b and b[: len(a)] == a for a in ids for b in ids)
 
 
-def _terminators(tokenizer: PreTrainedTokenizerBase, stop: str) -> tuple[int, ...]:
+def _terminators(tokenizer: PreTrainedTokenizerBase, stop: str, end: int | None) -> tuple[int, ...]:
     """Ids that can follow a finished label: the end of sequence, or the start of what comes after."""
     found = {encode_answer(tokenizer, stop)[0]}
     if stripped := stop.rstrip():
         found.add(encode_answer(tokenizer, stop[: len(stop) - len(stripped.lstrip())] or stripped)[0])
-    if (end := _end(tokenizer)) is not None:
+    if end is not None:
         found.add(end)
     return tuple(sorted(found))

@@ -8,6 +8,7 @@ generated first and then fed once, behind the prompt.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,14 +18,16 @@ from ia2.capture import ActivationCapture
 from ia2.console import logger
 from ia2.context import Contexts
 from ia2.files import atomic_dir
-from ia2.inference import answer_pass, generate_answers
+from ia2.inference import AnswerOutput, answer_pass, generate_answers
 from ia2.targets import (
     MemoryTargets,
+    OnlineTargets,
     Statistics,
     StoreWriter,
     TargetStore,
     TeacherAnswer,
     open_store,
+    pack_soft,
 )
 from ia2.tokens import Ids, decode, pad_id
 
@@ -33,8 +36,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-# Examples whose permutations are held in memory together while their targets are averaged.
-_CHUNK = 64
+# Examples whose prompts (and, while they are averaged, whose permutations) are in memory together.
+_CHUNK = 256
 
 
 class _Sink(Protocol):
@@ -51,8 +54,12 @@ class Teacher:
         max_answer_tokens: G at most; 1 for single-token tasks.
         stop_texts: texts that end a generated answer.
         attention_modules: optional glob (see ``capture``).
-        average: average the activations of an example's permutations into one target; otherwise
-            every permutation's are kept.
+        average: average an example's permutations into one target; otherwise every permutation's are
+            kept.
+        end_id: id that ends an answer, where it is not the tokenizer's (a chat model's end of turn).
+        site: which activations are the targets (see :class:`~ia2.capture.ActivationCapture`), or
+            ``soft``: its token distributions.
+        top_k: of token distributions, keep the k most probable; None keeps all.
     """
 
     model: nn.Module
@@ -61,20 +68,32 @@ class Teacher:
     stop_texts: Sequence[str] = ()
     attention_modules: str | None = None
     average: bool = True
+    end_id: int | None = None
+    site: str = "output"
+    top_k: int | None = None
 
     @property
     def single_token(self) -> bool:
         """One forward pass over the prompt is enough."""
         return self.max_answer_tokens == 1
 
-    def to_memory(self, contexts: Contexts, *, description: str = "teacher") -> MemoryTargets:
-        """Targets of all queries, in memory."""
-        with (
-            base_weights(self.model),
-            ActivationCapture(self.model, self.attention_modules) as capture,
-        ):
-            sink = MemoryTargets(capture.layers, self._kept(contexts))
-            return sink.finish(self._run(contexts, capture, sink, description))
+    def to_memory(
+        self,
+        contexts: Contexts,
+        *,
+        answers: Sequence[TeacherAnswer] | None = None,
+        description: str = "teacher",
+    ) -> MemoryTargets:
+        """Targets of all queries, in memory.
+
+        Args:
+            contexts: queries in their contexts.
+            answers: the teacher's answers, where an earlier pass has found them.
+            description: text of the progress bar.
+        """
+        with self.watching() as capture:
+            sink = MemoryTargets(_layers(capture), self._kept(contexts))
+            return sink.finish(self._run(contexts, capture, sink, description, answers))
 
     def to_store(
         self,
@@ -82,6 +101,7 @@ class Teacher:
         folder: Path,
         fingerprint: Mapping[str, Any],
         *,
+        answers: Sequence[TeacherAnswer] | None = None,
         description: str = "teacher",
     ) -> TargetStore:
         """Targets of all queries, on disk; reused when ``folder`` holds the same.
@@ -92,18 +112,19 @@ class Teacher:
         if store := open_store(folder, fingerprint):
             logger.info("Teacher targets: reusing %s.", folder)
             return store
-        with (
-            base_weights(self.model),
-            ActivationCapture(self.model, self.attention_modules) as capture,
-            atomic_dir(folder) as temporary,
-        ):
-            writer = StoreWriter(temporary, capture.layers, self._kept(contexts))
-            writer.finish(self._run(contexts, capture, writer, description), fingerprint)
+        with self.watching() as capture, atomic_dir(folder) as temporary:
+            writer = StoreWriter(temporary, _layers(capture), self._kept(contexts))
+            found = self._run(contexts, capture, writer, description, answers)
+            writer.finish(found, fingerprint)
         return TargetStore(folder)
 
     def scales(
-        self, contexts: Contexts, *, description: str = "teacher"
-    ) -> tuple[list[TeacherAnswer], list[int], list[float]]:
+        self,
+        contexts: Contexts,
+        *,
+        answers: Sequence[TeacherAnswer] | None = None,
+        description: str = "teacher",
+    ) -> OnlineTargets:
         """Answers, layers and each layer's root mean square, for targets that are computed online."""
 
         class Scales:
@@ -113,114 +134,158 @@ class Teacher:
             def add(self, index: int, permutation: int, activations: torch.Tensor) -> None:
                 self.statistics.add(activations)
 
-        with (
-            base_weights(self.model),
-            ActivationCapture(self.model, self.attention_modules) as capture,
-        ):
+        with self.watching() as capture:
             sink = Scales()
-            answers = self._run(contexts, capture, sink, description)
-            return answers, capture.layers, sink.statistics.rms()
+            found = self._run(contexts, capture, sink, description, answers)
+            return OnlineTargets(found, _layers(capture), sink.statistics.rms(), self._kept(contexts))
+
+    @contextmanager
+    def watching(self) -> Iterator[ActivationCapture | None]:
+        """Adapter off, hooks in place."""
+        with base_weights(self.model):
+            if self.site == "soft":
+                yield None
+                return
+            with ActivationCapture(self.model, self.attention_modules, site=self.site) as capture:
+                yield capture
 
     def _kept(self, contexts: Contexts) -> int:
         return 1 if self.average else contexts.permutations
 
     def _run(
-        self, contexts: Contexts, capture: ActivationCapture, sink: _Sink, description: str
+        self,
+        contexts: Contexts,
+        capture: ActivationCapture | None,
+        sink: _Sink,
+        description: str,
+        known: Sequence[TeacherAnswer] | None,
     ) -> list[TeacherAnswer]:
-        answers: list[TeacherAnswer | None] = [None] * len(contexts)
-        for members in self._chunks(contexts):
-            run = self._single if self.single_token else self._generated
-            for i, answer in run(contexts, members, capture, sink, description):
-                answers[i] = answer
-        return [answer for answer in answers if answer is not None]
-
-    def _chunks(self, contexts: Contexts) -> Iterator[list[int]]:
-        # With one order there is nothing to collect, and a shared prefix is computed once for all.
-        everything = list(range(len(contexts)))
-        size = len(everything) if contexts.permutations == 1 else _CHUNK
-        for start in range(0, len(everything), max(size, 1)):
-            yield everything[start : start + size]
+        answers: list[TeacherAnswer] = []
+        count = len(contexts)
+        # in chunks, so that memory does not grow with the number of examples
+        for start in range(0, count, _CHUNK):
+            members = list(range(start, min(start + _CHUNK, count)))
+            text = description if count <= _CHUNK else f"{description} {start}–{members[-1] + 1} of {count}"
+            if known is not None:
+                found = [known[i] for i in members]
+            elif self.single_token:
+                answers += self._single(contexts, members, capture, sink, text)
+                continue
+            else:
+                found = self._generated(contexts, members, capture, text)
+            self._feed(contexts, members, found, capture, sink, text)
+            answers += found
+        return answers
 
     def _single(
         self,
         contexts: Contexts,
         members: list[int],
-        capture: ActivationCapture,
+        capture: ActivationCapture | None,
         sink: _Sink,
         description: str,
-    ) -> Iterator[tuple[int, TeacherAnswer]]:
+    ) -> list[TeacherAnswer]:
         """One pass gives answer and targets: the only answer position is the prompt's last token.
 
         With several permutations the answer is the argmax of their mean probability.
         """
-        anything: Ids = (pad_id(self.tokenizer),)
-        permutations = contexts.permutations
         votes: dict[int, torch.Tensor] = {}
-        gather = self._gatherer(sink, permutations)
-        for k in range(permutations):
-            pairs = [(contexts.context_ids(i, k), anything) for i in members]
-            text = description if permutations == 1 else f"{description} (order {k + 1}/{permutations})"
-            for output in answer_pass(self.model, self.tokenizer, pairs, capture=capture, description=text):
-                i = members[output.index]
-                assert output.logits is not None and output.activations is not None
-                gather(i, k, output.activations)
-                if permutations == 1:
-                    token = int(output.logits[0].argmax())
-                    yield i, TeacherAnswer((token,), decode(self.tokenizer, [token]))
-                else:
-                    probability = output.logits[0].softmax(-1)
-                    votes[i] = votes[i] + probability if i in votes else probability
-        for i, vote in votes.items():
-            token = int(vote.argmax())
-            yield i, TeacherAnswer((token,), decode(self.tokenizer, [token]))
+
+        def vote(i: int, output: AnswerOutput) -> None:
+            assert output.logits is not None
+            # the argmax needs no probabilities where there is a single vote
+            share = output.logits[0] if contexts.permutations == 1 else output.logits[0].softmax(-1)
+            votes[i] = votes[i] + share if i in votes else share
+
+        anything = TeacherAnswer((pad_id(self.tokenizer),), "")
+        self._feed(contexts, members, [anything] * len(members), capture, sink, description, vote)
+        tokens = [int(votes[i].argmax()) for i in members]
+        return [TeacherAnswer((token,), decode(self.tokenizer, [token])) for token in tokens]
 
     def _generated(
         self,
         contexts: Contexts,
         members: list[int],
-        capture: ActivationCapture,
-        sink: _Sink,
+        capture: ActivationCapture | None,
         description: str,
-    ) -> Iterator[tuple[int, TeacherAnswer]]:
-        """Generate under the first order, then feed that answer under every order."""
-        capture.disarm()  # generation runs through the hooked modules too
+    ) -> list[TeacherAnswer]:
+        """Generate under the first order."""
+        if capture is not None:
+            capture.disarm()  # generation runs through the hooked modules too
         generated = generate_answers(
             self.model,
             self.tokenizer,
             [contexts.context_ids(i, 0) for i in members],
             max_new_tokens=self.max_answer_tokens,
             stop_texts=self.stop_texts,
+            end_id=self.end_id,
             description=f"{description}: answers",
         )
+        return [TeacherAnswer(g.ids, g.text, g.ended) for g in generated]
+
+    def _feed(
+        self,
+        contexts: Contexts,
+        members: list[int],
+        answers: Sequence[TeacherAnswer],
+        capture: ActivationCapture | None,
+        sink: _Sink,
+        description: str,
+        on_output: Callable[[int, AnswerOutput], None] | None = None,
+    ) -> None:
+        """Feed each answer under every order, and hand on what is to be kept."""
         gather = self._gatherer(sink, contexts.permutations)
+        spans = None
+        if self.site == "weights":
+            spans = [span(contexts, i, answer.ids) for i, answer in zip(members, answers, strict=True)]
         for k in range(contexts.permutations):
-            pairs = [(contexts.context_ids(i, k), g.ids) for i, g in zip(members, generated, strict=True)]
+            pairs = [(contexts.context_ids(i, k), a.ids) for i, a in zip(members, answers, strict=True)]
+            order = "" if contexts.permutations == 1 else f" (order {k + 1}/{contexts.permutations})"
             for output in answer_pass(
                 self.model,
                 self.tokenizer,
                 pairs,
                 capture=capture,
-                logits=False,
-                description=f"{description}: activations",
+                logits=on_output is not None or self.site == "soft",
+                spans=spans,
+                description=description + order,
             ):
-                assert output.activations is not None
-                gather(members[output.index], k, output.activations)
-        for i, g in zip(members, generated, strict=True):
-            yield i, TeacherAnswer(g.ids, g.text, g.ended)
+                i = members[output.index]
+                if self.site == "soft":
+                    assert output.logits is not None
+                    gather(i, k, output.logits.softmax(-1)[None])
+                else:
+                    assert output.activations is not None
+                    gather(i, k, output.activations)
+                if on_output is not None:
+                    on_output(i, output)
 
     def _gatherer(self, sink: _Sink, permutations: int) -> Callable[[int, int, torch.Tensor], None]:
-        """Hand activations on, or their mean over the permutations once all have come."""
+        """Hand targets on, or their mean over the permutations once all have come."""
+
+        def keep(i: int, k: int, tensor: torch.Tensor) -> None:
+            sink.add(i, k, pack_soft(tensor[0], self.top_k) if self.site == "soft" else tensor)
+
         if not self.average or permutations == 1:
-            return sink.add
+            return keep
         sums: dict[int, tuple[torch.Tensor, int]] = {}
 
-        def gather(i: int, k: int, activations: torch.Tensor) -> None:
+        def gather(i: int, k: int, tensor: torch.Tensor) -> None:
             total, count = sums.get(i, (0, 0))
-            total, count = total + activations.float(), count + 1
+            total, count = total + tensor.float(), count + 1
             if count < permutations:
                 sums[i] = (total, count)
             else:
                 sums.pop(i, None)
-                sink.add(i, 0, (total / count).to(activations.dtype))
+                keep(i, 0, (total / count).to(tensor.dtype))
 
         return gather
+
+
+def span(contexts: Contexts, i: int, answer: Ids) -> int:
+    """Fed ids at the end of a row that are the same with and without context."""
+    return contexts.common_suffix(i) + len(answer) - 1
+
+
+def _layers(capture: ActivationCapture | None) -> list[int]:
+    return capture.layers if capture is not None else []

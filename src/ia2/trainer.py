@@ -1,308 +1,78 @@
-"""Training stages on ``transformers.Trainer``: alignment with ICL activations, and fine-tuning.
-
-Both weigh every *example* the same: the loss of an optimiser step is the mean over the examples of the
-effective batch (all micro-batches, all processes) of a mean over the example's answer tokens. So batch
-1 × accumulation 8, batch 8 × accumulation 1 and two processes follow the same trajectory.
-"""
+"""The training stages: fine-tuning, alignment with ICL activations, both at once, distillation."""
 
 from __future__ import annotations
 
-import shutil
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from ia2.adapters import adapter_state, base_weights, load_adapter_state
-from ia2.batches import AnswerDataset, Collator, EpochSampler
-from ia2.capture import ActivationCapture
-from ia2.config import REENTRANT
+from ia2.alignment import Alignment, AlignmentSettings, listening, teacher_pass
+from ia2.batches import AnswerDataset, part_of
 from ia2.console import Progress, logger
 from ia2.errors import ConfigError
-from ia2.files import read_json, write_json
-from ia2.losses import OBJECTIVES, alignment_losses, cross_entropy_losses
-from ia2.tokens import Batch, answer_index, pad_id
+from ia2.example_trainer import (
+    BestWeights,
+    ExampleTrainer,
+    StageSettings,
+    last_complete_checkpoint,
+)
+from ia2.losses import cross_entropy_losses, soft_label_losses
+from ia2.targets import Targets, pack_soft
+from ia2.tokens import Batch, answer_index
 
-if TYPE_CHECKING:
-    pass
+__all__ = [
+    "AlignTrainer",
+    "BestWeights",
+    "ExampleTrainer",
+    "MixedTrainer",
+    "SftTrainer",
+    "SoftTrainer",
+    "StageSettings",
+    "last_complete_checkpoint",
+]
 
-# Rows of one forward pass of the dev evaluation.
-_EVAL_ROWS = 32
+# Rows that are looked at for a short one, to find the weights that alignment reaches.
+_LOOK_AT = 64
 
 
-@dataclass
-class StageSettings:
-    """What a stage needs to know beside model and data.
+def forward(model: Any, part: Batch, *, logits: bool) -> torch.Tensor | None:
+    """Run a batch; the head runs at answer positions only, or, without ``logits``, at a single one.
 
-    Attributes:
-        output_dir: where checkpoints go while it runs.
-        learning_rate: constant.
-        epochs: at most.
-        batch_size: examples of one optimiser step, over all processes.
-        micro_batch_size: rows of one forward pass and process; None: all at once.
-        eval_every: optimiser steps between dev evaluations; None: four an epoch, two steps apart at least.
-        patience: dev evaluations without improvement before stopping.
-        restore_best: end with the weights of the best dev loss.
-        seed: of the order and of dropout.
-        checkpoint_every: optimiser steps between checkpoints.
-        activation_checkpointing: recompute activations in the backward pass.
-        activation_checkpointing_kwargs: passed on; ``use_reentrant`` must be false.
-        report_to: trackers.
+    Returns:
+        Logits at the answer positions, ``[ΣG, V]``, or None.
     """
-
-    output_dir: Path
-    learning_rate: float = 1e-3
-    epochs: int = 50
-    batch_size: int = 4
-    micro_batch_size: int | None = None
-    eval_every: int | None = None
-    patience: int = 5
-    restore_best: bool = True
-    seed: int = 0
-    checkpoint_every: int = 100
-    activation_checkpointing: bool = False
-    activation_checkpointing_kwargs: dict[str, Any] = field(default_factory=dict)
-    report_to: list[str] = field(default_factory=list)
+    output = model(
+        input_ids=part.input_ids,
+        attention_mask=part.attention_mask,
+        logits_to_keep=part.keep() if logits else 1,
+        use_cache=False,
+    )
+    return _at_answers(output.logits, part) if logits else None
 
 
-class ExampleTrainer(Trainer, ABC):
-    """A Trainer whose unit is the example; subclasses say what one example's loss is.
-
-    Adam with a constant rate, no weight decay, no clipping, a fresh optimiser in each stage; dev loss
-    every few steps and at each epoch's end; stops early and restores the best weights (METHOD: paper
-    hyper-parameters).
-
-    Args:
-        model: a PEFT model.
-        train_dataset: what to train on.
-        eval_dataset: dev rows; empty means no early stopping.
-        settings: see :class:`StageSettings`.
-        tokenizer: gives the padding id.
-        progress: advanced once a step.
-
-    Raises:
-        ConfigError: reentrant activation checkpointing.
-    """
-
-    # transformers 5.18 and later; earlier ones look at model_accepts_loss_kwargs
-    loss_is_scaled_for_ga = True
-
-    # narrower than the parent's, which may lack any of them
-    model: Any
-    train_dataset: Any
-    eval_dataset: Any
-
-    def __init__(
-        self,
-        model: Any,
-        train_dataset: AnswerDataset,
-        eval_dataset: AnswerDataset,
-        settings: StageSettings,
-        tokenizer: Any,
-        progress: Progress | None = None,
-    ) -> None:
-        if settings.activation_checkpointing_kwargs.get("use_reentrant"):
-            raise ConfigError(REENTRANT + ".")
-        self.settings = settings
-        self.best = BestWeights(settings.patience, settings.restore_best)
-        arguments = self._arguments(settings, len(train_dataset), next(model.parameters()).device)
-        super().__init__(
-            model=model,
-            args=arguments,
-            data_collator=Collator(pad_id(tokenizer)),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            callbacks=[self.best, _Steps(progress or Progress())],
-        )
-        self.best.trainer = self
-        self.remove_callback(PrinterCallback)
-        self.model_accepts_loss_kwargs = True
-        if settings.activation_checkpointing:
-            _enable_checkpointing(self.model, settings.activation_checkpointing_kwargs)
-
-    def _arguments(self, settings: StageSettings, count: int, device: torch.device) -> TrainingArguments:
-        on_cpu = device.type == "cpu"
-        probe = TrainingArguments(output_dir=str(settings.output_dir), use_cpu=on_cpu, report_to=[])
-        world = probe.world_size
-        self._per_step = min(settings.batch_size, count)
-        per_process = -(-self._per_step // world)
-        micro = min(settings.micro_batch_size or per_process, per_process)
-        accumulation = -(-per_process // micro)
-        self._slots = micro * accumulation * world
-        self.steps_per_epoch = -(-count // self._per_step)
-        self.eval_every = settings.eval_every or max(2, -(-self.steps_per_epoch // 4))
-        arguments = TrainingArguments(
-            output_dir=str(settings.output_dir),
-            per_device_train_batch_size=micro,
-            gradient_accumulation_steps=accumulation,
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type="constant",
-            optim="adamw_torch",
-            weight_decay=0.0,
-            max_grad_norm=0.0,
-            num_train_epochs=settings.epochs,
-            eval_strategy="steps",
-            eval_steps=self.eval_every,
-            logging_strategy="steps",
-            logging_steps=self.eval_every,
-            save_strategy="steps",
-            save_steps=settings.checkpoint_every,
-            save_total_limit=2,
-            seed=settings.seed,
-            use_cpu=on_cpu,
-            report_to=settings.report_to,
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=not on_cpu,
-            ddp_find_unused_parameters=False,
-        )
-        # nn.DataParallel would replicate the hooked modules; several GPUs are for `accelerate launch`
-        arguments._n_gpu = min(arguments.n_gpu, 1)
-        return arguments
-
-    # ------------------------------------------------------------------------------------ the loss
-
-    @abstractmethod
-    def example_losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
-        """Loss of each row of a batch, ``[B]``, with gradient."""
-
-    def compute_loss(  # type: ignore[override]
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """This micro-batch's share of the mean over the examples of the effective batch."""
-        losses = self.example_losses(model, inputs)
-        total = (losses * inputs["weights"].to(losses.device)).sum()
-        count = num_items_in_batch if num_items_in_batch is not None else inputs["weights"].sum()
-        # gradients are averaged over processes afterwards, hence the factor
-        return total / torch.as_tensor(count, device=total.device) * self.args.world_size
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], torch.Tensor]:
-        """The micro-batches of one optimiser step, and the number of examples in it everywhere."""
-        batches = []
-        for _ in range(num_batches):
-            try:
-                batches.append(next(epoch_iterator))
-            except StopIteration:
-                break
-        count = torch.stack([batch["weights"].sum() for batch in batches]).sum().to(device)
-        if self.args.world_size > 1:
-            count = self.accelerator.gather(count.reshape(1)).sum()
-        return batches, count
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        dataset = train_dataset if train_dataset is not None else self.train_dataset
-        return EpochSampler(
-            len(dataset),
-            self._per_step,
-            self._slots,
-            dataset.permutations,
-            self.settings.seed,
-            lambda: self.state.global_step // self.steps_per_epoch,
-        )
-
-    # -------------------------------------------------------------------------------- evaluation
-
-    def evaluate(  # type: ignore[override]
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Mean loss over the dev examples; every process computes it and uses the first one's."""
-        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        loss = self._mean_loss(dataset)
-        if self.args.world_size > 1:
-            from accelerate.utils import broadcast
-
-            loss = float(broadcast(torch.tensor(loss, dtype=torch.float64, device=self.args.device)))
-        metrics = {f"{metric_key_prefix}_loss": loss}
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _mean_loss(self, dataset: AnswerDataset) -> float:
-        if not len(dataset):
-            return float("nan")
-        order = sorted(range(len(dataset)), key=lambda i: -len(dataset.rows[i].query))
-        size = self.settings.micro_batch_size or _EVAL_ROWS
-        training = self.model.training
-        self.model.eval()
-        total = 0.0
-        try:
-            with torch.no_grad():
-                for start in range(0, len(order), size):
-                    for keys in _permuted(order[start : start + size], dataset.permutations):
-                        batch = self._prepare_inputs(self.data_collator([dataset[key] for key in keys]))
-                        losses = self.example_losses(self.model, batch)
-                        total += float(losses.double().sum()) / dataset.permutations
-        finally:
-            self.model.train(training)
-        return total / len(dataset)
-
-    # ------------------------------------------------------------------------------- checkpoints
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        from safetensors.torch import load_file
-
-        path = Path(resume_from_checkpoint) / "adapter_model.safetensors"
-        load_adapter_state(self.model, load_file(path))
-
-    def fit(self) -> float:
-        """Train, from the last complete checkpoint if there is one; returns the best dev loss.
-
-        Leaves the model with the weights that the settings ask for and no checkpoint behind.
-        """
-        checkpoint = last_complete_checkpoint(self.settings.output_dir)
-        if checkpoint is not None:
-            logger.info("Continuing from %s.", checkpoint)
-        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        self.best.restore(self.model)
-        self.model.eval()
-        if self.settings.activation_checkpointing:
-            _disable_checkpointing(self.model)
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            for leftover in self.settings.output_dir.glob("checkpoint-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-        return self.best.loss
+def _at_answers(logits: torch.Tensor, part: Batch) -> torch.Tensor:
+    width = part.input_ids.shape[1]
+    rows, positions = answer_index(logits.shape[1], part.row_lengths, part.answer_lengths, width)
+    return logits[rows.to(logits.device), positions.to(logits.device)]
 
 
 class SftTrainer(ExampleTrainer):
-    """Cross-entropy on the answers; the head runs at answer positions only."""
+    """Cross-entropy on the answers."""
 
     def example_losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """Mean cross-entropy over each row's answer tokens, ``[B]``."""
-        shape = _batch_of(batch)
-        output = model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            logits_to_keep=shape.keep(),
-            use_cache=False,
-        )
-        rows, positions = answer_index(
-            output.logits.shape[1],
-            shape.row_lengths,
-            shape.answer_lengths,
-            shape.input_ids.shape[1],
-        )
-        device = output.logits.device
-        logits = output.logits[rows.to(device), positions.to(device)]
-        return cross_entropy_losses(logits, batch["answers"].to(device), shape.answer_lengths)
+        part = part_of(batch)
+        logits = forward(model, part, logits=True)
+        assert logits is not None
+        return cross_entropy_losses(logits, batch["answers"].to(logits.device), part.answer_lengths)
 
 
 class AlignTrainer(ExampleTrainer):
     """Trains an adapter to give, without demonstrations, the activations that the base has with them.
 
     Minimises ``L_IA2`` (METHOD: stages). The language-model head does not run (but for one position),
-    and adapters from which no path leads to an attention output are frozen meanwhile.
+    and adapters from which no path leads to an aligned activation are frozen meanwhile.
 
     Args:
         model: a PEFT model.
@@ -311,14 +81,16 @@ class AlignTrainer(ExampleTrainer):
         eval_dataset: the same of the dev examples.
         settings: see :class:`StageSettings`.
         tokenizer: gives the padding id.
-        objective: ``mse``, ``kl`` or ``cosine``.
+        objective: a key of :data:`ia2.losses.OBJECTIVES`.
         temperature: τ of ``kl``.
+        normalise: divide each layer's loss by the mean square of its targets.
+        layers: layers to align; None: all that have targets.
         attention_modules: glob, for models whose attention is not recognised.
         progress: advanced once a step.
 
     Raises:
         ConfigError: reentrant activation checkpointing, an unknown objective, or an adapter none of
-            whose weights reach an attention output.
+            whose weights reach an aligned activation.
     """
 
     def __init__(
@@ -331,79 +103,32 @@ class AlignTrainer(ExampleTrainer):
         *,
         objective: str = "mse",
         temperature: float = 1.0,
+        normalise: bool = False,
+        layers: Sequence[int] | None = None,
         attention_modules: str | None = None,
         progress: Progress | None = None,
     ) -> None:
-        if objective not in OBJECTIVES:
-            raise ConfigError(f"objective '{objective}' is not one of {', '.join(OBJECTIVES)}.")
-        if train_dataset.targets is None:
-            raise ConfigError("alignment needs targets; the training rows have none.")
-        self.objective: str = objective
-        self.temperature: float = temperature
+        how = AlignmentSettings(objective, temperature, normalise, layers, attention_modules)
+        self.alignment = Alignment(model, how, _targets_of(train_dataset))
         super().__init__(model, train_dataset, eval_dataset, settings, tokenizer, progress)
-        self.capture = ActivationCapture(model, attention_modules, train_dataset.targets.layers)
-        self.rms = torch.tensor(train_dataset.targets.rms)
         self._pathless = self._freeze_pathless()
 
     def example_losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """``Σ_layers mean_tokens`` of the objective for each row, ``[B]``."""
-        teacher = batch["targets"] if "targets" in batch else self._online_targets(batch)
-        with self._listening():
-            self.capture.arm()
-            model(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                logits_to_keep=1,
-                use_cache=False,
-            )
-            student = self.capture.at_answers(_batch_of(batch))
-        return alignment_losses(
-            self.objective,
-            student,
-            teacher.to(student.device),
-            batch["answer_lengths"],
-            self.rms.to(student.device),
-            self.temperature,
-        )
-
-    def _online_targets(self, batch: dict[str, Any]) -> torch.Tensor:
-        """The base model's activations with demonstrations, ``[L, ΣG, d]``; dropout off, no gradient."""
-        training = self.model.training
-        self.model.eval()
-        shape = Batch(
-            batch["context_ids"],
-            batch["context_mask"],
-            batch["answer_lengths"],
-            batch["context_lengths"],
-        )
-        try:
-            with torch.no_grad(), base_weights(self.model), self._listening():
-                self.capture.arm()
-                self.model(
-                    input_ids=shape.input_ids,
-                    attention_mask=shape.attention_mask,
-                    logits_to_keep=1,
-                    use_cache=False,
-                )
-                return self.capture.at_answers(shape)
-        finally:
-            self.model.train(training)
-
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        """Hooks are in place for a forward pass of this trainer only."""
-        with self.capture:
-            yield
+        with self.alignment.listening():
+            forward(model, part_of(batch, "response"), logits=False)
+            student = self.alignment.student(batch)
+        return self.alignment.losses(self.model, batch, student)
 
     def _freeze_pathless(self) -> list[torch.nn.Parameter]:
         """Freeze adapter weights that L_IA2 does not reach, such as those behind the last attention.
 
-        They would have no gradient, on which DDP fails. Found by one backward pass over the shortest
-        training row, so any adapter and any choice of layers is covered.
+        They would have no gradient, on which DDP fails. Found by one backward pass over a short training
+        row, so any adapter and any choice of layers is covered.
         """
         dataset = self.train_dataset
         trainable = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        shortest = min(range(len(dataset)), key=lambda i: len(dataset.rows[i].query))
+        shortest = min(range(min(len(dataset), _LOOK_AT)), key=lambda i: len(dataset.row(i).query))
         batch = self._prepare_inputs(self.data_collator([dataset[shortest]]))
         self.model.to(self.args.device)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -415,12 +140,13 @@ class AlignTrainer(ExampleTrainer):
             parameter.grad = None
         if len(without) == len(trainable):
             raise ConfigError(
-                "no adapter weight lies on a path to an attention output; choose other target modules."
+                "no adapter weight lies on a path to an aligned activation; choose other target modules or "
+                "layers."
             )
         if without:
             logger.info(
-                "Alignment: %d of %d adapter tensors lie behind the last attention and are frozen in this "
-                "stage (%s …).",
+                "Alignment: %d of %d trained tensors lie behind the last aligned activation and are frozen "
+                "in this stage (%s …).",
                 len(without),
                 len(trainable),
                 without[0][0],
@@ -438,131 +164,118 @@ class AlignTrainer(ExampleTrainer):
                 parameter.requires_grad_(True)
 
 
-class BestWeights(TrainerCallback):
-    """Keeps the adapter of the best dev loss, stops when it does not improve, evaluates at epoch ends.
+class MixedTrainer(ExampleTrainer):
+    """``w_align · L_IA2 + w_answer · cross-entropy``, with weights that may change from step to step.
+
+    The joint stage of ``ia2+sft`` (METHOD: stages), and fine-tuning that keeps a decaying alignment term.
+    One forward pass gives both terms, unless the answer and the teacher's answer differ beyond their
+    last token.
 
     Args:
-        patience: evaluations without improvement before stopping.
-        restore_best: whether :meth:`restore` does anything.
+        model: a PEFT model.
+        train_dataset: rows with answers and the teacher's answers, and targets.
+        eval_dataset: the same of the dev examples.
+        settings: see :class:`StageSettings`.
+        tokenizer: gives the padding id.
+        how: how alignment is measured.
+        align_weight: weight of ``L_IA2`` at an optimiser step.
+        answer_weight: weight of cross-entropy.
+        dev: judge dev rows by both terms, or by cross-entropy alone.
+        progress: advanced once a step.
     """
 
-    def __init__(self, patience: int, restore_best: bool) -> None:
-        self.patience, self.restore_best = patience, restore_best
-        self.loss = float("nan")
-        self.step = 0
-        self.waited = 0
-        self.state_dict: dict[str, torch.Tensor] | None = None
-        self.trainer: ExampleTrainer | None = None
-
-    def on_evaluate(
+    def __init__(
         self,
-        args: Any,
-        state: Any,
-        control: Any,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
+        model: Any,
+        train_dataset: AnswerDataset,
+        eval_dataset: AnswerDataset,
+        settings: StageSettings,
+        tokenizer: Any,
+        *,
+        how: AlignmentSettings,
+        align_weight: Callable[[int], float],
+        answer_weight: float = 1.0,
+        dev: str = "both",
+        progress: Progress | None = None,
     ) -> None:
-        """Compare with the best so far."""
-        assert self.trainer is not None
-        loss = (metrics or {}).get("eval_loss", float("nan"))
-        # a diverged stage has a loss of nan, which is no improvement
-        if loss == loss and not loss >= self.loss:
-            self.loss, self.step, self.waited = loss, state.global_step, 0
-            if self.restore_best:
-                self.state_dict = adapter_state(self.trainer.model)
-        else:
-            self.waited += 1
-            if self.waited >= self.patience:
-                control.should_training_stop = True
-                # a stage resumed from here would not know that it is over, and train on
-                control.should_save = False
+        self.alignment = Alignment(model, how, _targets_of(train_dataset))
+        self.align_weight, self.answer_weight, self.dev = align_weight, answer_weight, dev
+        super().__init__(model, train_dataset, eval_dataset, settings, tokenizer, progress)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluate after an epoch's last step too; without dev rows, never.
+    def example_losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """The weighted sum of both terms for each row, ``[B]``."""
+        weight = self.align_weight(self.state.global_step)
+        return self._losses(model, batch, weight)
 
-        Not in ``on_epoch_end``: a checkpoint of that step, written before, would not know of the
-        evaluation, and a resumed stage would leave it out.
-        """
-        assert self.trainer is not None
-        if not len(self.trainer.eval_dataset):
-            control.should_evaluate = False
-        elif state.global_step % self.trainer.steps_per_epoch == 0:
-            control.should_evaluate = True
+    def dev_losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """The same, or cross-entropy alone, ``[B]``."""
+        return self._losses(model, batch, self.align_weight(0) if self.dev == "both" else 0.0)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Complete a checkpoint: without these files it is not resumed from."""
-        if not state.is_world_process_zero:
-            return
-        from safetensors.torch import save_file
-
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.state_dict is not None:
-            save_file(self.state_dict, folder / "best.safetensors")
-        write_json(
-            folder / "complete.json",
-            {
-                "loss": None if self.loss != self.loss else self.loss,
-                "step": self.step,
-                "waited": self.waited,
-            },
+    def _losses(self, model: Any, batch: dict[str, Any], align_weight: float) -> torch.Tensor:
+        part = part_of(batch)
+        together = "response" not in batch
+        aligned = align_weight > 0
+        with listening(self.alignment if aligned and together else None):
+            logits = forward(model, part, logits=True)
+            student = self.alignment.student(batch) if aligned and together else None
+        assert logits is not None
+        losses = self.answer_weight * cross_entropy_losses(
+            logits, batch["answers"].to(logits.device), part.answer_lengths
         )
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take up what was known at the checkpoint."""
-        folder = last_complete_checkpoint(Path(args.output_dir))
-        if folder is None or state.global_step == 0:
-            return
-        from safetensors.torch import load_file
-
-        known = read_json(folder / "complete.json")
-        self.loss = float("nan") if known["loss"] is None else known["loss"]
-        self.step, self.waited = known["step"], known["waited"]
-        if (folder / "best.safetensors").is_file():
-            self.state_dict = load_file(folder / "best.safetensors")
-
-    def restore(self, model: Any) -> None:
-        """Give the model the best weights, if that was asked for and there was a dev set."""
-        if self.restore_best and self.state_dict is not None:
-            load_adapter_state(model, self.state_dict)
+        if not aligned:
+            return losses
+        if student is None:
+            with self.alignment.listening():
+                forward(model, part_of(batch, "response"), logits=False)
+                student = self.alignment.student(batch)
+        return losses + align_weight * self.alignment.losses(self.model, batch, student)
 
 
-class _Steps(TrainerCallback):
-    """Moves the progress bar."""
+class SoftTrainer(ExampleTrainer):
+    """Distillation: KL of the teacher's token distributions on ``Ŷ`` to the model's (METHOD: stages).
 
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
+    Args:
+        model: a PEFT model.
+        train_dataset: rows of the teacher's answers, with its distributions (``soft``); where these are
+            online, the rows carry their contexts.
+        eval_dataset: the same of the dev examples.
+        settings: see :class:`StageSettings`.
+        tokenizer: gives the padding id.
+        top_k: of distributions computed online; None: the whole vocabulary.
+        remainder: what becomes of the mass outside the top k: ``spread`` or ``drop``.
+        progress: advanced once a step.
+    """
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.advance()
+    def __init__(
+        self,
+        model: Any,
+        train_dataset: AnswerDataset,
+        eval_dataset: AnswerDataset,
+        settings: StageSettings,
+        tokenizer: Any,
+        *,
+        top_k: int | None = None,
+        remainder: str = "spread",
+        progress: Progress | None = None,
+    ) -> None:
+        self.top_k, self.remainder = top_k, remainder
+        super().__init__(model, train_dataset, eval_dataset, settings, tokenizer, progress)
+
+    def example_losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """``mean_tokens KL(teacher ‖ student)`` for each row, ``[B]``."""
+        if "soft" in batch:
+            teacher = batch["soft"]
+        else:
+            output = teacher_pass(self.model, batch, logits=True)
+            logits = _at_answers(output.logits, part_of(batch, "context"))
+            teacher = pack_soft(logits.float().softmax(-1), self.top_k)
+        part = part_of(batch, "response")
+        student = forward(model, part, logits=True)
+        assert student is not None
+        return soft_label_losses(student, teacher.to(student.device), part.answer_lengths, self.remainder)
 
 
-def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The latest checkpoint that was written to its end, or None."""
-    complete = [path.parent for path in folder.glob("checkpoint-*/complete.json")]
-    return max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
-
-
-def _permuted(indices: Sequence[int], permutations: int) -> Iterator[list[tuple[int, int, float]]]:
-    for k in range(permutations):
-        yield [(i, k, 1.0) for i in indices]
-
-
-def _batch_of(batch: dict[str, Any]) -> Batch:
-    return Batch(batch["input_ids"], batch["attention_mask"], batch["answer_lengths"], batch["row_lengths"])
-
-
-def _enable_checkpointing(model: Any, options: dict[str, Any]) -> None:
-    """Non-reentrant activation checkpointing, under the name that this transformers knows."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    options = {**options, "use_reentrant": False}
-    enable = getattr(inner, "activation_checkpointing_enable", None)
-    if enable is not None:
-        enable(activation_checkpointing_kwargs=options)
-    else:
-        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
-def _disable_checkpointing(model: Any) -> None:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    disable = getattr(inner, "activation_checkpointing_disable", None)
-    (disable or inner.gradient_checkpointing_disable)()
+def _targets_of(dataset: AnswerDataset) -> Targets:
+    if dataset.targets is None:
+        raise ConfigError("alignment needs targets; the training rows have none.")
+    return dataset.targets

@@ -1,18 +1,18 @@
-"""One model, one set of examples, one seed: everything that recipes share, computed once each.
+"""One model, one set of examples, one seed: training of recipes, and their evaluation.
 
-The teacher pass, the alignment stage that ``ia2`` and ``ia2-sft`` have in common, the reference that
-similarities are measured against. What is finished lies in the run's folder and is found there when a
-killed run is started again.
+What recipes share is computed once each: what the teacher gives (:mod:`ia2.teaching`), and stages that
+several recipes begin with. What is finished lies in the run's folder and is found there when a killed
+run is started again.
 """
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,39 +20,50 @@ from ia2.adapters import (
     adapter_state,
     attach,
     base_weights,
+    check_adapter,
+    default_learning_rate,
     detach,
     load_adapter_state,
     peft_config,
+    virtual_tokens,
 )
 from ia2.analysis.similarity import Similarity, SimilarityMeter
 from ia2.capture import ActivationCapture
-from ia2.config import AdaptConfig, AlignConfig, SftConfig
-from ia2.console import logger
+from ia2.config import AdaptConfig, AlignConfig, JointConfig, SftConfig, SoftConfig
 from ia2.context import Contexts
-from ia2.distributed import first_then_all, is_first, wait
-from ia2.errors import ConfigError, DataError
+from ia2.errors import DataError
 from ia2.evaluation.metrics import Measured
 from ia2.evaluation.run import evaluate_prompts, fit_temperatures
 from ia2.evaluation.scoring import Prediction
 from ia2.examples import Example, FewShotSplit
-from ia2.files import digest, read_json, write_json
+from ia2.files import digest
 from ia2.inference import AnswerOutput, answer_pass
+from ia2.layers import choose_layers
+from ia2.losses import OBJECTIVES
 from ia2.models import BaseModel
-from ia2.recipes import ALIGN, RECIPES
-from ia2.stages import FORMAT, StageResult, TrainedRecipe, finished_stage, run_stage
-from ia2.targets import MemoryTargets, OnlineTargets, Targets
+from ia2.prompts import ContextFunction, query_prompts
+from ia2.recipes import SFT
+from ia2.stages import (
+    PlannedStage,
+    StageJob,
+    StageResult,
+    TrainedRecipe,
+    finished_stage,
+    is_trained,
+    plan,
+    run_stage,
+)
+from ia2.targets import Targets
 from ia2.task import Task
-from ia2.teacher import Teacher
-from ia2.tokens import Ids, encode_prompt
+from ia2.teacher import span
+from ia2.teaching import FORMAT, SIMILARITY_QUERIES, IclReference, Teaching
+from ia2.tokens import Ids
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
 
-    from ia2.batches import AnswerDataset
-
-# Test queries that similarity to ICL is measured on; more would narrow its interval by little.
-SIMILARITY_QUERIES = 100
+    from ia2.alignment import AlignmentSettings
+    from ia2.batches import AnswerDataset, Row
 
 
 @dataclass
@@ -66,14 +77,6 @@ class Evaluated:
 
 
 @dataclass
-class IclReference:
-    """What the base model does with demonstrations, on the first test queries: answers, activations."""
-
-    targets: Targets
-    count: int
-
-
-@dataclass
 class Workbench:
     """See the module's text.
 
@@ -84,6 +87,9 @@ class Workbench:
         config: settings; its seed is used throughout.
         folder: where finished parts lie.
         one_recipe: the folder holds a single recipe, whose stages are then simply named.
+        function: makes contexts, instead of ``config.context_function``.
+        teaching: what the teacher gave, where another workbench shares it.
+        variant: part of the stages' folders, where several workbenches share one folder.
     """
 
     base: BaseModel
@@ -92,19 +98,52 @@ class Workbench:
     config: AdaptConfig
     folder: Path
     one_recipe: bool = False
-    seconds: dict[str, float] = field(default_factory=dict)
+    function: ContextFunction | None = None
+    teaching: Teaching = None  # type: ignore[assignment]  # made below unless it is shared
+    variant: str = ""
+    _used: set[str] = field(default_factory=set)
+    _test: Sequence[Example] = ()
 
     def __post_init__(self) -> None:
         if len(self.data.train) < 2:
             raise DataError(f"{self.data.train.name}: at least two training examples are needed.")
         self.tokenizer = self.base.tokenizer
-        self._pools: dict[tuple[tuple[Example, ...], int], Contexts] = {}
+        if self.teaching is None:
+            self.teaching = Teaching(self.base, self.data, self.task, self.config, self.folder, self.function)
+
+    def with_config(self, config: AdaptConfig, variant: str) -> Workbench:
+        """A workbench with other settings of adapter and stages, which shares what the teacher gives."""
+        return Workbench(
+            self.base,
+            self.data,
+            self.task,
+            config,
+            self.folder,
+            self.one_recipe,
+            teaching=self.teaching,
+            variant=variant,
+        )
 
     @cached_property
-    def model(self) -> PeftModel:
+    def model(self) -> Any:
         """The base model with a fresh adapter, which is put on when it is first asked for."""
         configuration = peft_config(self.base.model, self.config.adapter)
-        return attach(self.base.model, configuration, self.config.seed)
+        adapted = attach(self.base.model, configuration, self.config.seed)
+        self.teaching.adapted = adapted
+        try:
+            self._check_virtual_tokens(virtual_tokens(adapted))
+        except DataError:
+            detach(adapted)
+            self.teaching.adapted = None
+            raise
+        return adapted
+
+    def _check_virtual_tokens(self, count: int) -> None:
+        """Prompts without context must leave room for virtual tokens; the base model does not use them."""
+        if count:
+            teaching = self.teaching
+            rows = [*self.data.train, *self.data.dev, *self._test]
+            query_prompts(teaching.prompts.rendering, rows, teaching.window - count, teaching.reserve)
 
     @cached_property
     def _initial(self) -> dict[str, torch.Tensor]:
@@ -115,6 +154,8 @@ class Workbench:
         if "model" in self.__dict__:
             detach(self.model)
             del self.model
+            self.__dict__.pop("_initial", None)
+            self.teaching.adapted = None
 
     def check(self, recipes: Sequence[str], test: Sequence[Example]) -> None:
         """Refuse what cannot work, before anything is trained or written.
@@ -125,307 +166,305 @@ class Workbench:
 
         Raises:
             DataError: a prompt or all demonstrations of one do not fit the context window.
-            ConfigError: an adapter that is unknown.
+            ConfigError: an adapter that is unknown or cannot work, layers that are not there.
             ModelError: attention modules that are not found.
         """
-        peft_config(self.base.model, self.config.adapter)
-        ActivationCapture(self.base.model, self.config.attention_modules)
-        if any(ALIGN in RECIPES[recipe] for recipe in recipes):
-            contexts = self.train_contexts
+        self._test = test
+        stages = [stage for recipe in recipes for stage in plan(recipe, self.config)]
+        if stages:
+            check_adapter(
+                self.base.model,
+                self.config.adapter,
+                activation_checkpointing=self.config.activation_checkpointing,
+            )
+        capture = ActivationCapture(self.base.model, self.config.attention_modules)
+        for stage in stages:
+            if stage.aligns:
+                self._check_alignment(stage, capture)
+        if any(stage.teacher_answers for stage in stages):
+            _ = self.train_contexts
             if len(self.data.dev):
-                self.pool_contexts(self.data.dev, contexts.permutations)
-        if any(RECIPES[recipe] for recipe in recipes):
-            self.sft_rows()
-            self.prompts(self.data.train, demonstrations=False)
-        for rows in (self.data.dev, test):
+                _ = self.teaching.dev_contexts
+        if stages:
+            train, dev = self.sft_rows()
+            for rows in (train, dev):
+                for place in range(len(rows)):
+                    rows.row(place)
+            self.prompts(self.data.train)
+        for rows_of in (self.data.dev, test):
             if any(recipe != "icl" for recipe in recipes):
-                self.prompts(rows, demonstrations=False)
+                self.prompts(rows_of)
             if "icl" in recipes:
-                self.pool_contexts(rows)
+                self.teaching.prompts.pool_contexts(rows_of)
         if any(recipe != "icl" for recipe in recipes):
-            self.pool_contexts(test[:SIMILARITY_QUERIES])
+            self.teaching.prompts.pool_contexts(test[:SIMILARITY_QUERIES])
 
-    # -------------------------------------------------------------------------------- contexts
+    def _check_alignment(self, stage: PlannedStage, capture: ActivationCapture) -> None:
+        settings = self._alignment_section(stage)
+        site = OBJECTIVES[settings.objective].site
+        ActivationCapture(self.base.model, self.config.attention_modules, site=site)
+        # the real shift is known only after the teacher pass; any will do to see whether it is asked for
+        choose_layers(settings.layers, dict(capture), lambda: [0.0] * len(capture.layers))
 
     @property
-    def _window(self) -> int:
-        limit = self.base.max_length
-        given = self.config.max_context_tokens
-        return min(limit, given) if given else limit
-
-    @cached_property
     def train_contexts(self) -> Contexts:
-        """Every training example behind all the others."""
-        return Contexts.leave_one_out(
-            self.tokenizer,
-            self.data.train,
-            permutations=self.config.demo_permutations,
-            seed=self.config.seed,
-            max_length=self._window,
-            reserve=self._reserve,
-            separator=self.config.separator,
-        )
+        """Every training example in its context."""
+        return self.teaching.train_contexts
 
-    def pool_contexts(self, queries: Sequence[Example], permutations: int = 1) -> Contexts:
-        """Queries behind all training examples in fixed orders, shared by all of them."""
-        key = (tuple(queries), permutations)
-        # kept, so that what was checked is what is used, and dropped demonstrations are reported once
-        if key not in self._pools:
-            self._pools[key] = Contexts.pool(
-                self.tokenizer,
-                queries,
-                self.data.train,
-                permutations=permutations,
-                seed=self.config.seed,
-                max_length=self._window,
-                reserve=self._reserve,
-                separator=self.config.separator,
-            )
-        return self._pools[key]
-
-    @property
-    def _reserve(self) -> int:
-        # room for the answer, an end-of-sequence id and a stop text that is looked out for
-        return 1 if self.task.single_token else self.task.max_answer_tokens + 16
-
-    # --------------------------------------------------------------------------------- teacher
-
-    @property
-    def teacher(self) -> Teacher:
-        """The base model as a teacher."""
-        return Teacher(
-            self.model,
-            self.tokenizer,
-            self.task.max_answer_tokens,
-            self.task.stop_texts,
-            self.config.attention_modules,
-            average=self.config.permutation_targets == "mean",
-        )
-
-    def target_bytes(self) -> int:
-        """Bytes that stored targets take at most (L·d numbers an answer token)."""
-        import torch
-
-        capture = ActivationCapture(self.model, self.config.attention_modules)
-        config = self.base.model.config.get_text_config()
-        size = torch.finfo(self.base.model.dtype).bits // 8
-        kept = self.config.demo_permutations if self.config.permutation_targets == "sample" else 1
-        examples = (len(self.data.train) + len(self.data.dev)) * kept
-        return len(capture.layers) * config.hidden_size * size * self.task.max_answer_tokens * examples
-
-    @cached_property
-    def target_mode(self) -> str:
-        """``store``, ``memory`` or ``online``; chosen from an estimate where left open."""
-        mode = self.config.targets
-        if mode != "auto":
-            return mode
-        needed = self.target_bytes()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.folder).free
-        mode = "store" if needed <= free // 4 else "online"
-        logger.info(
-            "Teacher targets: at most %.1f MB, %s.",
-            needed / 1e6,
-            "kept on disk"
-            if mode == "store"
-            else "more than a quarter of the free disk: recomputed each step",
-        )
-        return mode
-
-    @cached_property
-    def targets(self) -> tuple[Targets, Targets]:
+    def targets_of(self, site: str = "output") -> tuple[Targets, Targets]:
         """The teacher's targets of the training and of the dev examples."""
-        start = time.perf_counter()
-        train = self._targets_of("train", self.train_contexts)
-        dev: Targets = MemoryTargets([], 1)
-        if len(self.data.dev):
-            contexts = self.pool_contexts(self.data.dev, self.config.demo_permutations)
-            dev = self._targets_of("dev", contexts)
-        file = self.folder / "teacher" / "seconds.json"
-        if is_first() and not file.exists():
-            write_json(file, time.perf_counter() - start)
-        wait()
-        # a reused pass cost what it cost when it was made
-        self.seconds["teacher"] = float(read_json(file))
-        return train, dev
-
-    def _targets_of(self, part: str, contexts: Contexts) -> Targets:
-        description = f"teacher pass ({part})"
-        if self.target_mode == "store":
-            folder = self.folder / "teacher" / part
-            fingerprint = self._targets_fingerprint(contexts)
-            return first_then_all(
-                lambda: self.teacher.to_store(contexts, folder, fingerprint, description=description)
-            )
-        if self.target_mode == "memory":
-            return self.teacher.to_memory(contexts, description=description)
-        answers, layers, rms = self.teacher.scales(contexts, description=description)
-        kept = contexts.permutations if self.config.permutation_targets == "sample" else 1
-        if contexts.permutations > 1 and kept == 1:
-            raise ConfigError(
-                "targets averaged over several demonstration orders cannot be computed online. Set "
-                "permutation_targets to sample, or targets to store."
-            )
-        return OnlineTargets(answers, layers, rms, kept)
-
-    def _targets_fingerprint(self, contexts: Contexts) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "model": self.base.identity,
-            "data": self.data.train.fingerprint,
-            "queries": digest([query.query for query in contexts.queries]),
-            "contexts": digest([contexts.orders, contexts.separator, contexts.max_length]),
-            "answers": digest([self.task.max_answer_tokens, self.task.stop_texts]),
-            "permutations": [contexts.permutations, self.config.permutation_targets],
-            "attention_modules": self.config.attention_modules,
-            "seed": self.config.seed,
-        }
-
-    def teacher_accuracy(self) -> tuple[int, int] | None:
-        """How many training examples the teacher answers rightly, of how many; labels only."""
-        if self.task.kind != "classification":
-            return None
-        answers = self.targets[0].answers
-        gold = [self.task.label_ids[self.task.label_of(example)] for example in self.data.train]
-        right = sum(a.ids[: len(g)] == g for a, g in zip(answers, gold, strict=True))
-        return right, len(gold)
+        return self.teaching.targets(site)
 
     # -------------------------------------------------------------------------------- training
 
+    @property
+    def learning_rates(self) -> list[float]:
+        """Rates to try: the given ones, or the adapter type's own."""
+        return self.config.learning_rates or [default_learning_rate(self.config.adapter)]
+
     def train(self, recipe: str) -> TrainedRecipe:
-        """Train a recipe at every learning rate and keep the one with the best dev loss."""
+        """Train a recipe at every learning rate (and β) and keep the one with the best dev loss."""
+        stages = plan(recipe, self.config)
         best: TrainedRecipe | None = None
         tried: dict[str, float] = {}
-        for rate in self.config.learning_rates:
-            state, key, stages = self._initial, "", []
-            for place, name in enumerate(RECIPES[recipe]):
+        betas: list[float | None] = next((s.betas for s in stages if s.betas != [None]), [None])
+        self._used = set()
+        for rate, beta in product(self.learning_rates, betas):
+            state, key, done = self._initial, "", []
+            for place, stage in enumerate(stages):
                 # `align` is the same stage in `ia2` and in `ia2-sft`: the folder names what came before
-                chain = RECIPES[recipe][: place + 1]
-                stage = self._stage(name, chain, rate, state, key)
-                stages.append(stage)
-                state, key = stage.state, stage.key
-            candidate = TrainedRecipe(recipe, stages, tried, "dev loss")
-            tried[f"{rate:g}"] = stages[-1].dev_loss
-            loss = stages[-1].dev_loss
+                chain = [s.label for s in stages[: place + 1]]
+                own_beta = beta if stage.betas != [None] else None
+                result = self._stage(stage, chain, rate, own_beta, beta, state, key)
+                done.append(result)
+                state, key = result.state, result.key
+            candidate = TrainedRecipe(recipe, done, tried, "dev loss")
+            name = f"{rate:g}" if beta is None else f"{rate:g}, β {beta:g}"
+            loss = done[-1].selection_loss
+            tried[name] = loss
             # nan: a rate that diverged, or no dev rows, where the first rate stays
-            if best is None or (loss == loss and not loss >= best.stages[-1].dev_loss):
+            if best is None or (loss == loss and not loss >= best.stages[-1].selection_loss):
                 best = candidate
         assert best is not None
         if not len(self.data.dev):
-            best.selected_by = "given" if len(self.config.learning_rates) == 1 else "first (no dev rows)"
+            best.selected_by = "given" if len(tried) == 1 else "first (no dev rows)"
         self.use(best.state)
         return best
+
+    @property
+    def teacher_seconds(self) -> float:
+        """What the teacher passes cost that the last trained recipe used."""
+        return sum(self.teaching.known_seconds(name) for name in self._used)
 
     def use(self, state: dict[str, torch.Tensor]) -> None:
         """Put these adapter weights on the model."""
         load_adapter_state(self.model, state)
 
-    def stage_folder(self, chain: Sequence[str], rate: float) -> Path:
+    def stage_folder(self, chain: Sequence[str], rate: float, beta: float | None = None) -> Path:
         """Where a stage's result lies; ``chain`` names the stages up to this one."""
-        name = chain[-1] if self.one_recipe else "-".join(chain)
-        return self.folder / name / f"lr-{rate:g}"
+        name = chain[-1] if self.one_recipe and len(set(chain)) == len(chain) else "-".join(chain)
+        tried = f"lr-{rate:g}" if beta is None else f"lr-{rate:g}-beta-{beta:g}"
+        return self.folder / self.variant / name / tried
 
     def _stage(
         self,
-        name: str,
+        stage: PlannedStage,
         chain: Sequence[str],
         tried: float,
+        beta: float | None,
+        chain_beta: float | None,
         start: dict[str, torch.Tensor],
         parent: str,
     ) -> StageResult:
-        settings: AlignConfig | SftConfig = self.config.align if name == ALIGN else self.config.sft
+        settings = stage.settings
         rate = settings.learning_rate or tried
-        folder = self.stage_folder(chain, tried)
+        folder = self.stage_folder(chain, tried, chain_beta)
+        self._used |= self._passes(stage)
         key = digest(
             {
                 "format": FORMAT,
-                "stage": name,
+                "stage": stage.kind,
                 "settings": settings.model_dump(),
+                "kept": self.config.align.model_dump() if stage.aligns and stage.kind == SFT else None,
                 "parent": parent or digest([(k, list(v.shape)) for k, v in start.items()]),
                 "rate": rate,
+                "beta": beta,
                 "model": self.base.identity,
                 "adapter": self.config.adapter.model_dump(),
                 "train": self.data.train.fingerprint,
                 "dev": self.data.dev.fingerprint,
-                "targets": self._targets_fingerprint(self.train_contexts) if name == ALIGN else None,
+                "chat": [self.config.chat, self.config.thinking],
+                "targets": self.teaching.fingerprint(self.train_contexts, "output")
+                if stage.teacher_answers
+                else None,
                 "batch_size": self.config.batch_size,
                 "seed": self.config.seed,
                 "labels": self.task.labels,
             }
         )
         if (folder / "stage.json").is_file():
-            spent = self.folder / "teacher" / "seconds.json"
-            if name == ALIGN and spent.is_file():
-                self.seconds.setdefault("teacher", float(read_json(spent)))
-            return finished_stage(name, tried, folder, key)
-        rows = self.align_rows() if name == ALIGN else self.sft_rows()
+            return finished_stage(stage.kind, tried, folder, key)
+        how = self._how(stage) if stage.aligns else None
+        rows = self._rows(stage, how)
+        selection = self.sft_rows()[1] if beta is not None else None
+        facts = {"layers": list(how.layers)} if how is not None and how.layers is not None else {}
         self.use(start)
-        return run_stage(
-            self.model, self.tokenizer, self.config, settings, rows, name, rate, tried, folder, key
+        job = StageJob(stage, rate, tried, beta, rows, folder, key, how, selection, facts)
+        return run_stage(self.model, self.tokenizer, self.config, job)
+
+    def _alignment_section(self, stage: PlannedStage) -> AlignConfig:
+        # a kept alignment term of the supervised stage is measured as the alignment stage measures it
+        return stage.settings if isinstance(stage.settings, AlignConfig) else self.config.align
+
+    def _passes(self, stage: PlannedStage) -> set[str]:
+        """Names of the teacher passes that a stage uses."""
+        if not stage.teacher_answers:
+            return set()
+        if isinstance(stage.settings, SoftConfig):
+            top_k = stage.settings.top_k
+            return {"soft" if top_k is None else f"soft-{top_k}"}
+        return {OBJECTIVES[self._alignment_section(stage).objective].site if stage.aligns else "output"}
+
+    def _how(self, stage: PlannedStage) -> AlignmentSettings:
+        from ia2.alignment import AlignmentSettings
+
+        section = self._alignment_section(stage)
+        layers = None
+        if section.layers != "all":
+            capture = ActivationCapture(self.base.model, self.config.attention_modules)
+            layers = choose_layers(section.layers, dict(capture), lambda: self.teaching.shift)
+        return AlignmentSettings(
+            section.objective,
+            section.temperature,
+            section.normalise,
+            layers,
+            self.config.attention_modules,
+        )
+
+    def _rows(
+        self, stage: PlannedStage, how: AlignmentSettings | None
+    ) -> tuple[AnswerDataset, AnswerDataset]:
+        """Training and dev rows of a stage."""
+        if not stage.teacher_answers:
+            return self.sft_rows()
+        settings = stage.settings
+        if isinstance(settings, SoftConfig):
+            train, dev = self.teaching.targets("soft", settings.top_k)
+            return self.teacher_rows(soft=(train, dev), only_correct=settings.only_correct)
+        targets = self.teaching.targets(how.site) if how is not None else None
+        assert isinstance(settings, (AlignConfig, SftConfig))
+        own = "icl_responses"
+        if isinstance(settings, (JointConfig, SftConfig)):
+            own = settings.answers
+        return self.teacher_rows(
+            targets=targets,
+            true_answers=own == "ground_truth",
+            only_correct=settings.only_correct,
+            spans=how is not None and how.site == "weights",
         )
 
     def align_rows(self) -> tuple[AnswerDataset, AnswerDataset]:
         """Training and dev rows of the alignment stage: queries, the teacher's answers, targets."""
-        from ia2.batches import AnswerDataset, Row
+        return self.teacher_rows(targets=self.teaching.targets())
 
-        train, dev = self.targets
-        online = self.target_mode == "online"
+    def teacher_rows(
+        self,
+        *,
+        targets: tuple[Targets, Targets] | None = None,
+        soft: tuple[Targets, Targets] | None = None,
+        true_answers: bool = False,
+        only_correct: bool = False,
+        spans: bool = False,
+    ) -> tuple[AnswerDataset, AnswerDataset]:
+        """Training and dev rows with the teacher's answers.
 
-        def rows(contexts: Contexts, targets: Targets) -> list[Row]:
-            return [
-                Row(
-                    contexts.query_ids(i),
-                    answer.ids,
-                    tuple(contexts.context_ids(i, k) for k in range(targets.permutations)) if online else (),
-                )
-                for i, answer in enumerate(targets.answers)
-            ]
+        Args:
+            targets: activations to align with.
+            soft: token distributions to distil.
+            true_answers: cross-entropy is on the true answers, the teacher's are only aligned with.
+            only_correct: leave out the examples that the teacher answers wrongly.
+            spans: rows tell how many ids both contexts share (attention weights).
 
-        dev_rows = []
-        if len(self.data.dev):
-            dev_rows = rows(self.pool_contexts(self.data.dev, self.config.demo_permutations), dev)
-        return (
-            AnswerDataset(rows(self.train_contexts, train), train),
-            AnswerDataset(dev_rows, dev),
+        Raises:
+            DataError: it answers none rightly.
+        """
+        from ia2.batches import AnswerDataset
+
+        teaching = self.teaching
+        answers = teaching.answers()
+        keep: tuple[Sequence[int], Sequence[int]] = (
+            range(len(self.data.train)),
+            range(len(self.data.dev)),
         )
+        if only_correct:
+            keep = teaching.correct()
+            if not keep[0]:
+                raise DataError(
+                    f"{self.data.train.name}: only_correct leaves no training example: the teacher answers "
+                    "none rightly. Leave it out; `ia2 probe` tells whether alignment can help here."
+                )
+        found = []
+        for part, examples in enumerate((self.data.train, self.data.dev)):
+            mine = (targets or soft or ((), ()))[part]
+            make = self._maker(part, examples, answers[part], mine, true_answers, spans)
+            found.append(AnswerDataset(make, keep[part], targets and targets[part], soft and soft[part]))
+        return found[0], found[1]
+
+    def _maker(
+        self,
+        part: int,
+        examples: Sequence[Example],
+        answers: Any,
+        targets: Any,
+        true_answers: bool,
+        spans: bool,
+    ) -> Callable[[int, int], Row]:
+        from ia2.batches import Row
+
+        contexts = None if not len(examples) else (self.train_contexts, self.teaching.dev_contexts)[part]
+        online = getattr(targets, "online", False)
+
+        def make(i: int, permutation: int) -> Row:
+            assert contexts is not None
+            response = answers[i].ids
+            return Row(
+                contexts.query_ids(i),
+                self.task.target_ids(self.tokenizer, examples[i]) if true_answers else response,
+                response,
+                contexts.context_ids(i, permutation) if online else (),
+                span(contexts, i, response) if spans else 0,
+            )
+
+        return make
 
     def sft_rows(self) -> tuple[AnswerDataset, AnswerDataset]:
         """Training and dev rows of the supervised stage: queries and true answers."""
         from ia2.batches import AnswerDataset, Row
 
-        def rows(examples: Sequence[Example]) -> list[Row]:
-            return [
-                Row(
-                    encode_prompt(self.tokenizer, example.query, example.source),
-                    self.task.target_ids(self.tokenizer, example),
+        def rows(examples: Sequence[Example]) -> AnswerDataset:
+            def make(i: int, permutation: int) -> Row:
+                return Row(
+                    self.teaching.prompts.rendering.query_ids(examples[i]),
+                    self.task.target_ids(self.tokenizer, examples[i]),
                 )
-                for example in examples
-            ]
 
-        return AnswerDataset(rows(self.data.train)), AnswerDataset(rows(self.data.dev))
+            return AnswerDataset(make, range(len(examples)))
+
+        return rows(self.data.train), rows(self.data.dev)
 
     # ------------------------------------------------------------------------------ evaluation
 
-    def prompts(self, examples: Sequence[Example], *, demonstrations: bool) -> list[Ids]:
-        """Prompt ids, with the training examples as demonstrations or without."""
+    def prompts(self, examples: Sequence[Example], *, demonstrations: bool = False) -> Sequence[Ids]:
+        """Prompt ids, with the context (the training examples as demonstrations) or without."""
+        prompts = self.teaching.prompts
         if demonstrations:
-            contexts = self.pool_contexts(examples)
+            contexts = prompts.pool_contexts(examples)
             return [contexts.context_ids(i) for i in range(len(examples))]
-        prompts = [encode_prompt(self.tokenizer, e.query, e.source) for e in examples]
-        for example, prompt in zip(examples, prompts, strict=True):
-            if len(prompt) + self._reserve > self._window:
-                raise DataError(
-                    f"{example.source}: the prompt has {len(prompt)} tokens; the context window holds "
-                    f"{self._window}, of which {self._reserve} are kept for the answer."
-                )
-        return prompts
+        return prompts.query_prompts(examples)
 
     def icl_reference(self, test: Sequence[Example]) -> IclReference:
         """The base model's answers and activations with demonstrations on the first test queries."""
-        subset = test[:SIMILARITY_QUERIES]
-        contexts = self.pool_contexts(subset)
-        targets = self.teacher.to_memory(contexts, description="ICL reference")
-        return IclReference(targets, len(subset))
+        return self.teaching.reference(test)
 
     def evaluate(
         self, recipe: str, test: Sequence[Example], reference: IclReference | None = None
@@ -439,29 +478,31 @@ class Workbench:
         """
         began = time.perf_counter()
         in_context = recipe == "icl"
-        off = nullcontext() if RECIPES[recipe] else base_weights(self.model)
+        model = self.model if is_trained(recipe) else self.teaching.model
+        off = nullcontext() if is_trained(recipe) else base_weights(model)
         # One-token answers need no teacher forcing, so one pass gives scores and activations.
         meter = capture = None
         if reference is not None and not in_context and self.task.single_token:
             meter = SimilarityMeter(reference.targets.layers)
-            capture = ActivationCapture(self.model, self.config.attention_modules)
+            capture = ActivationCapture(model, self.config.attention_modules)
 
         def compare(output: AnswerOutput) -> None:
             if meter is not None and reference is not None and output.index < reference.count:
                 _compare(meter, output, reference)
 
+        test_prompts = self.prompts(test, demonstrations=in_context)
+        dev_prompts = self.prompts(self.data.dev, demonstrations=in_context)
         with off:
             temperatures = None
             if len(self.data.dev):
-                prompts = self.prompts(self.data.dev, demonstrations=in_context)
-                temperatures = fit_temperatures(self.model, self.tokenizer, self.task, self.data.dev, prompts)
+                temperatures = fit_temperatures(model, self.tokenizer, self.task, self.data.dev, dev_prompts)
             with capture or nullcontext():
                 predictions, measured = evaluate_prompts(
-                    self.model,
+                    model,
                     self.tokenizer,
                     self.task,
                     test,
-                    self.prompts(test, demonstrations=in_context),
+                    test_prompts,
                     temperatures,
                     capture=capture,
                     on_output=compare,
@@ -470,19 +511,21 @@ class Workbench:
             seconds = time.perf_counter() - began
             similarity = meter.finish() if meter is not None else None
             if reference is not None and not in_context and similarity is None:
-                similarity = self._similarity(recipe, test, reference)
+                similarity = self._similarity(model, recipe, test, reference)
         return Evaluated(predictions, measured, similarity, seconds)
 
-    def _similarity(self, recipe: str, test: Sequence[Example], reference: IclReference) -> Similarity:
+    def _similarity(
+        self, model: Any, recipe: str, test: Sequence[Example], reference: IclReference
+    ) -> Similarity:
         """Both models teacher-forced on the ICL answer ``Ŷ`` (METHOD: measures)."""
-        prompts = self.prompts(test[: reference.count], demonstrations=False)
+        prompts = self.prompts(test[: reference.count])
         pairs = [
             (prompt, answer.ids) for prompt, answer in zip(prompts, reference.targets.answers, strict=True)
         ]
         meter = SimilarityMeter(reference.targets.layers)
-        with ActivationCapture(self.model, self.config.attention_modules) as capture:
+        with ActivationCapture(model, self.config.attention_modules) as capture:
             for output in answer_pass(
-                self.model,
+                model,
                 self.tokenizer,
                 pairs,
                 capture=capture,

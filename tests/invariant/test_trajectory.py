@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from benches import base_of, bench_of, icl_base, icl_examples, word_examples, wordy_model
+from benches import base_of, bench_of, icl_base, icl_examples, rows_of, word_examples, wordy_model
 
 from ia2.trainer import AlignTrainer, SftTrainer, StageSettings
 
@@ -38,7 +38,7 @@ def trained(
     )
     result = bench.train(recipe)
     assert result.stages[-1].steps == 6
-    lengths = [len(row.answer) for part in (bench.align_rows, bench.sft_rows) for row in part()[0].rows]
+    lengths = [len(row.answer) for part in (bench.align_rows, bench.sft_rows) for row in rows_of(part()[0])]
     assert len(set(lengths[:TRAIN])) > 1 and len(set(lengths[TRAIN:])) > 1
     losses = [e["eval_loss"] for s in result.stages for e in s.history if "eval_loss" in e]
     assert len(losses) == 6 * len(result.stages)
@@ -134,7 +134,7 @@ def test_neighbours_and_padding_change_no_examples_loss(
         return dict(zip(order, trainer.example_losses(bench.model, batch).tolist(), strict=True))
 
     alone = {i: losses([i])[i] for i in range(TRAIN)}
-    assert len({len(row.query) + len(row.answer) for row in train.rows}) > 1
+    assert len({len(row.query) + len(row.answer) for row in rows_of(train)}) > 1
     for order in (list(range(TRAIN)), [7, 2, 9, 0], [3, 3, 1]):
         for i, loss in losses(order).items():
             assert loss == pytest.approx(alone[i], rel=1e-5)

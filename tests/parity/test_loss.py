@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from benches import base_of, bench_of, icl_base, icl_examples, word_examples, wordy_model
+from benches import base_of, bench_of, icl_base, icl_examples, rows_of, word_examples, wordy_model
 
 from ia2.trainer import AlignTrainer, StageSettings
 
@@ -124,6 +124,11 @@ def cases(case: str, word_tokenizer: Any, path: Path) -> dict[str, Any]:
     }
 
 
+def chosen(contexts: Any) -> list[list[list[int]]]:
+    """Demonstrations of each query, in each order."""
+    return [[contexts.chosen(i, k) for k in range(contexts.permutations)] for i in range(len(contexts))]
+
+
 @pytest.mark.parametrize("objective", ["mse", "kl"])
 @pytest.mark.parametrize(
     "case", ["random, labels", "random, free text", "trained, labels", "trained, free text, two orders"]
@@ -149,7 +154,7 @@ def test_loss_is_the_methods(
             for e, own in zip(examples, orders, strict=True)
         ]
 
-    orders = bench.train_contexts.orders
+    orders = chosen(bench.train_contexts)
     for i, own in enumerate(orders):
         assert all(sorted(order) == [j for j in range(6) if j != i] for order in own)  # leave one out
     limit, (stop,) = bench.task.max_answer_tokens, bench.task.stop_texts
@@ -159,7 +164,7 @@ def test_loss_is_the_methods(
             bare,
             adapted,
             base.tokenizer,
-            rows(dev, bench.pool_contexts(dev, bench.config.demo_permutations).orders),
+            rows(dev, chosen(bench.teaching.dev_contexts)),
             limit,
             stop,
         ),
@@ -178,7 +183,7 @@ def test_loss_is_the_methods(
         temperature=tau,
     )
     for part, dataset in data.items():
-        assert [list(row.answer) for row in dataset.rows] == [answer for answer, _, _ in known[part]]
+        assert [list(row.answer) for row in rows_of(dataset)] == [answer for answer, _, _ in known[part]]
         expected = losses(known[part], objective, rms, tau)
         batch = trainer._prepare_inputs(trainer.data_collator([dataset[i] for i in range(len(dataset))]))
         assert trainer.example_losses(bench.model, batch).tolist() == pytest.approx(expected, rel=1e-5)

@@ -7,9 +7,9 @@ from typing import Any, NoReturn
 
 import typer
 
-from ia2.cli import compare, demo, env, evaluate, predict, probe, train
+from ia2.cli import compare, curve, demo, env, evaluate, predict, probe, train
 from ia2.cli.options import gather_lists, list_flags
-from ia2.config import CompareConfig, ProbeConfig, TrainConfig
+from ia2.config import CurveConfig, ProbeConfig, TrainConfig
 from ia2.errors import UserError, suggest
 from ia2.files import no_space_left
 
@@ -32,6 +32,7 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("compare")(compare.compare)
+app.command("curve")(curve.curve)
 app.command("probe")(probe.probe)
 app.command("env")(env.env)
 
@@ -51,7 +52,7 @@ def _version(
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; a user's mistake is one line on stderr and exit code 2."""
     given = sys.argv[1:] if arguments is None else arguments
-    lists = list_flags(TrainConfig, CompareConfig, ProbeConfig)
+    lists = list_flags(TrainConfig, CurveConfig, ProbeConfig)
     try:
         # not standalone: typer would draw a box of several lines around its own errors
         status = app(gather_lists(given or ["--help"], lists), prog_name="ia2", standalone_mode=False)

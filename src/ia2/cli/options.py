@@ -18,7 +18,13 @@ from ia2.config import AdaptConfig, DataOptions, ModelOptions, load_config
 from ia2.errors import ConfigError
 from ia2.examples import unescape
 
-_SECTIONS = {"adapter": "Adapter", "align": "Alignment stage", "sft": "Fine-tuning stage"}
+_SECTIONS = {
+    "adapter": "Adapter",
+    "align": "Alignment stage",
+    "sft": "Fine-tuning stage",
+    "joint": "Joint stage",
+    "soft": "Distillation stage",
+}
 
 
 def with_settings(
@@ -129,13 +135,21 @@ def _read(entry: _Entry, value: Any) -> Any:
         return value
     if dotted in ("prompt_template", "completion_template", "separator"):
         return unescape(value)
-    kinds = [field.annotation, *typing.get_args(field.annotation)]
-    origins = [typing.get_origin(kind) or kind for kind in kinds]
-    if dict in origins:
+    kinds = _kinds(field)
+    if dict in kinds:
         return _read_mapping(dotted, value)
-    if list in origins:
+    # what may be a text too (layers: `middle-third`, `0,5,6`) reads a list by itself
+    if list in kinds and str not in kinds:
         return _read_list(dotted, value)
     return value
+
+
+def _kinds(field: pydantic.fields.FieldInfo) -> set[Any]:
+    """The types that a setting may have, without their parameters."""
+    annotation = field.annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return {typing.get_origin(part) or part for part in typing.get_args(annotation)}
+    return {typing.get_origin(annotation) or annotation}
 
 
 def _read_mapping(dotted: str, value: str) -> dict[str, Any]:
@@ -168,10 +182,7 @@ def list_flags(*kinds: type[AdaptConfig]) -> set[str]:
     flags = set()
     for kind in kinds:
         for dotted, field, _ in _options(kind, ()).values():
-            origins = [
-                typing.get_origin(a) or a for a in [field.annotation, *typing.get_args(field.annotation)]
-            ]
-            if list in origins:
+            if list in _kinds(field):
                 flags.add("--" + dotted.replace(".", "-").replace("_", "-"))
     return flags
 

@@ -179,6 +179,7 @@ def answer_freely(
         prompts,
         max_new_tokens=task.max_answer_tokens,
         stop_texts=task.stop_texts,
+        end_id=task.append_end,
         description=description,
     )
     first = np.zeros(len(prompts))

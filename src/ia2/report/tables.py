@@ -56,12 +56,24 @@ def comparison_lines(summary: dict[str, Any]) -> list[str]:
     return [
         f"Model {summary['model']}; data {data['name']}; {design['num_train']} training and "
         f"{design['num_dev']} dev examples, {design['num_test']} {test}; seeds "
-        f"{', '.join(map(str, design['seeds']))}; rate "
-        f"{'/'.join(f'{r:g}' for r in design['learning_rates'])} by {design['selected_by']}; ICL uses "
+        f"{', '.join(map(str, design['seeds']))}; {rates(design)}; ICL uses "
         f"{design['icl_demonstrations']}.",
         "Means over seeds, 95% bootstrap intervals over seeds and rows. ECE has an upward bias on few rows. "
         "Seconds of training are per seed and fold.",
     ]
+
+
+def rates(design: dict[str, Any]) -> str:
+    """``rate 0.001 by dev loss``, by adapter type where they differ."""
+    tried = {
+        kind: "/".join(f"{rate:g}" for rate in rates) for kind, rates in design["learning_rates"].items()
+    }
+    if not tried:
+        return "nothing trained"
+    shown = next(iter(tried.values()))
+    if len(set(tried.values())) > 1:
+        shown = ", ".join(f"{rate} ({kind})" for kind, rate in tried.items())
+    return f"rate {shown} by {design['selected_by']}"
 
 
 def difference_lines(summary: dict[str, Any]) -> list[str]:
@@ -95,3 +107,27 @@ def comparison_markdown(summary: dict[str, Any]) -> str:
     notes = "\n\n".join(comparison_lines(summary))
     differences = "\n".join(f"- {line}" for line in difference_lines(summary))
     return f"{text}\n\n{notes}\n\n{differences}\n"
+
+
+def curve_markdown(summary: dict[str, Any]) -> str:
+    """Accuracy and ECE by size and recipe, and the paired differences to fine-tuning."""
+    sizes = summary["sizes"]
+    lines = [
+        "| recipe | " + " | ".join(f"N = {size}" for size in sizes) + " |",
+        "|---" * (len(sizes) + 1) + "|",
+    ]
+    for name, title in (("accuracy", "accuracy"), ("ece", "ECE")):
+        for recipe, points in summary["curves"].items():
+            cells = [interval(point[name]) for point in points]
+            lines.append(f"| `{recipe}`, {title} | " + " | ".join(cells) + " |")
+    notes = [
+        f"- N = {size}: ia2-sft − sft: accuracy {signed(found['accuracy'])}, ECE {signed(found['ece'])}"
+        for size, found in summary["differences"].items()
+        if found is not None
+    ]
+    text = "\n".join(lines)
+    return (
+        f"{text}\n\nModel {summary['model']}; {summary['title']}; 95% intervals.\n\n"
+        + "\n".join(notes)
+        + "\n"
+    )

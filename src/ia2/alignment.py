@@ -1,0 +1,136 @@
+"""``L_IA2`` of a batch: which activations are compared, on which layers, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ia2.adapters import base_weights
+from ia2.batches import part_of
+from ia2.capture import ActivationCapture
+from ia2.errors import ConfigError
+from ia2.losses import OBJECTIVES, alignment_losses
+
+if TYPE_CHECKING:
+    import torch
+
+    from ia2.targets import Targets
+
+
+@dataclass(frozen=True)
+class AlignmentSettings:
+    """How alignment is measured.
+
+    Attributes:
+        objective: a key of :data:`ia2.losses.OBJECTIVES`.
+        temperature: τ of ``kl``.
+        normalise: divide each layer's loss by the mean square of its targets.
+        layers: layer indices; None aligns all that have targets.
+        attention_modules: glob, for models whose attention is not recognised.
+    """
+
+    objective: str = "mse"
+    temperature: float = 1.0
+    normalise: bool = False
+    layers: Sequence[int] | None = None
+    attention_modules: str | None = None
+
+    @property
+    def site(self) -> str:
+        """Which activations the objective compares (see :class:`~ia2.capture.ActivationCapture`)."""
+        return OBJECTIVES[self.objective].site
+
+
+class Alignment:
+    """Captures the student's activations and compares them with the teacher's.
+
+    Args:
+        model: a PEFT model, adapter on.
+        settings: see :class:`AlignmentSettings`.
+        targets: the teacher's targets of the training examples; gives layers and scales.
+
+    Raises:
+        ConfigError: an unknown objective.
+        ModelError: activations that this model does not give.
+    """
+
+    def __init__(self, model: Any, settings: AlignmentSettings, targets: Targets) -> None:
+        import torch
+
+        if settings.objective not in OBJECTIVES:
+            raise ConfigError(f"objective '{settings.objective}' is not one of {', '.join(OBJECTIVES)}.")
+        self.settings = settings
+        layers = list(targets.layers if settings.layers is None else settings.layers)
+        self.capture = ActivationCapture(model, settings.attention_modules, layers, site=settings.site)
+        self._rows = [targets.layers.index(layer) for layer in self.capture.layers]
+        self._rms = torch.tensor(targets.rms)[self._rows]
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """The next forward pass is captured; hooks are in place in this context only."""
+        with self.capture:
+            self.capture.arm()
+            yield
+
+    def student(self, batch: dict[str, Any]) -> torch.Tensor:
+        """What the pass just run left at the answer positions of ``Ŷ``, ``[L, ΣG, …]``, with gradient."""
+        return self.capture.at_answers(part_of(batch, "response"), self._spans(batch))
+
+    def teacher(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """``A_ICL`` of the aligned layers, ``[L, ΣG, …]``: stored, or the base model's at this moment."""
+        if "targets" in batch:
+            return batch["targets"][self._rows]  # type: ignore[no-any-return]
+        with self.listening():
+            teacher_pass(model, batch)
+            return self.capture.at_answers(part_of(batch, "context"), self._spans(batch))
+
+    def losses(self, model: Any, batch: dict[str, Any], student: torch.Tensor) -> torch.Tensor:
+        """``Σ_layers mean_tokens`` of the objective for each row, ``[B]``.
+
+        Args:
+            model: runs the teacher where targets are computed online.
+            batch: collated rows.
+            student: from :meth:`student`.
+        """
+        return alignment_losses(
+            self.settings.objective,
+            student,
+            self.teacher(model, batch).to(student.device),
+            part_of(batch, "response").answer_lengths,
+            self._rms.to(student.device),
+            self.settings.temperature,
+            self.settings.normalise,
+        )
+
+    def _spans(self, batch: dict[str, Any]) -> list[int] | None:
+        return batch["spans"] if self.settings.site == "weights" else None
+
+
+def teacher_pass(model: Any, batch: dict[str, Any], logits: bool = False) -> Any:
+    """The base model over the context part of a batch: dropout off, no gradient.
+
+    Returns:
+        The model's output; with ``logits``, those that hold every answer position.
+    """
+    import torch
+
+    part = part_of(batch, "context")
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), base_weights(model):
+            return model(
+                input_ids=part.input_ids,
+                attention_mask=part.attention_mask,
+                logits_to_keep=part.keep() if logits else 1,
+                use_cache=False,
+            )
+    finally:
+        model.train(training)
+
+
+def listening(alignment: Alignment | None) -> Any:
+    """:meth:`Alignment.listening`, or nothing."""
+    return nullcontext() if alignment is None else alignment.listening()

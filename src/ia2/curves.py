@@ -1,0 +1,115 @@
+"""``curve``: the same comparison at several numbers of training examples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ia2.adaptation import load_base_of
+from ia2.comparison import compare
+from ia2.config import CompareConfig, CurveConfig
+from ia2.console import logger
+from ia2.distributed import is_first, wait
+from ia2.errors import ConfigError, DataError
+from ia2.examples import MAX_DEV, Examples
+from ia2.files import finite, write_json, write_text
+from ia2.models import BaseModel
+from ia2.report.tables import curve_markdown
+
+
+@dataclass
+class Curve:
+    """The result of :func:`curve`.
+
+    Attributes:
+        summary: what ``curve.json`` holds.
+        folder: where it lies.
+    """
+
+    summary: dict[str, Any]
+    folder: Path
+
+    def table(self) -> str:
+        """Markdown."""
+        return curve_markdown(self.summary)
+
+
+def curve(
+    model: str | BaseModel,
+    examples: Examples,
+    config: CurveConfig,
+    *,
+    test: Examples,
+    output_dir: str | Path,
+    overwrite: bool = False,
+) -> Curve:
+    """Compare recipes at every size; draws of one seed contain each other.
+
+    Args:
+        model: what :func:`ia2.models.load_base` takes, or a loaded base model.
+        examples: labelled rows to draw from.
+        config: settings; ``sizes`` are the numbers of training examples.
+        test: labelled test rows, the same for every size.
+        output_dir: run folder, with one comparison a size in it; a killed run started again continues.
+        overwrite: replace other runs in that folder.
+
+    Raises:
+        UserError: a mistake in data, settings or model; too few rows for the largest size.
+    """
+    if config.num_examples is not None:
+        raise ConfigError("num_examples does nothing to a curve. Leave it out; sizes says how many.")
+    largest = config.sizes[-1]
+    needed = largest + min(largest // 2, MAX_DEV)
+    if needed > len(examples):
+        raise DataError(
+            f"{examples.name}: the largest size, {largest}, needs {needed} rows with its dev rows; there are "
+            f"{len(examples)}. Leave it out of --sizes, or give more rows."
+        )
+    folder = Path(output_dir)
+    base = load_base_of(model, config)
+    shared = {name: getattr(config, name) for name in CompareConfig.model_fields}
+    found = {}
+    for size in config.sizes:
+        logger.info("Size %d of %s.", size, ", ".join(map(str, config.sizes)))
+        sized = CompareConfig(**{**shared, "num_examples": size, "output_dir": None})
+        where = folder / f"n-{size}"
+        found[size] = compare(base, examples, sized, test=test, output_dir=where, overwrite=overwrite).summary
+    summary = _summary(found, config)
+    if is_first():
+        write_json(folder / "curve.json", finite(summary))
+        write_text(folder / "table.md", curve_markdown(summary))
+    wait()
+    return Curve(summary, folder)
+
+
+def _summary(found: dict[int, dict[str, Any]], config: CurveConfig) -> dict[str, Any]:
+    first = found[config.sizes[0]]
+    scope = "vocabulary" if first["design"]["task"] == "classification" else "answer"
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for size, summary in found.items():
+        for recipe, entry in summary["recipes"].items():
+            metrics = entry["metrics"][scope]
+            curves.setdefault(recipe, []).append(
+                {
+                    "num_train": size,
+                    "accuracy": metrics["accuracy"],
+                    "ece": metrics["ece"],
+                    "asim": entry.get("asim"),
+                }
+            )
+    seeds = first["design"]["seeds"]
+    return {
+        "model": first["model"],
+        "data": first["data"],
+        "title": f"{first['data']['name']}, {first['design']['num_test']} test rows, {len(seeds)} seeds",
+        "sizes": config.sizes,
+        "curves": curves,
+        "differences": {
+            str(size): summary["differences"].get("ia2-sft − sft") for size, summary in found.items()
+        },
+        "seeds": seeds,
+        "machine": first["machine"],
+        "versions": first["versions"],
+        "config": config.model_dump(exclude={"output_dir"}),
+    }

@@ -1,0 +1,414 @@
+"""What all training stages have in common, on ``transformers.Trainer``.
+
+Every stage weighs every *example* the same: the loss of an optimiser step is the mean over the examples
+of the effective batch (all micro-batches, all processes) of a mean over the example's answer tokens. So
+batch 1 × accumulation 8, batch 8 × accumulation 1 and two processes follow the same trajectory.
+"""
+
+from __future__ import annotations
+
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from ia2.adapters import adapter_state, load_adapter_state
+from ia2.batches import AnswerDataset, Collator, EpochSampler
+from ia2.config import REENTRANT
+from ia2.console import Progress, logger
+from ia2.errors import ConfigError
+from ia2.files import read_json, write_json
+from ia2.tokens import pad_id
+
+# Rows of one forward pass of the dev evaluation.
+_EVAL_ROWS = 32
+
+# The weights in a checkpoint.
+_WEIGHTS = "adapter_state.safetensors"
+
+
+@dataclass
+class StageSettings:
+    """What a stage needs to know beside model and data.
+
+    Attributes:
+        output_dir: where checkpoints go while it runs.
+        learning_rate: constant.
+        epochs: at most.
+        batch_size: examples of one optimiser step, over all processes.
+        micro_batch_size: rows of one forward pass and process; None: all at once.
+        eval_every: optimiser steps between dev evaluations; None: four an epoch, two steps apart at least.
+        patience: dev evaluations without improvement before stopping.
+        restore_best: end with the weights of the best dev loss.
+        seed: of the order and of dropout.
+        checkpoint_every: optimiser steps between checkpoints.
+        activation_checkpointing: recompute activations in the backward pass.
+        activation_checkpointing_kwargs: passed on; ``use_reentrant`` must be false.
+        report_to: trackers.
+    """
+
+    output_dir: Path
+    learning_rate: float = 1e-3
+    epochs: int = 50
+    batch_size: int = 4
+    micro_batch_size: int | None = None
+    eval_every: int | None = None
+    patience: int = 5
+    restore_best: bool = True
+    seed: int = 0
+    checkpoint_every: int = 100
+    activation_checkpointing: bool = False
+    activation_checkpointing_kwargs: dict[str, Any] = field(default_factory=dict)
+    report_to: list[str] = field(default_factory=list)
+
+
+class ExampleTrainer(Trainer, ABC):
+    """A Trainer whose unit is the example; subclasses say what one example's loss is.
+
+    Adam with a constant rate, no weight decay, no clipping, a fresh optimiser in each stage; dev loss
+    every few steps and at each epoch's end; stops early and restores the best weights (METHOD: paper
+    hyper-parameters).
+
+    Args:
+        model: a PEFT model.
+        train_dataset: what to train on.
+        eval_dataset: dev rows; empty means no early stopping.
+        settings: see :class:`StageSettings`.
+        tokenizer: gives the padding id.
+        progress: advanced once a step.
+
+    Raises:
+        ConfigError: reentrant activation checkpointing.
+    """
+
+    # transformers 5.18 and later; earlier ones look at model_accepts_loss_kwargs
+    loss_is_scaled_for_ga = True
+
+    # narrower than the parent's, which may lack any of them
+    model: Any
+    train_dataset: Any
+    eval_dataset: Any
+
+    def __init__(
+        self,
+        model: Any,
+        train_dataset: AnswerDataset,
+        eval_dataset: AnswerDataset,
+        settings: StageSettings,
+        tokenizer: Any,
+        progress: Progress | None = None,
+    ) -> None:
+        if settings.activation_checkpointing_kwargs.get("use_reentrant"):
+            raise ConfigError(REENTRANT + ".")
+        self.settings = settings
+        self._orders: dict[int, list[int]] = {}
+        self.best = BestWeights(settings.patience, settings.restore_best)
+        arguments = self._arguments(settings, len(train_dataset), next(model.parameters()).device)
+        super().__init__(
+            model=model,
+            args=arguments,
+            data_collator=Collator(pad_id(tokenizer)),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=[self.best, _Steps(progress or Progress())],
+        )
+        self.best.trainer = self
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True
+        if settings.activation_checkpointing:
+            _enable_checkpointing(self.model, settings.activation_checkpointing_kwargs)
+
+    def _arguments(self, settings: StageSettings, count: int, device: torch.device) -> TrainingArguments:
+        on_cpu = device.type == "cpu"
+        probe = TrainingArguments(output_dir=str(settings.output_dir), use_cpu=on_cpu, report_to=[])
+        world = probe.world_size
+        self._per_step = min(settings.batch_size, count)
+        per_process = -(-self._per_step // world)
+        micro = min(settings.micro_batch_size or per_process, per_process)
+        accumulation = -(-per_process // micro)
+        self._slots = micro * accumulation * world
+        self.steps_per_epoch = -(-count // self._per_step)
+        self.eval_every = settings.eval_every or max(2, -(-self.steps_per_epoch // 4))
+        arguments = TrainingArguments(
+            output_dir=str(settings.output_dir),
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="constant",
+            optim="adamw_torch",
+            weight_decay=0.0,
+            max_grad_norm=0.0,
+            num_train_epochs=settings.epochs,
+            eval_strategy="steps",
+            eval_steps=self.eval_every,
+            logging_strategy="steps",
+            logging_steps=self.eval_every,
+            save_strategy="steps",
+            save_steps=settings.checkpoint_every,
+            save_total_limit=2,
+            seed=settings.seed,
+            use_cpu=on_cpu,
+            report_to=settings.report_to,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=not on_cpu,
+            ddp_find_unused_parameters=False,
+        )
+        # nn.DataParallel would replicate the hooked modules; several GPUs are for `accelerate launch`
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        return arguments
+
+    # ------------------------------------------------------------------------------------ the loss
+
+    @abstractmethod
+    def example_losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """Loss of each row of a batch, ``[B]``, with gradient."""
+
+    def dev_losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """What a dev row is judged by, ``[B]``: the same, unless a subclass says otherwise."""
+        return self.example_losses(model, batch)
+
+    def compute_loss(  # type: ignore[override]
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """This micro-batch's share of the mean over the examples of the effective batch."""
+        losses = self.example_losses(model, inputs)
+        total = (losses * inputs["weights"].to(losses.device)).sum()
+        count = num_items_in_batch if num_items_in_batch is not None else inputs["weights"].sum()
+        # gradients are averaged over processes afterwards, hence the factor
+        return total / torch.as_tensor(count, device=total.device) * self.args.world_size
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor]:
+        """The micro-batches of one optimiser step, and the number of examples in it everywhere."""
+        batches = []
+        for _ in range(num_batches):
+            try:
+                batches.append(next(epoch_iterator))
+            except StopIteration:
+                break
+        count = torch.stack([batch["weights"].sum() for batch in batches]).sum().to(device)
+        if self.args.world_size > 1:
+            count = self.accelerator.gather(count.reshape(1)).sum()
+        return batches, count
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        return EpochSampler(
+            len(dataset),
+            self._per_step,
+            self._slots,
+            dataset.permutations,
+            self.settings.seed,
+            lambda: self.state.global_step // self.steps_per_epoch,
+        )
+
+    # -------------------------------------------------------------------------------- evaluation
+
+    def evaluate(  # type: ignore[override]
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean loss over the dev examples; every process computes it and uses the first one's."""
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        loss = self._mean_loss(dataset)
+        if self.args.world_size > 1:
+            from accelerate.utils import broadcast
+
+            loss = float(broadcast(torch.tensor(loss, dtype=torch.float64, device=self.args.device)))
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _mean_loss(self, dataset: AnswerDataset) -> float:
+        if not len(dataset):
+            return float("nan")
+        if id(dataset) not in self._orders:
+            by_length = sorted(range(len(dataset)), key=lambda i: -len(dataset.row(i).query))
+            self._orders[id(dataset)] = by_length
+        order = self._orders[id(dataset)]
+        size = self.settings.micro_batch_size or _EVAL_ROWS
+        training = self.model.training
+        self.model.eval()
+        total = 0.0
+        try:
+            with torch.no_grad():
+                for start in range(0, len(order), size):
+                    for keys in _permuted(order[start : start + size], dataset.permutations):
+                        batch = self._prepare_inputs(self.data_collator([dataset[key] for key in keys]))
+                        losses = self.dev_losses(self.model, batch)
+                        total += float(losses.double().sum()) / dataset.permutations
+        finally:
+            self.model.train(training)
+        return total / len(dataset)
+
+    # ------------------------------------------------------------------------------- checkpoints
+
+    # Our own file rather than PEFT's: that keeps what p-tuning's encoder computes, not the encoder.
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        from safetensors.torch import save_file
+
+        folder = Path(output_dir or self.settings.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(adapter_state(self.model), folder / _WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        from safetensors.torch import load_file
+
+        load_adapter_state(self.model, load_file(Path(resume_from_checkpoint) / _WEIGHTS))
+
+    def fit(self) -> float:
+        """Train, from the last complete checkpoint if there is one; returns the best dev loss.
+
+        Leaves the model with the weights that the settings ask for and no checkpoint behind.
+        """
+        checkpoint = last_complete_checkpoint(self.settings.output_dir)
+        if checkpoint is not None:
+            logger.info("Continuing from %s.", checkpoint)
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        self.best.restore(self.model)
+        self.model.eval()
+        if self.settings.activation_checkpointing:
+            _disable_checkpointing(self.model)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            for leftover in self.settings.output_dir.glob("checkpoint-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        return self.best.loss
+
+
+class BestWeights(TrainerCallback):
+    """Keeps the adapter of the best dev loss, stops when it does not improve, evaluates at epoch ends.
+
+    Args:
+        patience: evaluations without improvement before stopping.
+        restore_best: whether :meth:`restore` does anything.
+    """
+
+    def __init__(self, patience: int, restore_best: bool) -> None:
+        self.patience, self.restore_best = patience, restore_best
+        self.loss = float("nan")
+        self.step = 0
+        self.waited = 0
+        self.state_dict: dict[str, torch.Tensor] | None = None
+        self.trainer: ExampleTrainer | None = None
+
+    def on_evaluate(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Compare with the best so far."""
+        assert self.trainer is not None
+        loss = (metrics or {}).get("eval_loss", float("nan"))
+        # a diverged stage has a loss of nan, which is no improvement
+        if loss == loss and not loss >= self.loss:
+            self.loss, self.step, self.waited = loss, state.global_step, 0
+            if self.restore_best:
+                self.state_dict = adapter_state(self.trainer.model)
+        else:
+            self.waited += 1
+            if self.waited >= self.patience:
+                control.should_training_stop = True
+                # a stage resumed from here would not know that it is over, and train on
+                control.should_save = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluate after an epoch's last step too; without dev rows, never.
+
+        Not in ``on_epoch_end``: a checkpoint of that step, written before, would not know of the
+        evaluation, and a resumed stage would leave it out.
+        """
+        assert self.trainer is not None
+        if not len(self.trainer.eval_dataset):
+            control.should_evaluate = False
+        elif state.global_step % self.trainer.steps_per_epoch == 0:
+            control.should_evaluate = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Complete a checkpoint: without these files it is not resumed from."""
+        if not state.is_world_process_zero:
+            return
+        from safetensors.torch import save_file
+
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.state_dict is not None:
+            save_file(self.state_dict, folder / "best.safetensors")
+        write_json(
+            folder / "complete.json",
+            {
+                "loss": None if self.loss != self.loss else self.loss,
+                "step": self.step,
+                "waited": self.waited,
+            },
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take up what was known at the checkpoint."""
+        folder = last_complete_checkpoint(Path(args.output_dir))
+        if folder is None or state.global_step == 0:
+            return
+        from safetensors.torch import load_file
+
+        known = read_json(folder / "complete.json")
+        self.loss = float("nan") if known["loss"] is None else known["loss"]
+        self.step, self.waited = known["step"], known["waited"]
+        if (folder / "best.safetensors").is_file():
+            self.state_dict = load_file(folder / "best.safetensors")
+
+    def restore(self, model: Any) -> None:
+        """Give the model the best weights, if that was asked for and there was a dev set."""
+        if self.restore_best and self.state_dict is not None:
+            load_adapter_state(model, self.state_dict)
+
+
+class _Steps(TrainerCallback):
+    """Moves the progress bar."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.advance()
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """The latest checkpoint that was written to its end, or None."""
+    complete = [path.parent for path in folder.glob("checkpoint-*/complete.json")]
+    return max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def _permuted(indices: Sequence[int], permutations: int) -> Iterator[list[tuple[int, int, float]]]:
+    for k in range(permutations):
+        yield [(i, k, 1.0) for i in indices]
+
+
+def _enable_checkpointing(model: Any, options: dict[str, Any]) -> None:
+    """Non-reentrant activation checkpointing, under the name that this transformers knows."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    options = {**options, "use_reentrant": False}
+    enable = getattr(inner, "activation_checkpointing_enable", None)
+    if enable is not None:
+        enable(activation_checkpointing_kwargs=options)
+    else:
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def _disable_checkpointing(model: Any) -> None:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    disable = getattr(inner, "activation_checkpointing_disable", None)
+    (disable or inner.gradient_checkpointing_disable)()

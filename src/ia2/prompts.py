@@ -1,0 +1,408 @@
+"""All prompts of one run: bare queries, and queries in their context, as the settings say.
+
+The context is made of demonstrations unless a text, a column of the rows or a function takes their
+place; from here on there are only :class:`~ia2.context.Contexts`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+
+import numpy as np
+
+from ia2.config import AdaptConfig
+from ia2.context import (
+    Contexts,
+    DemonstrationContexts,
+    FixedOrders,
+    Given,
+    GivenContexts,
+    LeaveOneOut,
+    Orders,
+    bare_lengths,
+    pool_orders,
+)
+from ia2.demonstrations import Balanced, Embedder, Nearest, Search, SearchedOrders
+from ia2.errors import ConfigError, DataError, UserError, suggest
+from ia2.examples import Example
+from ia2.rendering import Rendering
+from ia2.rows import type_name
+from ia2.tokens import Ids
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+ContextFunction = Callable[[Example, Sequence[Example]], "str | list[dict[str, str]] | list[Example]"]
+"""Makes the context of an example from it and the training examples (itself left out)."""
+
+T = TypeVar("T")
+
+
+class Prompts:
+    """Prompts of one set of training examples, and of queries that are put behind them.
+
+    Args:
+        tokenizer: of the model.
+        reserve: tokens of the context window kept for the answer.
+        window: tokens of the context window.
+        train: the training examples.
+        config: settings.
+        model: gives the model; called only by ways to choose demonstrations that need it.
+        function: makes contexts, instead of ``config.context_function``.
+
+    Raises:
+        ConfigError: settings that contradict each other, a function that cannot be imported, or no chat
+            template where one is needed.
+        DataError: a context file that cannot be read.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        reserve: int,
+        window: int,
+        train: Sequence[Example],
+        config: AdaptConfig,
+        model: Callable[[], nn.Module],
+        function: ContextFunction | None = None,
+    ) -> None:
+        self.reserve, self.window, self.train, self.config = reserve, window, train, config
+        self.rendering = Rendering(tokenizer, config.separator, config.chat, config.thinking)
+        self._text, self._function = _text(config), function
+        self._embedder = Embedder(self.rendering, model)
+        self._model = model
+        self._pools: dict[tuple[tuple[Example, ...], int], Contexts] = {}
+        if function is None and config.context_function:
+            self._function = load_function(config.context_function)
+        self._demonstrations = not (self._text or self._function or config.context_column)
+        self._check(function is not None)
+
+    def _check(self, given: bool) -> None:
+        config = self.config
+        if given:
+            others = ("context_text", "context_file", "context_column", "context_function")
+            if named := [name for name in others if getattr(config, name)]:
+                raise ConfigError(f"a context function and {named[0]} are given; one context at a time.")
+            if config.demo_order != "random" or config.demo_permutations != 1:
+                raise ConfigError(
+                    "demo_order and demo_permutations do nothing beside a context function. Leave them out."
+                )
+        if config.max_demonstrations and not self._demonstrations:
+            raise ConfigError("max_demonstrations does nothing beside another context. Leave it out.")
+        if config.demo_order == "nearest" and config.demo_permutations > 1:
+            raise ConfigError(
+                f"demo_order nearest gives one order, demo_permutations is {config.demo_permutations}. Leave "
+                "it out, or choose another order."
+            )
+        if config.demo_order == "search" and config.demo_permutations > config.demo_search_orders:
+            raise ConfigError(
+                f"demo_permutations is {config.demo_permutations}, but the search tries "
+                f"{config.demo_search_orders} orders. Raise demo_search_orders."
+            )
+
+    # ------------------------------------------------------------------------------- contexts
+
+    @cached_property
+    def train_contexts(self) -> Contexts:
+        """Every training example in its context: by default, behind all the others.
+
+        Raises:
+            DataError: a prompt or its context does not fit the context window, or is malformed.
+        """
+        if not self._demonstrations:
+            return self._given(self.train, partial(_without, self.train), "teacher contexts")
+        orders = self._orders(self.config.demo_permutations, leave_one_out=True)
+        return self._behind(self.train, orders, "teacher contexts")
+
+    def pool_contexts(self, queries: Sequence[Example], permutations: int = 1) -> Contexts:
+        """Queries behind the training examples, or in the context that the settings give them.
+
+        Args:
+            queries: dev or test examples.
+            permutations: orders of the demonstrations; a context of another kind is always one.
+
+        Raises:
+            DataError: see :attr:`train_contexts`.
+        """
+        key = (tuple(queries), permutations)
+        # kept, so that what was checked is what is used, and what does not fit is reported once
+        if key not in self._pools:
+            if self._demonstrations:
+                orders = self._orders(permutations, queries=queries)
+                self._pools[key] = self._behind(queries, orders, "ICL prompts")
+            else:
+                self._pools[key] = self._given(queries, lambda i: self.train, "ICL prompts")
+        return self._pools[key]
+
+    def query_prompts(self, examples: Sequence[Example]) -> Sequence[Ids]:
+        """Bare prompts, tokenised when they are asked for.
+
+        Raises:
+            DataError: one is longer than the context window.
+        """
+        return query_prompts(self.rendering, examples, self.window, self.reserve)
+
+    # ------------------------------------------------------------------------- demonstrations
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        return self.rendering.demonstration_lengths(self.train)
+
+    def _behind(self, queries: Sequence[Example], orders: Orders, what: str) -> DemonstrationContexts:
+        return DemonstrationContexts(
+            self.rendering,
+            queries,
+            self.train,
+            orders,
+            self.window,
+            self.reserve,
+            what,
+            self.config.max_demonstrations,
+            self._lengths,
+        )
+
+    def _orders(
+        self, permutations: int, *, queries: Sequence[Example] = (), leave_one_out: bool = False
+    ) -> Orders:
+        order, seed, count = self.config.demo_order, self.config.seed, len(self.train)
+        if order == "balanced":
+            return Balanced(self.train, permutations, seed, leave_one_out=leave_one_out)
+        if order == "search":
+            return SearchedOrders(self._search, permutations, leave_one_out=leave_one_out)
+        if order == "nearest":
+            train = lambda: self._embedded_train  # noqa: E731
+            if leave_one_out:
+                return Nearest(train, train, leave_one_out=True)
+            return Nearest(lambda: self._embed(queries), train, leave_one_out=False)
+        if leave_one_out:
+            return LeaveOneOut(count, permutations, seed)
+        return FixedOrders(pool_orders(count, permutations, seed))
+
+    @cached_property
+    def _search(self) -> Search:
+        return Search(
+            self.rendering,
+            self.train,
+            self.window,
+            self.reserve,
+            tries=self.config.demo_search_orders,
+            seed=self.config.seed,
+            model=self._model,
+            most=self.config.max_demonstrations,
+            lengths=self._lengths,
+        )
+
+    @cached_property
+    def _embedded_train(self) -> np.ndarray:
+        return self._embed(self.train)
+
+    def _embed(self, queries: Sequence[Example]) -> np.ndarray:
+        lengths = bare_lengths(self.rendering, queries, self.window, self.reserve)
+        return self._embedder(queries, int(lengths.sum(dtype=np.int64)))
+
+    # ------------------------------------------------------------------------- other contexts
+
+    def _given(
+        self, queries: Sequence[Example], others: Callable[[int], Sequence[Example]], what: str
+    ) -> Contexts:
+        given: Sequence[Given]
+        if self._text is not None:
+            same = Given(self._text)
+            given = _Lazy(len(queries), lambda i: same)
+        elif column := self.config.context_column:
+            given = _Lazy(len(queries), lambda i: _from_column(queries[i], column))
+        else:
+            function = self._function
+            assert function is not None
+            # kept: it may be slow, or draw at random
+            given = [_from_function(function, query, others(i)) for i, query in enumerate(queries)]
+        return GivenContexts(self.rendering, queries, given, self.window, self.reserve, what)
+
+
+def query_prompts(
+    rendering: Rendering, examples: Sequence[Example], window: int, reserve: int
+) -> Sequence[Ids]:
+    """Bare prompts, tokenised when they are asked for.
+
+    Args:
+        rendering: how text becomes ids.
+        examples: the queries.
+        window: tokens of the context window.
+        reserve: tokens of it kept for the answer.
+
+    Raises:
+        DataError: one is longer than the context window.
+    """
+    bare_lengths(rendering, examples, window, reserve)
+    return _Lazy(len(examples), lambda i: rendering.query_ids(examples[i]))
+
+
+class _Lazy(Sequence[T], Generic[T]):
+    """Items that are made when they are asked for."""
+
+    def __init__(self, count: int, make: Callable[[int], T]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[T]: ...
+    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
+        places = range(self._count)[index]
+        if isinstance(places, range):
+            return _Lazy(len(places), lambda i: self._make(places[i]))
+        return self._make(places)
+
+
+def _without(examples: Sequence[Example], i: int) -> Sequence[Example]:
+    """All examples but one."""
+    return _Lazy(len(examples) - 1, lambda j: examples[j + (j >= i)])
+
+
+# ---------------------------------------------------------------------------------- reading them
+
+
+def _text(config: AdaptConfig) -> str | None:
+    """The free text of the settings.
+
+    Raises:
+        DataError: its file is missing, unreadable or empty.
+    """
+    if not config.context_file:
+        return config.context_text or None
+    path = Path(config.context_file).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"context_file: no such file: {path}.") from None
+    except IsADirectoryError:
+        raise DataError(f"context_file: {path} is a folder, not a text file.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"context_file: {path} is no UTF-8 text (byte {error.start + 1}).") from None
+    except OSError as error:
+        raise DataError(f"context_file: {path} cannot be read ({error.strerror or error}).") from None
+    text = text.rstrip("\n")  # the one at the end of every file; the separator follows
+    if not text.strip():
+        raise DataError(f"context_file: {path} is empty. Give a file with text in it.")
+    return text
+
+
+def load_function(spec: str) -> ContextFunction:
+    """A function by its import path ``package.module:function``.
+
+    Raises:
+        ConfigError: the path is none, the module does not import, or it has no such function.
+    """
+    module_name, colon, function_name = spec.partition(":")
+    if not colon or not module_name or not function_name:
+        raise ConfigError(f"context_function '{spec}' is no import path such as package.module:function.")
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"context_function '{spec}': cannot import '{module_name}' ({error}). Install it, or put its "
+            "folder on PYTHONPATH."
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise ConfigError(
+            f"context_function '{spec}': '{module_name}' has no function '{function_name}'."
+            f"{suggest(function_name, known)}"
+        )
+    return function  # type: ignore[no-any-return]
+
+
+def _from_column(example: Example, column: str) -> Given:
+    if column not in example.fields:
+        columns = [str(name) for name in example.fields]
+        there = f"there are {', '.join(map(repr, columns[:30]))}" if columns else "the row has no columns"
+        raise DataError(
+            f"{example.source}: no column {column!r} for the context; {there}.{suggest(column, columns)}"
+        )
+    return read_given(example.fields[column], example.source, f"the context in column {column!r}")
+
+
+def _from_function(function: ContextFunction, example: Example, others: Sequence[Example]) -> Given:
+    what = f"the context from {getattr(function, '__name__', 'the function')}"
+    try:
+        value = function(example, others)
+    except UserError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"{example.source}: {what} fails with {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
+    return read_given(value, example.source, what)
+
+
+def read_given(value: Any, source: str, what: str = "the context") -> Given:
+    """A context from a row or a function.
+
+    Args:
+        value: a text; chat messages, each with ``role`` and ``content``; or demonstrations, each with
+            ``prompt`` and ``completion`` or an :class:`Example`.
+        source: names the row in messages.
+        what: names the value in messages.
+
+    Raises:
+        DataError: it is empty or none of these.
+    """
+    place = f"{source}: {what}"
+    wanted = "Give a text, chat messages (role and content), or demonstrations (prompt and completion)."
+    if isinstance(value, str):
+        if not value.strip():
+            raise DataError(f"{place} is empty. {wanted}")
+        return Given(value)
+    if not isinstance(value, (list, tuple)):
+        raise DataError(f"{place} is {type_name(value)}. {wanted}")
+    if not value:
+        raise DataError(f"{place} is an empty list. {wanted}")
+    kinds = {_kind(item) for item in value}
+    if kinds == {"messages"}:
+        return Given([_strings(m, ("role", "content"), f"{place}: message {n}") for n, m in _numbered(value)])
+    if kinds == {"demonstrations"}:
+        found = []
+        for n, item in _numbered(value):
+            if isinstance(item, Example):
+                if item.answer is None:
+                    raise DataError(f"{place}: demonstration {n} ({item.source}) has no answer.")
+                found.append(item)
+                continue
+            texts = _strings(item, ("prompt", "completion"), f"{place}: demonstration {n}")
+            found.append(Example(texts["prompt"], texts["completion"], f"{source}, demonstration {n}"))
+        return Given(demonstrations=tuple(found))
+    if kinds == {"messages", "demonstrations"}:
+        raise DataError(f"{place} mixes chat messages and demonstrations. {wanted}")
+    n = next(n for n, item in _numbered(value) if _kind(item) is None)
+    raise DataError(f"{place}: item {n} is neither a chat message nor a demonstration. {wanted}")
+
+
+def _numbered(value: Sequence[Any]) -> list[tuple[int, Any]]:
+    return list(enumerate(value, 1))
+
+
+def _kind(item: Any) -> str | None:
+    if isinstance(item, Example):
+        return "demonstrations"
+    if isinstance(item, Mapping):
+        if {"role", "content"} <= set(item):
+            return "messages"
+        if {"prompt", "completion"} <= set(item):
+            return "demonstrations"
+    return None
+
+
+def _strings(item: Mapping[str, Any], names: Sequence[str], place: str) -> dict[str, str]:
+    for name in names:
+        if not isinstance(item[name], str):
+            raise DataError(f"{place}: {name} is {type_name(item[name])}, not text.")
+    return {name: item[name] for name in names}

@@ -1,0 +1,302 @@
+"""What the teacher gave on one split: contexts, answers, targets, and a reference for similarities.
+
+All variants of a comparison share it, whatever adapter or objective they have; each kind of target is
+computed once, when a stage first asks for it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ia2.capture import ActivationCapture, eager_attention
+from ia2.config import AdaptConfig
+from ia2.console import logger
+from ia2.context import Contexts
+from ia2.distributed import first_then_all, is_first, wait
+from ia2.errors import ConfigError
+from ia2.evaluation.answers import exact_match, load_parser
+from ia2.examples import Example, FewShotSplit
+from ia2.files import digest, read_json, write_json
+from ia2.inference import answer_pass
+from ia2.layers import layer_shift
+from ia2.models import BaseModel
+from ia2.prompts import ContextFunction, Prompts
+from ia2.targets import MemoryTargets, Targets, TeacherAnswer
+from ia2.task import Task
+from ia2.teacher import Teacher
+
+FORMAT = 2  # of target stores and stage folders; bump when their meaning changes
+
+# Test queries that similarity to ICL is measured on; more would narrow its interval by little.
+SIMILARITY_QUERIES = 100
+
+# Training examples that a layer's shift under ICL is measured on.
+_SHIFT_EXAMPLES = 256
+
+
+@dataclass
+class IclReference:
+    """What the base model does with demonstrations, on the first test queries: answers, activations."""
+
+    targets: Targets
+    count: int
+
+
+class Teaching:
+    """See the module's text.
+
+    Args:
+        base: the model.
+        data: training and dev examples.
+        task: what counts as an answer.
+        config: settings; those of adapter and stages do not matter here.
+        folder: where targets lie.
+        function: makes contexts, instead of ``config.context_function``.
+
+    Attributes:
+        adapted: the base model with an adapter, while one is on it.
+        seconds: cost of each teacher pass, by kind.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        data: FewShotSplit,
+        task: Task,
+        config: AdaptConfig,
+        folder: Path,
+        function: ContextFunction | None = None,
+    ) -> None:
+        self.base, self.data, self.task, self.config, self.folder = base, data, task, config, folder
+        self.adapted: Any = None
+        self.seconds: dict[str, float] = {}
+        self._targets: dict[tuple[str, int | None], tuple[Targets, Targets]] = {}
+        window = base.max_length
+        if config.max_context_tokens:
+            window = min(window, config.max_context_tokens)
+        # room for the answer, an end-of-sequence id and a stop text that is looked out for
+        self.reserve = 1 if task.single_token else task.max_answer_tokens + 16
+        self.window = window
+        self.prompts = Prompts(
+            base.tokenizer, self.reserve, window, data.train, config, lambda: self.model, function
+        )
+
+    @property
+    def model(self) -> Any:
+        """The base model, in whatever wrapping it has now."""
+        return self.base.model if self.adapted is None else self.adapted
+
+    @property
+    def train_contexts(self) -> Contexts:
+        """Every training example in its context: by default, behind all the others."""
+        return self.prompts.train_contexts
+
+    @property
+    def dev_contexts(self) -> Contexts:
+        """The dev examples behind all training examples."""
+        return self.prompts.pool_contexts(self.data.dev, self.train_contexts.permutations)
+
+    # --------------------------------------------------------------------------------- targets
+
+    def teacher(self, site: str = "output", top_k: int | None = None) -> Teacher:
+        """The base model as a teacher of one kind of target."""
+        return Teacher(
+            self.model,
+            self.base.tokenizer,
+            self.task.max_answer_tokens,
+            self.task.stop_texts,
+            self.config.attention_modules,
+            average=self.config.permutation_targets == "mean",
+            end_id=self.task.append_end,
+            site=site,
+            top_k=top_k,
+        )
+
+    def target_bytes(self, site: str = "output", top_k: int | None = None) -> int:
+        """Bytes that stored targets of one kind take at most."""
+        import torch
+
+        config = self.base.model.config.get_text_config()
+        size = torch.finfo(self.base.model.dtype).bits // 8
+        if site == "soft":
+            per_token = 4 * (2 * top_k if top_k else int(config.vocab_size))
+        else:
+            layers = len(ActivationCapture(self.model, self.config.attention_modules).layers)
+            width = config.hidden_size
+            if site == "weights":
+                width = config.num_attention_heads * max(1, self.window // 4)
+            per_token = layers * width * size
+        kept = self.config.demo_permutations if self.config.permutation_targets == "sample" else 1
+        examples = (len(self.data.train) + len(self.data.dev)) * kept
+        return per_token * self.task.max_answer_tokens * examples
+
+    def mode(self, site: str = "output", top_k: int | None = None) -> str:
+        """``store``, ``memory`` or ``online``; chosen from an estimate where left open."""
+        if self.config.targets != "auto":
+            return self.config.targets
+        needed = self.target_bytes(site, top_k)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        fits = needed <= shutil.disk_usage(self.folder).free // 4
+        averaged = self.config.demo_permutations > 1 and self.config.permutation_targets == "mean"
+        if not fits and averaged:
+            raise ConfigError(
+                f"the teacher's targets take up to {needed / 1e9:.1f} GB, more than a quarter of the free "
+                "disk, and targets averaged over demonstration orders cannot be recomputed each step. Set "
+                "permutation_targets to sample, or free some space and set targets to store."
+            )
+        logger.info(
+            "Teacher targets (%s): at most %.1f MB, %s.",
+            site,
+            needed / 1e6,
+            "kept on disk" if fits else "more than a quarter of the free disk: recomputed each step",
+        )
+        return "store" if fits else "online"
+
+    def targets(self, site: str = "output", top_k: int | None = None) -> tuple[Targets, Targets]:
+        """The teacher's targets of the training and of the dev examples.
+
+        Args:
+            site: ``output``, ``heads``, ``residual``, ``weights``, or ``soft`` for token distributions.
+            top_k: of token distributions.
+
+        Raises:
+            ModelError: activations that this model does not give.
+            RunFolderError: the folder holds targets of something else, or the disk is full.
+        """
+        key = (site, top_k)
+        if key not in self._targets:
+            self._targets[key] = self._compute(site, top_k)
+        return self._targets[key]
+
+    def _compute(self, site: str, top_k: int | None) -> tuple[Targets, Targets]:
+        start = time.perf_counter()
+        name = site if top_k is None else f"{site}-{top_k}"
+        mode = self.mode(site, top_k)
+        first = next(iter(self._targets.values()), None)
+        with eager_attention(self.model) if site == "weights" else nullcontext():
+            train = self._part("train", self.train_contexts, site, top_k, mode, first and first[0].answers)
+            dev: Targets = MemoryTargets([], 1)
+            if len(self.data.dev):
+                dev = self._part("dev", self.dev_contexts, site, top_k, mode, first and first[1].answers)
+        file = self.folder / "teacher" / f"{name}.seconds.json"
+        if is_first() and not file.exists():
+            write_json(file, time.perf_counter() - start)
+        wait()
+        # a reused pass cost what it cost when it was made
+        self.seconds[name] = float(read_json(file))
+        return train, dev
+
+    def known_seconds(self, name: str) -> float:
+        """What a teacher pass cost, also one that an earlier start has made; 0 if there was none."""
+        file = self.folder / "teacher" / f"{name}.seconds.json"
+        return self.seconds.get(name) or (float(read_json(file)) if file.is_file() else 0.0)
+
+    def _part(
+        self,
+        part: str,
+        contexts: Contexts,
+        site: str,
+        top_k: int | None,
+        mode: str,
+        answers: Sequence[TeacherAnswer] | None,
+    ) -> Targets:
+        what = "" if site == "output" else f", {site}"
+        options: dict[str, Any] = {"answers": answers, "description": f"teacher pass ({part}{what})"}
+        # ways to choose demonstrations that need the model must not run through the teacher's hooks
+        contexts.prepare()
+        teacher = self.teacher(site, top_k)
+        if mode == "store":
+            name = site if top_k is None else f"{site}-{top_k}"
+            folder = self.folder / "teacher" / (part if site == "output" else f"{part}-{name}")
+            fingerprint = self.fingerprint(contexts, site, top_k)
+            return first_then_all(lambda: teacher.to_store(contexts, folder, fingerprint, **options))
+        if mode == "memory":
+            return teacher.to_memory(contexts, **options)
+        return teacher.scales(contexts, **options)
+
+    def fingerprint(self, contexts: Contexts, site: str, top_k: int | None = None) -> dict[str, Any]:
+        """Everything that targets depend on."""
+        return {
+            "format": FORMAT,
+            "model": self.base.identity,
+            "data": self.data.train.fingerprint,
+            "queries": digest([query.query for query in contexts.queries]),
+            "contexts": digest(contexts.facts()),
+            "answers": digest([self.task.max_answer_tokens, self.task.stop_texts]),
+            "permutations": [contexts.permutations, self.config.permutation_targets],
+            "attention_modules": self.config.attention_modules,
+            "seed": self.config.seed,
+            "site": [site, top_k],
+        }
+
+    # --------------------------------------------------------------------- what the teacher said
+
+    def answers(self) -> tuple[list[TeacherAnswer], list[TeacherAnswer]]:
+        """The teacher's answers to the training and to the dev examples."""
+        train, dev = next(iter(self._targets.values()), None) or self.targets()
+        return train.answers, dev.answers
+
+    def correct(self) -> tuple[list[int], list[int]]:
+        """Indices of the training and of the dev examples that the teacher answers rightly."""
+        train, dev = self.answers()
+        return (
+            [i for i, example in enumerate(self.data.train) if self._is_right(example, train[i])],
+            [i for i, example in enumerate(self.data.dev) if self._is_right(example, dev[i])],
+        )
+
+    def _is_right(self, example: Example, answer: TeacherAnswer) -> bool:
+        if self.task.kind == "classification":
+            gold = self.task.label_ids[self.task.label_of(example)]
+            return answer.ids[: len(gold)] == gold
+        parse = load_parser(self.task.parser)
+        return exact_match(parse(answer.text), parse(example.answer or ""))
+
+    @cached_property
+    def shift(self) -> list[float]:
+        """How much each layer's attention outputs change under ICL, ``[L]`` (see :func:`layer_shift`).
+
+        Measured on the first training examples, whatever activations the objective compares.
+
+        Raises:
+            ConfigError: targets that are computed online.
+        """
+        train, _ = self.targets()
+        count = min(len(train.answers), _SHIFT_EXAMPLES)
+        contexts = self.train_contexts
+        pairs = [(contexts.query_ids(i), train.answers[i].ids) for i in range(count)]
+        with self.teacher().watching() as capture:
+            outputs = list(
+                answer_pass(
+                    self.model,
+                    self.base.tokenizer,
+                    pairs,
+                    capture=capture,
+                    logits=False,
+                    description="shift of each layer under ICL",
+                )
+            )
+        icl = [train.get(output.index) for output in outputs]
+        base = [output.activations for output in outputs]
+        if any(tensor is None for tensor in icl):
+            raise ConfigError(
+                "layers chosen by their shift under ICL need stored targets. Set targets to store or memory, "
+                "or choose the layers by name."
+            )
+        return layer_shift([t for t in icl if t is not None], [t for t in base if t is not None])
+
+    # ------------------------------------------------------------------------------- reference
+
+    def reference(self, test: Sequence[Example]) -> IclReference:
+        """The base model's answers and activations with demonstrations on the first test queries."""
+        subset = test[:SIMILARITY_QUERIES]
+        contexts = self.prompts.pool_contexts(subset)
+        contexts.prepare()
+        targets = self.teacher().to_memory(contexts, description="ICL reference")
+        return IclReference(targets, len(subset))
