@@ -49,7 +49,9 @@ def measure(count: int, targets: str) -> dict[str, Any]:
             "--recipe", "ia2-sft",
             "--align-epochs", "1",
             "--sft-epochs", "1",
-            "--batch-size", "16",
+            "--batch-size", "32",
+            # room for some twenty demonstrations, so that both runs draw them
+            "--max-context-tokens", "160",
             "--targets", targets,
             "--output-dir", str(folder / "run"),
         ]  # fmt: skip

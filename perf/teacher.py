@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from ia2.adapters import attach, base_weights, peft_config
+from ia2.adapter_weights import attach, base_weights
+from ia2.adapters import peft_config
 from ia2.batches import AnswerDataset, Row
 from ia2.capture import ActivationCapture
 from ia2.config import AdapterConfig

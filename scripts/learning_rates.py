@@ -26,12 +26,12 @@ SEED = 100
 GRID = {
     "lora": [3e-4, 1e-3, 3e-3],
     "vera": [3e-3, 1e-2, 3e-2],
-    "ia3": [3e-3, 1e-2, 3e-2],
-    "prefix": [3e-3, 1e-2, 3e-2],
-    "prompt": [1e-2, 3e-2, 1e-1],
-    "p-tuning": [3e-4, 1e-3, 3e-3],
-    "bottleneck": [3e-4, 1e-3, 3e-3],
-    "full": [3e-6, 1e-5, 3e-5],
+    "ia3": [1e-2, 3e-2],
+    "prefix": [1e-2, 3e-2],
+    "prompt": [3e-2, 1e-1],
+    "bottleneck": [1e-3, 3e-3],
+    "full": [1e-5, 3e-5],
+    "p-tuning": [1e-3, 3e-3],
 }
 
 

@@ -15,16 +15,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ia2 import bottleneck
-from ia2.adapters import (
-    adapter_state,
-    attach,
-    base_weights,
-    check_adapter,
-    detach,
-    load_adapter_state,
-    output_projections,
-    peft_config,
-)
+from ia2.adapter_checks import check_adapter
+from ia2.adapter_targets import output_projections
+from ia2.adapter_weights import adapter_state, attach, base_weights, detach, load_adapter_state
+from ia2.adapters import peft_config
 from ia2.bottleneck import BottleneckConfig, BottleneckLayer
 from ia2.config import AdapterConfig
 from ia2.errors import ConfigError, ModelError

@@ -16,7 +16,9 @@ from torch import nn
 from transformers import MambaConfig, PreTrainedModel, Zamba2Config
 from transformers.pytorch_utils import Conv1D
 
-from ia2.adapters import attach, attention_projections, base_weights, peft_config
+from ia2.adapter_targets import attention_projections
+from ia2.adapter_weights import attach, base_weights
+from ia2.adapters import peft_config
 from ia2.capture import SITES, ActivationCapture, eager_attention, find_attention_modules
 from ia2.config import AdapterConfig
 from ia2.errors import ModelError

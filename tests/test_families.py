@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from words import make_word_tokenizer
 
 from ia2.adaptation import adapt, load_adapter
-from ia2.adapters import base_weights
+from ia2.adapter_weights import base_weights
 from ia2.applying import evaluate_adapter
 from ia2.config import AdaptConfig
 from ia2.examples import Examples, FewShotSplit

@@ -12,17 +12,17 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
-from ia2.adapters import (
+from ia2.adapter_weights import (
     adapter_state,
     attach,
     base_weights,
     detach,
     load_adapter_state,
-    peft_config,
     read_adapter_state,
     save_adapter,
     virtual_tokens,
 )
+from ia2.adapters import peft_config
 from ia2.capture import ActivationCapture, unwrap
 from ia2.config import AdapterConfig
 from ia2.errors import ConfigError, ModelError

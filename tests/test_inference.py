@@ -28,7 +28,8 @@ from transformers import FalconConfig, PreTrainedModel, PreTrainedTokenizerFast,
 from words import make_word_tokenizer
 
 from ia2 import inference
-from ia2.adapters import attach, base_weights, peft_config
+from ia2.adapter_weights import attach, base_weights
+from ia2.adapters import peft_config
 from ia2.capture import ActivationCapture, eager_attention
 from ia2.config import AdapterConfig
 from ia2.console import progress

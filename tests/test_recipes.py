@@ -10,14 +10,16 @@ import pytest
 import torch
 from benches import base_of, bench_of, clone, icl_base, icl_examples, rows_of, word_examples, wordy_model
 
-from ia2.adapters import base_weights
+from ia2.adapter_weights import base_weights
+from ia2.adapters import ADAPTERS
 from ia2.alignment import AlignmentSettings
 from ia2.batches import part_of
 from ia2.config import AdaptConfig, validate
 from ia2.errors import ConfigError, DataError
+from ia2.losses import OBJECTIVES
 from ia2.models import BaseModel
-from ia2.recipes import DESCRIPTIONS, RECIPES
-from ia2.stages import is_trained, plan
+from ia2.recipes import ADAPTER_NAMES, OBJECTIVE_NAMES, RECIPES, TRAINED, is_trained
+from ia2.stages import plan
 from ia2.targets import pack_soft
 from ia2.trainer import AlignTrainer, MixedTrainer, SftTrainer, SoftTrainer, StageSettings
 from ia2.workbench import Workbench
@@ -50,16 +52,16 @@ def free(base: BaseModel, folder: Path, **settings: Any) -> Workbench:
     return bench_of(base, rows[:5], rows[5:], folder, randomise=True, **settings)
 
 
-def test_every_recipe_is_described() -> None:
-    assert set(DESCRIPTIONS) == set(RECIPES)
+def test_names_that_settings_know() -> None:
+    assert list(OBJECTIVE_NAMES) == list(OBJECTIVES) and list(ADAPTER_NAMES) == list(ADAPTERS)
     assert [name for name in RECIPES if not is_trained(name)] == ["base", "icl"]
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if RECIPES[name]])
+@pytest.mark.parametrize("recipe", TRAINED)
 def test_a_recipe_trains_and_is_found_again(recipe: str, learner: BaseModel, tmp_path: Path) -> None:
     bench = small(learner, tmp_path)
     trained = bench.train(recipe)
-    assert [stage.name for stage in trained.stages] == list(RECIPES[recipe])
+    assert [stage.name for stage in trained.stages] == list(RECIPES[recipe].stages)
     assert all(stage.steps and math.isfinite(stage.dev_loss) for stage in trained.stages)
     changed = [name for name, value in trained.state.items() if not torch.equal(value, bench._initial[name])]
     assert changed

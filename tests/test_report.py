@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from ia2.config import AdapterConfig
 from ia2.evaluation.metrics import Measured, RowMeasures, summarise
 from ia2.report.card import model_card
 from ia2.report.figures import comparison_figure, try_comparison_figure
@@ -51,7 +52,7 @@ def metrics(**changes: Any) -> dict[str, Any]:
 
 def facts(model: str = "owner/name") -> dict[str, Any]:
     return {
-        "config": {"model": model, "seed": 4},
+        "config": {"model": model, "seed": 4, "schedules": {}, "adapter": AdapterConfig().model_dump()},
         "data": {"train": "0123abcd", "dev": "4567ef01", "test": ""},
     }
 
@@ -90,6 +91,29 @@ def test_the_snippet_of_a_card_is_python() -> None:
         snippet = card.split("```python\n")[1].split("```")[0]
         compile(snippet, "card", "exec")
         assert "PeftModel.from_pretrained(base" in snippet
+
+
+@pytest.mark.parametrize(
+    ("adapter", "needed"),
+    [
+        ({"type": "full"}, 'AutoModelForCausalLM.from_pretrained("path/to'),
+        ({"type": "bottleneck"}, "import ia2.bottleneck"),
+        ({"peft": {"peft_type": "BOTTLENECK"}}, "import ia2.bottleneck"),
+    ],
+)
+def test_the_snippet_suits_the_adapter(adapter: dict[str, Any], needed: str) -> None:
+    given = facts("owner/name")
+    given["config"]["adapter"] = AdapterConfig(**adapter).model_dump()
+    snippet = model_card(metrics(), given, TASK).split("```python\n")[1].split("```")[0]
+    compile(snippet, "card", "exec")
+    assert needed in snippet
+    assert ("PeftModel" in snippet) == (adapter.get("type") != "full")
+
+
+def test_a_schedule_is_described() -> None:
+    given = facts("owner/name")
+    given["config"]["schedules"] = {"mine": [{"stage": "sft"}, {"stage": "align", "epochs": 3}]}
+    assert "Trained by the stages sft, align." in model_card({**metrics(), "recipe": "mine"}, given, TASK)
 
 
 def test_card_of_a_demo_model_needs_no_hub() -> None:

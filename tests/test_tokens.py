@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ia2.adapters import attach, peft_config
+from ia2.adapter_weights import attach
+from ia2.adapters import peft_config
 from ia2.capture import ActivationCapture
 from ia2.config import AdapterConfig
 from ia2.errors import DataError

@@ -10,7 +10,7 @@ import pytest
 import torch
 from benches import base_of, bench_of, icl_base, icl_examples, word_examples, wordy_model
 
-from ia2.adapters import adapter_state
+from ia2.adapter_weights import adapter_state
 from ia2.batches import AnswerDataset, EpochSampler
 from ia2.errors import ConfigError
 from ia2.trainer import AlignTrainer, ExampleTrainer, SftTrainer, StageSettings, last_complete_checkpoint
@@ -275,7 +275,7 @@ def test_resumed_at_any_step_it_ends_the_same(
     script = [1.0, 0.9, 0.8, 0.85, 0.84, 0.83, 0.7, 0.6, 0.5]  # evaluations at steps 2 3 4 6 8 9 10 12
     results = []
     for name in ("whole", "killed"):
-        from ia2.adapters import load_adapter_state
+        from ia2.adapter_weights import load_adapter_state
 
         load_adapter_state(bench.model, initial)
         steps: list[int] = []

@@ -11,7 +11,7 @@ import pytest
 import torch
 from benches import base_of, bench_of, clone, icl_base, icl_examples, rows_of, word_examples, wordy_model
 
-from ia2.adapters import adapter_state
+from ia2.adapter_weights import adapter_state
 from ia2.errors import ConfigError, DataError, RunFolderError
 from ia2.models import BaseModel
 from ia2.workbench import StageResult, Workbench

@@ -19,6 +19,7 @@ _PUBLIC = {
     "AlignTrainer": "ia2.trainer",
     "BaseModel": "ia2.models",
     "CompareConfig": "ia2.config",
+    "CurveConfig": "ia2.config",
     "ConfigError": "ia2.errors",
     "DataError": "ia2.errors",
     "Example": "ia2.examples",
@@ -29,12 +30,15 @@ _PUBLIC = {
     "RowFormat": "ia2.examples",
     "RunFolderError": "ia2.errors",
     "SftConfig": "ia2.config",
+    "MixedTrainer": "ia2.trainer",
     "SftTrainer": "ia2.trainer",
+    "SoftTrainer": "ia2.trainer",
     "StageSettings": "ia2.trainer",
     "Teacher": "ia2.teacher",
     "UserError": "ia2.errors",
     "adapt": "ia2.adaptation",
     "compare": "ia2.comparison",
+    "curve": "ia2.curves",
     "load_adapter": "ia2.adaptation",
     "load_base": "ia2.models",
     "probe": "ia2.probing",
@@ -51,15 +55,17 @@ if TYPE_CHECKING:
         AdapterConfig,
         AlignConfig,
         CompareConfig,
+        CurveConfig,
         ProbeConfig,
         SftConfig,
     )
+    from ia2.curves import curve
     from ia2.errors import ConfigError, DataError, ModelError, RunFolderError, UserError
     from ia2.examples import Example, Examples, FewShotSplit, RowFormat
     from ia2.models import BaseModel, load_base
     from ia2.probing import probe
     from ia2.teacher import Teacher
-    from ia2.trainer import AlignTrainer, SftTrainer, StageSettings
+    from ia2.trainer import AlignTrainer, MixedTrainer, SftTrainer, SoftTrainer, StageSettings
 
 
 def __getattr__(name: str) -> Any:

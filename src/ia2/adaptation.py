@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ia2.adapters import attach, load_adapter_state, peft_config, read_adapter_state, save_adapter
+from ia2.adapter_weights import attach, load_adapter_state, read_adapter_state, save_adapter
+from ia2.adapters import peft_config
 from ia2.config import AdaptConfig, TrainConfig
 from ia2.console import logger
 from ia2.distributed import first_then_all, is_first, wait
@@ -19,10 +20,10 @@ from ia2.examples import Examples, FewShotSplit, RowFormat
 from ia2.files import finite, read_json, write_json, write_text
 from ia2.models import BaseModel, load_base
 from ia2.prompts import ContextFunction
-from ia2.recipes import TRAINED
+from ia2.recipes import TRAINED, is_trained
 from ia2.report.card import model_card
 from ia2.runs import add_facts, claim, load_run, machine, task_facts
-from ia2.stages import TrainedRecipe, is_trained, plan
+from ia2.stages import TrainedRecipe, plan
 from ia2.task import Task, make_task
 from ia2.workbench import Workbench
 
@@ -159,7 +160,7 @@ def _run(bench: Workbench, test: Examples | None, facts: dict[str, Any], *, keep
     rows = test if test is not None else data.dev
     result.metrics = _metrics(bench, trained, base)
     if len(rows) and is_first():
-        reference = bench.icl_reference(rows)
+        reference = bench.teaching.try_reference(rows)
         evaluated = bench.evaluate(config.recipe, rows, reference)
         part = "test" if test is not None else "dev"
         result.predictions = evaluated.predictions
@@ -182,10 +183,10 @@ def warn_if_icl_fails(bench: Workbench) -> None:
     right, count = len(bench.teaching.correct()[0]), len(bench.data.train)
     answers = bench.data.train.answers
     frequent = max(answers.count(label) for label in set(answers))
-    logger.info("ICL answers %d of %d training examples rightly (each from all the others).", right, count)
+    logger.info("In context, the base model answers %d of %d training examples rightly.", right, count)
     if right <= frequent:
         logger.warning(
-            "ICL is right on %d of %d, no better than always giving the most frequent label (%d): "
+            "In context it is right on %d of %d, no better than always giving the most frequent label (%d): "
             "alignment is unlikely to help. `ia2 probe` tells more.",
             right,
             count,

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ia2.adapters import base_weights
+from ia2.adapter_weights import base_weights
 from ia2.batches import part_of
 from ia2.capture import ActivationCapture
 from ia2.errors import ConfigError

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ia2.adaptation import AdaptResult, load_adapter, row_format
-from ia2.adapters import virtual_tokens
+from ia2.adapter_weights import virtual_tokens
 from ia2.evaluation.metrics import summarise
 from ia2.evaluation.run import evaluate_prompts
 from ia2.evaluation.scoring import (
@@ -118,7 +118,7 @@ def _read(folder: str | Path, data: str, split: str | None, *, labelled: bool) -
 
 
 def _prompts(result: AdaptResult, base: BaseModel, rows: Sequence[Example]) -> Sequence[Ids]:
-    config, task = result.config, result.task
+    config = result.config
     rendering = Rendering(result.tokenizer, config.separator, config.chat, config.thinking)
-    reserve = 1 if task.single_token else task.max_answer_tokens
-    return query_prompts(rendering, rows, base.max_length - virtual_tokens(result.model), reserve)
+    window = base.max_length - virtual_tokens(result.model)
+    return query_prompts(rendering, rows, window, result.task.reserve)

@@ -9,9 +9,9 @@ from typing import Any
 
 from ia2.adapters import ADAPTERS, narrowed
 from ia2.config import AdaptConfig, CompareConfig, validate
-from ia2.errors import ConfigError, suggest
-from ia2.recipes import DESCRIPTIONS
-from ia2.stages import is_trained, plan
+from ia2.errors import ConfigError
+from ia2.recipes import describe, is_trained
+from ia2.stages import plan
 
 METHOD = "ia2-sft"
 
@@ -35,16 +35,14 @@ class Arm:
     @property
     def description(self) -> str:
         """One line on the recipe."""
-        if self.recipe in DESCRIPTIONS:
-            return DESCRIPTIONS[self.recipe]
-        return "stages: " + ", ".join(stage.kind for stage in plan(self.recipe, self.config))
+        return describe(self.recipe, self.config.schedules)
 
 
 def arms(config: CompareConfig) -> list[Arm]:
     """Every combination that makes sense: ``base`` and ``icl`` have no adapter, ``sft`` no objective.
 
     Raises:
-        ConfigError: an adapter type that is unknown, or a setting that none of the types has.
+        ConfigError: a setting that none of the types has.
     """
     _check_types(config)
     found = []
@@ -70,10 +68,6 @@ def _with_objective(config: AdaptConfig, section: str, objective: str) -> Any:
 
 
 def _check_types(config: CompareConfig) -> None:
-    for name in config.adapters:
-        if name not in ADAPTERS:
-            known = list(ADAPTERS)
-            raise ConfigError(f"adapters: '{name}' is not one of {', '.join(known)}.{suggest(name, known)}")
     if config.adapters and config.adapter.peft is not None:
         raise ConfigError("adapters and adapter.peft are both given. Leave one of them out.")
     given = [name for name, value in config.adapter.model_dump().items() if value is not None]

@@ -25,9 +25,10 @@ from ia2.evaluation.scoring import write_predictions
 from ia2.examples import Examples, FewShotSplit
 from ia2.files import digest, finite, read_json, write_json, write_text
 from ia2.models import BaseModel
+from ia2.recipes import is_trained
 from ia2.report.tables import comparison_markdown
 from ia2.runs import claim, machine, versions
-from ia2.stages import TrainedRecipe, is_trained
+from ia2.stages import TrainedRecipe
 from ia2.task import Task, make_task
 from ia2.teaching import IclReference
 from ia2.workbench import Workbench
@@ -230,6 +231,7 @@ def _run_round(bench: Workbench, every: Sequence[Arm], current: _Round) -> dict[
         wait()
         return found
     reference: IclReference | None = None
+    referred = False
     on: Workbench | None = None  # the workbench whose adapter is on the model
     try:
         # arms of one adapter and objective one after the other, so that an adapter is put on once
@@ -242,8 +244,8 @@ def _run_round(bench: Workbench, every: Sequence[Arm], current: _Round) -> dict[
                 on = _bench_of(bench, arm)
             trained = on.train(arm.recipe) if is_trained(arm.recipe) else None
             if is_first():
-                if reference is None and arm.recipe != "icl":
-                    reference = on.icl_reference(current.test)
+                if not referred and arm.recipe != "icl":
+                    reference, referred = on.teaching.try_reference(current.test), True
                 outcome = _evaluate(on, arm, current, trained, reference)
                 write_json(files[arm.name], outcome.to_dict())
             wait()
@@ -257,12 +259,14 @@ def _run_round(bench: Workbench, every: Sequence[Arm], current: _Round) -> dict[
 def _leave(bench: Workbench) -> None:
     """Take the adapter off; whole models, which fill a disk in no time, are not kept."""
     bench.close()
+    if bench.config.adapter.type != "full" or bench.config.adapter.peft is not None:
+        return
     folder = bench.folder / bench.variant
-    if bench.config.adapter.type == "full" and bench.config.adapter.peft is None and bench.variant:
-        if is_first() and folder.is_dir():
-            logger.info("%s: weights of full fine-tuning are not kept after a comparison.", folder)
-            shutil.rmtree(folder)
-        wait()
+    if is_first() and (stages := list(folder.rglob("stage.json"))):
+        logger.info("%s: weights of full fine-tuning are not kept after a comparison.", folder)
+        for stage in stages:
+            shutil.rmtree(stage.parent)
+    wait()
 
 
 def _evaluate(
@@ -354,7 +358,7 @@ def _summary(
             "single_token": task.single_token,
             "learning_rates": _rates(every),
             "selected_by": "dev loss",
-            "icl_demonstrations": "the same training examples",
+            "icl_demonstrations": _context_of(config),
         },
         "recipes": recipes,
         "differences": _differences(every, merged),
@@ -401,6 +405,15 @@ def _merge(folds: Sequence[Outcome]) -> Measured:
 def _mean_seconds(outcomes: Sequence[Outcome]) -> dict[str, float]:
     names = list(dict.fromkeys(name for outcome in outcomes for name in outcome.seconds))
     return {n: float(np.mean([o.seconds[n] for o in outcomes if n in o.seconds])) for n in names}
+
+
+def _context_of(config: CompareConfig) -> str:
+    """What the teacher and ``icl`` see before each query."""
+    if config.context_text or config.context_file:
+        return "a text"
+    if config.context_column:
+        return f"the column {config.context_column}"
+    return config.context_function or "the same training examples"
 
 
 def _rates(every: Sequence[Arm]) -> dict[str, list[float]]:

@@ -7,7 +7,7 @@ Unknown keys are refused with a suggestion. ``AdaptConfig`` is what the Python f
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +15,17 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ia2.errors import ConfigError, DataError, suggest
-from ia2.recipes import OBJECTIVE_NAMES, RECIPES
+from ia2.recipes import ADAPTER_NAMES, OBJECTIVE_NAMES, RECIPES, TRAINED
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+def _one_of(value: str, known: Sequence[str]) -> str:
+    if value not in known:
+        raise ValueError(f"'{value}' is not one of {', '.join(known)}.{suggest(value, known)}")
+    return value
 
 
 class AdapterConfig(_Section):
@@ -27,8 +33,7 @@ class AdapterConfig(_Section):
 
     type: str = Field(
         "lora",
-        description="Adapter type: lora, rslora, dora, vera, ia3, prefix, prompt, p-tuning, bottleneck, or "
-        "full (every weight), unless `peft` is given.",
+        description=f"Adapter type: {', '.join(ADAPTER_NAMES)} (every weight), unless `peft` is given.",
     )
     rank: int | None = Field(None, ge=1, description="Rank r of lora, rslora, dora (8) and vera (256).")
     alpha: float | None = Field(
@@ -50,6 +55,11 @@ class AdapterConfig(_Section):
     peft: dict[str, Any] | None = Field(
         None, description="Any PEFT configuration as it stands in an adapter_config.json."
     )
+
+    @field_validator("type")
+    @classmethod
+    def _known_type(cls, value: str) -> str:
+        return _one_of(value, ADAPTER_NAMES)
 
 
 class StageConfig(_Section):
@@ -98,11 +108,7 @@ class AlignConfig(TeacherStageConfig):
     @field_validator("objective")
     @classmethod
     def _known_objective(cls, value: str) -> str:
-        if value not in OBJECTIVE_NAMES:
-            raise ValueError(
-                f"'{value}' is not one of {', '.join(OBJECTIVE_NAMES)}.{suggest(value, OBJECTIVE_NAMES)}"
-            )
-        return value
+        return _one_of(value, OBJECTIVE_NAMES)
 
     @model_validator(mode="after")
     def _scaled(self) -> AlignConfig:
@@ -168,6 +174,14 @@ class SoftConfig(TeacherStageConfig):
         "spread", description="Mass outside the top k: spread evenly over the rest, or dropped."
     )
 
+    @model_validator(mode="after")
+    def _effective(self) -> SoftConfig:
+        if self.remainder == "drop" and self.top_k is None:
+            raise ValueError(
+                "remainder does nothing without top_k, which leaves none. Set top_k, or leave it out"
+            )
+        return self
+
 
 SECTIONS: dict[str, type[StageConfig]] = {
     "align": AlignConfig,
@@ -183,8 +197,7 @@ class AdaptConfig(_Section):
 
     recipe: str = Field(
         "ia2-sft",
-        description="sft, ia2, ia2-sft (align, then fine-tune), sft-ia2, ia2+sft (jointly), soft-sft "
-        "(distillation), or a name under `schedules`.",
+        description=f"{', '.join(TRAINED)}, or a name under `schedules`.",
     )
     schedules: dict[str, list[dict[str, Any]]] = Field(
         {},
@@ -299,6 +312,7 @@ class AdaptConfig(_Section):
         self._check_schedules()
         self._check_recipe(self.recipe, "recipe")
         self._check_context()
+        self._check_layers()
         if (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(REENTRANT)
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
@@ -313,9 +327,18 @@ class AdaptConfig(_Section):
         return self
 
     def _check_recipe(self, recipe: str, place: str) -> None:
-        known = [*RECIPES, *self.schedules]
-        if recipe not in known:
-            raise ValueError(f"{place}: '{recipe}' is not one of {', '.join(known)}.{suggest(recipe, known)}")
+        try:
+            _one_of(recipe, [*RECIPES, *self.schedules])
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+
+    def _check_layers(self) -> None:
+        chosen = [str(section.layers) for section in (self.align, self.joint)]
+        if self.targets == "online" and any(layers.strip().startswith("top-") for layers in chosen):
+            raise ValueError(
+                "layers chosen by their shift under ICL need stored targets. Set targets to store or memory, "
+                "or choose the layers by name"
+            )
 
     def _check_schedules(self) -> None:
         for name, stages in self.schedules.items():
@@ -443,12 +466,12 @@ class CompareConfig(AdaptConfig, ModelOptions, DataOptions):
     @field_validator("objectives")
     @classmethod
     def _known_objectives(cls, value: list[str]) -> list[str]:
-        for name in value:
-            if name not in OBJECTIVE_NAMES:
-                raise ValueError(
-                    f"'{name}' is not one of {', '.join(OBJECTIVE_NAMES)}.{suggest(name, OBJECTIVE_NAMES)}"
-                )
-        return value
+        return [_one_of(name, OBJECTIVE_NAMES) for name in value]
+
+    @field_validator("adapters")
+    @classmethod
+    def _known_adapters(cls, value: list[str]) -> list[str]:
+        return [_one_of(name, ADAPTER_NAMES) for name in value]
 
     @model_validator(mode="after")
     def _comparable(self) -> CompareConfig:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from ia2.adapters import base_weights
+from ia2.adapter_weights import base_weights
 from ia2.capture import unwrap
 from ia2.console import logger, progress
 from ia2.context import DemonstrationContexts, FixedOrders, Orders, pool_orders

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """A mistake of the caller, not of the library.
@@ -27,7 +29,7 @@ class RunFolderError(UserError):
     """An output folder that holds something else, or a store that does not match."""
 
 
-def suggest(name: str, known: list[str] | tuple[str, ...]) -> str:
+def suggest(name: str, known: Sequence[str]) -> str:
     """`` Did you mean 'x'?`` for the closest known name, else an empty string."""
     import difflib
 

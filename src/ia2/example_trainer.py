@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from ia2.adapters import adapter_state, load_adapter_state
+from ia2.adapter_weights import adapter_state, load_adapter_state
 from ia2.batches import AnswerDataset, Collator, EpochSampler
 from ia2.config import REENTRANT
 from ia2.console import Progress, logger

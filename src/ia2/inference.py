@@ -408,6 +408,20 @@ def _halving(plan: list[list[int]], run: Callable[[list[int]], list[T]], bar: Pr
         bar.advance(len(members))
 
 
+def give_back_memory() -> None:
+    """Return freed memory to the system, where the C library (glibc) would keep it.
+
+    Batches have thousands of sizes, and what is freed of one does not fit the next: over 2,000 examples
+    the resident memory of a small model's teacher pass grew by 120 MB, of which 3 MB were in use.
+    """
+    import ctypes
+
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):  # another system, another C library
+        return
+
+
 def token_budget(model: Any, keys: int = 0) -> int:
     """Tokens of one batch that a forward pass without gradients has memory for.
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from ia2.adaptation import load_base_of
-from ia2.adapters import base_weights
+from ia2.adapter_weights import base_weights
 from ia2.config import ProbeConfig
 from ia2.console import logger
-from ia2.context import DemonstrationContexts
+from ia2.context import Contexts, DemonstrationContexts
 from ia2.errors import DataError
 from ia2.evaluation.run import evaluate_prompts
 from ia2.examples import Examples, FewShotSplit
@@ -55,6 +55,8 @@ class Probe:
 
 def probe(model: str | BaseModel, examples: Examples, config: ProbeConfig | None = None) -> Probe:
     """Compare ICL, leaving each row out of its own demonstrations, with the base model and guessing.
+
+    Where the settings give another context, the model with that context takes the place of ICL.
 
     Args:
         model: what :func:`ia2.models.load_base` takes, or a loaded base model.
@@ -96,7 +98,9 @@ def _probe(bench: Workbench, rows: Examples, available: int) -> Probe:
     bare = bench.prompts(rows, demonstrations=False)
     with base_weights(bench.model):
         began = time.perf_counter()
-        icl, icl_in_set = _right(bench, rows, in_context, "ICL, leave one out")
+        demonstrations = isinstance(contexts, DemonstrationContexts)
+        what = "ICL, leave one out" if demonstrations else "base, with its context"
+        icl, icl_in_set = _right(bench, rows, in_context, what)
         seconds_icl = seconds_prepare + time.perf_counter() - began
         zero, zero_in_set = _right(bench, rows, bare, "base")
     guess = _majority(rows) if task.kind == "classification" else np.zeros(len(rows))
@@ -104,6 +108,7 @@ def _probe(bench: Workbench, rows: Examples, available: int) -> Probe:
     facts = {
         "rows": len(rows),
         "demonstrations": len(contexts.chosen(0)) if isinstance(contexts, DemonstrationContexts) else 0,
+        "context": _context(bench, contexts),
         "accuracy": {
             "icl": float(icl.mean()),
             "base": float(zero.mean()),
@@ -115,8 +120,22 @@ def _probe(bench: Workbench, rows: Examples, available: int) -> Probe:
         "cost": _cost(bench, seconds_icl, step, available),
         "machine": machine(),
     }
-    verdict, reason = judge(icl, zero, guess, task, in_label_set=icl_in_set)
+    verdict, reason = judge(icl, zero, guess, task, in_label_set=icl_in_set, demonstrations=demonstrations)
     return Probe(verdict, reason, facts)
+
+
+def _context(bench: Workbench, contexts: Contexts) -> str:
+    """What comes before each row, in words."""
+    config = bench.config
+    if isinstance(contexts, DemonstrationContexts):
+        count = len(contexts.chosen(0))
+        which = f"the {count} others" if count == len(contexts) - 1 else f"{count} of the others"
+        return f"{which} shown before it"
+    if config.context_column:
+        return f"the context in its column '{config.context_column}' before it"
+    if config.context_function:
+        return f"the context from {config.context_function} before it"
+    return "the same text before it"
 
 
 def judge(
@@ -126,15 +145,17 @@ def judge(
     task: Task,
     *,
     in_label_set: np.ndarray | None = None,
+    demonstrations: bool = True,
 ) -> tuple[str, str]:
     """Verdict and reason from 0/1 arrays of right answers, ``[n]`` each.
 
     Args:
         icl: in-context learning, over the whole vocabulary.
-        base: the model without demonstrations, over the whole vocabulary.
+        base: the model without demonstrations (or another context), over the whole vocabulary.
         guess: always giving the most frequent label.
         task: what counts as an answer.
         in_label_set: ICL when only the labels compete, as they do in a guess; by default ``icl``.
+        demonstrations: whether the context is made of them; otherwise there is no talk of ICL.
     """
     from scipy.stats import binomtest
 
@@ -153,29 +174,34 @@ def judge(
         binomtest(better, better + worse, 0.5, alternative="greater").pvalue if better + worse else 1.0
     )
     among = f" ({chosen.mean():.0%} in the label set)" if in_label_set is not None else ""
-    figures = f"ICL {icl.mean():.0%}{among}, base {base.mean():.0%}, {what} {chance:.0%}, on {n} rows"
+    name, short, without, more = "ICL", "ICL", "the model without demonstrations", "more examples"
+    if not demonstrations:
+        name, short = "the model with its context", "with context"
+        without, more = "without it", "another context"
+    subject = name[0].upper() + name[1:]
+    figures = f"{short} {icl.mean():.0%}{among}, base {base.mean():.0%}, {what} {chance:.0%}, on {n} rows"
     if chosen.mean() <= chance or (above_chance > SIGNIFICANCE and n >= 16):
         return (
             "unlikely",
-            f"ICL is at chance ({figures}): there is nothing in its activations to align with. Try other "
-            "label words (--label-map), more examples or a stronger model.",
+            f"{subject} is at chance ({figures}): there is nothing in its activations to align with. Try "
+            f"other label words (--label-map), {more} or a stronger model.",
         )
     if above_chance > SIGNIFICANCE:
         return (
             "unclear",
-            f"too few rows to tell ICL from chance ({figures}). Give more labelled rows.",
+            f"too few rows to tell {name} from chance ({figures}). Give more labelled rows.",
         )
     if icl.mean() - base.mean() < HEADROOM:
         return (
             "unclear",
-            f"ICL is hardly better than the model without demonstrations ({figures}): little to carry over.",
+            f"{subject} is hardly better than {without} ({figures}): little to carry over.",
         )
     if above_base > SIGNIFICANCE:
         return (
             "unclear",
-            f"ICL looks better than the base, but the rows are too few to be sure ({figures}).",
+            f"{subject} looks better than the base, but the rows are too few to be sure ({figures}).",
         )
-    return "likely to help", f"ICL is clearly above the base and above chance ({figures})."
+    return "likely to help", f"{subject} is clearly above the base and above chance ({figures})."
 
 
 def _right(

@@ -84,8 +84,12 @@ class Prompts:
 
     def _check(self, given: bool) -> None:
         config = self.config
+        others = ("context_text", "context_file", "context_column", "context_function")
+        for name in others:
+            # as from a shell variable that is not set; demonstrations are not what was asked for
+            if getattr(config, name) is not None and not getattr(config, name).strip():
+                raise ConfigError(f"{name} is empty. Leave it out to show demonstrations.")
         if given:
-            others = ("context_text", "context_file", "context_column", "context_function")
             if named := [name for name in others if getattr(config, name)]:
                 raise ConfigError(f"a context function and {named[0]} are given; one context at a time.")
             if config.demo_order != "random" or config.demo_permutations != 1:
@@ -310,6 +314,11 @@ def load_function(spec: str) -> ContextFunction:
         raise ConfigError(
             f"context_function '{spec}': cannot import '{module_name}' ({error}). Install it, or put its "
             "folder on PYTHONPATH."
+        ) from error
+    except Exception as error:
+        raise ConfigError(
+            f"context_function '{spec}': importing '{module_name}' fails with {type(error).__name__}: "
+            f"{' '.join(str(error).split())}"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):

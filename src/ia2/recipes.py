@@ -6,31 +6,59 @@ configuration, with settings of each stage.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 ALIGN, SFT, JOINT, SOFT = "align", "sft", "joint", "soft"
 
-RECIPES: dict[str, tuple[str, ...]] = {
-    "base": (),
-    "icl": (),
-    "sft": (SFT,),
-    "ia2": (ALIGN,),
-    "ia2-sft": (ALIGN, SFT),
-    "sft-ia2": (SFT, ALIGN),
-    "ia2+sft": (JOINT,),
-    "soft-sft": (SOFT,),
+
+@dataclass(frozen=True)
+class Recipe:
+    """Stages, one after the other, and what they amount to."""
+
+    stages: tuple[str, ...]
+    description: str
+
+
+RECIPES: dict[str, Recipe] = {
+    "base": Recipe((), "the model as it is, no demonstrations, no training"),
+    "icl": Recipe((), "in-context learning: the training examples as demonstrations in every prompt"),
+    "sft": Recipe((SFT,), "supervised fine-tuning"),
+    "ia2": Recipe((ALIGN,), "alignment with ICL activations only"),
+    "ia2-sft": Recipe((ALIGN, SFT), "alignment, then fine-tuning (the method)"),
+    "sft-ia2": Recipe((SFT, ALIGN), "fine-tuning, then alignment"),
+    "ia2+sft": Recipe((JOINT,), "alignment and fine-tuning jointly"),
+    "soft-sft": Recipe((SOFT,), "distillation of the teacher's token distributions"),
 }
 
-TRAINED = tuple(name for name, stages in RECIPES.items() if stages)
 
-DESCRIPTIONS = {
-    "base": "the model as it is, no demonstrations, no training",
-    "icl": "in-context learning: the training examples as demonstrations in every prompt",
-    "sft": "supervised fine-tuning",
-    "ia2": "alignment with ICL activations only",
-    "ia2-sft": "alignment, then fine-tuning (the method)",
-    "sft-ia2": "fine-tuning, then alignment",
-    "ia2+sft": "alignment and fine-tuning jointly",
-    "soft-sft": "distillation of the teacher's token distributions",
-}
+def is_trained(recipe: str) -> bool:
+    """Whether a recipe trains anything; all but ``base`` and ``icl`` do, and every schedule."""
+    return recipe not in RECIPES or bool(RECIPES[recipe].stages)
 
-# Names of ``ia2.losses.OBJECTIVES``; here, because settings are checked without importing torch.
+
+def describe(recipe: str, schedules: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """One line on a recipe, or on a schedule of the configuration."""
+    if recipe in RECIPES:
+        return RECIPES[recipe].description
+    return "the stages " + ", ".join(str(stage["stage"]) for stage in schedules[recipe])
+
+
+TRAINED = tuple(filter(is_trained, RECIPES))
+
+# Names of ``ia2.losses.OBJECTIVES`` and of ``ia2.adapters.ADAPTERS``; here, because settings are checked
+# without importing torch. A test holds them together.
 OBJECTIVE_NAMES = ("mse", "kl", "cosine", "heads", "residual", "attention")
+ADAPTER_NAMES = (
+    "lora",
+    "rslora",
+    "dora",
+    "vera",
+    "ia3",
+    "prefix",
+    "prompt",
+    "p-tuning",
+    "bottleneck",
+    "full",
+)

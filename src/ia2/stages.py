@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ia2.adapters import adapter_state, read_adapter_state, save_adapter
+from ia2.adapter_weights import adapter_state, read_adapter_state, save_adapter
 from ia2.config import AdaptConfig, JointConfig, SftConfig, SoftConfig, StageConfig
 from ia2.console import logger, progress
 from ia2.distributed import is_first, wait
@@ -65,7 +65,7 @@ class PlannedStage:
 def plan(recipe: str, config: AdaptConfig) -> list[PlannedStage]:
     """The stages of a recipe, built in or of the configuration's own schedules."""
     if recipe in RECIPES:
-        return [PlannedStage(kind, getattr(config, kind), kind) for kind in RECIPES[recipe]]
+        return [PlannedStage(kind, getattr(config, kind), kind) for kind in RECIPES[recipe].stages]
     stages = []
     for given in config.schedules[recipe]:
         kind, settings = given["stage"], config.stage_settings(given)
@@ -73,11 +73,6 @@ def plan(recipe: str, config: AdaptConfig) -> list[PlannedStage]:
         label = f"{kind}~{digest(settings.model_dump())[:6]}" if changed else kind
         stages.append(PlannedStage(kind, settings, label))
     return stages
-
-
-def is_trained(recipe: str) -> bool:
-    """Whether a recipe trains anything; all but ``base`` and ``icl`` do."""
-    return recipe not in RECIPES or bool(RECIPES[recipe])
 
 
 @dataclass

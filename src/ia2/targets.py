@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 _INDEX = "index.json"
-_SHARD_BYTES = 64 * 2**20
+# A shard is in memory until it is written.
+_SHARD_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,14 @@ class Task:
         """Every answer is one token."""
         return self.max_answer_tokens == 1
 
+    @property
+    def reserve(self) -> int:
+        """Tokens of the context window that a prompt leaves free.
+
+        Room for the answer, an end-of-sequence id and a stop text that is looked out for.
+        """
+        return 1 if self.single_token else self.max_answer_tokens + 16
+
     def label_of(self, example: Example) -> int:
         """Index of an example's label.
 

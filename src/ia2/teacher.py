@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ia2.adapters import base_weights
+from ia2.adapter_weights import base_weights
 from ia2.capture import ActivationCapture
 from ia2.console import logger
 from ia2.context import Contexts
 from ia2.files import atomic_dir
-from ia2.inference import AnswerOutput, answer_pass, generate_answers
+from ia2.inference import AnswerOutput, answer_pass, generate_answers, give_back_memory
 from ia2.targets import (
     MemoryTargets,
     OnlineTargets,
@@ -170,11 +170,13 @@ class Teacher:
                 found = [known[i] for i in members]
             elif self.single_token:
                 answers += self._single(contexts, members, capture, sink, text)
+                give_back_memory()
                 continue
             else:
                 found = self._generated(contexts, members, capture, text)
             self._feed(contexts, members, found, capture, sink, text)
             answers += found
+            give_back_memory()
         return answers
 
     def _single(

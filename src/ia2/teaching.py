@@ -81,8 +81,7 @@ class Teaching:
         window = base.max_length
         if config.max_context_tokens:
             window = min(window, config.max_context_tokens)
-        # room for the answer, an end-of-sequence id and a stop text that is looked out for
-        self.reserve = 1 if task.single_token else task.max_answer_tokens + 16
+        self.reserve = task.reserve
         self.window = window
         self.prompts = Prompts(
             base.tokenizer, self.reserve, window, data.train, config, lambda: self.model, function
@@ -292,6 +291,21 @@ class Teaching:
         return layer_shift([t for t in icl if t is not None], [t for t in base if t is not None])
 
     # ------------------------------------------------------------------------------- reference
+
+    def has_context(self, rows: Sequence[Example]) -> bool:
+        """Whether these rows can be put in context; rows to be answered may lack a context column."""
+        column = self.config.context_column
+        return column is None or all(row.fields.get(column) is not None for row in rows)
+
+    def try_reference(self, test: Sequence[Example]) -> IclReference | None:
+        """:meth:`reference`, or None where the rows have no context to be compared with; says so."""
+        if self.has_context(test[:SIMILARITY_QUERIES]):
+            return self.reference(test)
+        logger.info(
+            "The rows to evaluate have no column %r: no similarity to the teacher is measured.",
+            self.config.context_column,
+        )
+        return None
 
     def reference(self, test: Sequence[Example]) -> IclReference:
         """The base model's answers and activations with demonstrations on the first test queries."""

@@ -16,17 +16,16 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ia2.adapters import (
+from ia2.adapter_checks import check_adapter
+from ia2.adapter_weights import (
     adapter_state,
     attach,
     base_weights,
-    check_adapter,
-    default_learning_rate,
     detach,
     load_adapter_state,
-    peft_config,
     virtual_tokens,
 )
+from ia2.adapters import default_learning_rate, peft_config
 from ia2.analysis.similarity import Similarity, SimilarityMeter
 from ia2.capture import ActivationCapture
 from ia2.config import AdaptConfig, AlignConfig, JointConfig, SftConfig, SoftConfig
@@ -42,14 +41,13 @@ from ia2.layers import choose_layers
 from ia2.losses import OBJECTIVES
 from ia2.models import BaseModel
 from ia2.prompts import ContextFunction, query_prompts
-from ia2.recipes import SFT
+from ia2.recipes import SFT, is_trained
 from ia2.stages import (
     PlannedStage,
     StageJob,
     StageResult,
     TrainedRecipe,
     finished_stage,
-    is_trained,
     plan,
     run_stage,
 )
@@ -196,8 +194,9 @@ class Workbench:
                 self.prompts(rows_of)
             if "icl" in recipes:
                 self.teaching.prompts.pool_contexts(rows_of)
-        if any(recipe != "icl" for recipe in recipes):
-            self.teaching.prompts.pool_contexts(test[:SIMILARITY_QUERIES])
+        compared = test[:SIMILARITY_QUERIES]
+        if any(recipe != "icl" for recipe in recipes) and self.teaching.has_context(compared):
+            self.teaching.prompts.pool_contexts(compared)
 
     def _check_alignment(self, stage: PlannedStage, capture: ActivationCapture) -> None:
         settings = self._alignment_section(stage)
@@ -461,10 +460,6 @@ class Workbench:
             contexts = prompts.pool_contexts(examples)
             return [contexts.context_ids(i) for i in range(len(examples))]
         return prompts.query_prompts(examples)
-
-    def icl_reference(self, test: Sequence[Example]) -> IclReference:
-        """The base model's answers and activations with demonstrations on the first test queries."""
-        return self.teaching.reference(test)
 
     def evaluate(
         self, recipe: str, test: Sequence[Example], reference: IclReference | None = None

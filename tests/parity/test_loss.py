@@ -143,7 +143,7 @@ def test_loss_is_the_methods(
     bench = bench_of(base, train, dev, tmp_path, randomise=True, targets="store", **made["settings"])
     targeted = {name.split(".")[-4] for name, _ in bench.model.named_parameters() if "lora_B" in name}
     assert targeted == {"q_proj", "k_proj", "o_proj"}
-    from ia2.adapters import adapter_state
+    from ia2.adapter_weights import adapter_state
 
     adapted = merged_by_hand(bare, adapter_state(bench.model), scale=8 / 8)
 

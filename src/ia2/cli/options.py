@@ -133,7 +133,7 @@ def _read(entry: _Entry, value: Any) -> Any:
     dotted, field, _ = entry
     if not isinstance(value, str):
         return value
-    if dotted in ("prompt_template", "completion_template", "separator"):
+    if dotted in ("prompt_template", "completion_template", "separator", "context_text"):
         return unescape(value)
     kinds = _kinds(field)
     if dict in kinds:

@@ -26,9 +26,10 @@ def probe(config: ProbeConfig, json: Json = False, quiet: Quiet = False) -> None
 
 def _print(verdict: str, reason: str, facts: dict[str, Any]) -> None:
     accuracy, cost = facts["accuracy"], facts["cost"]
-    print(f"Each of {facts['rows']} rows, the {facts['demonstrations']} others shown before it:")
+    print(f"Each of {facts['rows']} rows, {facts['context']}:")
     print("                        accuracy   in the label set")
-    print(f"  in-context learning   {accuracy['icl']:8.1%}   {accuracy['icl_in_label_set']:8.1%}")
+    name = "in-context learning" if facts["demonstrations"] else "with its context"
+    print(f"  {name:21} {accuracy['icl']:8.1%}   {accuracy['icl_in_label_set']:8.1%}")
     print(f"  base model            {accuracy['base']:8.1%}   {accuracy['base_in_label_set']:8.1%}")
     print(f"  most frequent label   {accuracy['most_frequent_label']:8.1%}")
     megabytes, steps = cost["target_bytes"] / 1e6, cost["max_steps_a_stage"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ia2.models import DEMO_MODELS
-from ia2.recipes import DESCRIPTIONS
+from ia2.recipes import describe
 from ia2.task import Task
 
 _CARD = """\
@@ -32,9 +32,7 @@ _CARD = """\
 ## How to load
 
 ```python
-from peft import PeftModel
 {load}
-model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 
 or `ia2 predict --adapter path/to/this/folder --data new.jsonl`.
@@ -52,18 +50,12 @@ def model_card(metrics: dict[str, Any], facts: dict[str, Any], task: Task) -> st
     model = config["model"]
     labels = ", ".join(f"`{label.strip()}`" for label in task.labels[:20])
     front = "library_name: peft\ntags: [ia2, few-shot, adapter]\n"
-    if model in DEMO_MODELS:
-        load = f'from ia2 import load_base\n\nbase = load_base("{model}").model'
-    else:
+    if model not in DEMO_MODELS:
         front = f"base_model: {_yaml_text(model)}\n" + front
-        load = (
-            "from transformers import AutoModelForCausalLM\n\n"
-            f"base = AutoModelForCausalLM.from_pretrained({model!r})"
-        )
     return _CARD.format(
         front=front,
         recipe=metrics["recipe"],
-        description=f"Trained by {DESCRIPTIONS[metrics['recipe']]}.",
+        description=f"Trained by {describe(metrics['recipe'], config['schedules'])}.",
         model=model,
         train=metrics["num_train"],
         dev=metrics["num_dev"],
@@ -74,8 +66,29 @@ def model_card(metrics: dict[str, Any], facts: dict[str, Any], task: Task) -> st
         seed=config["seed"],
         answers=f"one of {labels}" if task.labels else f"free text, up to {task.max_answer_tokens} tokens",
         metrics=_metrics_table(metrics),
-        load=load,
+        load=_loading(model, config["adapter"]),
     )
+
+
+def _loading(model: str, adapter: dict[str, Any]) -> str:
+    """Python that loads what lies beside the card."""
+    here = '"path/to/this/folder"'
+    if adapter["peft"] is None and adapter["type"] == "full":
+        return (
+            "from transformers import AutoModelForCausalLM\n\n"
+            f"model = AutoModelForCausalLM.from_pretrained({here})"
+        )
+    kind = adapter["peft"]["peft_type"] if adapter["peft"] else adapter["type"]
+    # PEFT learns of this type when it is imported
+    first = "import ia2.bottleneck\n" if str(kind).lower() == "bottleneck" else ""
+    if model in DEMO_MODELS:
+        base = f'from ia2 import load_base\n\nbase = load_base("{model}").model'
+    else:
+        base = (
+            "from transformers import AutoModelForCausalLM\n\n"
+            f"base = AutoModelForCausalLM.from_pretrained({model!r})"
+        )
+    return f"{first}from peft import PeftModel\n{base}\nmodel = PeftModel.from_pretrained(base, {here})"
 
 
 def _metrics_table(metrics: dict[str, Any]) -> str:
