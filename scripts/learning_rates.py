@@ -5,7 +5,7 @@
 For every type and rate: `sft` and `ia2-sft` on the packaged intents with a seed that no other result
 uses. What is finished is not run again. Writes results/adapters/learning_rates.{json,md}; the defaults in
 src/ia2/adapters.py are the rates whose negative log-likelihood is lowest there, averaged over both recipes.
-DoRA and rsLoRA take LoRA's.
+DoRA, rsLoRA and p-tuning were not studied: the first two take LoRA's rate, p-tuning a guess.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ GRID = {
     "prompt": [3e-2, 1e-1],
     "bottleneck": [1e-3, 3e-3],
     "full": [1e-5, 3e-5],
-    "p-tuning": [1e-3, 3e-3],
 }
 
 

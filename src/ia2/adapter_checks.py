@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ia2.adapter_trials import embedding_problem, keeps_keys_and_values
-from ia2.adapters import CACHE_TYPES, adapter_type, peft_config
+from ia2.adapters import ADAPTERS, CACHE_TYPES, peft_config
 from ia2.capture import unwrap
 from ia2.config import AdapterConfig
 from ia2.errors import ConfigError, ModelError, suggest
@@ -25,7 +25,7 @@ def check_adapter(model: Any, config: AdapterConfig, *, activation_checkpointing
         activation_checkpointing: whether activations are going to be recomputed.
 
     Raises:
-        ConfigError: an unknown type, a setting that the type has not, or things that exclude each other.
+        ConfigError: a setting that the type has not, or things that exclude each other.
         ModelError: the model does not allow for this adapter.
     """
     _check_settings(config)
@@ -64,7 +64,7 @@ def _check_settings(config: AdapterConfig) -> None:
                 "Leave one of them out."
             )
         return
-    has = adapter_type(config.type).settings
+    has = ADAPTERS[config.type].settings
     for name in given:
         if name not in has:
             raise ConfigError(

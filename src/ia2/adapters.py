@@ -15,7 +15,7 @@ from ia2.adapter_targets import attention_projections, output_projections
 from ia2.adapter_trials import cache_sizes
 from ia2.capture import unwrap
 from ia2.config import AdapterConfig
-from ia2.errors import ConfigError, suggest
+from ia2.errors import ConfigError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -146,21 +146,21 @@ ADAPTERS: dict[str, AdapterType] = {
     "rslora": AdapterType(_rslora, 1e-3, _LOW_RANK, "LoRA scaled by alpha over the root of the rank"),
     "dora": AdapterType(_dora, 1e-3, _LOW_RANK, "LoRA of directions, with magnitudes of their own"),
     "vera": AdapterType(
-        _vera, 1e-2, ("rank", "dropout", "target_modules"), "vectors between shared random projections"
+        _vera, 3e-2, ("rank", "dropout", "target_modules"), "vectors between shared random projections"
     ),
-    "ia3": AdapterType(_ia3, 1e-2, ("target_modules",), "factors on the inputs of linear layers"),
+    "ia3": AdapterType(_ia3, 3e-2, ("target_modules",), "factors on the inputs of linear layers"),
     "prefix": AdapterType(_prefix, 1e-2, ("virtual_tokens",), "keys and values before the prompt"),
-    "prompt": AdapterType(_prompt, 1e-2, ("virtual_tokens",), "embeddings before the prompt"),
+    "prompt": AdapterType(_prompt, 3e-2, ("virtual_tokens",), "embeddings before the prompt"),
     "p-tuning": AdapterType(
         _p_tuning, 1e-3, ("virtual_tokens",), "embeddings before the prompt, from a small network"
     ),
     "bottleneck": AdapterType(
         _bottleneck,
-        1e-3,
+        3e-3,
         ("bottleneck_size", "placement", "target_modules"),
         "small networks after attention and MLP",
     ),
-    "full": AdapterType(_full, 1e-5, (), "every weight of the model"),
+    "full": AdapterType(_full, 3e-5, (), "every weight of the model"),
 }
 
 _PEFT_NAMES = {
@@ -175,50 +175,28 @@ _PEFT_NAMES = {
 
 
 def default_learning_rate(config: AdapterConfig) -> float:
-    """The rate that is tried where none is given.
-
-    Raises:
-        ConfigError: unknown type.
-    """
+    """The rate that is tried where none is given; from the study ``results/adapters/learning_rates.md``."""
     if config.peft is None:
-        return adapter_type(config.type).learning_rate
+        return ADAPTERS[config.type].learning_rate
     name = _PEFT_NAMES.get(str(config.peft.get("peft_type")).rsplit(".", 1)[-1])
     return ADAPTERS[name].learning_rate if name else 1e-3
 
 
 def narrowed(config: AdapterConfig, type: str) -> AdapterConfig:
-    """The same settings with another type, without those that it has not.
-
-    Raises:
-        ConfigError: unknown type.
-    """
-    kept = adapter_type(type).settings
+    """The same settings with another type, without those that it has not."""
+    kept = ADAPTERS[type].settings
     return AdapterConfig(type=type, **{name: getattr(config, name) for name in kept})
-
-
-def adapter_type(name: str) -> AdapterType:
-    """A named type.
-
-    Raises:
-        ConfigError: unknown type.
-    """
-    if name not in ADAPTERS:
-        raise ConfigError(
-            f"adapter type '{name}' is unknown. Choose one of {', '.join(ADAPTERS)}, or give any "
-            f"PEFT configuration under adapter.peft.{suggest(name, list(ADAPTERS))}"
-        )
-    return ADAPTERS[name]
 
 
 def peft_config(model: nn.Module, config: AdapterConfig) -> Any:
     """The PEFT configuration that an :class:`AdapterConfig` stands for (``full``: a ``FullConfig``).
 
     Raises:
-        ConfigError: unknown type, or a PEFT dictionary that PEFT does not take.
+        ConfigError: a PEFT dictionary that PEFT does not take.
         ModelError: the model has no modules of the kind that is wanted.
     """
     if config.peft is None:
-        made = adapter_type(config.type).build(model, config)
+        made = ADAPTERS[config.type].build(model, config)
     else:
         from peft import get_peft_config
 

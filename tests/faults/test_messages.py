@@ -267,7 +267,7 @@ def test_missing_config_file(refused: Refused) -> None:
         (["--batch-size", "4", "--micro-batch-size", "3"], ["3 does not divide batch_size 4"]),
         (["--device", "gpu"], ["device 'gpu'", "--device cpu"]),
         (["--device", "cuda:63"], ["device 'cuda:63'", "--device cpu"]),
-        (["--adapter-type", "lora2"], ["'lora2' is unknown", "Did you mean 'lora'?"]),
+        (["--adapter-type", "lora2"], ["'lora2' is not one of lora, rslora", "Did you mean 'lora'?"]),
         (["--adapter-target-modules", "qq_proj"], ["qq_proj"]),
         (["--adapter-peft", '{"r": 1}'], ["peft_type"]),
         (["--attention-modules", "*.nothing"], ["'*.nothing' matches no module"]),
