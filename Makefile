@@ -29,7 +29,7 @@ demo: setup
 	$(BIN)/ia2 demo --output-dir out/demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(THREADS) --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
