@@ -170,13 +170,13 @@ class SoftConfig(TeacherStageConfig):
     top_k: int | None = Field(
         None, ge=1, description="Keep the teacher's k most probable tokens; by default the whole vocabulary."
     )
-    remainder: Literal["spread", "drop"] = Field(
-        "spread", description="Mass outside the top k: spread evenly over the rest, or dropped."
+    remainder: Literal["drop", "spread"] | None = Field(
+        None, description="Mass outside the top k: dropped, or spread evenly over the rest (drop)."
     )
 
     @model_validator(mode="after")
     def _effective(self) -> SoftConfig:
-        if self.remainder == "drop" and self.top_k is None:
+        if self.remainder and self.top_k is None:
             raise ValueError(
                 "remainder does nothing without top_k, which leaves none. Set top_k, or leave it out"
             )

@@ -188,7 +188,7 @@ def cross_entropy_losses(
 
 
 def soft_label_losses(
-    logits: torch.Tensor, teacher: torch.Tensor, answer_lengths: Sequence[int], remainder: str = "spread"
+    logits: torch.Tensor, teacher: torch.Tensor, answer_lengths: Sequence[int], remainder: str = "drop"
 ) -> torch.Tensor:
     """``KL(p_ICL‖p)`` over the vocabulary, of every example of a batch: mean over its answer tokens.
 

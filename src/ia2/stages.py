@@ -340,7 +340,7 @@ def _trainer(
             shared,
             tokenizer,
             top_k=settings.top_k,
-            remainder=settings.remainder,
+            remainder=settings.remainder or "drop",
             progress=bar,
         )
     assert isinstance(settings, SftConfig)

@@ -255,7 +255,7 @@ class SoftTrainer(ExampleTrainer):
         tokenizer: Any,
         *,
         top_k: int | None = None,
-        remainder: str = "spread",
+        remainder: str = "drop",
         progress: Progress | None = None,
     ) -> None:
         self.top_k, self.remainder = top_k, remainder
