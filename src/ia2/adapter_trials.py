@@ -60,7 +60,10 @@ def embedding_problem(model: Any) -> str | None:
         expected = model(input_ids=ids[:, :-1], use_cache=True)
         try:
             start = model(inputs_embeds=embed(ids[:, :-1]), use_cache=True)
+        except torch.cuda.OutOfMemoryError:  # says nothing about the model
+            raise
         except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
+            # what a model raises that wants ids: each family another one of these
             return f"takes no embeddings instead of ids ({' '.join(str(error).split())[:100]})"
         if not _alike(start.logits, expected.logits):
             return "does not do with embeddings what it does with the ids that they are of"

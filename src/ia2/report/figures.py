@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,19 @@ _SETTINGS: Any = {
 
 def try_comparison_figure(summary: dict[str, Any], folder: Path) -> Path | None:
     """Draw ``compare.svg`` if matplotlib is there; say how to get it otherwise."""
-    if importlib.util.find_spec("matplotlib") is None:
-        logger.info("No figure: pip install 'ia2[report]' brings matplotlib.")
-        return None
-    path = folder / "compare.svg"
-    comparison_figure(summary, path)
-    return path
+    return _try(comparison_figure, summary, folder / "compare.svg")
 
 
 def try_curve_figure(summary: dict[str, Any], folder: Path) -> Path | None:
     """Draw ``curve.svg`` if matplotlib is there; say how to get it otherwise."""
+    return _try(curve_figure, summary, folder / "curve.svg")
+
+
+def _try(draw: Callable[[dict[str, Any], Path], None], summary: dict[str, Any], path: Path) -> Path | None:
     if importlib.util.find_spec("matplotlib") is None:
         logger.info("No figure: pip install 'ia2[report]' brings matplotlib.")
         return None
-    path = folder / "curve.svg"
-    curve_figure(summary, path)
+    draw(summary, path)
     return path
 
 
