@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,19 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import pytest
 from words import make_word_tokenizer
 
+from ia2 import console
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """Commands set up logging for themselves; other tests of the same process read it through pytest."""
+    before = console.logger.handlers[:], console.logger.propagate, console.logger.level
+    yield
+    console.logger.handlers[:], console.logger.propagate = before[0], before[1]
+    console.logger.setLevel(before[2])
 
 
 @pytest.fixture(scope="session")

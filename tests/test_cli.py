@@ -7,7 +7,6 @@ import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,10 @@ from command_line import Ran, run, run_apart, tree, write_rows
 from tiny_icl.tasks import sample_task
 
 import ia2
-from ia2 import console
 from ia2.cli.options import gather_lists, list_flags, with_settings
 from ia2.config import SECTIONS, AdaptConfig, CompareConfig, CurveConfig, ProbeConfig, TrainConfig
 
 TASK = sample_task(0, num_classes=3)
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    before = console.logger.handlers[:], console.logger.propagate, console.logger.level
-    yield
-    console.logger.handlers[:], console.logger.propagate = before[0], before[1]
-    console.logger.setLevel(before[2])
 
 
 # ---------------------------------------------------------------------------------------- imports

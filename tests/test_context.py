@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import tracemalloc
 from functools import lru_cache
@@ -152,14 +151,10 @@ def test_whole_demonstrations_are_dropped_and_counted(
     roomy = Contexts.leave_one_out(word_tokenizer, examples, max_length=1000, reserve=5)
     whole = [kept_blocks(word_tokenizer, roomy, i) for i in range(8)]
     caplog.clear()
-    logging.getLogger("ia2").addHandler(caplog.handler)
-    try:
-        contexts = Contexts.leave_one_out(word_tokenizer, examples, max_length=70, reserve=5)
-        assert not caplog.text  # said when it is used
-        contexts.prepare()
-        contexts.context_ids(1)
-    finally:
-        logging.getLogger("ia2").removeHandler(caplog.handler)
+    contexts = Contexts.leave_one_out(word_tokenizer, examples, max_length=70, reserve=5)
+    assert not caplog.text  # said when it is used
+    contexts.prepare()
+    contexts.context_ids(1)
     dropped = 0
     for i in range(8):
         assert len(contexts.context_ids(i)) <= 65
@@ -365,11 +360,7 @@ def test_many_are_counted_on_a_sample(
 ) -> None:
     monkeypatch.setattr("ia2.context._LOOKED_AT", (1000, 200))
     contexts = Contexts.leave_one_out(word_tokenizer, many(100), max_length=150, reserve=5)
-    logging.getLogger("ia2").addHandler(caplog.handler)
-    try:
-        dropped = contexts.dropped
-    finally:
-        logging.getLogger("ia2").removeHandler(caplog.handler)
+    dropped = contexts.dropped
     assert 0 < dropped.of < 20 and dropped.total == 100
     exact = np.mean([99 - len(contexts.chosen(i)) for i in range(100)])
     assert abs(dropped.demonstrations / dropped.of - exact) < 1
@@ -444,11 +435,7 @@ def test_given_demonstrations_are_dropped_whole(
 ) -> None:
     queries, shown = rows(3), rows(6, offset=20)
     given = [Given(demonstrations=shown), Given(demonstrations=shown[:1]), Given(demonstrations=shown)]
-    logging.getLogger("ia2").addHandler(caplog.handler)
-    try:
-        contexts = GivenContexts(Rendering(word_tokenizer), queries, given, 60, 5)
-    finally:
-        logging.getLogger("ia2").removeHandler(caplog.handler)
+    contexts = GivenContexts(Rendering(word_tokenizer), queries, given, 60, 5)
     for i, query in enumerate(queries):
         ids = contexts.context_ids(i)
         assert len(ids) <= 55

@@ -7,7 +7,7 @@ run is not trained again, and the adapter in the folder predicts what the traine
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from tiny_icl.tasks import sample_task
 from words import make_word_tokenizer
 
 import ia2
-from ia2 import console, trainer
+from ia2 import trainer
 from ia2.capture import ActivationCapture
 from ia2.config import AdaptConfig, CurveConfig, ProbeConfig
 from ia2.context import DemonstrationContexts, GivenContexts
@@ -80,14 +80,6 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     for kind in (DemonstrationContexts, GivenContexts):
         monkeypatch.setattr(kind, "context_ids", asked(kind.context_ids))
     return found
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    before = console.logger.handlers[:], console.logger.propagate, console.logger.level
-    yield
-    console.logger.handlers[:], console.logger.propagate = before[0], before[1]
-    console.logger.setLevel(before[2])
 
 
 @pytest.fixture(scope="module")
