@@ -7,6 +7,7 @@ Unknown keys are refused with a suggestion. ``AdaptConfig`` is what the Python f
 from __future__ import annotations
 
 import re
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,9 @@ from ia2.errors import ConfigError, DataError, suggest
 from ia2.recipes import ADAPTER_NAMES, OBJECTIVE_NAMES, RECIPES, TRAINED
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Keys and values of a YAML file; unknown keys are refused."""
+
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
@@ -28,7 +31,7 @@ def _one_of(value: str, known: Sequence[str]) -> str:
     return value
 
 
-class AdapterConfig(_Section):
+class AdapterConfig(Section):
     """What is trained. A setting left open takes the type's own default (``ia2.adapters.ADAPTERS``)."""
 
     type: str = Field(
@@ -62,7 +65,7 @@ class AdapterConfig(_Section):
         return _one_of(value, ADAPTER_NAMES)
 
 
-class StageConfig(_Section):
+class StageConfig(Section):
     """One training stage."""
 
     epochs: int = Field(50, ge=1, description="Epochs at most.")
@@ -192,7 +195,7 @@ SECTIONS: dict[str, type[StageConfig]] = {
 """Stage kind → its settings. A recipe is a list of these kinds (:mod:`ia2.recipes`)."""
 
 
-class AdaptConfig(_Section):
+class AdaptConfig(Section):
     """How examples become an adapter."""
 
     recipe: str = Field(
@@ -398,7 +401,7 @@ REENTRANT = (
 )
 
 
-class ModelOptions(_Section):
+class ModelOptions(Section):
     """Which model, and where it runs."""
 
     model: str = Field(
@@ -418,7 +421,7 @@ class ModelOptions(_Section):
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
 
 
-class DataOptions(_Section):
+class DataOptions(Section):
     """Where rows come from and how they are read."""
 
     data: str | None = Field(
@@ -505,7 +508,7 @@ class ProbeConfig(AdaptConfig, ModelOptions, DataOptions):
     max_queries: int = Field(32, ge=2, description="Probe on at most this many rows.")
 
 
-def load_config(kind: type[_Section], file: str | Path | None, flags: Mapping[str, Any]) -> Any:
+def load_config(kind: type[Section], file: str | Path | None, flags: Mapping[str, Any]) -> Any:
     """A validated configuration from a YAML file and flags; flags win.
 
     Args:
@@ -526,7 +529,7 @@ def load_config(kind: type[_Section], file: str | Path | None, flags: Mapping[st
     return validate(kind, values, str(file) if file is not None else None)
 
 
-def validate(kind: type[_Section], values: Mapping[str, Any], where: str | None = None) -> Any:
+def validate(kind: type[Section], values: Mapping[str, Any], where: str | None = None) -> Any:
     """``kind(**values)`` with one-line errors.
 
     Raises:
@@ -571,14 +574,17 @@ def _assign(values: dict[str, Any], name: str, value: Any, prefix: str) -> None:
     values[leaf] = value
 
 
-def _describe(kind: type[_Section], problem: Any) -> str:
+def _describe(kind: type[Section], problem: Any) -> str:
     place = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         section: type[pydantic.BaseModel] = kind
         for part in problem["loc"][:-1]:
+            if isinstance(part, int):  # a place in a list
+                continue
             annotation = section.model_fields[str(part)].annotation
-            if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
-                section = annotation
+            for inner in (annotation, *typing.get_args(annotation)):
+                if isinstance(inner, type) and issubclass(inner, pydantic.BaseModel):
+                    section = inner
         return f"unknown key '{place}'.{suggest(str(problem['loc'][-1]), list(section.model_fields))}".rstrip(
             "."
         )

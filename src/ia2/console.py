@@ -71,6 +71,25 @@ class Progress:
             self._bar.update(self._task, description=text)  # type: ignore[attr-defined]
 
 
+def is_shown() -> bool:
+    """Whether progress is shown: on a terminal that the user has not asked to be quiet."""
+    return _show_progress
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Neither bars nor log lines but warnings: of work whose progress is shown as a whole."""
+    global _show_progress
+    before = _show_progress, logger.level
+    _show_progress = False
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        _show_progress = before[0]
+        logger.setLevel(before[1])
+
+
 @contextmanager
 def progress(description: str, total: int | None) -> Iterator[Progress]:
     """A progress bar around a loop of ``total`` steps (``None``: of unknown length)."""

@@ -88,6 +88,8 @@ class Workbench:
         function: makes contexts, instead of ``config.context_function``.
         teaching: what the teacher gave, where another workbench shares it.
         variant: part of the stages' folders, where several workbenches share one folder.
+        by_content: stages' folders are named by all that a stage depends on, so that whatever recipes and
+            settings have a stage in common share it.
     """
 
     base: BaseModel
@@ -99,6 +101,7 @@ class Workbench:
     function: ContextFunction | None = None
     teaching: Teaching = None  # type: ignore[assignment]  # made below unless it is shared
     variant: str = ""
+    by_content: bool = False
     _used: set[str] = field(default_factory=set)
     _test: Sequence[Example] = ()
 
@@ -120,6 +123,7 @@ class Workbench:
             self.one_recipe,
             teaching=self.teaching,
             variant=variant,
+            by_content=self.by_content,
         )
 
     @cached_property
@@ -301,6 +305,8 @@ class Workbench:
                 "labels": self.task.labels,
             }
         )
+        if self.by_content:
+            folder = self.folder / "stages" / key
         if (folder / "stage.json").is_file():
             return finished_stage(stage.kind, tried, folder, key)
         how = self._how(stage) if stage.aligns else None
@@ -462,7 +468,11 @@ class Workbench:
         return prompts.query_prompts(examples)
 
     def evaluate(
-        self, recipe: str, test: Sequence[Example], reference: IclReference | None = None
+        self,
+        recipe: str,
+        test: Sequence[Example],
+        reference: IclReference | None = None,
+        task: Task | None = None,
     ) -> Evaluated:
         """Evaluate what the model is now: ``base`` and ``icl`` switch the adapter off.
 
@@ -470,14 +480,16 @@ class Workbench:
             recipe: its name; ``icl`` puts the training examples into the prompts.
             test: labelled rows.
             reference: measure similarity to these activations too (not for ``icl`` itself).
+            task: of the test rows, where they are of another distribution with other labels.
         """
+        task = task or self.task
         began = time.perf_counter()
         in_context = recipe == "icl"
         model = self.model if is_trained(recipe) else self.teaching.model
         off = nullcontext() if is_trained(recipe) else base_weights(model)
         # One-token answers need no teacher forcing, so one pass gives scores and activations.
         meter = capture = None
-        if reference is not None and not in_context and self.task.single_token:
+        if reference is not None and not in_context and task.single_token:
             meter = SimilarityMeter(reference.targets.layers)
             capture = ActivationCapture(model, self.config.attention_modules)
 
@@ -495,7 +507,7 @@ class Workbench:
                 predictions, measured = evaluate_prompts(
                     model,
                     self.tokenizer,
-                    self.task,
+                    task,
                     test,
                     test_prompts,
                     temperatures,

@@ -1,0 +1,96 @@
+"""``ia2 sweep``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ia2.cli.options import Json, Quiet
+
+Grid = Annotated[Path, typer.Argument(metavar="GRID", help="Grid file (YAML).", show_default=False)]
+
+
+def sweep(
+    grid: Grid,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Folder for results; by default out/ and the file's name.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the grid's first so many cells.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the cells and what they will take; run nothing.")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Processes of this machine.")] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Run on a Ray cluster: its address, auto, or local to start one here."),
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0, help="GPUs of each Ray worker; 0.25 puts four on one.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the benchmarks' files; else IA2_DATA_DIR, else the hub.")
+    ] = None,
+    keep_work: Annotated[
+        bool, typer.Option("--keep-work", help="Keep adapters and teacher targets of finished cells.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a grid of benchmarks, models, recipes and settings; finished cells are never run twice.
+
+    Start the same command again to go on after a stop. `ia2 report DIR` prints tables.
+    """
+    from ia2.cli.output import print_json, start
+    from ia2.errors import ConfigError
+    from ia2.sweeps.grid import load_grid
+
+    start(quiet)
+    chosen = load_grid(grid)
+    if data_dir is not None:
+        chosen = chosen.model_copy(update={"data_dir": str(data_dir)})
+    folder = output_dir or Path("out") / grid.stem
+    if ray is None and gpus_per_worker is not None:
+        raise ConfigError("--gpus-per-worker does nothing without --ray.")
+    if ray is not None and workers > 1 and ray != "local":
+        raise ConfigError("--workers does nothing beside --ray with an address: the cluster has its own.")
+    if dry_run:
+        from ia2.sweeps.estimate import estimate
+
+        found = estimate(chosen, folder, limit=limit, workers=workers)
+        if json:
+            print_json(found.to_dict())
+        else:
+            print(found.text())
+        return
+    from ia2.sweeps import run
+    from ia2.sweeps import workers as ways
+
+    def way(work: Path) -> ways.Run:
+        if ray is not None:
+            from ia2.sweeps.cluster import on_ray
+
+            return on_ray(work, ray, workers=workers, gpus=gpus_per_worker or 0.0, keep=keep_work)
+        if workers > 1:
+            return ways.processes(work, workers, keep=keep_work)
+        return ways.in_process(work, keep=keep_work)
+
+    text = grid.read_text(encoding="utf-8")
+    done = run.sweep(chosen, folder, text=text, limit=limit, run=way)
+    if json:
+        print_json(
+            {
+                "folder": str(done.folder),
+                "total": done.total,
+                "done": done.done,
+                "run": done.trained,
+                "failed": done.failed,
+            }
+        )
+    else:
+        print(f"{done.done} of {done.total} cells are done ({done.trained} run now): {done.folder}")
+        for failure in done.failed:
+            print(f"failed: {failure['spec']['benchmark']} {failure['spec']['recipe']}: {failure['error']}")
+    if done.failed:
+        raise typer.Exit(1)

@@ -1,0 +1,483 @@
+"""A grid in YAML becomes cells: one benchmark, model, recipe, number of examples, seed and rate each.
+
+A cell's key is a digest of everything that its result depends on, and of nothing else: a setting that a
+recipe does not use makes no new cell of it. Cells that share a teacher form a :class:`Unit`, which is
+what a worker is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ia2.config import (
+    SECTIONS,
+    AdaptConfig,
+    Section,
+    SftConfig,
+    load_config,
+    validate,
+)
+from ia2.errors import ConfigError, suggest
+from ia2.files import digest
+from ia2.recipes import RECIPES
+from ia2.stages import PlannedStage, plan
+
+if TYPE_CHECKING:
+    from ia2.benchmarks import Benchmark
+
+FORMAT = 1
+"""Of cells; bump when the meaning of a setting's default, or of a record, changes (a test watches)."""
+
+# Settings of a run that are axes of the grid themselves, and those that change no result.
+_AXES = ("recipe", "seed", "num_examples", "learning_rates", "joint.betas")
+_INCIDENTAL = ("report_to", "checkpoint_every", "targets")
+# Of the task: all that a model without demonstrations and training depends on.
+_TASK = (
+    "task",
+    "labels",
+    "parser",
+    "separator",
+    "chat",
+    "thinking",
+    "max_context_tokens",
+    "max_answer_tokens",
+)
+# Beside these, what is in the prompt; the teacher's part of a run depends on nothing else.
+_TRAINING = ("adapter.", *(f"{name}." for name in SECTIONS), "schedules", "batch_size", "micro_batch_size")
+_ORDERS = ("demo_permutations", "permutation_targets")
+_TECHNICAL = ("activation_checkpointing", "activation_checkpointing_kwargs", "attention_modules")
+
+
+class GridPart(Section):
+    """Axes whose product is run; what a part leaves out it takes from the grid around it."""
+
+    benchmarks: list[str] | None = Field(None, min_length=1, description="Names, or YAML files of one's own.")
+    verbaliser: str | dict[str, str] | None = Field(
+        None, description="Label words of every benchmark that has them, or benchmark → verbaliser."
+    )
+    models: list[str] | None = Field(None, min_length=1, description="As `--model` takes them.")
+    recipes: list[str] | None = Field(None, min_length=1, description="Recipes, or names under `schedules`.")
+    num_examples: list[int] | None = Field(None, min_length=1, description="Values of N.")
+    seeds: int | list[int] | None = Field(None, description="How many (from 0), or which.")
+    learning_rates: list[float] | dict[str, list[float]] | None = Field(
+        None,
+        description="Rates, one cell each, for all recipes or by recipe (`default` for the others); by "
+        "default the adapter type's own.",
+    )
+    betas: list[float] | None = Field(None, min_length=1, description="β of ia2+sft, one cell each (0.5).")
+    max_test: int | None = Field(None, ge=2, description="Evaluate on the first so many test rows.")
+    ood: bool | None = Field(None, description="Evaluate on the benchmark's OOD partners too (yes).")
+    settings: dict[str, Any] = Field({}, description="Any settings of a run, nested or dotted.")
+    axes: dict[str, list[Any]] = Field({}, description="Dotted setting → values; all combinations are run.")
+    variants: dict[str, dict[str, Any]] = Field(
+        {}, description="Name → settings; one cell more for every recipe that the settings matter to."
+    )
+    plain: bool = Field(True, description="Run the recipes without a variant too.")
+
+    @field_validator("seeds")
+    @classmethod
+    def _some(cls, value: int | list[int] | None) -> int | list[int] | None:
+        if value == [] or (isinstance(value, int) and value < 1):
+            raise ValueError("at least one seed is needed")
+        if isinstance(value, list) and min(value) < 0:
+            raise ValueError("seeds are 0 or greater")
+        return value
+
+    @field_validator("num_examples")
+    @classmethod
+    def _enough(cls, value: list[int] | None) -> list[int] | None:
+        if value and min(value) < 2:
+            raise ValueError("at least two examples are needed")
+        return value
+
+
+class GridConfig(GridPart):
+    """A grid file."""
+
+    name: str = Field("sweep", description="Title of tables and figures.")
+    description: str = Field("", description="What the grid is for.")
+    parts: list[GridPart] = Field([], description="Several grids in one, each with axes of its own.")
+    data_dir: str | None = Field(
+        None, description="Folder of the benchmarks' files; else IA2_DATA_DIR, else the hub."
+    )
+    select: Literal["dev", "test"] = Field(
+        "dev", description="What tables choose rates and β by (test: as the paper)."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Weights' type.")
+    device: str | None = Field(None, description="As `--device`.")
+    revision: str | None = Field(None, description="Hub branch, tag or commit of the models.")
+    quantization: Literal["4bit", "8bit"] | None = Field(None, description="As `--quantization`.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with a model.")
+
+    @model_validator(mode="after")
+    def _complete(self) -> GridConfig:
+        for place, part in enumerate(self.resolved()):
+            where = f"parts.{place}: " if self.parts else ""
+            missing = [n for n in ("benchmarks", "models", "recipes") if not getattr(part, n)]
+            if missing:
+                raise ValueError(f"{where}{' and '.join(missing)} must be given")
+        return self
+
+    def resolved(self) -> list[GridPart]:
+        """The parts, each with what it takes from the grid."""
+        own = {name: getattr(self, name) for name in GridPart.model_fields}
+        if not self.parts:
+            return [GridPart(**own)]
+        found = []
+        for part in self.parts:
+            given = part.model_dump(exclude_unset=True)
+            # settings of a part come on top of the grid's
+            given["settings"] = {**_flat(self.settings), **_flat(part.settings)}
+            found.append(GridPart(**{**own, **given}))
+        return found
+
+    def model_options(self) -> dict[str, Any]:
+        """What :func:`ia2.models.load_base` takes beside the name."""
+        names = ("dtype", "device", "revision", "quantization", "trust_remote_code")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One result of a grid.
+
+    Attributes:
+        key: digest of all that the result depends on, 16 hex digits.
+        unit: digest of what cells share that have the same teacher.
+        spec: what it is of, as its record says (see :mod:`ia2.sweeps.records`).
+        config: settings of the run.
+    """
+
+    key: str
+    unit: str
+    spec: dict[str, Any]
+    config: AdaptConfig = field(repr=False)
+
+    @property
+    def title(self) -> str:
+        """``SST2 demo ia2-sft N=8 seed 0``, for progress and messages."""
+        spec = self.spec
+        parts = [spec["benchmark"], spec["model"], spec["recipe"]]
+        if spec["variant"]:
+            parts[-1] += f"@{spec['variant']}"
+        if spec["num_examples"] is not None:
+            parts += [f"N={spec['num_examples']}", f"seed {spec['seed']}"]
+        if spec["learning_rate"] is not None:
+            parts.append(f"rate {spec['learning_rate']:g}")
+        if spec["beta"] is not None:
+            parts.append(f"β {spec['beta']:g}")
+        return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Cells that one worker does one after the other, since they share a teacher.
+
+    Attributes:
+        key: names its working folder.
+        benchmarks: the benchmark and its OOD partners, with the verbaliser of each.
+        model: as ``--model`` takes it.
+        options: see :meth:`GridConfig.model_options`.
+        data_dir: see :class:`GridConfig`.
+        cells: what is to be done.
+    """
+
+    key: str
+    benchmarks: tuple[tuple[Benchmark, str | None], ...]
+    model: str
+    options: dict[str, Any]
+    data_dir: str | None
+    cells: tuple[Cell, ...]
+
+    def only(self, keys: set[str]) -> Unit:
+        """The same with some of its cells."""
+        chosen = tuple(cell for cell in self.cells if cell.key in keys)
+        return Unit(self.key, self.benchmarks, self.model, self.options, self.data_dir, chosen)
+
+
+def load_grid(path: str | Path) -> GridConfig:
+    """Read a grid file.
+
+    Raises:
+        DataError: it is missing.
+        ConfigError: it is no grid. One line.
+    """
+    grid: GridConfig = load_config(GridConfig, path, {})
+    return grid
+
+
+def expand(grid: GridConfig, fingerprints: Mapping[tuple[str, str | None], str] | None = None) -> list[Unit]:
+    """All cells of a grid, in its order, without repeats.
+
+    Seeds come first of all axes, so that a grid cut short has every benchmark.
+
+    Args:
+        grid: the grid.
+        fingerprints: of each (benchmark, verbaliser)'s rows; without them the keys are not those of a run,
+            but their number is.
+
+    Raises:
+        ConfigError: an unknown benchmark, verbaliser, recipe or setting.
+    """
+    found: dict[str, tuple[Cell, _Where]] = {}
+    for place, part in enumerate(grid.resolved()):
+        prefix = f"parts.{place}." if grid.parts else ""
+        for cell, where in _cells(grid, part, prefix, fingerprints or {}):
+            found.setdefault(cell.key, (cell, where))
+    units: dict[str, list[tuple[Cell, _Where]]] = {}
+    for cell, where in found.values():
+        units.setdefault(cell.unit, []).append((cell, where))
+    return [
+        Unit(
+            key,
+            members[0][1].benchmarks,
+            members[0][1].model,
+            grid.model_options(),
+            grid.data_dir,
+            tuple(cell for cell, _ in members),
+        )
+        for key, members in units.items()
+    ]
+
+
+def evaluated_on(grid: GridConfig) -> list[tuple[Benchmark, str | None]]:
+    """Every benchmark that is trained or evaluated on, with its verbaliser; each once."""
+    found = {}
+    for part in grid.resolved():
+        for name in part.benchmarks or ():
+            for benchmark, verbaliser in _evaluated(part, name):
+                found[benchmark.name, verbaliser] = benchmark
+    return [(benchmark, verbaliser) for (_, verbaliser), benchmark in found.items()]
+
+
+@dataclass(frozen=True)
+class _Where:
+    benchmarks: tuple[tuple[Benchmark, str | None], ...]
+    model: str
+
+
+def _cells(
+    grid: GridConfig, part: GridPart, prefix: str, fingerprints: Mapping[tuple[str, str | None], str]
+) -> Iterator[tuple[Cell, _Where]]:
+    seeds = part.seeds if isinstance(part.seeds, list) else range(part.seeds or 1)
+    evaluated = {name: _evaluated(part, name) for name in part.benchmarks or ()}
+    variants = list(_variants(part))
+    for seed, count, model, name in product(
+        seeds, part.num_examples or [8], part.models or (), part.benchmarks or ()
+    ):
+        where = _Where(evaluated[name], model)
+        benchmark = evaluated[name][0][0]
+        # what the benchmark itself settles is part of its contents, not of the settings
+        defaults = _flat(_validated(benchmark.settings(where.benchmarks[0][1]), name).model_dump())
+        contents = [
+            [b.name, v, fingerprints.get((b.name, v), ""), digest(b.settings(v))] for b, v in where.benchmarks
+        ]
+        for recipe, (variant, changes) in product(part.recipes or (), variants):
+            config = _settings(part, where.benchmarks[0], changes, prefix)
+            stages = _plan(recipe, config, prefix)
+            used = _used(recipe, stages, config, defaults)
+            plain = _settings(part, where.benchmarks[0], {}, prefix)
+            if variant and used == _used(recipe, stages, plain, defaults):
+                continue  # the variant changes nothing of this recipe
+            for rate, beta in _rates(part, recipe, config, stages, prefix):
+                spec = {
+                    "benchmark": benchmark.name,
+                    "verbaliser": where.benchmarks[0][1],
+                    "model": model,
+                    "recipe": recipe,
+                    "variant": variant,
+                    "num_examples": None if recipe == "base" else count,
+                    "seed": None if recipe == "base" else seed,
+                    "learning_rate": rate,
+                    "beta": beta,
+                    "max_test": part.max_test,
+                    "settings": used,
+                }
+                # a variant's name is no part of what it is
+                shared = {k: v for k, v in spec.items() if k != "variant"}
+                about = {"format": FORMAT, "data": contents, "model_options": _essential(grid)}
+                # made of what the key names alone, so that nothing else can play a part
+                own = {
+                    **_flat(benchmark.settings(where.benchmarks[0][1])),
+                    **used,
+                    **{name: getattr(config, name) for name in _INCIDENTAL},
+                    **({"recipe": recipe} if stages else {}),
+                    **({"learning_rates": [rate]} if rate is not None else {}),
+                    **({"joint.betas": [beta]} if beta is not None else {}),
+                    "seed": seed,
+                    "num_examples": count,
+                }
+                teacher = {
+                    **{k: shared[k] for k in ("benchmark", "verbaliser", "model", "num_examples", "seed")},
+                    "max_test": part.max_test,
+                    "settings": {k: v for k, v in used.items() if not k.startswith(_TRAINING)},
+                }
+                yield (
+                    Cell(
+                        digest({**about, **shared}),
+                        digest({**about, **teacher}),
+                        spec,
+                        _validated(_nested(own), f"{prefix}settings"),
+                    ),
+                    where,
+                )
+
+
+def _essential(grid: GridConfig) -> dict[str, Any]:
+    # where a model runs is no part of what it computes
+    return {k: v for k, v in grid.model_options().items() if k not in ("device", "trust_remote_code")}
+
+
+def _evaluated(part: GridPart, name: str) -> tuple[tuple[Benchmark, str | None], ...]:
+    """The benchmark and, unless they are not wanted, its OOD partners."""
+    from ia2.benchmarks import load_benchmark
+
+    benchmark = load_benchmark(name)
+    asked = part.verbaliser.get(benchmark.name) if isinstance(part.verbaliser, dict) else part.verbaliser
+    if isinstance(part.verbaliser, dict):
+        unknown = [
+            n for n in part.verbaliser if n not in {load_benchmark(b).name for b in part.benchmarks or ()}
+        ]
+        if unknown:
+            raise ConfigError(
+                f"verbaliser: '{unknown[0]}' is none of the grid's benchmarks."
+                f"{suggest(unknown[0], list(part.benchmarks or ()))}"
+            )
+    found = [(benchmark, _verbaliser(benchmark, asked, strict=isinstance(part.verbaliser, dict)))]
+    if part.ood is not False:
+        for other in map(load_benchmark, benchmark.ood):
+            found.append((other, _verbaliser(other, asked, strict=False)))
+    return tuple(found)
+
+
+def _verbaliser(benchmark: Benchmark, asked: str | None, *, strict: bool) -> str | None:
+    # one name for the whole grid reaches those that have it; a benchmark's own must be right
+    if asked is not None and not strict and asked not in benchmark.verbalisers:
+        asked = None
+    return benchmark.check_verbaliser(asked)
+
+
+def _variants(part: GridPart) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and dotted settings of each; the plain one has no name."""
+    combinations = [dict(zip(part.axes, values, strict=True)) for values in product(*part.axes.values())] or [
+        {}
+    ]
+    for chosen in combinations:
+        name = ",".join(f"{key}={_short(value)}" for key, value in chosen.items())
+        if part.plain:
+            yield name, chosen
+        for own, settings in part.variants.items():
+            yield ",".join(filter(None, [own, name])), {**chosen, **_flat(settings)}
+
+
+def _short(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _settings(
+    part: GridPart, benchmark: tuple[Benchmark, str | None], changes: Mapping[str, Any], prefix: str
+) -> AdaptConfig:
+    entry, verbaliser = benchmark
+    given = {**_flat(entry.settings(verbaliser)), **_flat(part.settings), **changes}
+    for name in _AXES:
+        if name in given:
+            raise ConfigError(f"{prefix}settings: '{name}' is an axis of the grid. Give it beside `recipes`.")
+    return _validated(_nested(given), f"{prefix}settings")
+
+
+def _validated(values: Mapping[str, Any], where: str) -> AdaptConfig:
+    config: AdaptConfig = validate(AdaptConfig, values, where)
+    return config
+
+
+def _plan(recipe: str, config: AdaptConfig, prefix: str) -> list[PlannedStage]:
+    known = [*RECIPES, *config.schedules]
+    if recipe not in known:
+        raise ConfigError(
+            f"{prefix}recipes: '{recipe}' is not one of {', '.join(known)}.{suggest(recipe, known)}"
+        )
+    return plan(recipe, config)
+
+
+def _used(
+    recipe: str, stages: Sequence[PlannedStage], config: AdaptConfig, defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Settings that differ from the defaults and that this recipe's result depends on, dotted."""
+    kinds = {stage.kind for stage in stages}
+    if any(isinstance(s.settings, SftConfig) and s.settings.ia2_weight for s in stages):
+        kinds.add("align")  # a kept alignment term is measured as that stage measures it
+    teacher = any(stage.teacher_answers for stage in stages)
+    found = {}
+    for name, value in _flat(config.model_dump()).items():
+        if name in (*_AXES, *_INCIDENTAL) or value == defaults.get(name):
+            continue
+        if recipe == "base" and name not in _TASK:
+            continue
+        if not stages and name.startswith((*_TRAINING, *_ORDERS, *_TECHNICAL[:2])):
+            continue
+        section = name.split(".")[0]
+        if section in SECTIONS and section not in kinds and recipe in RECIPES:
+            continue
+        if name in _ORDERS and not teacher:
+            continue
+        if name == "schedules":
+            if recipe in RECIPES:
+                continue
+            value = {recipe: value[recipe]}
+        found[name] = value
+    return dict(sorted(found.items()))
+
+
+def _rates(
+    part: GridPart, recipe: str, config: AdaptConfig, stages: Sequence[PlannedStage], prefix: str
+) -> list[tuple[float | None, float | None]]:
+    """Learning rate and β of each of a recipe's cells."""
+    from ia2.adapters import default_learning_rate
+
+    if not stages:
+        return [(None, None)]
+    rates = part.learning_rates
+    if isinstance(rates, dict):
+        unknown = [name for name in rates if name not in (*RECIPES, *config.schedules, "default")]
+        if unknown:
+            raise ConfigError(
+                f"{prefix}learning_rates: '{unknown[0]}' is no recipe.{suggest(unknown[0], list(RECIPES))}"
+            )
+        rates = rates.get(recipe) or rates.get("default")
+    rates = rates or [default_learning_rate(config.adapter)]
+    joint = any(stage.betas != [None] for stage in stages)
+    betas: Sequence[float | None] = (part.betas or config.joint.betas) if joint else [None]
+    return list(product(rates, betas))
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in flat.items():
+        *sections, leaf = name.split(".")
+        inner = values
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[leaf] = value
+    return values
+
+
+# Settings whose values are mappings.
+_WHOLE = ("schedules", "activation_checkpointing_kwargs", "adapter.peft")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and name not in _WHOLE:
+            found |= _flat(value, f"{name}.")
+        else:
+            found[name] = value
+    return found

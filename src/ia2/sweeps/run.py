@@ -1,0 +1,174 @@
+"""``sweep``: every cell of a grid that is not finished yet, wherever there is room for it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ia2.benchmarks import BenchmarkData
+
+from ia2.console import logger
+from ia2.files import digest
+from ia2.runs import machine, versions
+from ia2.sweeps.board import Board
+from ia2.sweeps.grid import Cell, GridConfig, Unit, evaluated_on, expand
+from ia2.sweeps.store import SweepFolder
+from ia2.sweeps.unit import Failed, Finished, Started, load_rows
+from ia2.sweeps.workers import Lost, Run, in_process
+
+RETRIES = 2
+"""How often a unit whose worker died is given to another one."""
+
+
+@dataclass
+class Sweep:
+    """What :func:`sweep` did.
+
+    Attributes:
+        folder: where the results lie.
+        done: cells that are finished now.
+        trained: cells that this call ran.
+        failed: records of the cells that could not be done.
+        total: cells of the grid.
+    """
+
+    folder: Path
+    done: int
+    trained: int
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    total: int = 0
+
+
+def read_benchmarks(grid: GridConfig) -> dict[tuple[str, str | None], BenchmarkData]:
+    """All rows that a grid needs, by benchmark and verbaliser.
+
+    Raises:
+        DataError: a benchmark that cannot be had.
+    """
+    return {(b.name, v): load_rows(b, v, grid.data_dir, None) for b, v in evaluated_on(grid)}
+
+
+def cells_of(grid: GridConfig, rows: dict[tuple[str, str | None], BenchmarkData]) -> list[Unit]:
+    """A grid's units, with keys that name the rows."""
+    fingerprints = {key: digest([data.pool.fingerprint, data.test.fingerprint]) for key, data in rows.items()}
+    return expand(grid, fingerprints)
+
+
+def first_cells(units: Sequence[Unit], limit: int | None) -> list[Unit]:
+    """The units with the grid's first so many cells."""
+    if limit is None:
+        return list(units)
+    kept = {cell.key for cell in [cell for unit in units for cell in unit.cells][:limit]}
+    return [part for unit in units if (part := unit.only(kept)).cells]
+
+
+def sweep(
+    grid: GridConfig,
+    output_dir: str | Path,
+    *,
+    text: str = "",
+    limit: int | None = None,
+    run: Callable[[Path], Run] | None = None,
+) -> Sweep:
+    """Run a grid; what is finished is never run again, what was begun goes on.
+
+    Args:
+        grid: the grid.
+        output_dir: its folder.
+        text: the grid as it was given, kept beside the results.
+        limit: the grid's first so many cells only.
+        run: makes the way units are run from the folder for working files; in this process by default.
+
+    Raises:
+        UserError: a mistake in the grid, rows that cannot be had, a folder that holds something else.
+    """
+    store = SweepFolder(Path(output_dir))
+    units = first_cells(cells_of(grid, read_benchmarks(grid)), limit)
+    cells = [cell for unit in units for cell in unit.cells]
+    waiting = [part for unit in units if (part := _unfinished(unit, store)).cells]
+    todo = sum(len(unit.cells) for unit in waiting)
+    logger.info(
+        "%s: %d cells in %d units; %d finished before, %d to do.",
+        grid.name,
+        len(cells),
+        len(units),
+        len(cells) - todo,
+        todo,
+    )
+    before = _seconds(store)
+    began = time.perf_counter()
+    if text:
+        store.begin(text)
+    with Board(cells, store.records) as board:
+        try:
+            _work(waiting, store, board, (run or in_process)(store.work))
+        finally:
+            done = sum(cell.key in store.records for cell in cells)
+            spent = time.perf_counter() - began if todo else 0.0
+            store.finish(cells, _summary(grid, cells, store, before + spent))
+    failed = [store.failures[cell.key] for cell in cells if cell.key in store.failures]
+    return Sweep(store.path, done, todo - len(failed), failed, len(cells))
+
+
+def _unfinished(unit: Unit, store: SweepFolder) -> Unit:
+    return unit.only({cell.key for cell in unit.cells} - set(store.records))
+
+
+def _work(waiting: Iterable[Unit], store: SweepFolder, board: Board, run: Run) -> None:
+    queue = deque(waiting)
+    cells = {cell.key: cell for unit in queue for cell in unit.cells}
+    losses: Counter[str] = Counter()
+    for event in run(queue):
+        if isinstance(event, Lost):
+            left = event.unit.only(
+                {c.key for c in event.unit.cells} - set(store.records) - set(store.failures)
+            )
+            losses[event.unit.key] += 1
+            if left.cells and losses[event.unit.key] <= RETRIES:
+                board.lost(left, event.reason)
+                queue.append(left)
+                continue
+            # the cell that it died in is to blame; the others get a worker of their own
+            for cell in left.cells[:1]:
+                store.fail(cell, f"its worker {event.reason}, {RETRIES + 1} times", "")
+                board.failed(cell, store.failures[cell.key]["error"])
+            if len(left.cells) > 1:
+                losses[event.unit.key] = 0
+                queue.append(left.only({cell.key for cell in left.cells[1:]}))
+        elif isinstance(event, Started):
+            board.started(cells[event.key])
+        elif isinstance(event, Finished):
+            store.add(event.record)
+            board.finished(cells[event.key], event.record)
+        elif isinstance(event, Failed):
+            store.fail(cells[event.key], event.error, event.traceback)
+            board.failed(cells[event.key], event.error)
+
+
+def _seconds(store: SweepFolder) -> float:
+    """Wall-clock seconds that earlier starts took."""
+    from ia2.files import read_json
+    from ia2.sweeps.store import SUMMARY
+
+    file = store.path / SUMMARY
+    return float(read_json(file)["seconds"]) if file.is_file() else 0.0
+
+
+def _summary(grid: GridConfig, cells: Sequence[Cell], store: SweepFolder, seconds: float) -> dict[str, Any]:
+    return {
+        "name": grid.name,
+        "description": grid.description,
+        "select": grid.select,
+        "cells": {
+            "done": sum(cell.key in store.records for cell in cells),
+            "failed": sum(cell.key in store.failures for cell in cells),
+            "total": len(cells),
+        },
+        "seconds": round(seconds, 1),
+        "machine": machine(),
+        "versions": versions(),
+    }

@@ -1,0 +1,283 @@
+"""What a worker does: the cells of one unit, one after the other, sharing model, data and teacher."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ia2.benchmarks import Benchmark, BenchmarkData
+
+from ia2.errors import UserError
+from ia2.evaluation.metrics import STATISTICS, Measured, RowMeasures
+from ia2.examples import Examples, FewShotSplit
+from ia2.files import digest, finite
+from ia2.models import BaseModel, load_base
+from ia2.recipes import is_trained
+from ia2.runs import machine, versions
+from ia2.stages import TrainedRecipe
+from ia2.sweeps.grid import Cell, Unit
+from ia2.task import Task, make_task
+from ia2.teaching import SIMILARITY_QUERIES, IclReference
+from ia2.workbench import Evaluated, Workbench
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A cell that is done; its record is what the sweep keeps."""
+
+    key: str
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A cell that could not be done."""
+
+    key: str
+    error: str
+    traceback: str = ""
+
+
+@dataclass(frozen=True)
+class Started:
+    """A cell that is being done."""
+
+    key: str
+
+
+Event = Started | Finished | Failed
+
+
+def run_unit(unit: Unit, work: Path, *, keep: bool = False) -> Iterator[Event]:
+    """Do the cells of a unit.
+
+    What is finished within a cell (teacher passes, stages) lies in ``work`` and is found there when the
+    unit is started again.
+
+    Args:
+        unit: model, benchmarks and cells.
+        work: folder for working files of all units.
+        keep: leave this unit's adapters and targets there at the end.
+
+    Yields:
+        For every cell that it begins, and that it ended well or badly. A bad cell does not stop the rest.
+    """
+    folder = work / unit.key
+    shared: _Shared | None = None
+    failed = False
+    try:
+        for cell in unit.cells:
+            yield Started(cell.key)
+            try:
+                if shared is None:
+                    shared = _Shared(unit, folder)
+                yield Finished(cell.key, shared.run(cell))
+            except Exception as error:  # whatever it is, it is reported with its cell, and the others go on
+                failed = True
+                yield Failed(cell.key, describe(error), traceback.format_exc())
+                if shared is not None:
+                    shared.leave()
+    finally:
+        if shared is not None:
+            shared.leave()
+    if not failed and not keep:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def describe(error: BaseException) -> str:
+    """An error as one line; a user's mistake speaks for itself."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+@lru_cache(maxsize=8)
+def _rows(
+    benchmark: str, settled: str, verbaliser: str | None, data_dir: str | None, max_test: int | None
+) -> BenchmarkData:
+    return Benchmark.model_validate_json(settled).load(data_dir, verbaliser, max_test)
+
+
+def load_rows(
+    benchmark: Benchmark, verbaliser: str | None, data_dir: str | None, max_test: int | None
+) -> BenchmarkData:
+    """A benchmark's rows, read once a process."""
+    return _rows(benchmark.name, benchmark.model_dump_json(), verbaliser, data_dir, max_test)
+
+
+_loaded: dict[str, BaseModel] = {}
+
+
+def _model(name: str, options: dict[str, Any]) -> BaseModel:
+    """The base model, kept for the next unit; one at a time."""
+    key = digest([name, options])
+    if key not in _loaded:
+        _loaded.clear()
+        gc.collect()
+        _loaded[key] = load_base(name, **options)
+    return _loaded[key]
+
+
+class _Shared:
+    """A unit's model, rows, teacher and ICL reference."""
+
+    def __init__(self, unit: Unit, folder: Path) -> None:
+        self.unit, self.folder = unit, folder
+        first = unit.cells[0]
+        self.max_test = first.spec["max_test"]
+        self.base = _model(unit.model, unit.options)
+        self.rows = [load_rows(b, v, unit.data_dir, self.max_test) for b, v in unit.benchmarks]
+        self.tasks = [self._task(rows, first) for rows in self.rows]
+        self.bench: Workbench | None = None
+        self._on: tuple[str, Workbench] | None = None
+        self._reference: IclReference | None = None
+        spec = first.spec
+        pool = self.rows[0].pool
+        # without demonstrations and training no example is used; the workbench asks for some
+        nothing = FewShotSplit(pool[:2], Examples([], name=pool.name))
+        self.data = nothing
+        if spec["num_examples"] is not None:
+            self.data = pool.split(
+                num_examples=spec["num_examples"], seed=spec["seed"], balanced=first.config.balanced
+            )
+
+    def _task(self, rows: BenchmarkData, cell: Cell) -> Task:
+        benchmark = rows.benchmark
+        settings = benchmark.settings(rows.verbaliser)
+        config = cell.config.model_copy(update={"task": "auto", "labels": None, "parser": "text", **settings})
+        every = Examples([*rows.pool, *rows.test], name=benchmark.name)
+        return make_task(every, config, self.base.tokenizer, benchmark.prompt_template)
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """A cell's record."""
+        recipe, test = cell.spec["recipe"], self.rows[0].test
+        bench = self._bench(cell)
+        bench.check([recipe], test)
+        trained = bench.train(recipe) if is_trained(recipe) else None
+        reference = None if recipe in ("base", "icl") else self.reference()
+        seconds: dict[str, float] = {}
+        if trained is not None:
+            seconds = {"teacher": bench.teacher_seconds, **trained.seconds}
+        evaluations: dict[str, Any] = {}
+        similarity = None
+        began = time.perf_counter()
+        for place, (rows, task) in enumerate(zip(self.rows, self.tasks, strict=True)):
+            found = bench.evaluate(recipe, rows.test, None if place else reference, task)
+            role = "ood" if place else "id"
+            evaluations[rows.benchmark.name] = _evaluation(rows, found, role)
+            similarity = similarity or found.similarity
+        if recipe == "icl":
+            similarity = self._baseline(bench, test)
+        seconds["evaluate"] = time.perf_counter() - began
+        first = self.rows[0]
+        return finite(
+            {
+                "key": cell.key,
+                "spec": cell.spec,
+                "data": {
+                    "pool": first.pool.fingerprint,
+                    "test": first.test.fingerprint,
+                    "num_train": 0 if recipe == "base" else len(self.data.train),
+                    "num_dev": len(self.data.dev),
+                    "notes": [note for rows in self.rows for note in rows.notes],
+                },
+                "training": None if trained is None else _training(trained),
+                "evaluations": evaluations,
+                "similarity": None if similarity is None else similarity.to_dict(),
+                "cost": {"seconds": seconds, "machine": machine(), "versions": versions()},
+            }
+        )
+
+    def _bench(self, cell: Cell) -> Workbench:
+        """The workbench with a cell's settings; an adapter stays on while it is the same."""
+        if self.bench is None:
+            self.bench = Workbench(
+                self.base, self.data, self.tasks[0], cell.config, self.folder, by_content=True
+            )
+        if not is_trained(cell.spec["recipe"]):
+            return self.bench
+        kind = digest(cell.config.adapter.model_dump())
+        if self._on is not None and self._on[0] != kind:
+            self.leave()
+        known = self._on[1] if self._on is not None else self.bench.with_config(cell.config, kind)
+        known.config = cell.config
+        self._on = (kind, known)
+        return known
+
+    def leave(self) -> None:
+        """Take the adapter off the model."""
+        if self._on is not None:
+            self._on[1].close()
+            self._on = None
+
+    def reference(self) -> IclReference | None:
+        """What ICL does on the first test queries; once a unit."""
+        assert self.bench is not None
+        if self._reference is None:
+            self._reference = self.bench.teaching.try_reference(self.rows[0].test)
+        return self._reference
+
+    def _baseline(self, bench: Workbench, test: Examples) -> Any:
+        """The null baseline of every similarity: the base model without demonstrations (METHOD: fairness)."""
+        reference = self.reference()
+        if reference is None:
+            return None
+        return bench.evaluate("base", test[:SIMILARITY_QUERIES], reference).similarity
+
+
+def _training(trained: TrainedRecipe) -> dict[str, Any]:
+    return {
+        "selection_loss": trained.stages[-1].selection_loss,
+        "stages": [
+            {
+                "stage": stage.name,
+                "steps": stage.steps,
+                "epochs": max((entry.get("epoch", 0.0) for entry in stage.history), default=0.0),
+                "dev_loss": stage.dev_loss,
+                "history": _curve(stage.history),
+            }
+            for stage in trained.stages
+        ],
+    }
+
+
+def _curve(history: Sequence[dict[str, Any]]) -> list[list[float]]:
+    """Step and dev loss of every dev evaluation."""
+    return [[entry["step"], _short(entry["eval_loss"])] for entry in history if "eval_loss" in entry]
+
+
+def _evaluation(rows: BenchmarkData, found: Evaluated, role: str) -> dict[str, Any]:
+    measured: Measured = found.measured
+    metrics: dict[str, Any] = {scope: _metrics(columns) for scope, columns in measured.plain.items()}
+    if measured.scaled:
+        metrics["scaled"] = {scope: _metrics(columns) for scope, columns in measured.scaled.items()}
+    main = measured.plain["vocabulary"]
+    return {
+        "role": role,
+        "n": len(rows.test),
+        "test": rows.test.fingerprint,
+        "verbaliser": rows.verbaliser,
+        "metrics": metrics,
+        "rows": {
+            "correct": "".join(str(int(c)) for c in main.correct),
+            "confidence": [_short(c) for c in main.confidence],
+        },
+    }
+
+
+def _metrics(columns: RowMeasures) -> dict[str, float]:
+    return {name: float(statistic(*columns.arrays(), axis=-1)) for name, statistic in STATISTICS.items()}
+
+
+def _short(value: float) -> float:
+    """Five significant digits: rows make up most of a record."""
+    return float(f"{value:.5g}")
