@@ -199,6 +199,22 @@ def test_with_test_data(base: BaseModel, tmp_path: Path, fits: list[str]) -> Non
         assert found["recipes"][recipe]["learning_rates"] == [min(losses, key=losses.__getitem__)]
 
 
+def test_icl_with_fresh_demonstrations(base: BaseModel, tmp_path: Path) -> None:
+    rows, test = icl_examples(30), icl_examples(12, seed=9)
+    found = {}
+    for kind in ("same", "fresh"):
+        settings = config(seeds=1, num_examples=4, recipes=["icl"], icl_demonstrations=kind)
+        result = compare(base, rows, settings, test=test, output_dir=tmp_path / kind)
+        file = tmp_path / kind / "seed-0" / "evaluations" / "icl.predictions.jsonl"
+        found[kind] = [json.loads(line)["confidence"] for line in file.read_text().splitlines()]
+        assert ("other examples for every query" in result.table()) == (kind == "fresh")
+    assert found["same"] != found["fresh"]
+    with pytest.raises(DataError, match="Give more rows, or set num_examples, or leave it out"):
+        settings = config(seeds=1, recipes=["icl"], icl_demonstrations="fresh")
+        compare(base, rows, settings, test=test, output_dir=tmp_path / "all")
+    assert not (tmp_path / "all").exists()
+
+
 def test_the_model_is_as_before(base: BaseModel, tmp_path: Path) -> None:
     before = {name: p.clone() for name, p in base.model.named_parameters()}
     compare(

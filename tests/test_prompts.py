@@ -17,7 +17,7 @@ from test_context import naive_orders, rows
 from test_rendering import chatty
 from transformers import PreTrainedTokenizerFast
 
-from ia2.config import AdaptConfig
+from ia2.config import AdaptConfig, validate
 from ia2.context import render
 from ia2.errors import ConfigError, DataError
 from ia2.examples import Example
@@ -150,10 +150,34 @@ def test_settings_that_contradict_each_other(word_tokenizer: PreTrainedTokenizer
         made(word_tokenizer, rows(3), function=lambda e, o: "x", context_text="y")
     with pytest.raises(ConfigError, match="do nothing beside a context function"):
         made(word_tokenizer, rows(3), function=lambda e, o: "x", demo_order="balanced")
+    with pytest.raises(ConfigError, match="icl_demonstrations does nothing beside a context function"):
+        made(word_tokenizer, rows(3), function=lambda e, o: "x", icl_demonstrations="fresh")
+    with pytest.raises(ConfigError, match="icl_demonstrations do nothing beside context_text"):
+        validate(AdaptConfig, {"context_text": "x", "icl_demonstrations": "fresh"})
     with pytest.raises(ConfigError, match="max_demonstrations does nothing beside another context"):
         made(word_tokenizer, rows(3), context_text="x", max_demonstrations=2)
     with pytest.raises(ConfigError, match="has no chat template"):
         made(word_tokenizer, rows(3), chat="turns")
+
+
+def test_fresh_demonstrations_for_every_query(word_tokenizer: PreTrainedTokenizerFast) -> None:
+    train, unused, queries = rows(3), rows(30, offset=60), rows(8, offset=40)
+    prompts = made(word_tokenizer, train, icl_demonstrations="fresh")
+    contexts = prompts.fresh_contexts(queries, unused)
+    shown = [tuple(contexts.chosen(i)) for i in range(8)]
+    assert all(len(chosen) == 3 and len(set(chosen)) == 3 for chosen in shown)
+    assert len(set(shown)) == 8, "every query has its own"
+    for i, chosen in enumerate(shown):
+        text = render([unused[j] for j in chosen], queries[i].query)
+        assert contexts.context_ids(i) == encode_prompt(word_tokenizer, text)
+    again = made(word_tokenizer, train, icl_demonstrations="fresh").fresh_contexts(queries, unused)
+    assert [tuple(again.chosen(i)) for i in range(8)] == shown
+    other = made(word_tokenizer, train, icl_demonstrations="fresh", seed=1).fresh_contexts(queries, unused)
+    assert [tuple(other.chosen(i)) for i in range(8)] != shown
+    few = made(word_tokenizer, train, icl_demonstrations="fresh", max_demonstrations=2)
+    assert len(few.fresh_contexts(queries, unused).chosen(0)) == 2
+    with pytest.raises(DataError, match=r"fresh draws 3 demonstrations .* there are 2\. .* set num_examples"):
+        prompts.fresh_contexts(queries, unused[:2])
 
 
 def test_settings_change_the_facts(word_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -148,6 +148,23 @@ def test_recipes_share_the_alignment_stage(model: BaseModel, tmp_path: Path) -> 
     assert all(torch.equal(t, plain.state[n]) for n, t in adapter_state(bench.model).items())
 
 
+def test_stages_by_content_are_shared_by_whatever_has_them_in_common(
+    model: BaseModel, tmp_path: Path
+) -> None:
+    bench = made(model, tmp_path, learning_rates=[1e-3])
+    bench.by_content = True
+    plain = bench.train("ia2-sft")
+    bench.config = bench.config.model_copy(
+        update={"sft": bench.config.sft.model_copy(update={"learning_rate": 1e-4})}
+    )
+    gentle = bench.train("ia2-sft")
+    assert plain.stages[0].folder == gentle.stages[0].folder, "the same alignment"
+    assert plain.stages[1].folder != gentle.stages[1].folder
+    assert bench.train("ia2").stages[0].folder == plain.stages[0].folder
+    assert len(list((tmp_path / "stages").iterdir())) == 3
+    assert any(not torch.equal(plain.state[k], gentle.state[k]) for k in plain.state)
+
+
 def test_order_of_recipes_does_not_matter(model: BaseModel, tmp_path: Path) -> None:
     one, other = made(model, tmp_path / "one"), made(model, tmp_path / "other")
     states = {r: one.train(r).state for r in ("ia2-sft", "sft")}

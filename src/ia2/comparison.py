@@ -22,7 +22,7 @@ from ia2.errors import ConfigError
 from ia2.evaluation.calibration import clustered_interval
 from ia2.evaluation.metrics import STATISTICS, Measured, RowMeasures, summarise
 from ia2.evaluation.scoring import write_predictions
-from ia2.examples import Examples, FewShotSplit
+from ia2.examples import Example, Examples, FewShotSplit
 from ia2.files import digest, finite, read_json, write_json, write_text
 from ia2.models import BaseModel
 from ia2.recipes import is_trained
@@ -101,6 +101,7 @@ class _Round:
 
     seed: int
     data: FewShotSplit
+    unused: Sequence[Example]
     test: Examples
     places: list[int]
     folder: Path
@@ -150,7 +151,8 @@ def compare(
     settings = {**config.model_dump(), "model": base.name, "output_dir": None}
     every = arms(config)
     benches = [
-        Workbench(base, r.data, task, config.model_copy(update={"seed": r.seed}), r.folder) for r in rounds
+        Workbench(base, r.data, task, config.model_copy(update={"seed": r.seed}), r.folder, unused=r.unused)
+        for r in rounds
     ]
     # what cannot work is refused before anything is written, or anything of another run deleted
     for bench, current in zip(benches, rounds, strict=True):
@@ -203,12 +205,14 @@ def _rounds(examples: Examples, test: Examples | None, config: CompareConfig, fo
         }
         if test is not None:
             path = folder / f"seed-{seed}"
-            rounds.append(_Round(seed, examples.split(**options), test, list(range(len(test))), path))
+            split = examples.split(**options)
+            rounds.append(_Round(seed, split, split.rest(examples), test, list(range(len(test))), path))
             continue
         for number, (rest, held) in enumerate(examples.folds(config.folds, seed)):
             places = [where[id(example)] for example in held]
             path = folder / f"seed-{seed}" / f"fold-{number}"
-            rounds.append(_Round(seed, rest.split(**options), held, places, path))
+            split = rest.split(**options)
+            rounds.append(_Round(seed, split, split.rest(rest), held, places, path))
     if test is None:
         logger.info(
             "No test data: %d-fold cross-fitting over the %d rows given, %d seeds.",
@@ -413,6 +417,8 @@ def _context_of(config: CompareConfig) -> str:
         return "a text"
     if config.context_column:
         return f"the column {config.context_column}"
+    if config.icl_demonstrations == "fresh":
+        return "other examples for every query, as many, from rows that nothing else uses"
     return config.context_function or "the same training examples"
 
 

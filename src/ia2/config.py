@@ -256,6 +256,11 @@ class AdaptConfig(Section):
         "to the query by the base model's own embedding, nearest last; search over orders by the likelihood "
         "of each example given the others.",
     )
+    icl_demonstrations: Literal["same", "fresh"] = Field(
+        "same",
+        description="What the recipe icl shows: the same training examples as the others learn from, or (as "
+        "the paper) as many drawn afresh for every query from rows that nothing else uses.",
+    )
     demo_search_orders: int = Field(8, ge=2, description="Orders that the search tries.")
     demo_permutations: int = Field(
         1, ge=1, description="Random demonstration orders of each example in the teacher pass."
@@ -384,7 +389,11 @@ class AdaptConfig(Section):
         if given:
             idle = [
                 name
-                for name, default in (("demo_permutations", 1), ("demo_order", "random"))
+                for name, default in (
+                    ("demo_permutations", 1),
+                    ("demo_order", "random"),
+                    ("icl_demonstrations", "same"),
+                )
                 if getattr(self, name) != default
             ]
             if idle:

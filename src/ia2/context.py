@@ -116,6 +116,19 @@ class FixedOrders(Orders):
         return {"order": digests, "leave_one_out": self.leave_one_out}
 
 
+class FreshOrders(Orders):
+    """For each query its own draw from a pool of rows that nothing else uses (the paper's ICL)."""
+
+    def __init__(self, count: int, seed: int = 0) -> None:
+        self.count, self.seed = count, seed
+
+    def candidates(self, i: int, k: int, limit: int) -> list[int]:
+        return random.Random(f"fresh {self.seed} {i}").sample(range(self.count), min(limit, self.count))
+
+    def facts(self) -> dict[str, Any]:
+        return {"order": "fresh", "seed": self.seed}
+
+
 def pool_orders(count: int, permutations: int, seed: int) -> list[list[int]]:
     """``permutations`` random orders of a whole pool; more permutations extend the list."""
     draw = random.Random(f"pool {seed}")

@@ -441,6 +441,11 @@ class FewShotSplit:
     train: Examples
     dev: Examples
 
+    def rest(self, examples: Sequence[Example]) -> list[Example]:
+        """Those of the examples it was drawn from that are in neither part."""
+        used = {id(example) for part in (self.train, self.dev) for example in part}
+        return [example for example in examples if id(example) not in used]
+
 
 # Drawing
 

@@ -19,6 +19,7 @@ from ia2.context import (
     Contexts,
     DemonstrationContexts,
     FixedOrders,
+    FreshOrders,
     Given,
     GivenContexts,
     LeaveOneOut,
@@ -96,6 +97,8 @@ class Prompts:
                 raise ConfigError(
                     "demo_order and demo_permutations do nothing beside a context function. Leave them out."
                 )
+            if config.icl_demonstrations != "same":
+                raise ConfigError("icl_demonstrations does nothing beside a context function. Leave it out.")
         if config.max_demonstrations and not self._demonstrations:
             raise ConfigError("max_demonstrations does nothing beside another context. Leave it out.")
         if config.demo_order == "nearest" and config.demo_permutations > 1:
@@ -142,6 +145,29 @@ class Prompts:
             else:
                 self._pools[key] = self._given(queries, lambda i: self.train, "ICL prompts")
         return self._pools[key]
+
+    def fresh_contexts(self, queries: Sequence[Example], pool: Sequence[Example]) -> Contexts:
+        """Queries behind as many demonstrations as there are training examples, drawn for each from a pool.
+
+        Raises:
+            DataError: the pool is smaller than that; see :attr:`train_contexts`.
+        """
+        count = min(len(self.train), self.config.max_demonstrations or len(self.train))
+        if len(pool) < count:
+            raise DataError(
+                f"icl_demonstrations fresh draws {count} demonstrations for each query from rows that are in "
+                f"no split; there are {len(pool)}. Give more rows, or set num_examples, or leave it out."
+            )
+        return DemonstrationContexts(
+            self.rendering,
+            queries,
+            pool,
+            FreshOrders(len(pool), self.config.seed),
+            self.window,
+            self.reserve,
+            "ICL prompts",
+            count,
+        )
 
     def query_prompts(self, examples: Sequence[Example]) -> Sequence[Ids]:
         """Bare prompts, tokenised when they are asked for.

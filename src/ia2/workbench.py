@@ -87,6 +87,7 @@ class Workbench:
         one_recipe: the folder holds a single recipe, whose stages are then simply named.
         function: makes contexts, instead of ``config.context_function``.
         teaching: what the teacher gave, where another workbench shares it.
+        unused: labelled rows in no split, from which ICL may draw fresh demonstrations.
         variant: part of the stages' folders, where several workbenches share one folder.
         by_content: stages' folders are named by all that a stage depends on, so that whatever recipes and
             settings have a stage in common share it.
@@ -100,10 +101,12 @@ class Workbench:
     one_recipe: bool = False
     function: ContextFunction | None = None
     teaching: Teaching = None  # type: ignore[assignment]  # made below unless it is shared
+    unused: Sequence[Example] = ()
     variant: str = ""
     by_content: bool = False
     _used: set[str] = field(default_factory=set)
     _test: Sequence[Example] = ()
+    _fresh: dict[tuple[Example, ...], Contexts] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.data.train) < 2:
@@ -122,6 +125,7 @@ class Workbench:
             self.folder,
             self.one_recipe,
             teaching=self.teaching,
+            unused=self.unused,
             variant=variant,
             by_content=self.by_content,
         )
@@ -197,7 +201,7 @@ class Workbench:
             if any(recipe != "icl" for recipe in recipes):
                 self.prompts(rows_of)
             if "icl" in recipes:
-                self.teaching.prompts.pool_contexts(rows_of)
+                self._icl_contexts(rows_of)
         compared = test[:SIMILARITY_QUERIES]
         if any(recipe != "icl" for recipe in recipes) and self.teaching.has_context(compared):
             self.teaching.prompts.pool_contexts(compared)
@@ -460,12 +464,20 @@ class Workbench:
     # ------------------------------------------------------------------------------ evaluation
 
     def prompts(self, examples: Sequence[Example], *, demonstrations: bool = False) -> Sequence[Ids]:
-        """Prompt ids, with the context (the training examples as demonstrations) or without."""
-        prompts = self.teaching.prompts
+        """Prompt ids, with the context (demonstrations, as `icl` shows them) or without."""
         if demonstrations:
-            contexts = prompts.pool_contexts(examples)
+            contexts = self._icl_contexts(examples)
             return [contexts.context_ids(i) for i in range(len(examples))]
-        return prompts.query_prompts(examples)
+        return self.teaching.prompts.query_prompts(examples)
+
+    def _icl_contexts(self, examples: Sequence[Example]) -> Contexts:
+        key = tuple(examples)
+        if self.config.icl_demonstrations == "fresh":
+            # kept, so that what was checked is what is used, and what does not fit is reported once
+            if key not in self._fresh:
+                self._fresh[key] = self.teaching.prompts.fresh_contexts(examples, self.unused)
+            return self._fresh[key]
+        return self.teaching.prompts.pool_contexts(examples)
 
     def evaluate(
         self,

@@ -419,6 +419,8 @@ def _used(
             continue
         if recipe == "base" and name not in _TASK:
             continue
+        if name == "icl_demonstrations" and recipe != "icl":
+            continue
         if not stages and name.startswith((*_TRAINING, *_ORDERS, *_TECHNICAL[:2])):
             continue
         section = name.split(".")[0]

@@ -201,7 +201,13 @@ class _Shared:
         """The workbench with a cell's settings; an adapter stays on while it is the same."""
         if self.bench is None:
             self.bench = Workbench(
-                self.base, self.data, self.tasks[0], cell.config, self.folder, by_content=True
+                self.base,
+                self.data,
+                self.tasks[0],
+                cell.config,
+                self.folder,
+                unused=self.data.rest(self.rows[0].pool),
+                by_content=True,
             )
         if not is_trained(cell.spec["recipe"]):
             return self.bench

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -137,6 +138,7 @@ class _Worker:
 def _serve(connection: Connection, work: Path, keep: bool, threads: int) -> None:
     """What a worker process does: units come in, events go out, None after each unit."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(threads)
@@ -149,3 +151,11 @@ def _serve(connection: Connection, work: Path, keep: bool, threads: int) -> None
             for event in run_unit(unit, work, keep=keep):
                 connection.send(event)
             connection.send(None)
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot end its workers; one that went on would meet the next start's."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
