@@ -38,7 +38,7 @@ _CONVERTED = "refs/convert/parquet"
 _PIECE = re.compile(r"\d|[^\W\d_]{1,8}|[^\w\s]|_|\n")
 
 # The most that any answer of GSM8K, HMathA and SciQ has with the tokenizers of the two demo models.
-_TOKENS_A_PIECE = 1.26
+_TOKENS_A_PIECE = 1.27
 
 # Where it was read, and its columns.
 Row = tuple[str, dict[str, Any]]
@@ -163,16 +163,19 @@ def _sound(place: str, read: Iterable[Read], change: Callable[[dict[str, Any]], 
     """
     rows: list[Row] = []
     bad: list[str] = []
-    for source, row, problem in read:
-        if problem is None and not isinstance(row, Mapping):
-            problem = f"not an object with columns but {type_name(row)}"
-        if problem is None:
-            try:
-                rows.append((source, change(dict(row))))
-            except DataError as error:
-                problem = str(error)
-        if problem is not None:
-            bad.append(f"{source}: {problem}")
+    try:
+        for source, row, problem in read:
+            if problem is None and not isinstance(row, Mapping):
+                problem = f"not an object with columns but {type_name(row)}"
+            if problem is None:
+                try:
+                    rows.append((source, change(dict(row))))
+                except DataError as error:
+                    problem = str(error)
+            if problem is not None:
+                bad.append(f"{source}: {problem}")
+    except OSError as error:
+        raise DataError(f"{place}: cannot be read ({error})") from error
     if bad:
         more = [f"and {len(bad) - SHOWN_ROWS} more"] if len(bad) > SHOWN_ROWS else []
         count = "1 bad row" if len(bad) == 1 else f"{len(bad)} bad rows"
@@ -264,9 +267,8 @@ def mirror_notes(mirrors: Path, folder: str) -> list[str]:
         elif column is not None and cells[0].strip("`") == folder and len(cells) > column:
             said = re.sub(r"[*`]", "", cells[column])
             said = re.sub(r"^yes:\s*|\s*\(see below\)", "", said)
-            return (
-                [] if said.lower().rstrip(".") in ("", "no") else [f"the mirror differs from the hub: {said}"]
-            )
+            same = said.lower().rstrip(".") in ("", "no")
+            return [] if same else [f"the mirror differs from the hub: {said}"]
     return []
 
 
@@ -327,11 +329,12 @@ def _choices(benchmark: Benchmark, choices: Choices, row: Mapping[str, Any]) -> 
         # By the row's own texts, so that a row looks the same wherever it stands in a file.
         asked = [str(row.get(column)) for column in benchmark.prompt_columns if column != "choices"]
         random.Random("\n".join([*asked, *texts])).shuffle(order)
-    lines = [
-        choices.line.replace("{label}", label).replace("{choice}", texts[place])
-        for label, place in zip(choices.labels, order, strict=True)
+    line = Template.parse(choices.line, "line")
+    cells = [
+        {"label": label, "choice": texts[place]} for label, place in zip(choices.labels, order, strict=True)
     ]
-    return "".join(lines), choices.labels[order.index(right)]
+    lines = "".join(line.render(cell, "choice", None) for cell in cells)
+    return lines, choices.labels[order.index(right)]
 
 
 def _reach(row: Mapping[str, Any], column: str) -> Any:
@@ -339,7 +342,7 @@ def _reach(row: Mapping[str, Any], column: str) -> Any:
     value: Any = row
     for part in column.split("."):
         if not isinstance(value, Mapping) or value.get(part) is None:
-            raise DataError(f"no column '{column}'")
+            raise DataError(f"the column '{column}' is missing")
         value = value[part]
     return value
 
@@ -374,9 +377,8 @@ def _pool(
         if count
     ]
     if not kept:
-        raise DataError(
-            f"{benchmark.name}: no row is left for training: {'; '.join(notes) or 'all are test rows'}."
-        )
+        why = "; ".join(notes) or f"all are test rows. Lower test.rows ({benchmark.test.rows})"
+        raise DataError(f"{benchmark.name}: no row is left for training: {why}.")
     return kept[: benchmark.pool.rows], notes
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ia2.benchmarks import Benchmark, BenchmarkData
-
 from ia2.errors import UserError
 from ia2.evaluation.metrics import STATISTICS, Measured, RowMeasures
 from ia2.examples import Examples, FewShotSplit
@@ -102,16 +101,26 @@ def describe(error: BaseException) -> str:
 
 @lru_cache(maxsize=8)
 def _rows(
-    benchmark: str, settled: str, verbaliser: str | None, data_dir: str | None, max_test: int | None
+    settled: str, verbaliser: str | None, data_dir: str | None, max_test: int | None, longest: int | None
 ) -> BenchmarkData:
-    return Benchmark.model_validate_json(settled).load(data_dir, verbaliser, max_test)
+    return Benchmark.model_validate_json(settled).load(data_dir, verbaliser, max_test, longest)
 
 
 def load_rows(
-    benchmark: Benchmark, verbaliser: str | None, data_dir: str | None, max_test: int | None
+    benchmark: Benchmark,
+    verbaliser: str | None,
+    data_dir: str | None,
+    max_test: int | None,
+    longest: int | None = None,
 ) -> BenchmarkData:
-    """A benchmark's rows, read once a process."""
-    return _rows(benchmark.name, benchmark.model_dump_json(), verbaliser, data_dir, max_test)
+    """A benchmark's rows, read once a process; ``longest``: tokens of a free-text answer."""
+    longest = longest if benchmark.kind == "generation" else None
+    return _rows(benchmark.model_dump_json(), verbaliser, data_dir, max_test, longest)
+
+
+def forget_rows() -> None:
+    """Have :func:`load_rows` read everything again."""
+    _rows.cache_clear()
 
 
 _loaded: dict[str, BaseModel] = {}
@@ -135,7 +144,8 @@ class _Shared:
         first = unit.cells[0]
         self.max_test = first.spec["max_test"]
         self.base = _model(unit.model, unit.options)
-        self.rows = [load_rows(b, v, unit.data_dir, self.max_test) for b, v in unit.benchmarks]
+        longest = first.config.max_answer_tokens
+        self.rows = [load_rows(b, v, unit.data_dir, self.max_test, longest) for b, v in unit.benchmarks]
         self.tasks = [self._task(rows, first) for rows in self.rows]
         self.bench: Workbench | None = None
         self._on: tuple[str, Workbench] | None = None
@@ -154,7 +164,9 @@ class _Shared:
         benchmark = rows.benchmark
         settings = benchmark.settings(rows.verbaliser)
         config = cell.config.model_copy(update={"task": "auto", "labels": None, "parser": "text", **settings})
-        every = Examples([*rows.pool, *rows.test], name=benchmark.name)
+        # a test row's own free-text answer may be longer than what is generated
+        checked = rows.pool if benchmark.kind == "generation" else [*rows.pool, *rows.test]
+        every = Examples(checked, name=benchmark.name)
         return make_task(every, config, self.base.tokenizer, benchmark.prompt_template)
 
     def run(self, cell: Cell) -> dict[str, Any]:
