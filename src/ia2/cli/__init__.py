@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from ia2.cli import benchmarks, compare, curve, demo, env, evaluate, predict, probe, sweep, train
+from ia2.cli import benchmarks, compare, curve, demo, env, evaluate, predict, probe, report, sweep, train
 from ia2.cli.options import gather_lists, list_flags
 from ia2.config import CurveConfig, ProbeConfig, TrainConfig
 from ia2.errors import UserError, suggest
@@ -36,6 +36,7 @@ app.command("curve")(curve.curve)
 app.command("probe")(probe.probe)
 app.add_typer(benchmarks.app, name="benchmarks")
 app.command("sweep")(sweep.sweep)
+app.command("report")(report.report)
 app.command("env")(env.env)
 
 

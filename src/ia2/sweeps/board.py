@@ -87,7 +87,8 @@ class Board:
         """A worker died; what it had not finished waits again."""
         for cell in unit.cells:
             self._running.pop(cell.key, None)
-        self._say("A worker was %s: %d cells wait again.", reason, len(unit.cells), warn=True)
+        count = f"{len(unit.cells)} cells wait" if len(unit.cells) > 1 else "1 cell waits"
+        self._say("A worker %s: %s again.", reason, count, warn=True)
 
     # ----------------------------------------------------------------------------------- time left
 

@@ -7,11 +7,12 @@ hub), not a shared disk; with one, a unit whose worker died goes on where it was
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ia2.console import muted
+from ia2.console import configure, muted
 from ia2.errors import ConfigError
 from ia2.sweeps.grid import Unit
 from ia2.sweeps.unit import Event, run_unit
@@ -21,7 +22,12 @@ LOCAL = "local"
 """Address that starts a cluster on this machine."""
 
 # What workers need of this process's environment.
-_ENVIRONMENT = ("HF_HUB_OFFLINE", "HF_HOME", "IA2_CACHE_DIR", "IA2_DATA_DIR", "TOKENIZERS_PARALLELISM")
+_ENVIRONMENT = (
+    *("HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "XDG_CACHE_HOME"),
+    *("IA2_CACHE_DIR", "IA2_DATA_DIR", "TOKENIZERS_PARALLELISM"),
+)
+
+_PATIENCE = 5.0  # seconds; Ray itself would try for minutes
 
 
 def on_ray(work: Path, address: str, *, workers: int = 1, gpus: float = 0.0, keep: bool = False) -> Run:
@@ -39,6 +45,8 @@ def on_ray(work: Path, address: str, *, workers: int = 1, gpus: float = 0.0, kee
     """
 
     def run(queue: Queue) -> Iterator[Event | Lost]:
+        if not queue:  # nothing is left to do
+            return
         ray = _connect(address, workers)
         try:
             yield from _tasks(ray, queue, _remote(ray, address, workers, gpus), work.resolve(), keep)
@@ -52,7 +60,10 @@ def _connect(address: str, workers: int) -> Any:
     try:
         import ray
     except ImportError as error:
-        raise ConfigError(f"--ray needs Ray ({error}). Install it with: pip install 'ia2[cluster]'") from error
+        raise ConfigError(
+            f"--ray needs Ray ({error}). Install it with: pip install 'ia2[cluster]'"
+        ) from error
+    _check_answered(address)
     # nobody's experiments are anybody else's business
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
@@ -68,12 +79,26 @@ def _connect(address: str, workers: int) -> Any:
     try:
         ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        text = " ".join(str(error).split())
-        raise ConfigError(
-            f"--ray {address}: no cluster there ({text[:200]}). Start one with `ray start --head`, or give "
-            "--ray local."
-        ) from error
+        raise _nobody_there(address, error) from error
     return ray
+
+
+def _check_answered(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.removeprefix("ray://"), int(port)), _PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise _nobody_there(address, error) from error
+
+
+def _nobody_there(address: str, error: Exception) -> ConfigError:
+    text = " ".join(str(error).split()).rstrip(".")
+    return ConfigError(
+        f"--ray {address}: no cluster there ({text[:200]}). Start one with `ray start --head`, or give "
+        "--ray local."
+    )
 
 
 def _remote(ray: Any, address: str, workers: int, gpus: float) -> Any:
@@ -86,7 +111,11 @@ def _remote(ray: Any, address: str, workers: int, gpus: float) -> Any:
     environment = {"OMP_NUM_THREADS": str(threads)}
     # a worker that died is dealt with here, where it is known what it had finished
     return ray.remote(_unit).options(
-        num_cpus=1, num_gpus=gpus, max_retries=0, num_returns="streaming", runtime_env={"env_vars": environment}
+        num_cpus=1,
+        num_gpus=gpus,
+        max_retries=0,
+        num_returns="streaming",
+        runtime_env={"env_vars": environment},
     )
 
 
@@ -95,6 +124,7 @@ def _unit(unit: Unit, work: Path, keep: bool) -> Iterator[Event]:
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    configure(quiet=True)  # what dependencies have to say is for nobody
     with muted():
         yield from run_unit(unit, work, keep=keep)
 
@@ -116,6 +146,6 @@ def _tasks(ray: Any, queue: Queue, remote: Any, work: Path, keep: bool) -> Itera
                 continue
             except RayError as error:
                 text = " ".join(str(error).split())
-                yield Lost(running.pop(events), f"lost ({type(error).__name__}: {text[:120]})")
+                yield Lost(running.pop(events), f"was lost ({type(error).__name__}: {text[:120]})")
                 continue
             yield event

@@ -7,8 +7,10 @@ what a worker is given.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -225,6 +227,7 @@ def expand(grid: GridConfig, fingerprints: Mapping[tuple[str, str | None], str] 
     Raises:
         ConfigError: an unknown benchmark, verbaliser, recipe or setting.
     """
+    _check_verbalisers(grid)
     found: dict[str, tuple[Cell, _Where]] = {}
     for place, part in enumerate(grid.resolved()):
         prefix = f"parts.{place}." if grid.parts else ""
@@ -248,6 +251,7 @@ def expand(grid: GridConfig, fingerprints: Mapping[tuple[str, str | None], str] 
 
 def evaluated_on(grid: GridConfig) -> list[tuple[Benchmark, str | None]]:
     """Every benchmark that is trained or evaluated on, with its verbaliser; each once."""
+    _check_verbalisers(grid)
     found = {}
     for part in grid.resolved():
         for name in part.benchmarks or ():
@@ -278,13 +282,14 @@ def _cells(
         contents = [
             [b.name, v, fingerprints.get((b.name, v), ""), digest(b.settings(v))] for b, v in where.benchmarks
         ]
-        for recipe, (variant, changes) in product(part.recipes or (), variants):
-            config = _settings(part, where.benchmarks[0], changes, prefix)
+        for recipe, chosen in product(part.recipes or (), variants):
+            config = _settings(part, where.benchmarks[0], chosen.changes, prefix)
             stages = _plan(recipe, config, prefix)
             used = _used(recipe, stages, config, defaults)
-            plain = _settings(part, where.benchmarks[0], {}, prefix)
-            if variant and used == _used(recipe, stages, plain, defaults):
+            matters = partial(_matters, part, where.benchmarks[0], recipe, defaults, used)
+            if chosen.name and not matters(chosen.axes):
                 continue  # the variant changes nothing of this recipe
+            variant = chosen.title(matters)
             for rate, beta in _rates(part, recipe, config, stages, prefix):
                 spec = {
                     "benchmark": benchmark.name,
@@ -340,20 +345,41 @@ def _evaluated(part: GridPart, name: str) -> tuple[tuple[Benchmark, str | None],
 
     benchmark = load_benchmark(name)
     asked = part.verbaliser.get(benchmark.name) if isinstance(part.verbaliser, dict) else part.verbaliser
-    if isinstance(part.verbaliser, dict):
-        unknown = [
-            n for n in part.verbaliser if n not in {load_benchmark(b).name for b in part.benchmarks or ()}
-        ]
-        if unknown:
-            raise ConfigError(
-                f"verbaliser: '{unknown[0]}' is none of the grid's benchmarks."
-                f"{suggest(unknown[0], list(part.benchmarks or ()))}"
-            )
     found = [(benchmark, _verbaliser(benchmark, asked, strict=isinstance(part.verbaliser, dict)))]
     if part.ood is not False:
         for other in map(load_benchmark, benchmark.ood):
             found.append((other, _verbaliser(other, asked, strict=False)))
     return tuple(found)
+
+
+def _check_verbalisers(grid: GridConfig) -> None:
+    """What a verbaliser is asked for must be there: a benchmark of that name, or one that has it."""
+    from ia2.benchmarks import load_benchmark
+
+    asked: list[tuple[str | dict[str, str], list[Benchmark]]] = []
+    for part in grid.resolved():
+        if part.verbaliser is None:
+            continue
+        own = [load_benchmark(name) for name in part.benchmarks or ()]
+        # several parts may have taken it from the grid
+        for given, benchmarks in asked:
+            if given == part.verbaliser:
+                benchmarks += own
+                break
+        else:
+            asked.append((part.verbaliser, own))
+    for given, benchmarks in asked:
+        if isinstance(given, dict):
+            known = [b.name for b in benchmarks]
+            for name in given:
+                if name not in known:
+                    raise ConfigError(
+                        f"verbaliser: '{name}' is none of the grid's benchmarks.{suggest(name, known)}"
+                    )
+            continue
+        labelled = [b for b in benchmarks if b.verbalisers]
+        if labelled and not any(given in b.verbalisers for b in labelled):
+            labelled[0].check_verbaliser(given)
 
 
 def _verbaliser(benchmark: Benchmark, asked: str | None, *, strict: bool) -> str | None:
@@ -363,17 +389,35 @@ def _verbaliser(benchmark: Benchmark, asked: str | None, *, strict: bool) -> str
     return benchmark.check_verbaliser(asked)
 
 
-def _variants(part: GridPart) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and dotted settings of each; the plain one has no name."""
-    combinations = [dict(zip(part.axes, values, strict=True)) for values in product(*part.axes.values())] or [
-        {}
-    ]
-    for chosen in combinations:
-        name = ",".join(f"{key}={_short(value)}" for key, value in chosen.items())
+@dataclass(frozen=True)
+class _Variant:
+    """A named set of settings, or the plain one, with one value of each axis; all dotted."""
+
+    name: str
+    axes: dict[str, Any]
+    settings: dict[str, Any]
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        return {**self.axes, **self.settings}
+
+    def title(self, matters: Callable[[Mapping[str, Any]], bool]) -> str:
+        """Its name, and the values of the axes that matter."""
+        parts = [self.name] if self.name else []
+        for key, value in self.axes.items():
+            fewer = {name: given for name, given in self.changes.items() if name != key}
+            if key not in self.settings and matters(fewer):
+                parts.append(f"{key}={_short(value)}")
+        return ",".join(parts)
+
+
+def _variants(part: GridPart) -> Iterator[_Variant]:
+    for values in product(*part.axes.values()):
+        axes = _flat(dict(zip(part.axes, values, strict=True)))
         if part.plain:
-            yield name, chosen
-        for own, settings in part.variants.items():
-            yield ",".join(filter(None, [own, name])), {**chosen, **_flat(settings)}
+            yield _Variant("", axes, {})
+        for name, settings in part.variants.items():
+            yield _Variant(name, axes, _flat(settings))
 
 
 def _short(value: Any) -> str:
@@ -389,6 +433,22 @@ def _settings(
         if name in given:
             raise ConfigError(f"{prefix}settings: '{name}' is an axis of the grid. Give it beside `recipes`.")
     return _validated(_nested(given), f"{prefix}settings")
+
+
+def _matters(
+    part: GridPart,
+    benchmark: tuple[Benchmark, str | None],
+    recipe: str,
+    defaults: Mapping[str, Any],
+    used: Mapping[str, Any],
+    fewer: Mapping[str, Any],
+) -> bool:
+    """Whether a recipe's settings would be others than ``used`` with these changes only."""
+    try:
+        config = _settings(part, benchmark, fewer, "")
+        return used != _used(recipe, _plan(recipe, config, ""), config, defaults)
+    except ConfigError:  # possible only together with what is left out
+        return True
 
 
 def _validated(values: Mapping[str, Any], where: str) -> AdaptConfig:
@@ -465,7 +525,10 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
         inner = values
         for section in sections:
             inner = inner.setdefault(section, {})
-        inner[leaf] = value
+            if not isinstance(inner, dict):
+                raise ConfigError(f"settings: '{name}' cannot be given beside {section}: {inner!r}.")
+        # a copy, since a dotted name may reach into it
+        inner[leaf] = copy.deepcopy(value)
     return values
 
 

@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from ia2.benchmarks import BenchmarkData
-
 from ia2.console import logger
 from ia2.files import digest
 from ia2.runs import machine, versions
 from ia2.sweeps.board import Board
 from ia2.sweeps.grid import Cell, GridConfig, Unit, evaluated_on, expand
-from ia2.sweeps.store import SweepFolder
-from ia2.sweeps.unit import Failed, Finished, Started, load_rows
+from ia2.sweeps.store import SweepFolder, alone
+from ia2.sweeps.unit import Failed, Finished, Started, forget_rows, load_rows
 from ia2.sweeps.workers import Lost, Run, in_process
 
 RETRIES = 2
-"""How often a unit whose worker died is given to another one."""
+"""How often a cell whose worker died is given to another one."""
 
 
 @dataclass
@@ -49,6 +48,7 @@ def read_benchmarks(grid: GridConfig) -> dict[tuple[str, str | None], BenchmarkD
     Raises:
         DataError: a benchmark that cannot be had.
     """
+    forget_rows()  # their files may have changed since an earlier sweep of this process
     return {(b.name, v): load_rows(b, v, grid.data_dir, None) for b, v in evaluated_on(grid)}
 
 
@@ -86,8 +86,21 @@ def sweep(
     Raises:
         UserError: a mistake in the grid, rows that cannot be had, a folder that holds something else.
     """
-    store = SweepFolder(Path(output_dir))
-    units = first_cells(cells_of(grid, read_benchmarks(grid)), limit)
+    every = cells_of(grid, read_benchmarks(grid))
+    with alone(Path(output_dir)):
+        store = SweepFolder(Path(output_dir))
+        return _sweep(grid, every, store, text, limit, run or in_process)
+
+
+def _sweep(
+    grid: GridConfig,
+    every: Sequence[Unit],
+    store: SweepFolder,
+    text: str,
+    limit: int | None,
+    run: Callable[[Path], Run],
+) -> Sweep:
+    units = first_cells(every, limit)
     cells = [cell for unit in units for cell in unit.cells]
     waiting = [part for unit in units if (part := _unfinished(unit, store)).cells]
     todo = sum(len(unit.cells) for unit in waiting)
@@ -105,11 +118,13 @@ def sweep(
         store.begin(text)
     with Board(cells, store.records) as board:
         try:
-            _work(waiting, store, board, (run or in_process)(store.work))
+            _work(waiting, store, board, run(store.work))
         finally:
-            done = sum(cell.key in store.records for cell in cells)
             spent = time.perf_counter() - began if todo else 0.0
+            # a limit says what is run, not what the grid is: other cells keep their place
+            cells = [cell for unit in every for cell in unit.cells]
             store.finish(cells, _summary(grid, cells, store, before + spent))
+    done = sum(cell.key in store.records for cell in cells)
     failed = [store.failures[cell.key] for cell in cells if cell.key in store.failures]
     return Sweep(store.path, done, todo - len(failed), failed, len(cells))
 
@@ -127,18 +142,19 @@ def _work(waiting: Iterable[Unit], store: SweepFolder, board: Board, run: Run) -
             left = event.unit.only(
                 {c.key for c in event.unit.cells} - set(store.records) - set(store.failures)
             )
-            losses[event.unit.key] += 1
-            if left.cells and losses[event.unit.key] <= RETRIES:
-                board.lost(left, event.reason)
-                queue.append(left)
+            if not left.cells:
                 continue
-            # the cell that it died in is to blame; the others get a worker of their own
-            for cell in left.cells[:1]:
-                store.fail(cell, f"its worker {event.reason}, {RETRIES + 1} times", "")
-                board.failed(cell, store.failures[cell.key]["error"])
-            if len(left.cells) > 1:
-                losses[event.unit.key] = 0
-                queue.append(left.only({cell.key for cell in left.cells[1:]}))
+            # the cell that it died in may be to blame; the others are not
+            dying = left.cells[0]
+            losses[dying.key] += 1
+            if losses[dying.key] > RETRIES:
+                store.fail(dying, f"its worker {event.reason}, {RETRIES + 1} times", "")
+                board.failed(dying, store.failures[dying.key]["error"])
+                left = left.only({cell.key for cell in left.cells[1:]})
+            else:
+                board.lost(left, event.reason)
+            if left.cells:
+                queue.append(left)
         elif isinstance(event, Started):
             board.started(cells[event.key])
         elif isinstance(event, Finished):

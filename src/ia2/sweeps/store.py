@@ -7,7 +7,8 @@ end they are one JSON Lines file in the grid's order, which is small enough to b
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,7 @@ class SweepFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if path.exists() and not path.is_dir():
-            raise RunFolderError(f"{path} is a file. Choose another --output-dir.")
-        holds = {p.name for p in path.iterdir() if not p.name.startswith(".")} if path.is_dir() else set()
-        ours = {CELLS, SUMMARY, GRID, FAILED, "cells", "work"}
-        if holds and not holds & ours:
-            raise RunFolderError(
-                f"{path} is not empty and holds no sweep ({sorted(holds)[0]} …). Choose another --output-dir."
-            )
+        _check(path)
         self.records: dict[str, dict[str, Any]] = {}
         for name in (OTHERS, CELLS):
             for record in read_lines(path / name):
@@ -93,6 +87,46 @@ class SweepFolder:
                 folder.rmdir()
 
 
+def _check(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise RunFolderError(f"{path} is a file. Choose another --output-dir.")
+    holds = {p.name for p in path.iterdir() if not p.name.startswith(".")} if path.is_dir() else set()
+    ours = {CELLS, SUMMARY, GRID, FAILED, "cells", "work"}
+    if holds and not holds & ours:
+        raise RunFolderError(
+            f"{path} is not empty and holds no sweep ({sorted(holds)[0]} …). Choose another --output-dir."
+        )
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep other sweeps out of a folder meanwhile: two would overwrite each other's cells.
+
+    Raises:
+        RunFolderError: another one is at work there, or the folder holds something else.
+    """
+    from filelock import FileLock, Timeout
+
+    _check(path)
+    file = path / ".lock"
+    if not file.is_file():
+        write_text(file, "")
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunFolderError(
+            f"{path}: another `ia2 sweep` is at work there. Wait for it, or choose another --output-dir."
+        ) from None
+    except NotImplementedError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        lock.release()
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Records of a JSON Lines file; none if it is not there.
 
@@ -102,13 +136,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # only line ends divide records; str.splitlines would cut at U+2028 inside a text
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
+            if not isinstance(record, dict) or "key" not in record:
+                raise ValueError("no record of a cell")
         except ValueError as error:
             raise RunFolderError(
                 f"{path}:{number}: damaged ({error}). Remove the line, and the cell is run again."
             ) from error
+        records.append(record)
     return records
 
 

@@ -6,6 +6,7 @@ import gc
 import shutil
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -185,7 +186,7 @@ class _Shared:
         for place, (rows, task) in enumerate(zip(self.rows, self.tasks, strict=True)):
             found = bench.evaluate(recipe, rows.test, None if place else reference, task)
             role = "ood" if place else "id"
-            evaluations[rows.benchmark.name] = _evaluation(rows, found, role)
+            evaluations[rows.benchmark.name] = _evaluation(rows, task, found, role)
             similarity = similarity or found.similarity
         if recipe == "icl":
             similarity = self._baseline(bench, test)
@@ -200,7 +201,7 @@ class _Shared:
                     "test": first.test.fingerprint,
                     "num_train": 0 if recipe == "base" else len(self.data.train),
                     "num_dev": len(self.data.dev),
-                    "notes": [note for rows in self.rows for note in rows.notes],
+                    "notes": [f"{r.benchmark.name}: {note}" for r in self.rows for note in r.notes],
                 },
                 "training": None if trained is None else _training(trained),
                 "evaluations": evaluations,
@@ -273,7 +274,7 @@ def _curve(history: Sequence[dict[str, Any]]) -> list[list[float]]:
     return [[entry["step"], _short(entry["eval_loss"])] for entry in history if "eval_loss" in entry]
 
 
-def _evaluation(rows: BenchmarkData, found: Evaluated, role: str) -> dict[str, Any]:
+def _evaluation(rows: BenchmarkData, task: Task, found: Evaluated, role: str) -> dict[str, Any]:
     measured: Measured = found.measured
     metrics: dict[str, Any] = {scope: _metrics(columns) for scope, columns in measured.plain.items()}
     if measured.scaled:
@@ -284,12 +285,19 @@ def _evaluation(rows: BenchmarkData, found: Evaluated, role: str) -> dict[str, A
         "n": len(rows.test),
         "test": rows.test.fingerprint,
         "verbaliser": rows.verbaliser,
+        "labels": len(task.labels) or None,
+        "majority": _majority(rows) if task.labels else None,
         "metrics": metrics,
         "rows": {
             "correct": "".join(str(int(c)) for c in main.correct),
             "confidence": [_short(c) for c in main.confidence],
         },
     }
+
+
+def _majority(rows: BenchmarkData) -> float:
+    """Share of the most frequent label: what guessing comes to."""
+    return max(Counter(rows.test.answers).values()) / len(rows.test)
 
 
 def _metrics(columns: RowMeasures) -> dict[str, float]:

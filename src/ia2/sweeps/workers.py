@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from ia2.console import muted
+from ia2.console import configure, muted
 from ia2.errors import ConfigError
 from ia2.sweeps.grid import Unit
 from ia2.sweeps.unit import Event, run_unit
@@ -65,14 +65,19 @@ def processes(work: Path, count: int, *, keep: bool = False) -> Run:
             while queue or busy:
                 while queue and len(busy) < count:
                     worker = idle.pop() if idle else _Worker(context, work, keep, threads)
-                    worker.begin(_next(queue, worker.model))
+                    unit = _next(queue, worker.model)
+                    try:
+                        worker.begin(unit)
+                    except OSError:  # it died while it had nothing to do
+                        yield Lost(unit, worker.ended())
+                        continue
                     busy[worker.connection] = worker
                 for ready in wait(list(busy)):
                     assert isinstance(ready, Connection)
                     worker = busy[ready]
                     try:
                         event = ready.recv()
-                    except (EOFError, ConnectionResetError):
+                    except (EOFError, OSError):  # OSError: in the middle of an event
                         del busy[ready]
                         assert worker.unit is not None
                         yield Lost(worker.unit, worker.ended())
@@ -126,7 +131,7 @@ class _Worker:
         self._process.join()
         code = self._process.exitcode
         if code is not None and code < 0:
-            return f"killed by signal {-code} ({signal.Signals(-code).name})"
+            return f"was killed by signal {-code} ({signal.Signals(-code).name})"
         return f"ended with status {code}"
 
     def stop(self) -> None:
@@ -142,6 +147,7 @@ def _serve(connection: Connection, work: Path, keep: bool, threads: int) -> None
     import torch
 
     torch.set_num_threads(threads)
+    configure(quiet=True)  # what dependencies have to say is for nobody
     with muted():
         while True:
             try:

@@ -1,0 +1,1 @@
+"""Grids of experiments: cells, how they are run, and tables of what came out."""

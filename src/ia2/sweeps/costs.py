@@ -1,0 +1,472 @@
+"""What the cells of a unit have to compute, in tokens, and how long that takes at a measured speed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ia2.benchmarks import BenchmarkData
+from ia2.config import AdaptConfig, AlignConfig, JointConfig, SftConfig, SoftConfig
+from ia2.examples import Examples, FewShotSplit
+from ia2.files import digest
+from ia2.inference import MIN_SHARED_PREFIX, _takes_cache
+from ia2.losses import OBJECTIVES
+from ia2.models import BaseModel
+from ia2.recipes import ALIGN
+from ia2.stages import PlannedStage, plan
+from ia2.sweeps.grid import Cell, Unit
+from ia2.task import Task, make_task
+from ia2.teaching import SIMILARITY_QUERIES
+from ia2.tokens import common_prefix
+from ia2.workbench import Workbench
+
+# Rows of a benchmark whose tokens are counted, and training examples whose contexts are.
+_ROWS, _CONTEXTS = 100, 8
+
+# Of one running stage: two checkpoints with weights, best weights and two moments, and what it leaves.
+_CHECKPOINTS = 9
+
+# A record: its settings and curves, and each test row's correctness and confidence.
+_RECORD_BYTES, _ROW_BYTES = 4000, 10
+
+Pass = tuple[str, "int | None"]
+"""Site and top k of a teacher pass (see :class:`ia2.teaching.Teaching`)."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """Seconds as a line in the size of what is done; neither part is negative."""
+
+    start: float
+    slope: float
+
+    @classmethod
+    def through(cls, points: Sequence[tuple[float, float]]) -> Line:
+        """Through the smallest and the largest of measured (size, seconds)."""
+        (x, y), (high, top) = min(points), max(points)
+        if high <= x:
+            return cls(0.0, y / x)
+        slope = (top - y) / (high - x)
+        if slope <= 0:  # only noise grows
+            return cls(max(y, top), 0.0)
+        # no less than nothing is done in no time
+        return cls(y - slope * x, slope) if y > slope * x else cls(0.0, top / high)
+
+    def __call__(self, size: float) -> float:
+        return self.start + self.slope * size
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast one model is here.
+
+    Attributes:
+        bare: tokens a second of prompts without context.
+        context: of queries behind demonstrations that they share.
+        teacher: of the teacher pass.
+        decoding: seconds of one generated token by the rows of a batch; None where nothing is generated.
+        batch_tokens: tokens of one batch of generation.
+        steps: seconds of an optimiser step by its tokens, for each adapter's digest.
+        adapter_bytes: of its weights, for each adapter's digest.
+        refused: adapters that cannot be trained, and why.
+        memory_bytes: most that was in use: of the process, or on an accelerator of the device.
+        longest: tokens of the longest row that was measured.
+        loading: seconds to load the model.
+        seconds: that the calibration took.
+    """
+
+    bare: float
+    context: float
+    teacher: float
+    decoding: Line | None
+    batch_tokens: int
+    steps: Mapping[str, Line]
+    adapter_bytes: Mapping[str, int]
+    refused: Mapping[str, str]
+    memory_bytes: int
+    longest: int
+    loading: float
+    seconds: float
+
+
+# -------------------------------------------------------------------------------------------- tokens
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Test rows of one benchmark.
+
+    Attributes:
+        count: rows that are evaluated.
+        tokens: of a query, on average.
+        labels: rows that are fed for a query.
+        answer: tokens of an answer: of a label on average, of a free answer at most.
+        limit: tokens that are generated at most; 1: nothing is generated.
+        free: answers are written in the evaluation too, not only by the teacher.
+    """
+
+    count: int
+    tokens: float
+    labels: int
+    answer: float
+    limit: int
+    free: bool
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What units of one model, benchmark and N share, whatever their seed: counts of rows and tokens.
+
+    Attributes:
+        bench: a workbench with the first unit's split; nothing is trained on it.
+        rows: of the benchmark and its OOD partners.
+        tasks: of these.
+        train, dev: numbers of examples.
+        own: tokens of some training prompts without context.
+        context: tokens of a training example in its context, on average.
+        prefix: tokens that all queries behind the training examples share.
+        extra: tokens that come before each of them beside the shared ones.
+        evaluated: the benchmark itself, then its OOD partners.
+    """
+
+    bench: Workbench = field(repr=False)
+    rows: tuple[BenchmarkData, ...] = field(repr=False)
+    tasks: tuple[Task, ...] = field(repr=False)
+    train: int
+    dev: int
+    own: tuple[int, ...] = field(repr=False)
+    context: float
+    prefix: int
+    extra: float
+    evaluated: tuple[Queries, ...]
+
+    @property
+    def has_examples(self) -> bool:
+        """Whether anything is learnt from or shown; the cells of ``base`` have none."""
+        return self.context > 0
+
+    def step_tokens(self, config: AdaptConfig, answer: float) -> float:
+        """Padded tokens of an optimiser step."""
+        rows = min(config.batch_size, self.train)
+        return padded(self.own, rows, config.micro_batch_size) + rows * (answer - 1)
+
+
+def padded(lengths: Sequence[int], rows: int, micro: int | None = None) -> float:
+    """Tokens of a step of so many rows, padded in each forward pass, on average."""
+    size = min(micro or rows, rows)
+    groups = [lengths[i : i + size] for i in range(0, len(lengths), size)]
+    return rows * sum(max(group) for group in groups) / len(groups)
+
+
+def kind_of(unit: Unit) -> str:
+    """The same for units that differ in their seed alone."""
+    first = unit.cells[0]
+    config = first.config.model_dump(exclude={"seed", "recipe", "learning_rates", "joint", "adapter"})
+    rows = [(benchmark.name, verbaliser) for benchmark, verbaliser in unit.benchmarks]
+    return digest([unit.model, rows, first.spec["max_test"], first.spec["num_examples"], config])
+
+
+def measure_shape(
+    unit: Unit,
+    base: BaseModel,
+    rows: Mapping[tuple[str, str | None], BenchmarkData],
+    scratch: Path,
+) -> Shape:
+    """Count the rows and tokens of a unit, from a sample of each benchmark's rows.
+
+    Args:
+        unit: its cells are not run.
+        base: its model.
+        rows: of all benchmarks, by name and verbaliser.
+        scratch: folder that nothing is written to.
+
+    Raises:
+        UserError: what would keep the unit from running: too few rows, a prompt that does not fit.
+    """
+    first = unit.cells[0]
+    config = first.config
+    if config.demo_order in ("nearest", "search"):
+        # as long as random ones, which need no forward pass
+        config = config.model_copy(update={"demo_order": "random"})
+    data = tuple(rows[benchmark.name, verbaliser] for benchmark, verbaliser in unit.benchmarks)
+    tasks = tuple(_task(part, config, base) for part in data)
+    pool, count = data[0].pool, first.spec["num_examples"]
+    split = FewShotSplit(pool[:2], Examples([], name=pool.name))
+    if count is not None:
+        split = pool.split(num_examples=count, seed=first.spec["seed"], balanced=config.balanced)
+    bench = Workbench(base, split, tasks[0], config, scratch, unused=split.rest(pool), by_content=True)
+    evaluated = tuple(
+        _queries(bench, part, task, first.spec["max_test"]) for part, task in zip(data, tasks, strict=True)
+    )
+    context, prefix, extra = 0.0, 0, 0.0
+    if count is not None:
+        seen = range(min(_CONTEXTS, len(split.train)))
+        context = _mean([len(bench.train_contexts.context_ids(i)) for i in seen])
+        test = data[0].test[:_CONTEXTS]
+        behind = bench.prompts(test, demonstrations=True)
+        prefix = shared_prefix(bench, behind)
+        extra = max(0.0, _mean([len(ids) for ids in behind]) - prefix - _mean(_lengths(bench, test)))
+    return Shape(
+        bench,
+        data,
+        tasks,
+        len(split.train),
+        len(split.dev),
+        tuple(_lengths(bench, pool[:_ROWS])),
+        context,
+        prefix,
+        extra,
+        evaluated,
+    )
+
+
+def shared_prefix(bench: Workbench, prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that are computed once for all prompts."""
+    shared = common_prefix([tuple(ids) for ids in prompts]) if len(prompts) > 1 else 0
+    return shared if shared >= MIN_SHARED_PREFIX and _takes_cache(bench.base.model) else 0
+
+
+def _task(data: BenchmarkData, config: AdaptConfig, base: BaseModel) -> Task:
+    # as ia2.sweeps.unit has it
+    settings = data.benchmark.settings(data.verbaliser)
+    config = config.model_copy(update={"task": "auto", "labels": None, "parser": "text", **settings})
+    every = Examples([*data.pool, *data.test], name=data.benchmark.name)
+    return make_task(every, config, base.tokenizer, data.benchmark.prompt_template)
+
+
+def _queries(bench: Workbench, data: BenchmarkData, task: Task, max_test: int | None) -> Queries:
+    test = data.test[:max_test]
+    labels, answer = 1, float(task.max_answer_tokens)
+    if task.kind == "classification" and not task.single_token:
+        labels, answer = len(task.labels), _mean([len(ids) for ids in task.label_ids])
+    return Queries(
+        len(test),
+        _mean(_lengths(bench, test[:_ROWS])),
+        labels,
+        answer,
+        task.max_answer_tokens,
+        task.kind == "generation",
+    )
+
+
+def _lengths(bench: Workbench, examples: Examples) -> list[int]:
+    rendering = bench.teaching.prompts.rendering
+    return [int(n) for n in rendering.lengths((rendering.prompt_text((), e), e.source) for e in examples)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+# ----------------------------------------------------------------------------------------- early stop
+
+
+def steps_at_most(stage: PlannedStage, config: AdaptConfig, train: int) -> int:
+    """Optimiser steps of all epochs of a stage."""
+    return stage.settings.epochs * -(-train // min(config.batch_size, train))
+
+
+def shares_of_steps(cells: Sequence[Cell], records: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Stage kind → the mean share of its steps that finished cells took before they stopped; ``""``: all."""
+    found: dict[str, list[float]] = {}
+    for cell in cells:
+        record = records.get(cell.key)
+        if record is None or record["training"] is None:
+            continue
+        stages = plan(cell.spec["recipe"], cell.config)
+        for stage, trained in zip(stages, record["training"]["stages"], strict=True):
+            share = trained["steps"] / steps_at_most(stage, cell.config, record["data"]["num_train"])
+            found.setdefault(stage.kind, []).append(min(1.0, share))
+    if found:
+        found[""] = [share for shares in found.values() for share in shares]
+    return {kind: _mean(shares) for kind, shares in found.items()}
+
+
+# --------------------------------------------------------------------------------------------- seconds
+
+
+@dataclass
+class Cost:
+    """Seconds of a cell.
+
+    Attributes:
+        teacher: teacher passes, and what ICL does on the test rows; the first cell of a unit pays.
+        training: of all epochs, with dev evaluations.
+        likely: of as many steps as finished cells took; as ``training`` where there are none.
+        evaluation: on the benchmark's own and the OOD rows.
+    """
+
+    teacher: float = 0.0
+    training: float = 0.0
+    likely: float = 0.0
+    evaluation: float = 0.0
+
+    @property
+    def at_most(self) -> float:
+        """With every stage to its last epoch."""
+        return self.teacher + self.training + self.evaluation
+
+    @property
+    def likely_total(self) -> float:
+        """With stages that stop early."""
+        return self.teacher + self.likely + self.evaluation
+
+
+class UnitCosts:
+    """Costs of a unit's cells, one after the other: what an earlier one has computed is there.
+
+    Args:
+        shape: of the unit.
+        speed: of its model.
+        shares: see :func:`shares_of_steps`.
+    """
+
+    def __init__(self, shape: Shape, speed: Speed, shares: Mapping[str, float]) -> None:
+        self.shape, self.speed, self.shares = shape, speed, shares
+        self._passes: set[Pass] = set()
+        self._stages: set[str] = set()
+        self._referenced = False
+        self.work_bytes = 0
+        """Most that the unit's working files take, after the cells so far."""
+
+    def cell(self, cell: Cell) -> Cost:
+        """Seconds of the unit's next cell."""
+        recipe, cost = cell.spec["recipe"], Cost()
+        adapter = adapter_of(cell)
+        chain = adapter
+        for stage in plan(recipe, cell.config):
+            rate = stage.settings.learning_rate or cell.spec["learning_rate"]
+            beta = cell.spec["beta"] if stage.betas != [None] else None
+            kept = cell.config.align.model_dump() if stage.aligns and stage.kind != ALIGN else None
+            facts = [stage.kind, stage.settings.model_dump(), kept, rate, beta, cell.config.batch_size]
+            chain = digest([chain, facts])
+            needed = teacher_pass(stage, cell.config)
+            if needed is not None and needed not in self._passes:
+                cost.teacher += self._teacher(needed, cell.config)
+            if chain not in self._stages:
+                self._train(stage, cell.config, adapter, cost)
+                self._stages.add(chain)
+        if recipe != "base" and not self._referenced:
+            self._referenced = True
+            cost.teacher += self._answered(self._some(self._compared, written=True), behind=True)
+        cost.evaluation = self._evaluation(recipe)
+        return cost
+
+    def record_bytes(self) -> int:
+        """About what the record of a cell takes."""
+        return _RECORD_BYTES + _ROW_BYTES * sum(q.count for q in self.shape.evaluated)
+
+    # ------------------------------------------------------------------------------------- teacher
+
+    def _teacher(self, needed: Pass, config: AdaptConfig) -> float:
+        shape, own = self.shape, self.shape.evaluated[0]
+        orders, rest = config.demo_permutations, own.answer - 1
+        fed = shape.train * (shape.context + rest) * orders
+        if shape.dev:
+            fed += (shape.prefix + shape.dev * (shape.extra + own.tokens + rest)) * orders
+        seconds = fed / self.speed.teacher
+        if own.limit > 1 and not self._passes:  # a later pass knows the answers
+            prompts = shape.train * shape.context + shape.prefix + shape.dev * (shape.extra + own.tokens)
+            seconds += prompts / self.speed.teacher
+            seconds += self._decoding(shape.train + shape.dev, own, shape.context)
+        self._passes.add(needed)
+        if config.targets in ("auto", "store"):
+            self.work_bytes += shape.bench.teaching.target_bytes(*needed)
+        return seconds
+
+    # ------------------------------------------------------------------------------------ training
+
+    def _train(self, stage: PlannedStage, config: AdaptConfig, adapter: str, cost: Cost) -> None:
+        shape, own = self.shape, self.shape.evaluated[0]
+        orders = config.demo_permutations if config.permutation_targets == "sample" else 1
+        passes, settings = 1, stage.settings
+        if isinstance(settings, (JointConfig, SftConfig)) and stage.aligns and own.limit > 1:
+            passes += settings.answers == "ground_truth"  # both answers are fed
+        step = passes * self.speed.steps[adapter](shape.step_tokens(config, own.answer))
+        if stage.teacher_answers and config.targets == "online":
+            step += min(config.batch_size, shape.train) * shape.context / self.speed.teacher
+        dev = passes * shape.dev * (own.tokens + own.answer - 1) / self.speed.bare
+        if stage.teacher_answers:
+            dev *= orders
+        per_epoch = -(-shape.train // min(config.batch_size, shape.train))
+        every = settings.eval_every or max(2, -(-per_epoch // 4))
+
+        def seconds(steps: float) -> float:
+            evaluations = steps / every + steps / per_epoch - steps / math.lcm(every, per_epoch)
+            return steps * step + evaluations * dev
+
+        steps = steps_at_most(stage, config, shape.train)
+        share = self.shares.get(stage.kind, self.shares.get("", 1.0))
+        last = dev if isinstance(settings, JointConfig) else 0.0  # cross-entropy, to select by
+        cost.training += seconds(steps) + last
+        cost.likely += seconds(steps * share) + last
+        size = self.speed.adapter_bytes[adapter]
+        self.work_bytes += size if self._stages else size * _CHECKPOINTS
+
+    # ---------------------------------------------------------------------------------- evaluation
+
+    def _evaluation(self, recipe: str) -> float:
+        seconds, behind = 0.0, recipe == "icl"
+        # temperatures are fitted on dev for each set of rows
+        for queries in self.shape.evaluated:
+            seconds += self._answered(self._some(self.shape.dev), behind=behind)
+            seconds += self._answered(queries, behind=behind)
+        if recipe == "icl":  # the base model's similarity to it, the null baseline
+            for count in (self.shape.dev, self._compared):
+                seconds += self._answered(self._some(count), behind=False)
+        own = self.shape.evaluated[0]
+        if recipe != "base" and own.limit > 1:  # else the evaluation itself gives the activations
+            seconds += self._compared * (own.tokens + own.limit - 1) / self.speed.bare
+        return seconds
+
+    def _answered(self, queries: Queries, *, behind: bool) -> float:
+        """Seconds to answer queries, behind the training examples or without them."""
+        if not queries.count:
+            return 0.0
+        rate = self.speed.context if behind else self.speed.bare
+        prefix = self.shape.prefix if behind else 0
+        each = queries.tokens + (self.shape.extra if behind else 0.0)
+        fed = prefix + queries.count * queries.labels * (each + queries.answer - 1)
+        seconds = fed / rate
+        if queries.free:  # written first, then fed once for its confidence
+            seconds += (prefix + queries.count * each) / rate
+            seconds += self._decoding(queries.count, queries, each)
+        return seconds
+
+    def _decoding(self, rows: int, queries: Queries, width: float) -> float:
+        """Seconds to write so many answers, each to its limit, behind prompts of that many tokens."""
+        assert self.speed.decoding is not None
+        size = min(rows, max(1, int(self.speed.batch_tokens // (width + queries.limit))))
+        return -(-rows // size) * queries.limit * self.speed.decoding(size)
+
+    @property
+    def _compared(self) -> int:
+        """Test queries that similarity to ICL is measured on."""
+        return min(SIMILARITY_QUERIES, self.shape.evaluated[0].count)
+
+    def _some(self, count: int, *, written: bool = False) -> Queries:
+        """So many of the benchmark's own queries; ``written``: answered as the teacher does."""
+        own = replace(self.shape.evaluated[0], count=count)
+        return replace(own, labels=1, answer=float(own.limit), free=own.limit > 1) if written else own
+
+
+def adapter_of(cell: Cell) -> str:
+    """Digest of a cell's adapter and of what else its training steps depend on."""
+    names = ("adapter", "micro_batch_size", "activation_checkpointing", "activation_checkpointing_kwargs")
+    return digest(cell.config.model_dump(include=set(names)))
+
+
+def teacher_pass(stage: PlannedStage, config: AdaptConfig) -> Pass | None:
+    """The teacher pass that a stage learns from, if any."""
+    settings = stage.settings
+    if not stage.teacher_answers:
+        return None
+    if isinstance(settings, SoftConfig):
+        return "soft", settings.top_k
+    if not stage.aligns:
+        return "output", None
+    section = settings if isinstance(settings, AlignConfig) else config.align
+    return OBJECTIVES[section.objective].site, None

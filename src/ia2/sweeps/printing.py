@@ -1,0 +1,176 @@
+"""What ``ia2 report`` prints: a table by its name, all of them, or an overview."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ia2.console import logger
+from ia2.errors import ConfigError, suggest
+from ia2.files import write_text
+from ia2.sweeps.layouts import available, paper_table
+from ia2.sweeps.overview import full_table, icl_table, overview_lines, threshold_table
+from ia2.sweeps.paper import paper_tables
+from ia2.sweeps.records import filtered, load_results
+from ia2.sweeps.report import Report
+from ia2.sweeps.selection import Select
+from ia2.sweeps.significance import pairs_table
+from ia2.sweeps.tables import FORMATS, Table
+
+_ENDINGS = {"markdown": "md", "latex": "tex"}
+
+# name → table and what it needs
+_OWN: dict[str, tuple[Callable[..., Table | None], str]] = {
+    "full": (full_table, "cells"),
+    "tests": (pairs_table, "ia2-sft and another recipe on the same seeds"),
+    "thresholds": (threshold_table, "ia2-sft and sft at two N or more, on the same seeds"),
+    "icl": (lambda report, where_icl_works: icl_table(report), "cells of icl"),
+}
+
+
+@dataclass
+class Printed:
+    """Lines and tables, ready to be written in any format.
+
+    Attributes:
+        report: what they are made of.
+        lines: sentences before the tables.
+        tables: in order.
+    """
+
+    report: Report
+    lines: list[str]
+    tables: list[Table]
+
+    def text(self, formats: Sequence[str]) -> str:
+        """All of it for the terminal, formats one after the other."""
+        parts = ["\n\n".join(self.lines) + "\n"] if self.lines else []
+        parts += [FORMATS[name](table) for name in formats for table in self.tables]
+        return "\n".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "name": self.report.results.name,
+            "folders": list(self.report.results.folders),
+            "cells": len(self.report.results.cells),
+            "select": self.report.select,
+            "lines": self.lines,
+            "tables": [table.to_dict() for table in self.tables],
+        }
+
+    def write(self, folder: Path, formats: Sequence[str]) -> list[Path]:
+        """One file a table name and format, ``table-1.md``; the sentences go to ``overview.md``."""
+        written = []
+        for name in formats:
+            texts: dict[str, list[str]] = {}
+            for table in self.tables:
+                texts.setdefault(table.name, []).append(FORMATS[name](table))
+            for table_name, found in texts.items():
+                written.append(folder / f"table-{table_name}.{_ENDINGS[name]}")
+                write_text(written[-1], "\n".join(found))
+        if self.lines:
+            written.append(folder / "overview.md")
+            write_text(written[-1], "\n\n".join(self.lines) + "\n")
+        return written
+
+    def draw(self, folder: Path) -> list[Path]:
+        """Every figure that the cells have something for."""
+        from ia2.sweeps.figures import try_figures
+
+        return try_figures(self.report, folder)
+
+
+def make_report(
+    folders: Sequence[Path],
+    select: Select | None = None,
+    benchmarks: Sequence[str] = (),
+    models: Sequence[str] = (),
+    sizes: Sequence[str] = (),
+    seeds: Sequence[str] = (),
+) -> Report:
+    """Read folders and choose rates.
+
+    Raises:
+        UserError: a damaged or missing folder, or a name that no cell has.
+    """
+    results = load_results(folders)
+    results = filtered(
+        results,
+        benchmarks=benchmarks,
+        models=models,
+        sizes=_numbers("--sizes", sizes),
+        seeds=_numbers("--seeds", seeds),
+    )
+    chosen: Select = select or ("test" if results.select == "test" else "dev")
+    return Report(results, chosen)
+
+
+def _numbers(flag: str, given: Sequence[str]) -> list[int]:
+    for text in given:
+        if not text.isdigit():
+            raise ConfigError(f"{flag}: '{text}' is no number. Give some, such as 8,32.")
+    return [int(text) for text in given]
+
+
+def print_tables(report: Report, name: str | None, *, where_icl_works: bool = False) -> Printed:
+    """The table of that name, ``all``, or (None) the overview.
+
+    Raises:
+        ConfigError: no table of that name, or no cells for it.
+    """
+    if name is None:
+        return _overview(report, where_icl_works)
+    if name == "all":
+        return _all(report, where_icl_works)
+    if name.isdigit():
+        return Printed(report, [], paper_table(report, int(name), where_icl_works=where_icl_works))
+    if name not in _OWN:
+        known = [*map(str, paper_tables()), *_OWN, "all"]
+        raise ConfigError(
+            f"there is no table '{name}'; there are 1 to {max(paper_tables())}, {', '.join(_OWN)} and all."
+            f"{suggest(name, known)}"
+        )
+    make, needs = _OWN[name]
+    table = make(report, where_icl_works=where_icl_works)
+    if table is None or not table.rows:
+        where = " where ICL works" if where_icl_works else ""
+        raise ConfigError(f"table {name} needs {needs}{where}; these are not there.")
+    return Printed(report, [], [table])
+
+
+def _overview(report: Report, where_icl_works: bool) -> Printed:
+    lines = overview_lines(report)
+    there = available(report)
+    tables = []
+    if 1 in there:
+        tables = _if_any(lambda: paper_table(report, 1, where_icl_works=where_icl_works))
+    if not tables:
+        made = full_table(report, where_icl_works=where_icl_works)
+        tables = [made] if made.rows else []
+    listed = ", ".join([*map(str, there), *_OWN])
+    return Printed(report, [*lines, f"Tables that these cells fill (--table): {listed}."], tables)
+
+
+def _all(report: Report, where_icl_works: bool) -> Printed:
+    tables: list[Table] = []
+    for number in available(report):
+        tables += _if_any(lambda number=number: paper_table(report, number, where_icl_works=where_icl_works))  # type: ignore[misc]
+    for make, _ in _OWN.values():
+        table = make(report, where_icl_works=where_icl_works)
+        if table is not None and table.rows:
+            tables.append(table)
+    absent = [str(number) for number in paper_tables() if str(number) not in {t.name for t in tables}]
+    if absent:
+        logger.info("No cells for the paper's tables %s.", ", ".join(absent))
+    return Printed(report, [], tables)
+
+
+def _if_any(make: Callable[[], list[Table]]) -> list[Table]:
+    """Tables, or none where nothing is left of one (where ICL works, say)."""
+    try:
+        return make()
+    except ConfigError:
+        return []

@@ -1,0 +1,313 @@
+"""Records of a sweep's cells, as they are read back: typed, checked, without torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ia2.console import logger
+from ia2.errors import ConfigError, DataError, RunFolderError, suggest
+from ia2.files import read_json
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One cell's predictions on one benchmark's test rows.
+
+    Attributes:
+        dataset: the benchmark evaluated on.
+        ood: whether it is another one than the cell was trained on.
+        verbaliser: its label words; None for free text.
+        test: fingerprint of the test rows; equal ones are the same rows in the same order.
+        metrics: scope → metric → value, as ``evaluation/metrics.py`` names them, and ``scaled``.
+        correct: over the whole vocabulary (free text: the parsed answer), 0 or 1, ``[n]``.
+        confidence: of the first token, ``[n]``.
+        majority: share of the most frequent label among the rows; None where it was not kept.
+        num_labels: how many there are; None where it was not kept.
+    """
+
+    dataset: str
+    ood: bool
+    verbaliser: str | None
+    test: str
+    metrics: dict[str, Any] = field(repr=False)
+    correct: np.ndarray = field(repr=False)
+    confidence: np.ndarray = field(repr=False)
+    majority: float | None = None
+    num_labels: int | None = None
+
+    @property
+    def n(self) -> int:
+        """Test rows."""
+        return len(self.correct)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether answers are labels of a fixed set (free text otherwise)."""
+        return "answer" not in self.metrics
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right rows."""
+        return float(self.correct.mean())
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished cell of a grid; the fields of ``spec`` are explained in :mod:`ia2.sweeps.grid`.
+
+    Attributes:
+        key: digest of all that the result depends on.
+        num_examples, seed, learning_rate, beta: None where a recipe has none.
+        settings: dotted setting → value, where it differs from the default and matters to the recipe.
+        num_train, num_dev: examples trained on and held out; None for ``base``.
+        notes: how the data differ from the hub's.
+        selection_loss: dev loss that rates are chosen by; None without training.
+        similarity: to ICL's activations (asim, l2, …); None where it was not measured.
+        seconds: by stage.
+        source: file and line.
+    """
+
+    key: str
+    benchmark: str
+    verbaliser: str | None
+    model: str
+    recipe: str
+    variant: str
+    num_examples: int | None
+    seed: int | None
+    learning_rate: float | None
+    beta: float | None
+    max_test: int | None
+    settings: dict[str, Any]
+    num_train: int | None
+    num_dev: int | None
+    notes: tuple[str, ...]
+    selection_loss: float | None
+    evaluations: dict[str, Evaluation] = field(repr=False)
+    similarity: dict[str, Any] | None = field(repr=False)
+    seconds: dict[str, float] = field(repr=False)
+    source: str = ""
+
+    @property
+    def own(self) -> Evaluation | None:
+        """The evaluation on the benchmark that it was trained on."""
+        return self.evaluations.get(self.benchmark)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Cells of one or several folders.
+
+    Attributes:
+        name: of the grids.
+        folders: where they lie.
+        cells: without repeats.
+        failed: cells that ended in an error.
+        total: cells of the grids; None where a folder does not say.
+        facts: ``sweep.json`` of each folder.
+        select: what the grids choose rates by, where they agree; ``dev`` otherwise.
+    """
+
+    name: str
+    folders: tuple[str, ...]
+    cells: tuple[Record, ...]
+    failed: int = 0
+    total: int | None = None
+    facts: tuple[dict[str, Any], ...] = ()
+    select: str = "dev"
+
+
+def load_results(folders: Sequence[str | Path]) -> Results:
+    """Read the finished cells of sweep folders; unfinished sweeps too.
+
+    Raises:
+        RunFolderError: no sweep there, or a damaged line (file and line are named).
+        DataError: no finished cell.
+    """
+    cells: dict[str, Record] = {}
+    facts, selects, names = [], set(), []
+    failed, total = 0, 0
+    complete = True
+    repeated = 0
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise RunFolderError(f"{folder}: there is no such folder. Give one that `ia2 sweep` wrote.")
+        found = _read_folder(folder)
+        for cell in found:
+            repeated += cell.key in cells
+            cells.setdefault(cell.key, cell)
+        summary = read_json(folder / "sweep.json") if (folder / "sweep.json").is_file() else {}
+        if (folder / "failed.json").is_file():
+            failed += len(read_json(folder / "failed.json"))
+        counted = summary.get("cells", {}).get("total")
+        complete = complete and counted is not None
+        total += counted or 0
+        facts.append(summary)
+        names.append(summary.get("name") or folder.name)
+        selects.add(_select_of(folder / "grid.yaml"))
+    if repeated:
+        logger.info("%d cells are in several folders; each counts once.", repeated)
+    if not cells:
+        raise DataError(f"{', '.join(map(str, folders))}: no finished cells. Run `ia2 sweep` first.")
+    return Results(
+        ", ".join(dict.fromkeys(names)),
+        tuple(str(folder) for folder in folders),
+        tuple(cells.values()),
+        failed,
+        total if complete else None,
+        tuple(facts),
+        selects.pop() if len(selects) == 1 else "dev",
+    )
+
+
+def filtered(
+    results: Results,
+    *,
+    benchmarks: Sequence[str] = (),
+    models: Sequence[str] = (),
+    recipes: Sequence[str] = (),
+    sizes: Sequence[int] = (),
+    seeds: Sequence[int] = (),
+) -> Results:
+    """The cells of some benchmarks, models, recipes, numbers of examples and seeds; nothing given keeps all.
+
+    Raises:
+        ConfigError: a name that no cell has.
+    """
+    for what, asked, known in (
+        ("benchmark", benchmarks, {cell.benchmark for cell in results.cells}),
+        ("model", models, {cell.model for cell in results.cells}),
+        ("recipe", recipes, {cell.recipe for cell in results.cells}),
+        ("N", sizes, {cell.num_examples for cell in results.cells} - {None}),
+        ("seed", seeds, {cell.seed for cell in results.cells} - {None}),
+    ):
+        for name in asked:
+            if name not in known:
+                there = ", ".join(map(str, sorted(known, key=lambda x: (isinstance(x, str), x))))
+                raise ConfigError(
+                    f"{what} {name} is in none of the cells; there are {there}."
+                    f"{suggest(str(name), [str(k) for k in known])}"
+                )
+    kept = tuple(
+        cell
+        for cell in results.cells
+        if (not benchmarks or cell.benchmark in benchmarks)
+        and (not models or cell.model in models)
+        and (not recipes or cell.recipe in recipes)
+        # the base model has neither N nor seed: it stands beside all
+        and (not sizes or cell.num_examples is None or cell.num_examples in sizes)
+        and (not seeds or cell.seed is None or cell.seed in seeds)
+    )
+    if not kept:
+        raise ConfigError("no cell is all that was asked for. Ask for less at a time.")
+    return Results(
+        results.name, results.folders, kept, results.failed, results.total, results.facts, results.select
+    )
+
+
+def _read_folder(folder: Path) -> list[Record]:
+    gathered, loose = folder / "cells.jsonl", sorted((folder / "cells").glob("*.json"))
+    if not gathered.is_file() and not loose:
+        raise RunFolderError(f"{folder}: no cells.jsonl there. Give a folder that `ia2 sweep` wrote.")
+    found: dict[str, Record] = {}
+    if gathered.is_file():
+        for cell in _read_lines(gathered):
+            found[cell.key] = cell
+    # cells that were finished since the file was written
+    for file in loose:
+        cell = _cell(read_json(file), str(file))
+        found[cell.key] = cell
+    return list(found.values())
+
+
+def _read_lines(path: Path) -> Iterable[Record]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RunFolderError(f"{path}: damaged (no UTF-8 text: {error.reason}). Restore it.") from error
+    # only line ends divide records; str.splitlines would cut at U+2028 inside a text
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise RunFolderError(
+                f"{where}: damaged ({error}). Remove the line and run the sweep again."
+            ) from error
+        yield _cell(record, where)
+
+
+def _cell(record: Any, where: str) -> Record:
+    try:
+        return _parsed(record, where)
+    except KeyError as error:
+        problem = f"the key {error} is missing"
+    except (TypeError, ValueError, AttributeError) as error:
+        problem = str(error)
+    raise RunFolderError(f"{where}: damaged ({problem}). Remove the line and run the sweep again.")
+
+
+def _parsed(record: dict[str, Any], where: str) -> Record:
+    spec, data = record["spec"], record.get("data") or {}
+    training, cost = record.get("training") or {}, record.get("cost") or {}
+    return Record(
+        key=str(record["key"]),
+        **{name: spec[name] for name in ("benchmark", "verbaliser", "model", "recipe")},
+        variant=spec.get("variant") or "",
+        **{name: spec[name] for name in ("num_examples", "seed", "learning_rate", "beta")},
+        max_test=spec.get("max_test"),
+        settings=dict(spec.get("settings") or {}),
+        num_train=data.get("num_train"),
+        num_dev=data.get("num_dev"),
+        notes=tuple(data.get("notes") or ()),
+        selection_loss=training.get("selection_loss"),
+        evaluations={name: _evaluation(name, e) for name, e in record["evaluations"].items()},
+        similarity=record.get("similarity"),
+        seconds=dict(cost.get("seconds") or {}),
+        source=where,
+    )
+
+
+def _evaluation(dataset: str, record: dict[str, Any]) -> Evaluation:
+    bits = record["rows"]["correct"]
+    if not bits or set(bits) - {"0", "1"}:
+        raise ValueError(f"rows.correct of {dataset} is not made of 0 and 1")
+    correct = np.array([bit == "1" for bit in bits], float)
+    confidence = np.asarray(record["rows"]["confidence"], float)
+    if len(correct) != record["n"] or confidence.shape != correct.shape:
+        raise ValueError(
+            f"{dataset} has n = {record['n']}, but {len(correct)} answers and {len(confidence)} confidences"
+        )
+    if not ((confidence >= 0) & (confidence <= 1 + 1e-6)).all():
+        raise ValueError(f"a confidence of {dataset} is no probability")
+    return Evaluation(
+        dataset,
+        record["role"] == "ood",
+        record.get("verbaliser"),
+        record["test"],
+        record["metrics"],
+        correct,
+        confidence,
+        record.get("majority"),
+        record.get("labels"),
+    )
+
+
+def _select_of(grid: Path) -> str:
+    if not grid.is_file():
+        return "dev"
+    import yaml
+
+    try:
+        given = yaml.safe_load(grid.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunFolderError(f"{grid}: damaged ({' '.join(str(error).split())}). Restore it.") from error
+    return str(given.get("select", "dev")) if isinstance(given, dict) else "dev"

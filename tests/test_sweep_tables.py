@@ -1,0 +1,721 @@
+"""Tables of a sweep: literal ones from a few records, what is missing, LaTeX, figures, and the command."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from command_line import run
+from sweep_records import evaluation, record, rows, small_grid, write_sweep
+
+from ia2.errors import ConfigError
+from ia2.sweeps.figures import differences_figure, similarity_figure, sizes_figure, try_figures
+from ia2.sweeps.layouts import available, paper_table
+from ia2.sweeps.paper import paper_tables
+from ia2.sweeps.printing import print_tables
+from ia2.sweeps.records import load_results
+from ia2.sweeps.report import Report, adapter_label, span
+from ia2.sweeps.selection import Select
+from ia2.sweeps.tables import Column, Entry, Table, escape, latex, markdown, p_value, ranked, signed
+
+QWEN = "Qwen/Qwen3-4B-Base"
+RECIPES = ("icl", "sft", "ia2", "ia2-sft")
+
+
+def report_of(tmp_path: Path, records: Sequence[dict[str, Any]], select: Select = "dev") -> Report:
+    return Report(load_results([write_sweep(tmp_path / "sweep", records)]), select)
+
+
+def few(size: int = 4, model: str = QWEN, benchmark: str = "SST2", **options: Any) -> list[dict[str, Any]]:
+    """Two seeds of four recipes: accuracies are 0.7, 0.5, 0.6 and 0.8, one right row less at seed 1."""
+    right = dict(zip(RECIPES, (14, 10, 12, 16), strict=True))
+    found = []
+    for recipe in RECIPES:
+        for seed in (0, 1):
+            of = evaluation(rows(right[recipe] - seed, 20), [0.72] * 20, dataset=benchmark)
+            found.append(
+                record(
+                    {benchmark: of},
+                    benchmark=benchmark,
+                    model=model,
+                    recipe=recipe,
+                    size=size,
+                    seed=seed,
+                    **options,
+                )
+            )
+    return found
+
+
+def grid_of(text: str) -> list[list[str]]:
+    """Fields of a table in Markdown."""
+    lines = [line for line in text.splitlines() if line.startswith("|") and not line.startswith("|---")]
+    return [[field.strip() for field in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+# ---------------------------------------------------------------------------------- the paper's own
+
+
+def test_the_papers_tables_are_whole() -> None:
+    tables = paper_tables()
+    assert list(tables) == list(range(1, 21))
+    for table in tables.values():
+        assert table.adapter in ("lora", "ia3")
+        assert table.answers in ("ground_truth", "icl_responses")
+        for row in table.rows:
+            assert list(row.figures) == list(table.recipes)
+            for figure in row.figures.values():
+                assert 0 <= figure.accuracy <= 100
+                assert figure.ece is None or 0 <= figure.ece <= 1
+                assert (figure.ece is None) == (row.source in ("GSM8K", "HMathA", "SciQ"))
+
+
+def test_the_papers_figures_are_those_of_the_method_page() -> None:
+    """The specification of the method gives some of them by itself."""
+    given = {
+        "SST2/SST2": ((85.4, 0.13), (65.2, 0.22), (82.7, 0.28), (90.4, 0.06)),
+        "FinS/FinS": ((63.6, 0.12), (67.4, 0.31), (63.1, 0.24), (78.7, 0.16)),
+        "SciQr/SciQr": ((87.7, 0.07), (88.3, 0.07), (90.4, 0.09), (91.7, 0.05)),
+        "SciQr/QASCr": ((56.5, 0.08), (76.5, 0.09), (71.2, 0.12), (79.4, 0.09)),
+        "STF/STF": ((66.0, 0.07), (52.4, 0.29), (62.2, 0.16), (62.4, 0.29)),
+        "AGN/AGN": ((30.0, 0.13), (27.9, 0.52), (24.0, 0.11), (31.8, 0.35)),
+    }
+    for name, figures in given.items():
+        row = paper_tables()[1].find(*name.split("/"), QWEN, 4)
+        assert row is not None
+        assert [(f.accuracy, f.ece) for f in row.figures.values()] == list(figures)
+    free = {
+        "GSM8K": (76.4, 70.9, 77.4, 73.6),
+        "HMathA": (60.4, 50.4, 47.8, 55.3),
+        "SciQ": (37.5, 35.0, 6.9, 40.8),
+    }
+    for name, accuracies in free.items():
+        row = paper_tables()[2].find(name, name, QWEN, 4)
+        assert row is not None
+        assert tuple(row.figures[recipe].accuracy for recipe in RECIPES) == accuracies
+
+
+def test_tables_with_the_same_runs_have_the_same_figures() -> None:
+    """ICL and IA2 alone do not depend on what is fine-tuned on; tables 5 and 7 repeat others."""
+    tables = paper_tables()
+    for truth, responses in ((1, 9), (2, 3), (6, 16), (10, 11), (12, 13), (14, 15), (17, 18), (19, 20)):
+        assert len(tables[truth].rows) == len(tables[responses].rows)
+        for row in tables[truth].rows:
+            other = tables[responses].find(row.source, row.dataset, row.model, row.num_examples)
+            assert other is not None
+            for recipe in ("icl", "ia2"):
+                assert row.figures[recipe] == other.figures[recipe], (truth, row.source, row.dataset)
+    for row in tables[5].rows:
+        other = tables[10 if row.num_examples == 2 else 2].find(
+            row.source, row.dataset, QWEN, row.num_examples
+        )
+        assert row.num_examples == 8 or other is not None
+        if other is not None:
+            assert all(other.figures[r] == f for r, f in row.figures.items())
+    for row in tables[7].rows:
+        if row.adapter == "r8 qko":
+            other = tables[12 if row.source == "SST2" else 2].find(
+                row.source, row.dataset, row.model, row.num_examples
+            )
+            assert other is not None
+            assert all(other.figures[r] == f for r, f in row.figures.items())
+
+
+# ------------------------------------------------------------------------------------------ table 1
+
+
+def test_table_1_literally(tmp_path: Path) -> None:
+    [table] = paper_table(report_of(tmp_path, few()), 1)
+    text = markdown(table)
+    header, ours, theirs = grid_of(text)
+    assert header == [
+        "source", "eval", "ICL acc", "ICL ECE", "SFT only acc", "SFT only ECE", "IA2 only acc",
+        "IA2 only ECE", "IA2 → SFT acc", "IA2 → SFT ECE", "IA2 → SFT − SFT acc [95%]",
+        "IA2 → SFT − SFT ECE [95%]", "ICL works",
+    ]  # fmt: skip
+    assert ours[:10] == [
+        "SST2", "SST2", "67.5 (3.5)", "0.42 (0.02)", "47.5 (3.5)", "0.51 (0.02)", "<u>57.5 (3.5)</u>",
+        "<u>0.47 (0.02)</u>", "**77.5 (3.5)**", "**0.34 (0.04)**",
+    ]  # fmt: skip
+    assert re.fullmatch(r"\+30\.0 \[\+\d+\.\d, \+\d+\.\d\]", ours[10])
+    # bins of one row, and of six: (0.337 − 0.511), by hand
+    assert ours[11].startswith("−0.174 [")
+    assert ours[12] == "no: at chance"
+    assert theirs == [
+        "", "*the paper*", "*85.4 (0.4)*", "*0.13 (0.00)*", "*65.2 (10.7)*", "*0.22 (0.10)*", "*82.7 (6.4)*",
+        "*0.28 (0.03)*", "*90.4 (2.3)*", "*0.06 (0.01)*", "", "", "",
+    ]  # fmt: skip
+    for said in (
+        "mean (sd over seeds), Qwen/Qwen3-4B-Base, N = 4.",
+        "Seeds 0, 1; 20 test rows; adapter lora; verbaliser words.",
+        "Learning rate fixed beforehand: 0.001 (sft, ia2, ia2-sft).",
+        "In italics: the paper's figures",
+        "Not trained on here: AGN, FinS, SciQr, STF.",
+    ):
+        assert said in text
+    assert "Missing" not in text
+
+
+def test_another_model_or_size_has_no_figures_beside(tmp_path: Path) -> None:
+    for name, given in (("model", few(model="demo")), ("size", few(size=8))):
+        [table] = paper_table(report_of(tmp_path / name, given), 1)
+        assert len(table.rows) == 1
+        text = markdown(table)
+        assert "The paper's figures are of Qwen/Qwen3-4B-Base at N = 4: not beside other models" in text
+        assert "In italics" not in text
+
+
+def test_every_model_and_size_has_a_table_where_the_papers_is_not_there(tmp_path: Path) -> None:
+    given = [*few(8, "a"), *few(32, "a"), *few(8, "b"), *few(4), *few(8)]
+    titles = [table.title for table in paper_table(report_of(tmp_path, given), 1)]
+    assert [title.split("seeds), ")[1] for title in titles] == [
+        "a, N = 8.", "a, N = 32.", "b, N = 8.", f"{QWEN}, N = 4.",
+    ]  # fmt: skip
+    labels = re.findall(r"\\label\{(.*?)\}", "".join(map(latex, paper_table(report_of(tmp_path, given), 1))))
+    assert len(set(labels)) == 4
+
+
+def test_rows_come_in_the_papers_order_and_others_behind(tmp_path: Path) -> None:
+    ood = {"SST2": evaluation(rows(9)), "PoemS": evaluation(rows(8), dataset="PoemS", role="ood")}
+    given = [*few(benchmark="STF"), *few(benchmark="Intents"), *few(benchmark="AGN")]
+    given += [record(ood, model=QWEN, recipe=recipe, size=4) for recipe in RECIPES]
+    [table] = paper_table(report_of(tmp_path, given), 1)
+    ours = [row for row in table.rows if row[0].text]
+    assert [(row[0].text, row[1].text) for row in ours] == [
+        ("AGN", "AGN"), ("SST2", "PoemS (OOD)"), ("SST2", "SST2"), ("STF", "STF"), ("Intents", "Intents"),
+    ]  # fmt: skip
+
+
+def test_what_is_missing_is_counted(tmp_path: Path) -> None:
+    given = [*few(), *few(benchmark="AGN")]
+    gone = [
+        r for r in given
+        if (r["spec"]["benchmark"], r["spec"]["recipe"]) != ("AGN", "ia2")
+        and (r["spec"]["benchmark"], r["spec"]["recipe"], r["spec"]["seed"]) != ("SST2", "sft", 1)
+    ]  # fmt: skip
+    [table] = paper_table(report_of(tmp_path, gone), 1)
+    text = markdown(table)
+    agn, _, sst2, _ = grid_of(text)[1:]
+    assert agn[6:8] == ["–", "–"]
+    assert sst2[4] == "50.0, 1 of 2 seeds"
+    assert "Missing (–): 1 of 8: ia2 on AGN." in text
+    assert "Means over fewer seeds than others of their row: sft on SST2 (1 of 2)." in text
+    # the difference is of the seed that both have
+    [entry] = [
+        e
+        for e in table.rows[2]
+        if isinstance(e.value, dict) and e.value.get("seeds") == [0] and "low" in e.value
+    ][:1]
+    assert entry.text.startswith("+30.0")
+
+
+def test_the_choice_of_rates_is_named(tmp_path: Path) -> None:
+    given = few() + [record(rows(20, 20), model=QWEN, size=4, seed=s, rate=1e-4, loss=0.9) for s in (0, 1)]
+    for select, accuracy, said in (
+        ("dev", "47.5 (3.5)", "chosen by dev loss, mean over seeds, for each benchmark: sft 0.001 of 2."),
+        ("test", "100.0 (0.0)", "chosen by test accuracy, mean over seeds, as in the paper: optimistic"),
+        ("dev-per-seed", "47.5 (3.5)", "chosen by dev loss, for each seed alone"),
+    ):
+        [table] = paper_table(report_of(tmp_path / select, given, select), 1)  # type: ignore[arg-type]
+        text = markdown(table)
+        assert accuracy in grid_of(text)[1][4]
+        assert said in text
+        assert "fixed beforehand: 0.001 (ia2, ia2-sft)" in text
+
+
+def test_data_notes_and_settings_are_said(tmp_path: Path) -> None:
+    given = few(settings={"adapter.rank": 4}, notes=["SST2 cut to 20,000 rows.", "x"], max_test=20)
+    [table] = paper_table(report_of(tmp_path, given), 1)
+    text = markdown(table)
+    assert "Data: SST2 cut to 20,000 rows; x." in text
+    assert "Settings of all trained recipes: adapter.rank = 4." in text
+
+
+def test_settings_that_are_not_the_same_everywhere_are_said(tmp_path: Path) -> None:
+    given = few(settings={"max_answer_tokens": 9}) + few(benchmark="AGN")
+    [table] = paper_table(report_of(tmp_path, given), 1)
+    assert "Settings that differ between benchmarks or N: max_answer_tokens." in markdown(table)
+
+
+def test_folders_of_several_grids_fill_their_tables_together(tmp_path: Path) -> None:
+    truth = write_sweep(tmp_path / "table1", few())
+    of_responses = [r for r in few(settings={"sft.answers": "icl_responses"}) if "sft" in r["spec"]["recipe"]]
+    responses = write_sweep(tmp_path / "table9", of_responses)
+    report = Report(load_results([truth, responses]))
+    assert "sft@sft.answers=icl_responses" in report.labels
+    assert {1, 9} <= set(available(report))
+    assert "Fine-tuned on ICL's responses" in markdown(paper_table(report, 9)[0])
+
+
+def test_two_verbalisers_of_a_benchmark_are_two_rows(tmp_path: Path) -> None:
+    digits = few()
+    for r in digits:
+        r["spec"]["verbaliser"] = "digits"
+        r["key"] += "d"
+    [table] = paper_table(report_of(tmp_path, [*few(), *digits]), 1)
+    assert [row[0].text for row in table.rows if row[0].text] == ["SST2, words", "SST2, digits"]
+    assert "verbaliser words (SST2); digits (SST2)" in markdown(table)
+
+
+# ------------------------------------------------------------------------------------- other tables
+
+
+def test_free_text_has_accuracy_alone_beside_the_base_model(tmp_path: Path) -> None:
+    given = [*few(benchmark="GSM8K"), record(rows(8, 20), benchmark="GSM8K", model=QWEN, recipe="base")]
+    [table] = paper_table(report_of(tmp_path, given), 2)
+    header, ours, theirs = grid_of(markdown(table))
+    assert header[2:7] == ["w/o ICL acc", "ICL acc", "SFT only acc", "IA2 only acc", "IA2 → SFT acc"]
+    assert ours[2] == "40.0"
+    assert theirs[2:7] == ["*56.4 (0.0)*", "*76.4 (1.1)*", "*70.9 (2.8)*", "*77.4 (2.8)*", "*73.6 (3.7)*"]
+    with pytest.raises(ConfigError, match="table 1 needs cells of sft, ia2, ia2-sft on label tasks"):
+        paper_table(report_of(tmp_path, given), 1)
+
+
+def test_gaps_over_sizes(tmp_path: Path) -> None:
+    given = [*few(2, benchmark="GSM8K"), *few(4, benchmark="GSM8K")]
+    [table] = paper_table(report_of(tmp_path, given), 5)
+    ours = [row for row in grid_of(markdown(table))[1:] if row[0]]
+    assert [row[2] for row in ours] == ["2", "4"]
+    assert [row[7].split()[0] for row in ours] == ["+10.0", "+10.0"]
+    assert [row[8].split()[0] for row in ours] == ["+30.0", "+30.0"]
+
+
+def test_icl_responses_and_adapters_have_tables_of_their_own(tmp_path: Path) -> None:
+    of_responses = {"sft.answers": "icl_responses"}
+    given = few()
+    for recipe in ("sft", "ia2-sft"):
+        given += [
+            record(
+                rows(3, 20),
+                model=QWEN,
+                size=4,
+                seed=s,
+                recipe=recipe,
+                variant="responses",
+                settings=of_responses,
+            )
+            for s in (0, 1)
+        ]
+    given += [record(rows(11, 20), model=QWEN, size=4, seed=s, recipe="ia2+sft", beta=0.5) for s in (0, 1)]
+    report = report_of(tmp_path, given)
+    assert available(report) == [1, 5, 8, 9, 12, 13]
+    [table] = paper_table(report, 9)
+    text = markdown(table)
+    ours = grid_of(text)[1]
+    # alignment alone has no answers to fine-tune on: the plain one stands there
+    assert ours[4] == "15.0 (0.0)"
+    assert "57.5" in ours[6]
+    assert "55.0" in ours[10]
+    assert "Fine-tuned on ICL's responses." in text
+    assert "0.001, β 0.5 (ia2+sft)" in text
+    with pytest.raises(ConfigError) as error:
+        paper_table(report, 6)
+    assert str(error.value) == (
+        "table 6 needs cells of sft, ia2, ia2-sft on label tasks, adapter ia3; these are not there. "
+        "The cells fill 1, 5, 8, 9, 12, 13."
+    )
+    ia3 = few(settings={"adapter.type": "ia3"})
+    assert available(report_of(tmp_path / "ia3", ia3)) == [6, 8, 17]
+    [table] = paper_table(report_of(tmp_path / "ia3", ia3), 6)
+    assert "adapter ia3" in markdown(table)
+
+
+def test_ablations_of_the_adapter(tmp_path: Path) -> None:
+    qk = {"adapter.target_modules": ["q_proj", "k_proj"]}
+    given = few(8, "meta-llama/Llama-3.2-1B")
+    given += [
+        r
+        for r in few(8, "meta-llama/Llama-3.2-1B", settings=qk, variant="qk")
+        if r["spec"]["recipe"] != "icl"
+    ]
+    report = report_of(tmp_path, given)
+    assert {adapter_label(arm) for arm in report.arms} == {"r8 qko", "r8 qk"}
+    [table] = paper_table(report, 7)
+    text = grid_of(markdown(table))
+    assert [row[2] for row in text[1:]] == ["r8 qko", "", "r8 qk", ""]
+    assert text[2][5] == "*53.5 (5.0)*"
+    assert text[4][5] == "*50.0 (6.4)*"
+
+
+def test_distillation_needs_soft_labels(tmp_path: Path) -> None:
+    given = few(8, settings={"sft.answers": "icl_responses"})
+    assert 4 not in available(report_of(tmp_path / "without", given))
+    given += [record(rows(13, 20), model=QWEN, size=8, recipe="soft-sft")]
+    [table] = paper_table(report_of(tmp_path / "with", given), 4)
+    assert "SFT (soft labels) acc" in grid_of(markdown(table))[0]
+
+
+def test_table_8_tests_over_benchmarks_and_seeds(tmp_path: Path) -> None:
+    given = [r for b in ("SST2", "FinS", "AGN", "STF") for r in few(8, "demo", b)]
+    [table] = paper_table(report_of(tmp_path, given), 8)
+    header, accuracy, ece = grid_of(markdown(table))
+    found = dict(zip(header, accuracy, strict=True))
+    assert (found["N"], found["measure"], found["pairs: n"]) == ("8", "accuracy", "8")
+    assert found["pairs: difference"] == "+30.0"
+    assert found["benchmarks: better"] == "4 of 4"
+    assert found["benchmarks: difference [95%]"] == "+30.0 [+30.0, +30.0]"
+    # the same difference everywhere has no t
+    assert found["pairs: t"] == "–"
+    assert found["pairs: Wilcoxon"] == "0.008"
+    assert found["pairs: Wilcoxon Holm"] == "0.016"
+    assert dict(zip(header, ece, strict=True))["measure"] == "ECE"
+
+
+def test_variants_are_tested_against_the_plain_method(tmp_path: Path) -> None:
+    orders = {"demo_permutations": 8}
+    given = few(8, "demo") + [
+        record(rows(18, 20), recipe="ia2-sft", variant="orders", settings=orders, seed=s) for s in (0, 1)
+    ]
+    printed = print_tables(report_of(tmp_path, given), "tests")
+    pairs = {row[2].text for row in printed.tables[0].rows}
+    assert pairs == {
+        "ia2-sft − icl", "ia2-sft − sft", "ia2-sft − ia2",
+        "ia2-sft@orders − icl", "ia2-sft@orders − sft", "ia2-sft@orders − ia2", "ia2-sft@orders − ia2-sft",
+    }  # fmt: skip
+
+
+def test_own_tables(tmp_path: Path) -> None:
+    report = report_of(tmp_path, small_grid())
+    [full] = print_tables(report, "full").tables
+    assert len(full.rows) == 2 * 2 * (1 + 2 * 4)
+    first = dict(zip([c.full for c in full.columns], [e.text for e in full.rows[1]], strict=True))
+    assert (first["source"], first["recipe"], first["N"], first["asim to ICL"]) == (
+        "SST2, words", "icl", "8", "0.85 (0.00)",
+    )  # fmt: skip
+    assert re.fullmatch(r"\d+\.\d \[\d+\.\d, \d+\.\d\]", first["accuracy [95%]"])
+    [thresholds] = print_tables(report, "thresholds").tables
+    assert [row[1].text for row in thresholds.rows] == ["SST2, words", "FinS, words"]
+    [icl] = print_tables(report, "icl").tables
+    assert {row[-1].text for row in icl.rows} == {"yes"}
+
+
+def test_tables_can_be_kept_to_where_icl_works(tmp_path: Path) -> None:
+    """ICL works on FinS alone: SST2 has it at chance."""
+    given = []
+    for benchmark, right in (("SST2", 50), ("FinS", 95)):
+        given.append(record(rows(10, 100), benchmark=benchmark, recipe="base"))
+        for recipe, count in (("icl", right), ("sft", 60), ("ia2-sft", 80)):
+            given += [record(rows(count, 100), benchmark=benchmark, recipe=recipe, seed=s) for s in (0, 1)]
+    report = report_of(tmp_path, given)
+    [table] = paper_table(report, 1, where_icl_works=True)
+    assert [row[0].text for row in table.rows] == ["FinS"]
+    assert [row[-1].text for row in paper_table(report, 1)[0].rows] == ["yes", "no: at chance"]
+    printed = print_tables(report, None)
+    assert "Does ICL work with demo at N = 8? yes: FinS; no: SST2." in printed.lines
+    only = report_of(tmp_path / "none", [r for r in given if r["spec"]["benchmark"] == "SST2"])
+    with pytest.raises(ConfigError, match="where ICL works; these are not there"):
+        paper_table(only, 1, where_icl_works=True)
+    with pytest.raises(ConfigError, match="table full needs cells where ICL works"):
+        print_tables(only, "full", where_icl_works=True)
+
+
+# --------------------------------------------------------------------------------- overview, verdicts
+
+
+def verdicts(tmp_path: Path, difference: int) -> list[str]:
+    given = []
+    for number, benchmark in enumerate(("SST2", "FinS", "AGN", "STF", "Intents", "GSM8K")):
+        for seed in range(3):
+            noise = (number + seed * seed) % 3 - 1
+            given.append(record(rows(50 + noise, 100), benchmark=benchmark, seed=seed))
+            given.append(
+                record(rows(50 + difference - noise, 100), benchmark=benchmark, seed=seed, recipe="ia2-sft")
+            )
+    return print_tables(report_of(tmp_path, given), None).lines
+
+
+def test_verdicts(tmp_path: Path) -> None:
+    better = verdicts(tmp_path / "better", 20)
+    assert better[1].startswith("Over everything (N = 8): IA2 → SFT is more accurate than SFT, +20.0 [")
+    assert "points and better calibrated, ECE −0." in better[1]
+    assert "(6 benchmarks, 18 pairs of runs; 95% over benchmarks and seeds)." in better[1]
+    assert better[2] == "Where ICL works: there is no such benchmark among these."
+    assert "IA2 → SFT is less accurate than SFT, −20.0" in verdicts(tmp_path / "worse", -20)[1]
+    assert "is not distinguishably" in verdicts(tmp_path / "null", 0)[1]
+
+
+def test_a_verdict_on_no_difference(tmp_path: Path) -> None:
+    given = [record(rows(8), recipe=recipe) for recipe in ("sft", "ia2-sft")]
+    line = print_tables(report_of(tmp_path, given), None).lines[1]
+    assert (
+        "no more accurate than SFT, +0.0 points and no better calibrated, ECE +0.000 (1 benchmark, 1 pair"
+        in line
+    )
+
+
+def test_a_verdict_on_few_benchmarks_says_so(tmp_path: Path) -> None:
+    one = print_tables(report_of(tmp_path / "one", few(8, "demo")), None).lines[1]
+    assert "more accurate on this one benchmark than SFT, +30.0 points" in one
+    assert "(1 benchmark, 2 pairs of runs; one benchmark: no interval over them)." in one
+    two = print_tables(report_of(tmp_path / "two", small_grid(sizes=(8,))), None).lines[1]
+    assert "more accurate on these few benchmarks than SFT" in two
+
+
+def test_the_overview_of_other_cells(tmp_path: Path) -> None:
+    printed = print_tables(report_of(tmp_path, [record(rows(5), recipe="icl")]), None)
+    assert printed.lines[1] == "ia2-sft and sft were not both run: there is no verdict."
+    assert [table.name for table in printed.tables] == ["full"]
+    assert printed.lines[-1] == "Tables that these cells fill (--table): full, tests, thresholds, icl."
+
+
+# ------------------------------------------------------------------------------------------- writing
+
+
+def test_latex_escapes_what_tex_would_take_for_itself() -> None:
+    assert escape(r"a_b & 50% #1 $x^2$ {~} \ <|>") == (
+        r"a\_b \& 50\% \#1 \$x\textasciicircum{}2\$ \{\textasciitilde{}\} \textbackslash{} "
+        r"\textless{}\textbar{}\textgreater{}"
+    )
+    assert escape("IA2 → SFT − SFT, 0–4, β ≈ 1") == (
+        r"IA2 $\rightarrow$ SFT $-$ SFT, 0--4, $\beta$ $\approx$ 1"
+    )
+
+
+def test_latex_literally() -> None:
+    columns = (Column("eval"), Column("acc", "A_1"), Column("ECE", "A_1"), Column("ICL works"))
+    body = ((Entry("SST2"), Entry("90.4 (2.3)", "best"), Entry("0.06", "second"), Entry("")),)
+    assert (
+        latex(Table("1", "Accuracy in %.", columns, body, ("One.", "Two.")))
+        == r"""\begin{table}
+\centering
+\small
+\caption{Accuracy in \%.}
+\label{tab:ia2-1}
+\begin{tabular}{lccl}
+\toprule
+ & \multicolumn{2}{c}{A\_1} &  \\
+\cmidrule(lr){2-3}
+eval & acc & ECE & ICL works \\
+\midrule
+SST2 & \textbf{90.4 (2.3)} & \underline{0.06} &  \\
+\bottomrule
+\end{tabular}
+\par\smallskip
+\begin{minipage}{\linewidth}\footnotesize
+One. \\
+Two.
+\end{minipage}
+\end{table}
+"""
+    )
+
+
+def test_every_row_in_latex_has_as_many_fields(tmp_path: Path) -> None:
+    report = report_of(tmp_path, [*few(), *few(benchmark="GSM8K")])
+    for table in print_tables(report, "all").tables:
+        text = latex(table)
+        inside = text.split(r"\midrule")[1].split(r"\bottomrule")[0]
+        for line in inside.strip().splitlines():
+            assert len(re.findall(r"(?<!\\)&", line)) == len(table.columns) - 1
+        assert text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
+        [groups] = re.findall(r"\\toprule\n(.*?)\\midrule", text, flags=re.DOTALL)
+        spans = sum(int(n) - 1 for n in re.findall(r"multicolumn\{(\d+)\}", groups))
+        if r"\cmidrule" in groups:
+            assert len(re.findall(r"(?<!\\)&", groups.splitlines()[0])) + spans == len(table.columns) - 1
+
+
+def test_odd_names_break_no_table(tmp_path: Path) -> None:
+    report = report_of(tmp_path, few(8, "a|b\nc*<i>_&%"))
+    [table] = paper_table(report, 1)
+    assert len({len(row) for row in grid_of(markdown(table))}) == 1
+    assert "&lt;i>" in markdown(table)
+    assert r"\_\&\%" in latex(table)
+
+
+def test_marks_go_by_what_is_printed() -> None:
+    def entries(*texts: str) -> list[Entry]:
+        return [Entry(text, value=None if text == "–" else {}) for text in texts]
+
+    marks = [
+        e.mark
+        for e in ranked(entries("90.4 (1)", "80.0", "90.4 (2)", "–", "70.0"), higher=True, shown=[True] * 5)
+    ]
+    assert marks == ["best", "second", "best", "", ""]
+    marks = [e.mark for e in ranked(entries("0.10", "0.20", "0.05"), higher=False, shown=[True, True, False])]
+    assert marks == ["best", "second", ""]
+    assert ranked(entries("0.10", "–"), higher=False, shown=[True, True])[0].mark == ""
+
+
+def test_numbers() -> None:
+    assert signed(-0.1, -0.2, 0.05, percent=True) == "−10.0 [−20.0, +5.0]"
+    assert signed(0.1234, None, None, percent=False) == "+0.123"
+    assert signed(0.1, float("nan"), 0.2, percent=True) == "+10.0"
+    assert [p_value(p) for p in (0.0001, 0.0124, 1.0, float("nan"))] == ["< 0.001", "0.012", "1.000", "–"]
+    assert [span(s) for s in ([0, 1, 2, 3], [0, 2], [5], [])] == ["0–3", "0, 2", "5", "none"]
+
+
+# ------------------------------------------------------------------------------------------- figures
+
+
+def test_figures_are_the_same_every_time_and_name_what_they_show(tmp_path: Path) -> None:
+    report = report_of(tmp_path, small_grid())
+    for folder in ("a", "b"):
+        drawn = try_figures(report, tmp_path / folder)
+        assert [path.name for path in drawn] == [
+            "sizes-demo.svg",
+            "differences-demo.svg",
+            "similarity-demo.svg",
+        ]
+    for path in drawn:
+        data = path.read_bytes()
+        assert data == (tmp_path / "a" / path.name).read_bytes()
+        assert str(tmp_path).encode() not in data
+        text = "".join(ElementTree.fromstring(data).itertext())
+        for expected in ("demo", "accuracy", "ECE", "lower is better"):
+            assert expected in text
+    assert "FinS (words), N = 32" in "".join(
+        ElementTree.parse(tmp_path / "a" / drawn[1].name).getroot().itertext()
+    )
+
+
+@pytest.mark.filterwarnings("error")
+def test_figures_of_little(tmp_path: Path) -> None:
+    report = report_of(
+        tmp_path, [record(rows(5, 20), asim=None), record(rows(8, 20), recipe="ia2-sft", asim=None)]
+    )
+    path = tmp_path / "x.svg"
+    assert not sizes_figure(report, "demo", path)
+    assert not similarity_figure(report, "demo", path)
+    assert differences_figure(report, "demo", path)
+    assert not differences_figure(report_of(tmp_path / "sft", [record(rows(5))]), "demo", path)
+
+
+def test_names_of_models_name_files(tmp_path: Path) -> None:
+    report = report_of(tmp_path, few(8, "../own/model"))
+    assert [path.parent for path in try_figures(report, tmp_path / "figures")] == [tmp_path / "figures"] * 2
+
+
+def test_without_matplotlib_there_are_no_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    report = report_of(tmp_path, small_grid(seeds=1))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with caplog.at_level("INFO", "ia2"):
+        assert try_figures(report, tmp_path / "figures") == []
+    assert "pip install 'ia2[report]'" in caplog.text
+    assert not (tmp_path / "figures").exists()
+
+
+# -------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    return write_sweep(tmp_path / "sweep", few(), seconds=7200)
+
+
+def test_the_command_prints_an_overview(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ran = run(capsys, "report", sweep)
+    assert ran.status == 0
+    assert ran.out.startswith(
+        "sweep: 8 cells; 2.0 hours. Models Qwen/Qwen3-4B-Base; benchmarks SST2; recipes icl,"
+    )
+    assert "Table 1 of the paper" in ran.out
+    assert "Tables that these cells fill (--table): 1, 5, 8, 12, full, tests, thresholds, icl." in ran.out
+
+
+def test_the_command_prints_a_table_in_both_formats(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert r"\begin{table}" not in run(capsys, "report", sweep, "--table", "1").out
+    both = run(capsys, "report", sweep, "--table", "1", "--latex", "--markdown").out
+    assert both.index("| SST2 |") < both.index(r"\begin{table}")
+    assert "| SST2 |" not in run(capsys, "report", sweep, "--table", "1", "--latex").out
+
+
+def test_the_command_writes_files(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, figures = tmp_path / "out", tmp_path / "figures"
+    ran = run(capsys, "report", sweep, "--table", "all", "--latex", "--output-dir", out, "--figures", figures)
+    assert {path.name for path in out.iterdir()} == {
+        "table-1.tex", "table-5.tex", "table-8.tex", "table-12.tex", "table-full.tex", "table-tests.tex",
+        "table-icl.tex",
+    }  # fmt: skip
+    assert {path.name for path in figures.iterdir()} == {
+        "differences-Qwen-Qwen3-4B-Base.svg", "similarity-Qwen-Qwen3-4B-Base.svg",
+    }  # fmt: skip
+    assert f"{out / 'table-1.tex'}" in ran.out
+
+
+def test_the_command_gives_json(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run(capsys, "report", sweep, "--table", "1", "--json").json
+    assert (found["cells"], found["select"], found["files"]) == (8, "dev", [])
+    [table] = found["tables"]
+    entry = table["rows"][0]["IA2 → SFT acc"]
+    assert (entry["text"], entry["mean"], entry["seeds"]) == ("77.5 (3.5)", pytest.approx(0.775), [0, 1])
+    assert set(table["rows"][0]["IA2 → SFT − SFT acc [95%]"]) == {"text", "value", "low", "high", "seeds"}
+
+
+def test_the_grid_says_how_to_select(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (sweep / "grid.yaml").write_text("select: test\n")
+    assert run(capsys, "report", sweep, "--json").json["select"] == "test"
+    assert run(capsys, "report", sweep, "--json", "--select", "dev").json["select"] == "dev"
+
+
+def test_the_command_keeps_to_what_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_sweep(tmp_path / "sweep", small_grid())
+    ran = run(
+        capsys,
+        "report",
+        folder,
+        "--table",
+        "1",
+        "--benchmarks",
+        "FinS",
+        "--sizes",
+        "8",
+        "--models",
+        "demo",
+        "--seeds",
+        "0,1",
+    )
+    assert {row[0] for row in grid_of(ran.out)[1:]} == {"FinS"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--table", "21"], "the paper has no table 21; there are 1 to 20."),
+        (["--table", "3"], "table 3 needs cells of sft, ia2, ia2-sft, ia2+sft on free-text tasks"),
+        (
+            ["--table", "fulll"],
+            "there is no table 'fulll'; there are 1 to 20, full, tests, thresholds, icl and all.",
+        ),
+        (["--table", "thresholds"], "table thresholds needs ia2-sft and sft at two N or more"),
+        (["--sizes", "four"], "--sizes: 'four' is no number"),
+        (
+            ["--benchmarks", "SST"],
+            "benchmark SST is in none of the cells; there are SST2. Did you mean 'SST2'?",
+        ),
+        (["--select", "best"], "'best' is not one of"),
+    ],
+)
+def test_refusals(
+    sweep: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert message in run(capsys, "report", sweep, *arguments).refusal()
+
+
+def test_refusals_of_folders(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "there is no such folder" in run(capsys, "report", tmp_path / "nowhere").refusal()
+    with (sweep / "cells.jsonl").open("a") as file:
+        file.write("{\n")
+    assert f"{sweep / 'cells.jsonl'}:9: damaged" in run(capsys, "report", sweep).refusal()
+
+
+def test_a_report_needs_no_torch(sweep: Path) -> None:
+    code = (
+        "import sys; from ia2.cli import main; main(sys.argv[1:]); "
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, "report", str(sweep), "--table", "1"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "Table 1 of the paper" in ran.stdout
