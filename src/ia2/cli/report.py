@@ -15,7 +15,7 @@ def report(
     table: Annotated[
         str | None,
         typer.Option(
-            help="A table of the paper (1 to 20), or full, tests, thresholds, icl, or all. Without it: what "
+            help="A table of the paper (1 to 20), or full, tests, variants, thresholds, icl, or all. Without it: what "
             "was run, what came out, and table 1.",
             show_default=False,
         ),

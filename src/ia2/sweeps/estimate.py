@@ -36,6 +36,12 @@ from ia2.sweeps.run import cells_of, first_cells
 from ia2.sweeps.store import SweepFolder
 from ia2.sweeps.unit import describe, load_rows
 
+# What is said of a benchmark where there is no network.
+_UNREACHABLE = "the hub cannot be reached"
+
+# Reasons that are printed; JSON has all.
+_REASONS = 3
+
 Rows = dict[tuple[str, "str | None"], BenchmarkData]
 
 
@@ -154,10 +160,19 @@ class Estimate:
         lines = [head, "", *_table(self.cells, self.stopped > 0), ""]
         if self.done == len(self.cells):
             return "\n".join([*lines, "Nothing is left to do."])
-        lines += [f"Not estimated ({_count(count, 'cell')}): {why}" for why, count in self.unknown.items()]
+        lines += self._unknown_lines()
         if self.speeds:
             lines += [*self._time_lines(), *self._space_lines(), *self._speed_lines()]
         return "\n".join(lines)
+
+    def _unknown_lines(self) -> list[str]:
+        reasons = list(self.unknown.items())
+        shown = reasons[:_REASONS] if len(reasons) > _REASONS + 1 else reasons
+        lines = [f"Not estimated ({_count(count, 'cell')}): {why}" for why, count in shown]
+        if len(shown) < len(reasons):
+            rest = sum(count for _, count in reasons[_REASONS:])
+            lines.append(f"Not estimated ({_count(rest, 'cell')}): other reasons; --json has them all.")
+        return lines
 
     def _time_lines(self) -> list[str]:
         total = self.total()
@@ -320,12 +335,21 @@ class _Found:
 def _read(grid: GridConfig) -> tuple[Rows, dict[tuple[str, str | None], str]]:
     """The rows that can be had, and why others cannot."""
     rows: Rows = {}
-    missing = {}
+    missing: dict[tuple[str, str | None], str] = {}
+    unreachable = ""
     for benchmark, verbaliser in evaluated_on(grid):
+        key = benchmark.name, verbaliser
+        if unreachable and benchmark.path is None:
+            missing[key] = unreachable
+            continue
         try:
-            rows[benchmark.name, verbaliser] = load_rows(benchmark, verbaliser, grid.data_dir, None)
+            rows[key] = load_rows(benchmark, verbaliser, grid.data_dir, None)
         except UserError as error:
-            missing[benchmark.name, verbaliser] = str(error)
+            missing[key] = str(error)
+            # the hub's client tries for most of a minute, for each of a dozen benchmarks; offline, it does not
+            if _UNREACHABLE in str(error) and "offline" not in str(error).lower():
+                unreachable = f"{error} The hub was not asked for the others."
+                missing[key] = unreachable
     return rows, missing
 
 
@@ -410,7 +434,9 @@ def _sizes(cells: Sequence[CellEstimate]) -> tuple[str, str]:
             seeds[each.cell.spec["num_examples"]].add(each.cell.spec["seed"])
     if not seeds:
         return "–", "–"
-    return ", ".join(map(str, sorted(seeds))), ", ".join(str(len(seeds[n])) for n in sorted(seeds))
+    counts = [len(seeds[n]) for n in sorted(seeds)]
+    same = len(set(counts)) == 1
+    return ", ".join(map(str, sorted(seeds))), ", ".join(map(str, counts[:1] if same else counts))
 
 
 def _time(cells: Sequence[CellEstimate], what: str) -> str:

@@ -18,6 +18,7 @@ from ia2.sweeps.report import Report
 from ia2.sweeps.selection import Select
 from ia2.sweeps.significance import pairs_table
 from ia2.sweeps.tables import FORMATS, Table
+from ia2.sweeps.variants import variants_table
 
 _ENDINGS = {"markdown": "md", "latex": "tex"}
 
@@ -25,6 +26,7 @@ _ENDINGS = {"markdown": "md", "latex": "tex"}
 _OWN: dict[str, tuple[Callable[..., Table | None], str]] = {
     "full": (full_table, "cells"),
     "tests": (pairs_table, "ia2-sft and another recipe on the same seeds"),
+    "variants": (variants_table, "a variant of ia2-sft and the plain one on the same seeds"),
     "thresholds": (threshold_table, "ia2-sft and sft at two N or more, on the same seeds"),
     "icl": (lambda report, where_icl_works: icl_table(report), "cells of icl"),
 }

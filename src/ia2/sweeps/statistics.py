@@ -116,20 +116,20 @@ def difference(first: Arm, second: Arm, dataset: str, measure: str) -> Differenc
     Raises:
         DataError: they were evaluated on other rows.
     """
-    runs = _paired_runs(first, second, dataset)
+    runs = paired_runs(first, second, dataset)
     if not runs:
         return None
-    found = clustered_interval(_paired(measure), list(runs.values()), shared_rows=True)
-    return Difference(found, {s: float(_paired(measure)(*run, axis=-1)) for s, run in runs.items()})
+    found = clustered_interval(paired(measure), list(runs.values()), shared_rows=True)
+    return Difference(found, {s: float(paired(measure)(*run, axis=-1)) for s, run in runs.items()})
 
 
 def differences_by_seed(first: Arm, second: Arm, dataset: str, measure: str) -> dict[int, float]:
     """Seed → ``first − second`` on all rows, without the interval, which takes time."""
-    runs = _paired_runs(first, second, dataset)
-    return {seed: float(_paired(measure)(*run, axis=-1)) for seed, run in runs.items()}
+    runs = paired_runs(first, second, dataset)
+    return {seed: float(paired(measure)(*run, axis=-1)) for seed, run in runs.items()}
 
 
-def _paired_runs(first: Arm, second: Arm, dataset: str) -> dict[int, list[np.ndarray]]:
+def paired_runs(first: Arm, second: Arm, dataset: str) -> dict[int, list[np.ndarray]]:
     """Seed → confidence and right answers of the one, then of the other; rows are the same."""
     mine, other = _evaluations(first, dataset), _evaluations(second, dataset)
     seeds = sorted(s for s in {*mine, *other} if s is not None)
@@ -140,7 +140,8 @@ def _paired_runs(first: Arm, second: Arm, dataset: str) -> dict[int, list[np.nda
     return {s: [a.confidence, a.correct, b.confidence, b.correct] for s, (a, b) in whole.items()}
 
 
-def _paired(measure: str) -> Any:
+def paired(measure: str) -> Any:
+    """A statistic of confidence and right answers of two arms: the first less the second."""
     statistic = MEASURES[measure]
 
     def difference(*columns: np.ndarray, axis: int) -> Any:
