@@ -17,6 +17,7 @@ import ia2
 from ia2.cli import app, main
 from ia2.cli import options as cli_options
 from ia2.config import load_config
+from ia2.sweeps.grid import expand, load_grid
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -140,11 +141,32 @@ def test_commands_are_understood(page: str, understood: Any) -> None:
             assert words[0] != "curve" or config.test_data, f"no --test-data: {shown}"
 
 
+def grids(page: str) -> set[str]:
+    """Files that are given to ``ia2 sweep``."""
+    return {words[1] for words in commands(page) if words[0] == "sweep"}
+
+
 @pytest.mark.parametrize("page", NAMES)
 def test_yaml_files_are_used_by_a_command(page: str) -> None:
     # by which their keys and values are checked
     used = {words[words.index("--config") + 1] for words in commands(page) if "--config" in words}
-    assert set(yaml_files(page)) <= used
+    assert set(yaml_files(page)) <= used | grids(page)
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_grids_are_grids(page: str, tmp_path: Path) -> None:
+    written = yaml_files(page)
+    for name in grids(page):
+        file = ROOT / name
+        if name in written:
+            file = tmp_path / name
+            file.write_text(written[name])
+        units = expand(load_grid(file))
+        # where a comment says how many cells there are
+        for count in re.findall(
+            rf"^ia2 sweep {re.escape(name)} .*# (\d+) cells", text_of(page), re.MULTILINE
+        ):
+            assert sum(len(unit.cells) for unit in units) == int(count)
 
 
 @pytest.mark.parametrize("page", NAMES)

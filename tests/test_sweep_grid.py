@@ -437,6 +437,10 @@ _HERE = {"benchmarks": ["SST2"], "models": ["demo"], "recipes": ["sft"]}
         ({**_HERE, "max_test": 1}, ["max_test: "]),
         ({**_HERE, "select": "best"}, ["select: ", "'dev' or 'test'"]),
         ({**_HERE, "parts": [{"seeds": 0}]}, ["parts.0.seeds: at least one seed is needed"]),
+        (
+            {**_HERE, "benchmarks": ["PoemS"]},
+            ["'PoemS' has no rows to train on; it is evaluated out of distribution by SST2 and FinS."],
+        ),
         ({**_HERE, "benchmarks": ["SST"]}, ["unknown benchmark 'SST'", "Did you mean 'SST2'?"]),
         ({**_HERE, "benchmarks": ["nowhere.yaml"]}, ["nowhere.yaml: no such file"]),
         (

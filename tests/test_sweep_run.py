@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from command_line import run, tree, write_rows
 from launching import finish, kill_when, start
-from sweeping import grid_of, records, results, write_files, write_grid
+from sweeping import cells_of, grid_of, records, results, write_files, write_grid
 
 from ia2 import console, trainer
 from ia2.adapter_weights import read_adapter_state
@@ -27,7 +28,7 @@ from ia2.sweeps.board import Board, in_words
 from ia2.sweeps.grid import GridConfig, expand
 from ia2.sweeps.run import RETRIES, Sweep, sweep
 from ia2.sweeps.store import alone
-from ia2.sweeps.unit import Failed, Started
+from ia2.sweeps.unit import Failed, Started, task_of
 from ia2.sweeps.workers import Lost, in_process
 from ia2.task import make_task
 from ia2.teacher import Teacher
@@ -118,8 +119,13 @@ def check_record(record: dict[str, Any]) -> None:
     for place, (name, found) in enumerate(record["evaluations"].items()):
         assert found["role"] == ("ood" if place else "id") and name
         assert (name == spec["benchmark"]) == (place == 0)
-        assert list(found) == ["role", "n", "test", "verbaliser", "majority", "metrics", "rows"]
-        assert found["majority"] is None if found["verbaliser"] is None else 0 < found["majority"] <= 1
+        assert list(found) == [
+            *("role", "n", "test", "verbaliser", "labels", "majority"),
+            *("metrics", "rows"),
+        ]
+        count = {"Two": 2, "Three": 3, "Free": None}[name]
+        assert found["labels"] == count
+        assert found["majority"] is None if count is None else 1 / count <= found["majority"] <= 1
         scopes = {"vocabulary", "labels" if found["verbaliser"] else "answer"}
         metrics = dict(found["metrics"])
         scaled = metrics.pop("scaled", {})
@@ -200,7 +206,7 @@ def test_icl_and_its_null_baseline_are_what_a_workbench_finds(
     icl = bench.evaluate("icl", data.test)
     found = by_recipe(whole)
     assert null.similarity is not None
-    assert found["icl"]["similarity"] == pytest.approx(null.similarity.to_dict())
+    assert found["icl"]["similarity"] == null.similarity.to_dict()
     for recipe, own in (("base", null), ("icl", icl)):
         rows = found[recipe]["evaluations"]["Two"]["rows"]
         plain = own.measured.plain["vocabulary"]
@@ -235,7 +241,7 @@ def test_a_trained_recipe_is_what_a_workbench_trains(
     record = by_recipe(whole)["ia2-sft"]
     assert record["training"]["selection_loss"] == pytest.approx(trained.stages[-1].selection_loss)
     assert own.similarity is not None
-    assert record["similarity"]["asim"] == pytest.approx(own.similarity.asim)
+    assert record["similarity"] == own.similarity.to_dict()
 
 
 @pytest.mark.parametrize("recipe", [*ALL[1:], "ia2-sft@dora", "ia2@cosine"])
@@ -258,6 +264,26 @@ def test_free_text(files: Path, tmp_path: Path) -> None:
     for record in records(tmp_path / "out"):
         check_record(record)
         assert record["spec"]["verbaliser"] is None
+
+
+@pytest.mark.parametrize("own", [None, 8])
+def test_a_grids_own_limit_of_answers(own: int | None, files: Path, tmp_path: Path) -> None:
+    """It goes before the benchmark's, for what is trained on and for what is generated."""
+    entry = yaml.safe_load((files / "free.yaml").read_text())
+    if own is not None:
+        entry["max_answer_tokens"] = own
+    file = files / f"limited-{own}.yaml"
+    file.write_text(yaml.safe_dump({**entry, "name": f"Limited{own}"}))
+    for limit in (5, 12):
+        config = {"max_answer_tokens": limit}
+        (cell,) = cells_of(
+            **grid_of(files, benchmarks=[str(file)], recipes=["icl"], seeds=1, settings=config)
+        )
+        assert cell.config.max_answer_tokens == limit
+        rows = load_benchmark(file).load(None, None, None, limit)
+        for ood in (False, True):
+            task = task_of(rows, cell.config, load_base(cell.spec["model"]), ood=ood)
+            assert task.kind == "generation" and task.max_answer_tokens == limit
 
 
 def test_the_first_test_rows_only(files: Path, whole: Path, tmp_path: Path) -> None:

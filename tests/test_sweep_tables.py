@@ -461,7 +461,9 @@ def test_the_overview_of_other_cells(tmp_path: Path) -> None:
     printed = print_tables(report_of(tmp_path, [record(rows(5), recipe="icl")]), None)
     assert printed.lines[1] == "ia2-sft and sft were not both run: there is no verdict."
     assert [table.name for table in printed.tables] == ["full"]
-    assert printed.lines[-1] == "Tables that these cells fill (--table): full, tests, variants, thresholds, icl."
+    assert (
+        printed.lines[-1] == "Tables that these cells fill (--table): full, tests, variants, thresholds, icl."
+    )
 
 
 # ------------------------------------------------------------------------------------------- writing
@@ -617,7 +619,10 @@ def test_the_command_prints_an_overview(sweep: Path, capsys: pytest.CaptureFixtu
         "sweep: 8 cells; 2.0 hours. Models Qwen/Qwen3-4B-Base; benchmarks SST2; recipes icl,"
     )
     assert "Table 1 of the paper" in ran.out
-    assert "Tables that these cells fill (--table): 1, 5, 8, 12, full, tests, variants, thresholds, icl." in ran.out
+    assert (
+        "Tables that these cells fill (--table): 1, 5, 8, 12, full, tests, variants, thresholds, icl."
+        in ran.out
+    )
 
 
 def test_the_command_prints_a_table_in_both_formats(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,13 +12,12 @@ from typing import Any
 
 import psutil
 import pytest
-from command_line import run_apart
 from launching import python
 from sweeping import grid_of, records, results, write_files, write_grid
 
 from ia2.errors import ConfigError
 from ia2.sweeps.grid import GridConfig, expand
-from ia2.sweeps.run import RETRIES, cells_of, read_benchmarks, sweep
+from ia2.sweeps.run import cells_of, read_benchmarks, sweep
 from ia2.sweeps.unit import Event, Finished, Started
 from ia2.sweeps.workers import Lost, in_process, processes
 
@@ -99,16 +98,6 @@ def test_two_processes_give_the_same_cells(
     assert captured.out == captured.err == ""  # neither bars nor what dependencies warn of
 
 
-def test_the_command_with_workers(files: Path, here: Path, tmp_path: Path) -> None:
-    file = write_grid(tmp_path / "grid.yaml", grid_of(files, **GRID))
-    ran = run_apart("sweep", file, "--output-dir", tmp_path / "out", "--workers", "2", "--quiet")
-    count = len(records(here))
-    assert ran.status == 0, ran.err
-    assert ran.out == f"{count} of {count} cells are done ({count} run now): {tmp_path / 'out'}\n"
-    assert ran.err == ""
-    assert [r["key"] for r in records(tmp_path / "out")] == [r["key"] for r in records(here)]
-
-
 def test_a_worker_that_is_killed_loses_nothing(
     files: Path, here: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -134,9 +123,10 @@ def test_a_worker_that_is_killed_loses_nothing(
     assert results(tmp_path / "out") == results(here)
 
 
-def test_a_unit_whose_workers_always_die_is_given_up_and_the_rest_is_done(
-    files: Path, tmp_path: Path
+def test_a_cell_whose_workers_always_die_is_given_up_and_the_rest_is_done(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("ia2.sweeps.run.RETRIES", 1)
     deaths: list[str] = []
 
     def kill(event: Event | Lost) -> None:
@@ -152,11 +142,9 @@ def test_a_unit_whose_workers_always_die_is_given_up_and_the_rest_is_done(
     units = cells_of(grid, read_benchmarks(grid))
     keys = {cell.spec["recipe"]: cell.key for unit in units for cell in unit.cells}
     done = sweep(grid, tmp_path / "out", run=lambda work: watched(work, 1, kill))
-    assert len(deaths) == RETRIES + 1
+    assert len(deaths) == 2
     assert [r["spec"]["recipe"] for r in records(tmp_path / "out")] == ["icl", "ia2"]
-    assert [f["error"] for f in done.failed] == [
-        f"its worker was killed by signal 9 (SIGKILL), {RETRIES + 1} times"
-    ]
+    assert [f["error"] for f in done.failed] == ["its worker was killed by signal 9 (SIGKILL), 2 times"]
 
 
 def test_an_idle_worker_that_died_is_replaced(files: Path, tmp_path: Path) -> None:
@@ -224,8 +212,10 @@ def test_an_interrupt_ends_workers_and_keeps_what_is_done(files: Path, tmp_path:
     finally:
         process.kill()
         process.wait()
-    assert "interrupted; start the same command again to continue" in (tmp_path / "log").read_text()
-    assert "Traceback" not in (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text().splitlines()
+    assert said[0].startswith("sweep: 4 cells in 4 units; 0 finished before, 4 to do.")
+    assert all(line.startswith("[") for line in said[1:-2])
+    assert said[-2:] == ["", "ia2: interrupted; start the same command again to continue."]
     assert records(tmp_path / "out")[0]["spec"]["recipe"] == "base"
 
 

@@ -7,7 +7,20 @@ from typing import Any, NoReturn
 
 import typer
 
-from ia2.cli import benchmarks, compare, curve, demo, env, evaluate, predict, probe, report, sweep, train
+from ia2.cli import (
+    benchmarks,
+    compare,
+    curve,
+    demo,
+    doctor,
+    env,
+    evaluate,
+    predict,
+    probe,
+    report,
+    sweep,
+    train,
+)
 from ia2.cli.options import gather_lists, list_flags
 from ia2.config import CurveConfig, ProbeConfig, TrainConfig
 from ia2.errors import UserError, suggest
@@ -34,6 +47,7 @@ app.command("predict")(predict.predict)
 app.command("compare")(compare.compare)
 app.command("curve")(curve.curve)
 app.command("probe")(probe.probe)
+app.command("doctor")(doctor.doctor)
 app.add_typer(benchmarks.app, name="benchmarks")
 app.command("sweep")(sweep.sweep)
 app.command("report")(report.report)

@@ -57,6 +57,8 @@ def on_ray(work: Path, address: str, *, workers: int = 1, gpus: float = 0.0, kee
 
 
 def _connect(address: str, workers: int) -> Any:
+    # it would print what the cluster says of dead workers on stdout, where results go; read on import
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     try:
         import ray
     except ImportError as error:

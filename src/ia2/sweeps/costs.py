@@ -18,7 +18,8 @@ from ia2.models import BaseModel
 from ia2.recipes import ALIGN
 from ia2.stages import PlannedStage, plan
 from ia2.sweeps.grid import Cell, Unit
-from ia2.task import Task, make_task
+from ia2.sweeps.unit import load_rows, task_of
+from ia2.task import Task
 from ia2.teaching import SIMILARITY_QUERIES
 from ia2.tokens import common_prefix
 from ia2.workbench import Workbench
@@ -72,8 +73,10 @@ class Speed:
         steps: seconds of an optimiser step by its tokens, for each adapter's digest.
         adapter_bytes: of its weights, for each adapter's digest.
         refused: adapters that cannot be trained, and why.
+        device: type of the device.
         memory_bytes: most that was in use: of the process, or on an accelerator of the device.
-        longest: tokens of the longest row that was measured.
+        longest: tokens of the longest prompt that was measured.
+        longest_context: tokens of the longest context of the grid, on average over its queries.
         loading: seconds to load the model.
         seconds: that the calibration took.
     """
@@ -86,8 +89,10 @@ class Speed:
     steps: Mapping[str, Line]
     adapter_bytes: Mapping[str, int]
     refused: Mapping[str, str]
+    device: str
     memory_bytes: int
     longest: int
+    longest_context: float
     loading: float
     seconds: float
 
@@ -191,8 +196,15 @@ def measure_shape(
     if config.demo_order in ("nearest", "search"):
         # as long as random ones, which need no forward pass
         config = config.model_copy(update={"demo_order": "random"})
-    data = tuple(rows[benchmark.name, verbaliser] for benchmark, verbaliser in unit.benchmarks)
-    tasks = tuple(_task(part, config, base) for part in data)
+    longest = config.max_answer_tokens
+    data = tuple(
+        # the pool of free answers depends on how long they may be
+        load_rows(b, v, unit.data_dir, None, longest)
+        if longest and b.kind == "generation"
+        else rows[b.name, v]
+        for b, v in unit.benchmarks
+    )
+    tasks = tuple(task_of(part, config, base, ood=n > 0) for n, part in enumerate(data))
     pool, count = data[0].pool, first.spec["num_examples"]
     split = FewShotSplit(pool[:2], Examples([], name=pool.name))
     if count is not None:
@@ -227,14 +239,6 @@ def shared_prefix(bench: Workbench, prompts: Sequence[Sequence[int]]) -> int:
     """Tokens that are computed once for all prompts."""
     shared = common_prefix([tuple(ids) for ids in prompts]) if len(prompts) > 1 else 0
     return shared if shared >= MIN_SHARED_PREFIX and _takes_cache(bench.base.model) else 0
-
-
-def _task(data: BenchmarkData, config: AdaptConfig, base: BaseModel) -> Task:
-    # as ia2.sweeps.unit has it
-    settings = data.benchmark.settings(data.verbaliser)
-    config = config.model_copy(update={"task": "auto", "labels": None, "parser": "text", **settings})
-    every = Examples([*data.pool, *data.test], name=data.benchmark.name)
-    return make_task(every, config, base.tokenizer, data.benchmark.prompt_template)
 
 
 def _queries(bench: Workbench, data: BenchmarkData, task: Task, max_test: int | None) -> Queries:

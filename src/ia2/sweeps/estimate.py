@@ -34,13 +34,13 @@ from ia2.sweeps.costs import (
 from ia2.sweeps.grid import Cell, GridConfig, Unit, evaluated_on
 from ia2.sweeps.run import cells_of, first_cells
 from ia2.sweeps.store import SweepFolder
-from ia2.sweeps.unit import describe, load_rows
+from ia2.sweeps.unit import describe, forget_rows, load_rows
 
 # What is said of a benchmark where there is no network.
 _UNREACHABLE = "the hub cannot be reached"
 
-# Reasons that are printed; JSON has all.
-_REASONS = 3
+# Reasons that are printed, and characters of each; JSON has all.
+_REASONS, _LONGEST = 3, 400
 
 Rows = dict[tuple[str, "str | None"], BenchmarkData]
 
@@ -78,6 +78,7 @@ class Estimate:
         work_bytes: at most, of the working files of the units that run at once.
         record_bytes: about, of the results of all cells.
         seconds: that the estimate took.
+        load: processes that were running when it began, beside it.
         machine: as results name it.
     """
 
@@ -94,6 +95,7 @@ class Estimate:
     work_bytes: int
     record_bytes: int
     seconds: float
+    load: float
     machine: Mapping[str, Any] = field(repr=False)
 
     @property
@@ -138,6 +140,7 @@ class Estimate:
             "steps": {"share": dict(self.shares), "finished_cells": self.stopped},
             "calibration": {
                 "seconds": self.seconds,
+                "load": self.load,
                 "models": {name: _speed(speed) for name, speed in self.speeds.items()},
                 "machine": dict(self.machine),
             },
@@ -168,7 +171,7 @@ class Estimate:
     def _unknown_lines(self) -> list[str]:
         reasons = list(self.unknown.items())
         shown = reasons[:_REASONS] if len(reasons) > _REASONS + 1 else reasons
-        lines = [f"Not estimated ({_count(count, 'cell')}): {why}" for why, count in shown]
+        lines = [f"Not estimated ({_count(count, 'cell')}): {_cut(why)}" for why, count in shown]
         if len(shown) < len(reasons):
             rest = sum(count for _, count in reasons[_REASONS:])
             lines.append(f"Not estimated ({_count(rest, 'cell')}): other reasons; --json has them all.")
@@ -187,12 +190,20 @@ class Estimate:
         return [line, "        " + ", ".join(f"{name} {in_words(seconds)}" for name, seconds in parts)]
 
     def _space_lines(self) -> list[str]:
-        each = "" if self.workers == 1 else f" ({self.workers} processes)"
+        of = " of the GPU" if any(speed.device == "cuda" for speed in self.speeds.values()) else ""
+        each = "" if self.workers == 1 else f" in {self.workers} processes"
         return [
             f"Disk    at most {_size(self.work_bytes)} while it runs; results {_size(self.record_bytes)}",
-            f"Memory  {_size(self.memory_bytes)}{each}, "
-            + ("of the accelerator" if self.machine["accelerators"] else "as measured"),
+            f"Memory  {_size(self.memory_bytes)}{of}{each}, as measured{self._longer()}",
         ]
+
+    def _longer(self) -> str:
+        """Longer rows take more memory than was measured."""
+        for name, speed in self.speeds.items():
+            if speed.longest_context > 1.2 * speed.longest:
+                seen, longest = speed.longest, speed.longest_context
+                return f" on rows of up to {seen} tokens; {name} will have some of {longest:.0f}"
+        return ""
 
     def _speed_lines(self) -> list[str]:
         lines = []
@@ -201,10 +212,11 @@ class Estimate:
             if speed.steps:
                 rates += f", {speed.context:.0f} behind demonstrations, {speed.teacher:.0f} teacher"
             lines.append(f"Speed   {name}: tokens a second {rates}; loaded in {speed.loading:.1f} s")
-        return [
-            *lines,
-            f"Measured in {self.seconds:.0f} s; it holds for a machine that is as busy as it was then.",
-        ]
+        # what else runs takes its share of the cores, and of what was measured
+        busy = (
+            f", beside about {self.load:.1f} other processes: alone it is faster" if self.load >= 0.5 else ""
+        )
+        return [*lines, f"Measured in {self.seconds:.0f} s{busy}."]
 
 
 def estimate(
@@ -224,7 +236,9 @@ def estimate(
     Raises:
         UserError: a mistake in the grid, or a folder that holds something else.
     """
-    began = time.perf_counter()
+    import psutil
+
+    began, load = time.perf_counter(), psutil.getloadavg()[0]
     store = SweepFolder(Path(output_dir))
     rows, missing = _read(grid)
     units = first_cells(cells_of(grid, rows), limit)
@@ -260,6 +274,7 @@ def estimate(
         sum(sorted(found.work.values())[-workers:]),
         found.records,
         time.perf_counter() - began,
+        load,
         machine(),
     )
 
@@ -337,6 +352,7 @@ def _read(grid: GridConfig) -> tuple[Rows, dict[tuple[str, str | None], str]]:
     rows: Rows = {}
     missing: dict[tuple[str, str | None], str] = {}
     unreachable = ""
+    forget_rows()  # as a sweep does
     for benchmark, verbaliser in evaluated_on(grid):
         key = benchmark.name, verbaliser
         if unreachable and benchmark.path is None:
@@ -346,8 +362,8 @@ def _read(grid: GridConfig) -> tuple[Rows, dict[tuple[str, str | None], str]]:
             rows[key] = load_rows(benchmark, verbaliser, grid.data_dir, None)
         except UserError as error:
             missing[key] = str(error)
-            # the hub's client tries for most of a minute, for each of a dozen benchmarks; offline, it does not
-            if _UNREACHABLE in str(error) and "offline" not in str(error).lower():
+            # its client tries for most of a minute, for each of a dozen benchmarks; told to be offline, not
+            if _UNREACHABLE in str(error) and "OfflineMode" not in str(error):
                 unreachable = f"{error} The hub was not asked for the others."
                 missing[key] = unreachable
     return rows, missing
@@ -482,13 +498,18 @@ def _speed(speed: Speed) -> dict[str, Any]:
         "seconds": speed.seconds,
         "loading_seconds": speed.loading,
         "tokens_a_second": {"bare": speed.bare, "context": speed.context, "teacher": speed.teacher},
+        "device": speed.device,
         "memory_bytes": speed.memory_bytes,
-        "longest_row": speed.longest,
+        "longest_row": {"measured": speed.longest, "grid": speed.longest_context},
     }
 
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
 def _size(count: float) -> str:

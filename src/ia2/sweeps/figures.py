@@ -2,141 +2,146 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ia2.console import logger
 from ia2.recipes import RECIPES
-from ia2.report.figures import COLOURS
+from ia2.report.style import (
+    COLOURS,
+    FAINT,
+    NO_MATPLOTLIB,
+    Figure,
+    Panel,
+    matplotlib_is_there,
+    numbers_table,
+    recipe_style,
+)
 from ia2.sweeps.report import METHOD, TITLES, Report
 from ia2.sweeps.selection import Task
 from ia2.sweeps.statistics import by_seed, interval, paired_test
-
-_SETTINGS: Any = {
-    # fixed ids and no date: the same numbers give the same file
-    "svg.hashsalt": "ia2",
-    "svg.fonttype": "none",
-    "font.size": 10,
-    # a dollar in the name of a model is a dollar
-    "text.parse_math": False,
-}
-
-# A recipe has the same colour and sign in every figure, so that colour alone need not tell.
-_MARKERS = "osD^vP*X"
+from ia2.sweeps.tables import signed
 
 _MEASURES = {"accuracy": "accuracy (higher is better)", "ece": "ECE (lower is better)"}
 
 
 def try_figures(report: Report, folder: Path) -> list[Path]:
     """Draw what there is something for; say how to get matplotlib if it is not there."""
-    if importlib.util.find_spec("matplotlib") is None:
-        logger.info("No figures: pip install 'ia2[report]' brings matplotlib.")
+    if not matplotlib_is_there():
+        logger.info("No figures: %s", NO_MATPLOTLIB)
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = []
-    figures: dict[str, Callable[[Report, str, Path], bool]] = {
-        "sizes": sizes_figure,
-        "differences": differences_figure,
-        "similarity": similarity_figure,
-    }
-    for name, draw in figures.items():
-        for model in report.models:
-            path = folder / f"{name}-{_file_name(model)}.svg"
-            if draw(report, model, path):
-                drawn.append(path)
-    return drawn
+    return [figure.save(folder / f"{figure.name}.svg") for figure in sweep_figures(report)]
+
+
+def sweep_figures(report: Report) -> list[Figure]:
+    """Every figure that the cells have something for, of each model."""
+    made = (make(report, model) for make in (_sizes, _differences, _similarity) for model in report.models)
+    return [figure for figure in made if figure is not None]
+
+
+def sizes_figure(report: Report, model: str, path: Path) -> bool:
+    """Accuracy and ECE of the plain recipes over N, a row of panels a benchmark; False with one N."""
+    return _save(_sizes(report, model), path)
+
+
+def differences_figure(report: Report, model: str, path: Path) -> bool:
+    """IA2 → SFT less SFT, accuracy and ECE, of each benchmark and N and over all; False without a pair."""
+    return _save(_differences(report, model), path)
+
+
+def similarity_figure(report: Report, model: str, path: Path) -> bool:
+    """Similarity to ICL against accuracy and ECE, one point a run of a plain recipe; False without any."""
+    return _save(_similarity(report, model), path)
+
+
+def _save(figure: Figure | None, path: Path) -> bool:
+    if figure is not None:
+        figure.save(path)
+    return figure is not None
 
 
 def _file_name(model: str) -> str:
     return "".join(sign if sign.isalnum() or sign in "-." else "-" for sign in model).strip("-.") or "model"
 
 
-def _style(recipe: str) -> dict[str, Any]:
-    known = list(RECIPES)
-    place = known.index(recipe) if recipe in known else len(known)
-    return {"color": COLOURS[place % len(COLOURS)], "marker": _MARKERS[place % len(_MARKERS)]}
-
-
-@contextmanager
-def _canvas(path: Path, rows: int, columns: int, width: float, height: float) -> Iterator[tuple[Any, Any]]:
-    """A white figure, since pages are dark at times, saved when the block ends."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context(_SETTINGS):
-        figure, axes = plt.subplots(
-            rows, columns, figsize=(width, height), squeeze=False, layout="constrained"
-        )
-        figure.patch.set_facecolor("white")
-        yield figure, axes
-        for axis in axes.flat:
-            axis.spines[["top", "right"]].set_visible(False)
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)
-        plt.close(figure)
-
-
-def _legend(figure: Any, axis: Any) -> None:
-    """Below the panels: inside, it would cover a curve of some sweep."""
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-
-
 def _tasks(report: Report, model: str) -> list[Task]:
     return [task for task in report.tasks if task.model == model]
-
-
-def sizes_figure(report: Report, model: str, path: Path) -> bool:
-    """Accuracy and ECE of the plain recipes over N, a row of panels a benchmark; False with one N."""
-    tasks = _tasks(report, model)
-    if len(report.sizes) < 2 or not tasks:
-        return False
-    with _canvas(path, len(tasks), 2, 8.6, 0.6 + 2.5 * len(tasks)) as (figure, axes):
-        for task, pair in zip(tasks, axes, strict=True):
-            for axis, (measure, title) in zip(pair, _MEASURES.items(), strict=True):
-                if measure == "ece" and not report.labelled(task):
-                    axis.set_axis_off()
-                    continue
-                for recipe in RECIPES:
-                    _curve(report, task, recipe, measure, axis)
-                axis.set_xscale("log", base=2)
-                axis.set_xticks(report.sizes, [str(size) for size in report.sizes])
-                axis.minorticks_off()
-                axis.set_ylim(bottom=0)
-                axis.set_title(f"{_name(task)}: {title}", fontsize=10)
-        for axis in axes[-1]:
-            axis.set_xlabel("training examples N")
-        _legend(figure, axes[0][0])
-        figure.suptitle(f"{model}, means with 95% intervals over seeds and test rows", fontsize=10)
-    return True
-
-
-def _curve(report: Report, task: Task, recipe: str, measure: str, axis: Any) -> None:
-    sizes, values, low, high = [], [], [], []
-    for size in report.sizes:
-        arm = report.plain(task, size, recipe)
-        found = None if arm is None else interval(arm, task.benchmark, measure)
-        if found is not None:
-            sizes.append(size)
-            values.append(found.value)
-            low.append(found.low)
-            high.append(found.high)
-    if sizes:
-        style = _style(recipe)
-        axis.plot(sizes, values, markersize=4, label=TITLES[recipe], **style)
-        axis.fill_between(sizes, low, high, color=style["color"], alpha=0.12, linewidth=0)
 
 
 def _name(task: Task) -> str:
     return f"{task.benchmark} ({task.verbaliser})" if task.verbaliser else task.benchmark
 
 
-def differences_figure(report: Report, model: str, path: Path) -> bool:
-    """IA2 → SFT less SFT, accuracy and ECE, of each benchmark and N and over all; False without a pair."""
+# ---------------------------------------------------------------------------------------------- over N
+
+
+def _sizes(report: Report, model: str) -> Figure | None:
+    tasks = _tasks(report, model)
+    if len(report.sizes) < 2 or not tasks:
+        return None
+    panels, rows = [], []
+    for task in tasks:
+        for measure, title in _MEASURES.items():
+            labelled = measure != "ece" or report.labelled(task)
+            found = {r: _curve(report, task, r, measure) for r in RECIPES} if labelled else {}
+            panels.append(_curves_panel(report.sizes, f"{_name(task)}: {title}", found))
+            for recipe, points in found.items():
+                rows += [[_name(task), TITLES[recipe], measure, str(n), _shown(i)] for n, i in points.items()]
+    return Figure(
+        f"sizes-{_file_name(model)}",
+        f"Accuracy and calibration over N, {model}",
+        f"{model}, means with 95% intervals over seeds and test rows",
+        "Plain recipes; lines are means over seeds, bands 95% intervals over seeds and test rows.",
+        tuple(panels),
+        numbers_table("sizes", "Values by N", ["benchmark", "recipe", "measure", "N", "value [95%]"], rows),
+        columns=2,
+    )
+
+
+def _shown(found: Any) -> str:
+    return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+
+
+def _curve(report: Report, task: Task, recipe: str, measure: str) -> dict[int, Any]:
+    """Intervals by N."""
+    arms = {size: report.plain(task, size, recipe) for size in report.sizes}
+    found = {n: interval(arm, task.benchmark, measure) for n, arm in arms.items() if arm is not None}
+    return {n: value for n, value in found.items() if value is not None}
+
+
+def _curves_panel(sizes: Sequence[int], title: str, found: dict[str, dict[int, Any]]) -> Panel:
+    def draw(axis: Any) -> None:
+        if not found:
+            axis.set_axis_off()
+            return
+        for recipe, points in found.items():
+            if points:
+                style = recipe_style(recipe)
+                axis.plot(
+                    list(points),
+                    [i.value for i in points.values()],
+                    markersize=4,
+                    label=TITLES[recipe],
+                    **style,
+                )
+                ends = [i.low for i in points.values()], [i.high for i in points.values()]
+                axis.fill_between(list(points), *ends, color=style["color"], alpha=0.12, linewidth=0)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.minorticks_off()
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("training examples N")
+        axis.set_title(title, fontsize=10)
+
+    return Panel(draw, legend=bool(found), width=4.3, height=2.7)
+
+
+# ----------------------------------------------------------------------------------------- differences
+
+
+def _differences(report: Report, model: str) -> Figure | None:
     lines: dict[str, list[tuple[str, Any]]] = {}
     pooled: dict[str, dict[str, list[float]]] = {}
     for measure in _MEASURES:
@@ -151,36 +156,56 @@ def differences_figure(report: Report, model: str, path: Path) -> bool:
                     of = pooled.setdefault(measure, {}).setdefault(task.benchmark, [])
                     of.extend(found.by_seed.values())
     if not lines:
-        return False
-    height = 1.4 + 0.28 * (1 + max(map(len, lines.values())))
-    with _canvas(path, 1, len(lines), 4.6 * len(lines), height) as (figure, axes):
-        for axis, (measure, found_lines) in zip(axes[0], lines.items(), strict=True):
-            _forest(axis, found_lines)
-            _diamond(axis, len(found_lines), pooled[measure])
-            names = [name for name, _ in found_lines] + ["over benchmarks"]
-            axis.set_yticks(range(len(names)), names)
-            axis.set_ylim(len(names) - 0.4, -0.6)
-            axis.axvline(0, color="#666666", linewidth=0.8, zorder=0)
-            axis.set_title(_MEASURES[measure].replace(" (", " difference ("), fontsize=10)
-        figure.suptitle(f"{model}: {TITLES[METHOD]} − SFT, paired, 95% intervals", fontsize=10)
-    return True
+        return None
+    height = 1.2 + 0.28 * (1 + max(map(len, lines.values())))
+    rows = [
+        [name, measure, signed(i.value, i.low, i.high, percent=False)]
+        for measure, found_lines in lines.items()
+        for name, i in found_lines
+    ]
+    for measure, pairs in pooled.items():
+        over = paired_test(pairs)
+        shown = signed(over.cluster_mean, over.low, over.high, percent=False)
+        rows.append(["over benchmarks", measure, shown])
+    return Figure(
+        f"differences-{_file_name(model)}",
+        f"{TITLES[METHOD]} less SFT, {model}",
+        f"{model}: {TITLES[METHOD]} − SFT, paired, 95% intervals",
+        "Squares: a benchmark and N, paired by seed and test row. Diamond: the mean over benchmarks, whose "
+        "interval draws benchmarks. Right of zero is better in accuracy, left of it in ECE.",
+        tuple(
+            Panel(_forest(found_lines, pooled[measure], measure), width=4.6, height=height)
+            for measure, found_lines in lines.items()
+        ),
+        numbers_table("differences", "Differences", ["evaluation", "measure", "difference [95%]"], rows),
+        columns=2,
+    )
 
 
-def _forest(axis: Any, lines: Sequence[tuple[str, Any]]) -> None:
-    for place, (_, found) in enumerate(lines):
-        axis.plot([found.low, found.high], [place, place], color=COLOURS[0], linewidth=1.5)
-        axis.plot(found.value, place, marker="s", markersize=4, color=COLOURS[0])
+def _forest(
+    lines: Sequence[tuple[str, Any]], pairs: dict[str, list[float]], measure: str
+) -> Callable[[Any], None]:
+    def draw(axis: Any) -> None:
+        for place, (_, found) in enumerate(lines):
+            axis.plot([found.low, found.high], [place, place], color=COLOURS[0], linewidth=1.5)
+            axis.plot(found.value, place, marker="s", markersize=4, color=COLOURS[0])
+        over = paired_test(pairs)
+        axis.plot(over.cluster_mean, len(lines), marker="D", markersize=6, color=COLOURS[5])
+        if over.low == over.low:
+            axis.plot([over.low, over.high], [len(lines)] * 2, color=COLOURS[5], linewidth=1.5)
+        names = [name for name, _ in lines] + ["over benchmarks"]
+        axis.set_yticks(range(len(names)), names)
+        axis.set_ylim(len(names) - 0.4, -0.6)
+        axis.axvline(0, color=FAINT, linewidth=0.8, zorder=0)
+        axis.set_title(_MEASURES[measure].replace(" (", " difference ("), fontsize=10)
+
+    return draw
 
 
-def _diamond(axis: Any, place: int, pairs: dict[str, list[float]]) -> None:
-    found = paired_test(pairs)
-    axis.plot(found.cluster_mean, place, marker="D", markersize=6, color=COLOURS[5])
-    if found.low == found.low:
-        axis.plot([found.low, found.high], [place, place], color=COLOURS[5], linewidth=1.5)
+# ------------------------------------------------------------------------------------------ similarity
 
 
-def similarity_figure(report: Report, model: str, path: Path) -> bool:
-    """Similarity to ICL against accuracy and ECE, one point a run of a plain recipe; False without any."""
+def _similarity(report: Report, model: str) -> Figure | None:
     points: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for task in _tasks(report, model):
         for size in report.sizes:
@@ -196,15 +221,35 @@ def similarity_figure(report: Report, model: str, path: Path) -> bool:
                             of = points.setdefault(measure, {}).setdefault(recipe, [])
                             of.append((similarity["asim"], value))
     if not points:
-        return False
-    with _canvas(path, 1, len(points), 4.3 * len(points), 3.4) as (figure, axes):
-        for axis, (measure, by_recipe) in zip(axes[0], points.items(), strict=True):
-            for recipe, found in by_recipe.items():
-                style = _style(recipe)
-                axis.scatter(*zip(*found, strict=True), s=16, alpha=0.75, label=TITLES[recipe], **style)
-            axis.set_xlabel("activation similarity to ICL (asim)")
-            axis.set_ylim(bottom=0)
-            axis.set_title(_MEASURES[measure], fontsize=10)
-        _legend(figure, axes[0][0])
-        figure.suptitle(f"{model}: one point a run", fontsize=10)
-    return True
+        return None
+    rows = [
+        [TITLES[recipe], measure, f"{asim:.3f}", f"{value:.3f}"]
+        for measure, by_recipe in points.items()
+        for recipe, found in by_recipe.items()
+        for asim, value in found
+    ]
+    return Figure(
+        f"similarity-{_file_name(model)}",
+        f"Similarity to ICL against results, {model}",
+        f"{model}: one point a run",
+        "A point a run of a plain recipe. Being like ICL inside is no merit in itself: it matters where "
+        "ICL works.",
+        tuple(
+            Panel(_scatter(by_recipe, measure), legend=True, width=4.3, height=3.4)
+            for measure, by_recipe in points.items()
+        ),
+        numbers_table("similarity", "Runs", ["recipe", "measure", "asim", "value"], rows),
+        columns=2,
+    )
+
+
+def _scatter(by_recipe: dict[str, list[tuple[float, float]]], measure: str) -> Callable[[Any], None]:
+    def draw(axis: Any) -> None:
+        for recipe, found in by_recipe.items():
+            x, y = zip(*found, strict=True)
+            axis.scatter(x, y, s=16, alpha=0.75, label=TITLES[recipe], **recipe_style(recipe))
+        axis.set_xlabel("activation similarity to ICL (asim)")
+        axis.set_ylim(bottom=0)
+        axis.set_title(_MEASURES[measure], fontsize=10)
+
+    return draw

@@ -7,7 +7,6 @@ what a worker is given.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,43 +16,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ia2.config import (
-    SECTIONS,
-    AdaptConfig,
-    Section,
-    SftConfig,
-    load_config,
-    validate,
-)
+from ia2.config import AdaptConfig, Section, load_config
 from ia2.errors import ConfigError, suggest
 from ia2.files import digest
 from ia2.recipes import RECIPES
-from ia2.stages import PlannedStage, plan
+from ia2.stages import PlannedStage
+from ia2.sweeps.settings import AXES, INCIDENTAL, TRAINING, flat, nested, planned, used_settings, validated
 
 if TYPE_CHECKING:
     from ia2.benchmarks import Benchmark
 
 FORMAT = 1
 """Of cells; bump when the meaning of a setting's default, or of a record, changes (a test watches)."""
-
-# Settings of a run that are axes of the grid themselves, and those that change no result.
-_AXES = ("recipe", "seed", "num_examples", "learning_rates", "joint.betas")
-_INCIDENTAL = ("report_to", "checkpoint_every", "targets")
-# Of the task: all that a model without demonstrations and training depends on.
-_TASK = (
-    "task",
-    "labels",
-    "parser",
-    "separator",
-    "chat",
-    "thinking",
-    "max_context_tokens",
-    "max_answer_tokens",
-)
-# Beside these, what is in the prompt; the teacher's part of a run depends on nothing else.
-_TRAINING = ("adapter.", *(f"{name}." for name in SECTIONS), "schedules", "batch_size", "micro_batch_size")
-_ORDERS = ("demo_permutations", "permutation_targets")
-_TECHNICAL = ("activation_checkpointing", "activation_checkpointing_kwargs", "attention_modules")
 
 
 class GridPart(Section):
@@ -135,7 +109,7 @@ class GridConfig(GridPart):
         for part in self.parts:
             given = part.model_dump(exclude_unset=True)
             # settings of a part come on top of the grid's
-            given["settings"] = {**_flat(self.settings), **_flat(part.settings)}
+            given["settings"] = {**flat(self.settings), **flat(part.settings)}
             found.append(GridPart(**{**own, **given}))
         return found
 
@@ -278,14 +252,14 @@ def _cells(
         where = _Where(evaluated[name], model)
         benchmark = evaluated[name][0][0]
         # what the benchmark itself settles is part of its contents, not of the settings
-        defaults = _flat(_validated(benchmark.settings(where.benchmarks[0][1]), name).model_dump())
+        defaults = flat(validated(benchmark.settings(where.benchmarks[0][1]), name).model_dump())
         contents = [
             [b.name, v, fingerprints.get((b.name, v), ""), digest(b.settings(v))] for b, v in where.benchmarks
         ]
         for recipe, chosen in product(part.recipes or (), variants):
             config = _settings(part, where.benchmarks[0], chosen.changes, prefix)
-            stages = _plan(recipe, config, prefix)
-            used = _used(recipe, stages, config, defaults)
+            stages = planned(recipe, config, prefix)
+            used = used_settings(recipe, stages, config, defaults)
             matters = partial(_matters, part, where.benchmarks[0], recipe, defaults, used)
             if chosen.name and not matters(chosen.axes):
                 continue  # the variant changes nothing of this recipe
@@ -309,9 +283,9 @@ def _cells(
                 about = {"format": FORMAT, "data": contents, "model_options": _essential(grid)}
                 # made of what the key names alone, so that nothing else can play a part
                 own = {
-                    **_flat(benchmark.settings(where.benchmarks[0][1])),
+                    **flat(benchmark.settings(where.benchmarks[0][1])),
                     **used,
-                    **{name: getattr(config, name) for name in _INCIDENTAL},
+                    **{name: getattr(config, name) for name in INCIDENTAL},
                     **({"recipe": recipe} if stages else {}),
                     **({"learning_rates": [rate]} if rate is not None else {}),
                     **({"joint.betas": [beta]} if beta is not None else {}),
@@ -321,14 +295,14 @@ def _cells(
                 teacher = {
                     **{k: shared[k] for k in ("benchmark", "verbaliser", "model", "num_examples", "seed")},
                     "max_test": part.max_test,
-                    "settings": {k: v for k, v in used.items() if not k.startswith(_TRAINING)},
+                    "settings": {k: v for k, v in used.items() if not k.startswith(TRAINING)},
                 }
                 yield (
                     Cell(
                         digest({**about, **shared}),
                         digest({**about, **teacher}),
                         spec,
-                        _validated(_nested(own), f"{prefix}settings"),
+                        validated(nested(own), f"{prefix}settings"),
                     ),
                     where,
                 )
@@ -341,9 +315,15 @@ def _essential(grid: GridConfig) -> dict[str, Any]:
 
 def _evaluated(part: GridPart, name: str) -> tuple[tuple[Benchmark, str | None], ...]:
     """The benchmark and, unless they are not wanted, its OOD partners."""
-    from ia2.benchmarks import load_benchmark
+    from ia2.benchmarks import BENCHMARKS, load_benchmark
 
     benchmark = load_benchmark(name)
+    if benchmark.pool is None:
+        trained = [b.name for b in map(load_benchmark, BENCHMARKS) if benchmark.name in b.ood]
+        raise ConfigError(
+            f"benchmarks: '{benchmark.name}' has no rows to train on; it is evaluated out of distribution by "
+            f"{' and '.join(trained) or 'the benchmarks that name it'}."
+        )
     asked = part.verbaliser.get(benchmark.name) if isinstance(part.verbaliser, dict) else part.verbaliser
     found = [(benchmark, _verbaliser(benchmark, asked, strict=isinstance(part.verbaliser, dict)))]
     if part.ood is not False:
@@ -413,11 +393,11 @@ class _Variant:
 
 def _variants(part: GridPart) -> Iterator[_Variant]:
     for values in product(*part.axes.values()):
-        axes = _flat(dict(zip(part.axes, values, strict=True)))
+        axes = flat(dict(zip(part.axes, values, strict=True)))
         if part.plain:
             yield _Variant("", axes, {})
         for name, settings in part.variants.items():
-            yield _Variant(name, axes, _flat(settings))
+            yield _Variant(name, axes, flat(settings))
 
 
 def _short(value: Any) -> str:
@@ -428,11 +408,11 @@ def _settings(
     part: GridPart, benchmark: tuple[Benchmark, str | None], changes: Mapping[str, Any], prefix: str
 ) -> AdaptConfig:
     entry, verbaliser = benchmark
-    given = {**_flat(entry.settings(verbaliser)), **_flat(part.settings), **changes}
-    for name in _AXES:
+    given = {**flat(entry.settings(verbaliser)), **flat(part.settings), **changes}
+    for name in AXES:
         if name in given:
             raise ConfigError(f"{prefix}settings: '{name}' is an axis of the grid. Give it beside `recipes`.")
-    return _validated(_nested(given), f"{prefix}settings")
+    return validated(nested(given), f"{prefix}settings")
 
 
 def _matters(
@@ -446,54 +426,9 @@ def _matters(
     """Whether a recipe's settings would be others than ``used`` with these changes only."""
     try:
         config = _settings(part, benchmark, fewer, "")
-        return used != _used(recipe, _plan(recipe, config, ""), config, defaults)
+        return used != used_settings(recipe, planned(recipe, config, ""), config, defaults)
     except ConfigError:  # possible only together with what is left out
         return True
-
-
-def _validated(values: Mapping[str, Any], where: str) -> AdaptConfig:
-    config: AdaptConfig = validate(AdaptConfig, values, where)
-    return config
-
-
-def _plan(recipe: str, config: AdaptConfig, prefix: str) -> list[PlannedStage]:
-    known = [*RECIPES, *config.schedules]
-    if recipe not in known:
-        raise ConfigError(
-            f"{prefix}recipes: '{recipe}' is not one of {', '.join(known)}.{suggest(recipe, known)}"
-        )
-    return plan(recipe, config)
-
-
-def _used(
-    recipe: str, stages: Sequence[PlannedStage], config: AdaptConfig, defaults: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Settings that differ from the defaults and that this recipe's result depends on, dotted."""
-    kinds = {stage.kind for stage in stages}
-    if any(isinstance(s.settings, SftConfig) and s.settings.ia2_weight for s in stages):
-        kinds.add("align")  # a kept alignment term is measured as that stage measures it
-    teacher = any(stage.teacher_answers for stage in stages)
-    found = {}
-    for name, value in _flat(config.model_dump()).items():
-        if name in (*_AXES, *_INCIDENTAL) or value == defaults.get(name):
-            continue
-        if recipe == "base" and name not in _TASK:
-            continue
-        if name == "icl_demonstrations" and recipe != "icl":
-            continue
-        if not stages and name.startswith((*_TRAINING, *_ORDERS, *_TECHNICAL[:2])):
-            continue
-        section = name.split(".")[0]
-        if section in SECTIONS and section not in kinds and recipe in RECIPES:
-            continue
-        if name in _ORDERS and not teacher:
-            continue
-        if name == "schedules":
-            if recipe in RECIPES:
-                continue
-            value = {recipe: value[recipe]}
-        found[name] = value
-    return dict(sorted(found.items()))
 
 
 def _rates(
@@ -516,33 +451,3 @@ def _rates(
     joint = any(stage.betas != [None] for stage in stages)
     betas: Sequence[float | None] = (part.betas or config.joint.betas) if joint else [None]
     return list(product(rates, betas))
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name, value in flat.items():
-        *sections, leaf = name.split(".")
-        inner = values
-        for section in sections:
-            inner = inner.setdefault(section, {})
-            if not isinstance(inner, dict):
-                raise ConfigError(f"settings: '{name}' cannot be given beside {section}: {inner!r}.")
-        # a copy, since a dotted name may reach into it
-        inner[leaf] = copy.deepcopy(value)
-    return values
-
-
-# Settings whose values are mappings.
-_WHOLE = ("schedules", "activation_checkpointing_kwargs", "adapter.peft")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted names."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and name not in _WHOLE:
-            found |= _flat(value, f"{name}.")
-        else:
-            found[name] = value
-    return found

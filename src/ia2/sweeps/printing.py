@@ -17,10 +17,8 @@ from ia2.sweeps.records import filtered, load_results
 from ia2.sweeps.report import Report
 from ia2.sweeps.selection import Select
 from ia2.sweeps.significance import pairs_table
-from ia2.sweeps.tables import FORMATS, Table
+from ia2.sweeps.tables import ENDINGS, FORMATS, Table
 from ia2.sweeps.variants import variants_table
-
-_ENDINGS = {"markdown": "md", "latex": "tex"}
 
 # name → table and what it needs
 _OWN: dict[str, tuple[Callable[..., Table | None], str]] = {
@@ -71,7 +69,7 @@ class Printed:
             for table in self.tables:
                 texts.setdefault(table.name, []).append(FORMATS[name](table))
             for table_name, found in texts.items():
-                written.append(folder / f"table-{table_name}.{_ENDINGS[name]}")
+                written.append(folder / f"table-{table_name}.{ENDINGS[name]}")
                 write_text(written[-1], "\n".join(found))
         if self.lines:
             written.append(folder / "overview.md")

@@ -26,10 +26,10 @@ from ia2.tokens import Ids
 from ia2.workbench import Workbench
 
 # Seconds that one repetition of a pass is to take, if rows are small enough; and rows of it.
-_SECONDS, _FEWEST, _MOST = 2.5, 4, 64
+_SECONDS, _FEWEST, _MOST = 2.0, 4, 64
 
 # A pass or step is repeated unless it has taken this long; and how often passes are at most.
-_LONG, _REPETITIONS = 5.0, 2
+_LONG, _REPETITIONS = 3.0, 2
 
 # Optimiser steps of one measurement; the first warms up.
 _STEPS = 4
@@ -82,8 +82,10 @@ def measure(
         lines,
         sizes,
         refused,
+        base.device.type,
         peak.bytes,
         passes.longest,
+        max(shape.context for shape in shapes),
         loading,
         time.perf_counter() - began,
     )
@@ -112,6 +114,8 @@ def _steps(base: BaseModel, shapes: Sequence[Shape], config: AdaptConfig, scratc
             for i in chosen
         ]
         points.append((padded(lengths, rows, config.micro_batch_size), seconds))
+        if seconds > _LONG:
+            break  # a slow machine: one point has to do
     return Line.through(points), size
 
 
@@ -146,7 +150,7 @@ def _step(
         size = sum(t.numel() * t.element_size() for t in adapter_state(bench.model).values())
     finally:
         bench.close()
-    return min(clock.seconds[1:]), size
+    return min(clock.seconds[1:] or clock.seconds), size
 
 
 def _clock(base: BaseModel) -> Any:
@@ -164,7 +168,7 @@ def _clock(base: BaseModel) -> Any:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.seconds.append(_now(base) - self._began)
             control.should_save = False
-            control.should_training_stop |= len(self.seconds) > 1 and sum(self.seconds) > _LONG
+            control.should_training_stop |= sum(self.seconds) > _LONG
 
     return Clock()
 
@@ -187,7 +191,7 @@ class _Passes:
         self.context = self.teacher = self.bare
         split = [shape for shape in shapes if shape.has_examples]
         if split:
-            affordable = self.bare * _SECONDS / 2
+            affordable = self.bare * _SECONDS
             by_context = sorted(split, key=lambda shape: shape.context)
             shape = [by_context[0], *(s for s in by_context if s.context <= affordable)][-1]
             self.context, self.teacher = self._behind(shape), self._teacher(shape)
@@ -200,8 +204,11 @@ class _Passes:
         try:
             model = self.base.model if config is None else bench.model
             few = bench.prompts(test[:_FEWEST])
-            a_row = self._evaluate(model, shape, few) / len(few)
-            prompts = bench.prompts(test[: _between(_SECONDS / a_row, len(test))])
+            self._see(few)
+            seconds = self._evaluate(model, shape, few)
+            if (count := _between(_SECONDS * len(few) / seconds, len(test))) <= len(few):
+                return _fed(shape, few) / seconds
+            prompts = bench.prompts(test[:count])
             self._see(prompts)
             return _fed(shape, prompts) / self._evaluate(model, shape, prompts)
         finally:
@@ -264,9 +271,8 @@ class _Passes:
             if task.kind == "classification":
                 evaluate_prompts(model, tokenizer, task, rows, prompts)
                 return
-            pairs = [
-                (prompt, task.target_ids(tokenizer, row)) for prompt, row in zip(prompts, rows, strict=True)
-            ]
+            # their own answers may be longer than what is generated
+            pairs = [(prompt, (0,)) for prompt in prompts]
             for _ in answer_pass(model, tokenizer, pairs):
                 pass
 
@@ -279,13 +285,8 @@ class _Passes:
 def _fed(shape: Shape, prompts: Sequence[Ids]) -> float:
     """Tokens that an evaluation of the first test rows feeds."""
     own = shape.evaluated[0]
-    if not own.free:
-        return own.labels * sum(len(prompt) + own.answer - 1 for prompt in prompts)
-    task, tokenizer = shape.tasks[0], shape.bench.tokenizer
-    rows = shape.rows[0].test[: len(prompts)]
-    return float(
-        sum(len(p) + len(task.target_ids(tokenizer, row)) - 1 for p, row in zip(prompts, rows, strict=True))
-    )
+    answer = 1.0 if own.free else own.answer
+    return own.labels * sum(len(prompt) + answer - 1 for prompt in prompts)
 
 
 # ---------------------------------------------------------------------------------------- time, memory

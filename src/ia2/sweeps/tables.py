@@ -182,6 +182,9 @@ def _label(name: str) -> str:
 FORMATS: dict[str, Callable[[Table], str]] = {"markdown": markdown, "latex": latex}
 """How a table is written, and by what."""
 
+ENDINGS = {"markdown": "md", "latex": "tex"}
+"""Endings of files by format."""
+
 
 # ------------------------------------------------------------------------------------------ entries
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ia2.benchmarks import Benchmark, BenchmarkData
+from ia2.config import AdaptConfig
 from ia2.errors import UserError
 from ia2.evaluation.metrics import STATISTICS, Measured, RowMeasures
 from ia2.examples import Examples, FewShotSplit
@@ -137,6 +138,27 @@ def _model(name: str, options: dict[str, Any]) -> BaseModel:
     return _loaded[key]
 
 
+def task_of(rows: BenchmarkData, config: AdaptConfig, base: BaseModel, *, ood: bool) -> Task:
+    """What counts as an answer to a benchmark's rows.
+
+    Args:
+        rows: of the benchmark.
+        config: a cell's settings, those of the benchmark that it is trained on among them.
+        base: whose tokenizer counts.
+        ood: it is another benchmark, whose own settings take their place; a limit of answers stays.
+    """
+    benchmark = rows.benchmark
+    if ood:
+        own = {"task": "auto", "labels": None, "parser": "text", **benchmark.settings(rows.verbaliser)}
+        if config.max_answer_tokens is not None:
+            own["max_answer_tokens"] = config.max_answer_tokens
+        config = config.model_copy(update=own)
+    # a test row's own free-text answer may be longer than what is generated
+    checked = rows.pool if benchmark.kind == "generation" else [*rows.pool, *rows.test]
+    every = Examples(checked, name=benchmark.name)
+    return make_task(every, config, base.tokenizer, benchmark.prompt_template)
+
+
 class _Shared:
     """A unit's model, rows, teacher and ICL reference."""
 
@@ -147,7 +169,7 @@ class _Shared:
         self.base = _model(unit.model, unit.options)
         longest = first.config.max_answer_tokens
         self.rows = [load_rows(b, v, unit.data_dir, self.max_test, longest) for b, v in unit.benchmarks]
-        self.tasks = [self._task(rows, first) for rows in self.rows]
+        self.tasks = [task_of(rows, first.config, self.base, ood=n > 0) for n, rows in enumerate(self.rows)]
         self.bench: Workbench | None = None
         self._on: tuple[str, Workbench] | None = None
         self._reference: IclReference | None = None
@@ -160,15 +182,6 @@ class _Shared:
             self.data = pool.split(
                 num_examples=spec["num_examples"], seed=spec["seed"], balanced=first.config.balanced
             )
-
-    def _task(self, rows: BenchmarkData, cell: Cell) -> Task:
-        benchmark = rows.benchmark
-        settings = benchmark.settings(rows.verbaliser)
-        config = cell.config.model_copy(update={"task": "auto", "labels": None, "parser": "text", **settings})
-        # a test row's own free-text answer may be longer than what is generated
-        checked = rows.pool if benchmark.kind == "generation" else [*rows.pool, *rows.test]
-        every = Examples(checked, name=benchmark.name)
-        return make_task(every, config, self.base.tokenizer, benchmark.prompt_template)
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """A cell's record."""

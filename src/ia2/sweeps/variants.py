@@ -1,4 +1,4 @@
-"""Which variant of the method beats it: selected on half of the (benchmark, seed) pairs, confirmed on the rest.
+"""Which variant of the method beats it: selected on half of the (benchmark, seed) pairs, confirmed after.
 
 The best of several variants looks better than it is on the pairs that it was chosen by. So the choice is
 made on one half, and what is claimed is measured on the other, which had no part in it.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -30,6 +31,9 @@ class Lost:
     unit: Unit
     reason: str
 
+
+# Seconds that a worker has to end by itself.
+_FAREWELL = 10.0
 
 Queue = deque[Unit]
 Run = Callable[[Queue], Iterator["Event | Lost"]]
@@ -137,12 +141,15 @@ class _Worker:
     def stop(self) -> None:
         self.connection.close()
         self._process.terminate()
+        self._process.join(_FAREWELL)
+        self._process.kill()
         self._process.join()
 
 
 def _serve(connection: Connection, work: Path, keep: bool, threads: int) -> None:
     """What a worker process does: units come in, events go out, None after each unit."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it,
+    signal.signal(signal.SIGTERM, _leave)  # and it may tidy up
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
@@ -153,10 +160,16 @@ def _serve(connection: Connection, work: Path, keep: bool, threads: int) -> None
             try:
                 unit = connection.recv()
             except EOFError:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is leaving
                 return
             for event in run_unit(unit, work, keep=keep):
                 connection.send(event)
             connection.send(None)
+
+
+def _leave(*_: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(1)
 
 
 def _end_with_parent() -> None:

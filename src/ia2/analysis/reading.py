@@ -1,0 +1,484 @@
+"""Run folders of ``ia2 train`` and ``ia2 compare``, finished or running, become facts; no model is loaded.
+
+Only JSON is read and, where the data file is still there and unchanged, its rows: they are drawn again, and
+the run's fingerprints say whether they are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ia2.adapters import default_learning_rate
+from ia2.analysis.facts import ArmFacts, Evaluation, Facts, Round, Rows, Stage, layers_of
+from ia2.arms import arms as arms_of
+from ia2.config import AdaptConfig, CompareConfig, TrainConfig, validate
+from ia2.errors import RunFolderError, UserError
+from ia2.examples import Examples, FewShotSplit, RowFormat
+from ia2.files import read_json
+from ia2.recipes import RECIPES
+from ia2.runs import RUN_FILE
+from ia2.stages import PlannedStage, plan
+
+# ------------------------------------------------------------------------------------ where runs lie
+
+
+def find_runs(folder: Path) -> list[tuple[Path, str]]:
+    """The runs that a folder stands for, each with the part of it that is meant (empty: all of it).
+
+    Raises:
+        RunFolderError: there is none, or a sweep.
+    """
+    if not folder.is_dir():
+        raise RunFolderError(f"{folder}: there is no such folder. Give one of `ia2 train` or `ia2 compare`.")
+    if (folder / RUN_FILE).is_file() or (folder / "compare.json").is_file():
+        return [(folder, "")]
+    if any((folder / name).exists() for name in ("cells.jsonl", "sweep.json", "grid.yaml", "cells")):
+        raise RunFolderError(
+            f"{folder}: that is a sweep; `ia2 report {folder}` has its tables. Give a folder of `ia2 train` "
+            "or `ia2 compare`."
+        )
+    sizes = [(int(m[1]), path) for path in folder.iterdir() if (m := re.fullmatch(r"n-(\d+)", path.name))]
+    found = [path for _, path in sorted(sizes) if (path / RUN_FILE).is_file()]
+    if found:
+        return [(path, "") for path in found]
+    here = folder.resolve()
+    for depth, pattern in ((1, r"seed-\d+"), (2, r"seed-\d+/fold-\d+")):
+        part = "/".join(here.parts[-depth:])
+        above = here.parents[depth - 1]
+        if re.fullmatch(pattern, part) and (above / RUN_FILE).is_file():
+            return [(above, part)]
+    raise RunFolderError(f"{folder}: no ia2 run there. Give a folder of `ia2 train` or `ia2 compare`.")
+
+
+def read_facts(folder: Path, part: str = "") -> Facts:
+    """All that a run folder tells.
+
+    Args:
+        folder: holds ``ia2_run.json``, or just ``compare.json``.
+        part: ``seed-0`` or ``seed-0/fold-1``: only these rounds of a comparison.
+
+    Raises:
+        RunFolderError: a file has been damaged, or the folder is of another kind.
+    """
+    run = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else None
+    if run is None or run.get("kind") == "compare":
+        return _comparison(folder, run, part)
+    if run.get("kind") != "train":
+        raise RunFolderError(f"{folder}: a run of another kind ({run.get('kind')}) than train or compare.")
+    return _training(folder, run)
+
+
+# ---------------------------------------------------------------------------------------- ia2 train
+
+
+def _training(folder: Path, run: Mapping[str, Any]) -> Facts:
+    config = validate(TrainConfig, {**run["config"], "output_dir": None}, str(folder))
+    metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
+    task = run.get("task") or {}
+    planned = plan(config.recipe, config)
+    rates = tuple(config.learning_rates or [default_learning_rate(config.adapter)])
+    arm = ArmFacts(config.recipe, config.recipe, "", tuple(s.kind for s in planned), config, rates, {})
+    split, no_rows = _split_of(config, run["data"])
+    chosen = {} if metrics is None else {arm.name: (metrics["learning_rate"], metrics["beta"])}
+    stages = _stages(folder, folder, [(arm, planned)], chosen, single=True)
+    evaluation = None if metrics is None else _own_evaluation(folder, metrics)
+    only = Round(
+        config.seed,
+        None,
+        "",
+        stages,
+        {} if evaluation is None else {arm.name: evaluation},
+        _teacher(folder),
+        *_pairs(split),
+    )
+    missing = [] if metrics is not None else _to_come(arm, stages, "")
+    if metrics is None:
+        missing.append("metrics.json (written last)")
+    label_ids = task.get("label_ids") or ()
+    return Facts(
+        folder,
+        "train",
+        metrics is not None,
+        tuple(missing),
+        config,
+        _labelled(task.get("kind"), config, only),
+        tuple(task.get("labels") or config.labels or ()),
+        tuple(len(ids) for ids in label_ids),
+        None if not task else task["max_answer_tokens"] == 1,
+        *_counts(metrics, only),
+        (arm,),
+        (only,),
+        {},
+        no_rows,
+    )
+
+
+def _own_evaluation(folder: Path, metrics: Mapping[str, Any]) -> Evaluation | None:
+    part = next((name for name in ("test", "dev") if name in metrics), None)
+    if part is None:
+        return None
+    file = folder / "predictions.jsonl"
+    rows = _lines(file) if file.is_file() else []
+    scopes = {s: v for s, v in metrics[part].items() if s in ("vocabulary", "labels", "answer")}
+    means = {
+        s: {name: float(found["value"]) for name, found in v.items() if found["value"] is not None}
+        for s, v in scopes.items()
+    }
+    # the file has what competes alone: a label of the set, or a whole answer
+    scope = "labels" if "labels" in scopes else "answer"
+    similarity = metrics.get("similarity_to_icl")
+    return Evaluation(
+        part,
+        tuple(range(len(rows) or metrics[part]["n"])),
+        {scope: np.array([float(bool(row["correct"])) for row in rows])} if rows else {},
+        {scope: np.array([row["confidence"] for row in rows])} if rows else {},
+        means,
+        **_texts(rows),
+        mean_asim=similarity and similarity["asim"],
+        layers=layers_of(similarity),
+        rate=metrics["learning_rate"],
+        beta=metrics["beta"],
+    )
+
+
+# -------------------------------------------------------------------------------------- ia2 compare
+
+
+def _comparison(folder: Path, run: Mapping[str, Any] | None, part: str) -> Facts:
+    file = folder / "compare.json"
+    summary: dict[str, Any] = read_json(file) if file.is_file() else {}
+    if run is None and not ("recipes" in summary and "design" in summary):
+        raise RunFolderError(f"{file}: no results of `ia2 compare`.")
+    config = _compare_config(folder, run, summary)
+    # a part is judged by its own files: the summary is of the whole run
+    entries = {} if part else summary.get("recipes", {})
+    pairs = [] if config is None else [(a, plan(a.recipe, a.config)) for a in arms_of(config)]
+    every = tuple(
+        ArmFacts(
+            a.name,
+            a.recipe,
+            a.variant,
+            tuple(stage.kind for stage in stages),
+            a.config,
+            tuple(a.config.learning_rates or [default_learning_rate(a.config.adapter)]) if stages else (),
+            entries.get(a.name, {}),
+        )
+        for a, stages in pairs
+    ) or tuple(_summed_up(name, entry) for name, entry in entries.items())
+    rounds: list[Round] = []
+    missing: list[str] = []
+    no_rows: str | None = "only compare.json is there"
+    if run is not None and config is not None:
+        planned = [(arm, stages) for arm, (_, stages) in zip(every, pairs, strict=True)]
+        splits, no_rows = _splits_of(config, run["data"])
+        for seed, fold, place in _places(config, bool(run["data"].get("test"))):
+            if part and not (place == part or place.startswith(f"{part}/")):
+                continue
+            current = _round(folder, seed, fold, place, planned, splits.get((seed, fold)))
+            if current.stages or current.evaluations or current.teacher:
+                rounds.append(current)
+            lacking = [arm.name for arm in every if arm.name not in current.evaluations]
+            if lacking:
+                missing.append(f"{place}: {', '.join(lacking)}")
+        if not summary:
+            missing.append("compare.json (written last)")
+    design = summary.get("design", {})
+    first = rounds[0] if rounds else None
+    labels = tuple(design.get("labels") or (config.labels if config is not None else None) or ())
+    return Facts(
+        folder / part if part else folder,
+        "compare",
+        not missing,
+        tuple(missing),
+        config,
+        _labelled(design.get("task"), config, *rounds),
+        labels,
+        (),
+        design.get("single_token"),
+        *_counts(design or None, first),
+        every,
+        tuple(rounds),
+        {} if part else summary.get("differences", {}),
+        no_rows,
+    )
+
+
+def _compare_config(
+    folder: Path, run: Mapping[str, Any] | None, summary: Mapping[str, Any]
+) -> CompareConfig | None:
+    if run is not None:
+        return validate(CompareConfig, {**run["config"], "output_dir": None}, str(folder))
+    try:
+        return validate(CompareConfig, dict(summary["config"]), str(folder))
+    except (UserError, KeyError):
+        return None  # results outlive the settings that another version had
+
+
+def _summed_up(name: str, entry: Mapping[str, Any]) -> ArmFacts:
+    recipe, _, variant = name.partition("@")
+    stages = RECIPES[recipe].stages if recipe in RECIPES else ()
+    return ArmFacts(name, recipe, variant, stages, None, (), entry)
+
+
+def _places(config: CompareConfig, with_test: bool) -> Iterator[tuple[int, int | None, str]]:
+    for seed in range(config.seed, config.seed + config.seeds):
+        if with_test:
+            yield seed, None, f"seed-{seed}"
+            continue
+        for fold in range(config.folds):
+            yield seed, fold, f"seed-{seed}/fold-{fold}"
+
+
+def _round(
+    folder: Path,
+    seed: int,
+    fold: int | None,
+    place: str,
+    planned: Sequence[tuple[ArmFacts, Sequence[PlannedStage]]],
+    split: FewShotSplit | None,
+) -> Round:
+    where = folder / place
+    found = {}
+    for arm, _ in planned:
+        file = where / "evaluations" / f"{arm.name}.json"
+        if file.is_file():
+            found[arm.name] = _outcome(file)
+    chosen = {name: (e.rate, e.beta) for name, e in found.items()}
+    stages = _stages(folder, where, planned, chosen)
+    return Round(seed, fold, place, stages, found, _teacher(where), *_pairs(split))
+
+
+def _outcome(file: Path) -> Evaluation:
+    value = read_json(file)
+    rows_file = file.with_name(f"{file.stem}.predictions.jsonl")
+    rows = _lines(rows_file) if rows_file.is_file() else []
+    plain = value["measured"]["plain"]
+    columns = {s: {name: np.array(v, float) for name, v in rows.items()} for s, rows in plain.items()}
+    means = {
+        s: {"accuracy": float(v["correct"].mean()), "nll": float(v["nll"].mean())} for s, v in columns.items()
+    }
+    asim = value["asim"]
+    return Evaluation(
+        "test",
+        tuple(value["places"]),
+        {s: v["correct"] for s, v in columns.items()},
+        {s: v["confidence"] for s, v in columns.items()},
+        means,
+        **_texts(rows),
+        asim=None if asim is None else np.array(asim),
+        mean_asim=None if asim is None else float(np.mean(asim)),
+        layers=layers_of(value["similarity"]),
+        rate=value["learning_rate"],
+        beta=value.get("beta"),
+    )
+
+
+# ------------------------------------------------------------------------------------------- stages
+
+
+def _stages(
+    run: Path,
+    where: Path,
+    planned: Sequence[tuple[ArmFacts, Sequence[PlannedStage]]],
+    chosen: Mapping[str, tuple[float | None, float | None]],
+    single: bool = False,
+) -> tuple[Stage, ...]:
+    """Stages that have begun; one that several recipes share comes once."""
+    found: dict[Path, Stage] = {}
+    for arm, stages in planned:
+        betas: list[float | None] = next((s.betas for s in stages if s.betas != [None]), [None])
+        for place, stage in enumerate(stages):
+            chain = [s.label for s in stages[: place + 1]]
+            # as Workbench.stage_folder names them
+            name = chain[-1] if single and len(set(chain)) == len(chain) else "-".join(chain)
+            for rate, beta in product(arm.rates, betas):
+                tried = f"lr-{rate:g}" if beta is None else f"lr-{rate:g}-beta-{beta:g}"
+                folder = where / arm.variant / name / tried
+                mine = chosen.get(arm.name)
+                kept = None if mine is None else mine[0] == rate and mine[1] in (None, beta)
+                if (known := found.get(folder)) is not None:
+                    kept = known.chosen if kept is None else kept or bool(known.chosen)
+                    found[folder] = replace(known, arms=(*known.arms, arm.name), chosen=kept)
+                elif (read := _stage(run, folder, stage, arm, rate, beta, kept)) is not None:
+                    found[folder] = read
+    return tuple(found.values())
+
+
+def _stage(
+    run: Path,
+    folder: Path,
+    stage: PlannedStage,
+    arm: ArmFacts,
+    rate: float,
+    beta: float | None,
+    chosen: bool | None,
+) -> Stage | None:
+    if (folder / "stage.json").is_file():
+        known = read_json(folder / "stage.json")
+        history, finished = known["history"], True
+    else:
+        # begun: `.lr-0.001.KEY` with checkpoints, of which only complete ones count
+        begun = list(folder.parent.glob(f".{folder.name}.*"))
+        if not begun:
+            return None
+        states = [path.parent for path in begun[0].glob("checkpoint-*/complete.json")]
+        last = max(states, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+        known = {} if last is None else {"best_step": read_json(last / "complete.json")["step"]}
+        history = [] if last is None else read_json(last / "trainer_state.json")["log_history"]
+        finished = False
+    dev = _losses(history, "eval_loss")
+    layers = known.get("layers")
+    return Stage(
+        (arm.name,),
+        stage.kind,
+        stage.label,
+        folder.relative_to(run).as_posix(),
+        rate,
+        beta,
+        chosen,
+        finished,
+        stage.settings.epochs,
+        _losses(history, "loss"),
+        dev,
+        max((float(entry.get("epoch") or 0) for entry in history), default=0.0),
+        known.get("best_step") if dev else None,
+        known.get("selection_loss", known.get("dev_loss")),
+        None if layers is None else tuple(layers),
+    )
+
+
+def _losses(history: Sequence[Mapping[str, Any]], name: str) -> tuple[tuple[int, float], ...]:
+    # None: NaN, as other tools write it
+    pairs = [(int(entry["step"]), entry[name]) for entry in history if name in entry]
+    return tuple((step, float("nan") if loss is None else float(loss)) for step, loss in pairs)
+
+
+def _to_come(arm: ArmFacts, stages: Sequence[Stage], place: str) -> list[str]:
+    done = {stage.kind for stage in stages if stage.finished}
+    return [f"stage {kind}{place}" for kind in arm.stages if kind not in done]
+
+
+# --------------------------------------------------------------------------------------------- rows
+
+
+def _split_of(config: TrainConfig, data: Mapping[str, str]) -> tuple[FewShotSplit | None, str | None]:
+    """The training and dev rows, if the file still has them; otherwise why not."""
+    examples, reason = _examples(config)
+    if examples is None:
+        return None, reason
+    try:
+        split = examples.split(num_examples=config.num_examples, seed=config.seed, balanced=config.balanced)
+    except UserError as error:
+        return None, str(error)
+    if (split.train.fingerprint, split.dev.fingerprint) != (data["train"], data["dev"]):
+        return None, f"{config.data} has changed since"
+    return split, None
+
+
+def _splits_of(
+    config: CompareConfig, data: Mapping[str, str]
+) -> tuple[dict[tuple[int, int | None], FewShotSplit], str | None]:
+    examples, reason = _examples(config)
+    if examples is None:
+        return {}, reason
+    if examples.fingerprint != data["data"]:
+        return {}, f"{config.data} has changed since"
+    try:
+        return {(seed, fold): split for seed, fold, split in _drawn(config, examples, data)}, None
+    except UserError as error:
+        return {}, str(error)
+
+
+def _drawn(
+    config: CompareConfig, examples: Examples, data: Mapping[str, str]
+) -> Iterator[tuple[int, int | None, FewShotSplit]]:
+    """As comparison.py draws them."""
+    for seed in range(config.seed, config.seed + config.seeds):
+        drawn: dict[str, Any] = {
+            "num_examples": config.num_examples,
+            "seed": seed,
+            "balanced": config.balanced,
+        }
+        if data.get("test"):
+            yield seed, None, examples.split(**drawn)
+            continue
+        for fold, (rest, _) in enumerate(examples.folds(config.folds, seed)):
+            yield seed, fold, rest.split(**drawn)
+
+
+def _examples(config: TrainConfig | CompareConfig) -> tuple[Examples | None, str | None]:
+    if not config.data:
+        return None, "the rows were given in memory, and no file is named"
+    # the hub is not asked: this must work offline, and at once
+    if not Path(config.data).expanduser().exists():
+        return None, f"{config.data} is not there (a relative path counts from where the run was started)"
+    format = RowFormat(config.prompt_template, config.completion_template, config.label_map)
+    options: dict[str, Any] = {"split": config.split, "config": config.data_config, "format": format}
+    try:
+        return Examples.load(config.data, labelled=True, **options), None
+    except UserError as error:
+        return None, str(error)
+
+
+def _pairs(split: FewShotSplit | None) -> tuple[Rows | None, Rows | None]:
+    if split is None:
+        return None, None
+    train, dev = (tuple((e.query, e.answer or "") for e in part) for part in (split.train, split.dev))
+    return train, dev
+
+
+# ------------------------------------------------------------------------------------- small things
+
+
+def _teacher(folder: Path) -> tuple[tuple[str, bool], ...]:
+    for file in [folder / "teacher" / "train" / "index.json", *folder.glob("teacher/train-*/index.json")]:
+        if file.is_file():
+            return tuple((answer["text"], answer["ended"]) for answer in read_json(file)["answers"])
+    return ()
+
+
+def _texts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    texts = {
+        name: tuple(str(row[key]) for row in rows)
+        for name, key in (("queries", "query"), ("gold", "gold"), ("predicted", "predicted"))
+    }
+    return {**texts, "label_names": tuple(rows[0].get("labels", ())) if rows else ()}
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise RunFolderError(f"{file}:{number}: damaged ({error}). Restore it.") from error
+    return rows
+
+
+def _labelled(kind: str | None, config: AdaptConfig | None, *rounds: Round) -> bool | None:
+    for given in (kind, config.task if config is not None else None):
+        if given in ("classification", "generation"):
+            return given == "classification"
+    scopes = {scope for r in rounds for e in r.evaluations.values() for scope in e.means}
+    if not scopes:
+        return True if config is not None and config.labels else None
+    return "answer" not in scopes
+
+
+def _counts(known: Mapping[str, Any] | None, first: Round | None) -> tuple[int | None, int | None]:
+    if known is not None:
+        return known["num_train"], known["num_dev"]
+    if first is None:
+        return None, None
+    train = None if first.train is None else len(first.train)
+    return train or len(first.teacher) or None, None if first.dev is None else len(first.dev)
