@@ -46,6 +46,7 @@ class Outcome:
         seconds: by stage; ``evaluate`` too.
         learning_rate: chosen; None for recipes without training.
         beta: chosen; None for recipes without a joint stage.
+        tokens_per_query: mean length of the prompts; None in files of older versions.
     """
 
     places: list[int]
@@ -55,6 +56,7 @@ class Outcome:
     seconds: dict[str, float]
     learning_rate: float | None
     beta: float | None = None
+    tokens_per_query: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; floats survive exactly."""
@@ -296,6 +298,7 @@ def _evaluate(
         seconds,
         trained.learning_rate if trained is not None else None,
         trained.beta if trained is not None else None,
+        evaluated.tokens_per_query,
     )
 
 
@@ -327,6 +330,7 @@ def _summary(
             "seconds": _mean_seconds(all_folds),
             "learning_rates": [outcome.learning_rate for outcome in all_folds],
             "betas": [outcome.beta for outcome in all_folds],
+            "tokens_per_query": _mean_tokens(all_folds),
         }
         if all(outcome.asim is not None for outcome in all_folds):
             entry["asim"] = _asim_interval(list(by_seed.values()))
@@ -409,6 +413,14 @@ def _merge(folds: Sequence[Outcome]) -> Measured:
 def _mean_seconds(outcomes: Sequence[Outcome]) -> dict[str, float]:
     names = list(dict.fromkeys(name for outcome in outcomes for name in outcome.seconds))
     return {n: float(np.mean([o.seconds[n] for o in outcomes if n in o.seconds])) for n in names}
+
+
+def _mean_tokens(outcomes: Sequence[Outcome]) -> float | None:
+    """Over all test rows; folds differ in how many they have."""
+    counted = [(o.tokens_per_query, len(o.places)) for o in outcomes if o.tokens_per_query is not None]
+    if len(counted) < len(outcomes):
+        return None
+    return sum(tokens * rows for tokens, rows in counted) / sum(rows for _, rows in counted)
 
 
 def _context_of(config: CompareConfig) -> str:

@@ -66,12 +66,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Evaluated:
-    """A recipe on a set of rows."""
+    """A recipe on a set of rows; ``tokens_per_query`` is the mean length of its prompts."""
 
     predictions: list[Prediction]
     measured: Measured
     similarity: Similarity | None
     seconds: float
+    tokens_per_query: float
 
 
 @dataclass
@@ -531,7 +532,8 @@ class Workbench:
             similarity = meter.finish() if meter is not None else None
             if reference is not None and not in_context and similarity is None:
                 similarity = self._similarity(model, recipe, test, reference)
-        return Evaluated(predictions, measured, similarity, seconds)
+        tokens = sum(len(prompt) for prompt in test_prompts) / len(test_prompts)
+        return Evaluated(predictions, measured, similarity, seconds, tokens)
 
     def _similarity(
         self, model: Any, recipe: str, test: Sequence[Example], reference: IclReference

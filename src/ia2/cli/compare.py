@@ -35,6 +35,7 @@ def run_comparison(
     from ia2.cli.output import print_comparison, print_json
     from ia2.distributed import is_first
     from ia2.report.figures import try_comparison_figure
+    from ia2.report.html import try_report
 
     assert config.output_dir is not None
     result = comparison.compare(
@@ -48,6 +49,7 @@ def run_comparison(
     if not is_first():
         return
     figure = try_comparison_figure(result.summary, result.folder)
+    page = try_report(result.folder)
     if json:
         print_json(result.summary)
         return
@@ -56,3 +58,4 @@ def run_comparison(
         f"\nResults: {result.folder / 'compare.json'}, {result.folder / 'table.md'}"
         + (f", {figure}" if figure else "")
     )
+    print(f"Report: {page or f'ia2 report {result.folder}'}")

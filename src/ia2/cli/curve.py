@@ -40,3 +40,4 @@ def curve(
         return
     print(result.table())
     print(f"Results: {result.folder / 'curve.json'}" + (f", {figure}" if figure else ""))
+    print(f"Report: ia2 report {result.folder}")

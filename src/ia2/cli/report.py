@@ -11,18 +11,31 @@ from ia2.cli.options import Json, Quiet
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Folders that `ia2 sweep` wrote; merged.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(help="Folders that `ia2 compare`, `demo`, `curve`, `train` or `sweep` wrote."),
+    ],
     table: Annotated[
         str | None,
         typer.Option(
-            help="A table of the paper (1 to 20), or full, tests, variants, thresholds, icl, or all. Without it: what "
-            "was run, what came out, and table 1.",
+            help="Of sweeps: a table of the paper (1 to 20), or full, tests, variants, thresholds, icl, or "
+            "all. Without it: what was run, what came out, and table 1.",
             show_default=False,
         ),
     ] = None,
-    latex: Annotated[bool, typer.Option("--latex", help="LaTeX (booktabs) instead of Markdown.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "--html",
+            help="The HTML file. Of runs it is report.html in the first folder, unless tables or figures "
+            "alone are asked for; of sweeps alone it is written only if named.",
+            show_default=False,
+        ),
+    ] = None,
+    latex: Annotated[bool, typer.Option("--latex", help="Print tables in LaTeX (booktabs).")] = False,
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Markdown; with --latex both (default: Markdown).")
+        bool, typer.Option("--markdown", help="Print tables in Markdown; with --latex both.")
     ] = False,
     figures: Annotated[
         Path | None, typer.Option(help="Draw the figures into this folder (SVG).", show_default=False)
@@ -30,25 +43,26 @@ def report(
     select: Annotated[
         Literal["dev", "dev-per-seed", "test"] | None,
         typer.Option(
-            help="Choose rates and β by dev loss (mean over seeds, or each seed alone) or, as the paper, by "
-            "test accuracy. By default what the grid says, else dev.",
+            help="Of sweeps: choose rates and β by dev loss (mean over seeds, or each seed alone) or, as the "
+            "paper, by test accuracy. By default what the grid says, else dev.",
             show_default=False,
         ),
     ] = None,
     where_icl_works: Annotated[
-        bool, typer.Option("--where-icl-works", help="Only evaluations on which ICL works.")
+        bool, typer.Option("--where-icl-works", help="Of sweeps: only evaluations on which ICL works.")
     ] = False,
     benchmarks: Annotated[
-        str | None, typer.Option(help="Only these benchmarks, comma-separated.", show_default=False)
+        str | None,
+        typer.Option(help="Of sweeps: only these benchmarks, comma-separated.", show_default=False),
     ] = None,
     models: Annotated[
-        str | None, typer.Option(help="Only these models, comma-separated.", show_default=False)
+        str | None, typer.Option(help="Of sweeps: only these models, comma-separated.", show_default=False)
     ] = None,
     sizes: Annotated[
-        str | None, typer.Option(help="Only these N, comma-separated.", show_default=False)
+        str | None, typer.Option(help="Of sweeps: only these N, comma-separated.", show_default=False)
     ] = None,
     seeds: Annotated[
-        str | None, typer.Option(help="Only these seeds, comma-separated.", show_default=False)
+        str | None, typer.Option(help="Of sweeps: only these seeds, comma-separated.", show_default=False)
     ] = None,
     output_dir: Annotated[
         Path | None,
@@ -57,23 +71,54 @@ def report(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Tables and figures of sweeps, from their cells alone: no model, no data."""
+    """Show what came out: one HTML file of runs; tables and figures of runs and sweeps. No model, no data."""
     from ia2.cli.output import print_json, start
 
     start(quiet)
-    from ia2.sweeps.printing import Printed, make_report, print_tables
+    from ia2.report import printing
+    from ia2.report.html import write_report
 
-    made = make_report(folders, select, _list(benchmarks), _list(models), _list(sizes), _list(seeds))
+    about_sweeps = {
+        "--table": table is not None,
+        "--select": select is not None,
+        "--where-icl-works": where_icl_works,
+        "--benchmarks": benchmarks is not None,
+        "--models": models is not None,
+        "--sizes": sizes is not None,
+        "--seeds": seeds is not None,
+    }
+    runs, sweeps = printing.sort_folders(folders, about_sweeps)
+    printed = None
+    if sweeps:
+        from ia2.sweeps.printing import make_report, print_tables
+
+        made = make_report(sweeps, select, _list(benchmarks), _list(models), _list(sizes), _list(seeds))
+        printed = print_tables(made, table, where_icl_works=where_icl_works)
+    if output is None and runs and not (latex or markdown or figures or output_dir):
+        output = folders[0] / "report.html"
+    files: list[Path] = []
+    if output is not None:
+        files.append(write_report(runs, printed, printing.check_output(output)))
     formats = [name for name, asked in (("markdown", markdown or not latex), ("latex", latex)) if asked]
-    printed: Printed = print_tables(made, table, where_icl_works=where_icl_works)
-    written = printed.write(output_dir, formats) if output_dir is not None else []
-    drawn = printed.draw(figures) if figures is not None else []
+    if output_dir is not None:
+        files += printing.write_tables(runs, output_dir, formats)
+        files += printed.write(output_dir, formats) if printed else []
+    if figures is not None:
+        files += printing.draw(runs, figures) if runs else []
+        files += printed.draw(figures) if printed else []
     if json:
-        print_json({**printed.to_dict(), "files": [str(path) for path in [*written, *drawn]]})
+        about_runs = {"runs": printing.to_dict(runs)} if runs else {}
+        about_cells = printed.to_dict() if printed else {}
+        print_json({**about_cells, **about_runs, "files": [str(path) for path in files]})
         return
-    print(printed.text(formats), end="")
-    if written or drawn:
-        print(f"\nFiles: {', '.join(map(str, [*written, *drawn]))}")
+    if runs and (latex or markdown):
+        print(printing.text(runs, formats), end="")
+    for run in runs if not (latex or markdown) else ():
+        print(f"{run.name}: {' '.join(printing.verdict(run))}")
+    if printed:
+        print(printed.text(formats), end="")
+    if files:
+        print(f"\nFiles: {', '.join(map(str, files))}")
 
 
 def _list(given: str | None) -> list[str]:

@@ -40,3 +40,4 @@ def train(
     print_metrics(result.metrics)
     print(f"\nAdapter, model card and metrics: {config.output_dir}")
     print(f"Next: ia2 predict --adapter {config.output_dir} --data new.jsonl")
+    print(f"Report: ia2 report {config.output_dir}")

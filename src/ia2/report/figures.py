@@ -1,25 +1,26 @@
-"""Figures (matplotlib, from the extra ``report``)."""
+"""Figures of comparisons and curves, from their summaries alone (matplotlib, from the extra ``report``)."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ia2.console import logger
+from ia2.report.style import (
+    FAINT,
+    INK,
+    NO_MATPLOTLIB,
+    Figure,
+    Panel,
+    arm_styles,
+    matplotlib_is_there,
+    numbers_table,
+    plain_log,
+)
+from ia2.report.tables import interval
 
-# Okabe and Ito's palette, told apart by readers with any colour vision.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
-
-_SETTINGS: Any = {
-    # fixed ids and no date: the same numbers give the same file
-    "svg.hashsalt": "ia2",
-    "svg.fonttype": "none",
-    "font.size": 10,
-    # a dollar in the name of a model is a dollar
-    "text.parse_math": False,
-}
+_MEASURES = {"accuracy": "accuracy (higher is better)", "ece": "ECE (lower is better)"}
 
 
 def try_comparison_figure(summary: dict[str, Any], folder: Path) -> Path | None:
@@ -33,56 +34,11 @@ def try_curve_figure(summary: dict[str, Any], folder: Path) -> Path | None:
 
 
 def _try(draw: Callable[[dict[str, Any], Path], None], summary: dict[str, Any], path: Path) -> Path | None:
-    if importlib.util.find_spec("matplotlib") is None:
-        logger.info("No figure: pip install 'ia2[report]' brings matplotlib.")
+    if not matplotlib_is_there():
+        logger.info("No figure: %s", NO_MATPLOTLIB)
         return None
     draw(summary, path)
     return path
-
-
-def curve_figure(summary: dict[str, Any], path: Path) -> None:
-    """Accuracy and ECE of each recipe over the number of training examples, with 95% intervals.
-
-    Args:
-        summary: what ``curve.json`` holds.
-        path: the file; its ending chooses the format.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context(_SETTINGS):
-        figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.4))
-        figure.patch.set_facecolor("white")
-        for axis, (name, title) in zip(axes, (("accuracy", "accuracy"), ("ece", "ECE")), strict=True):
-            for place, (recipe, points) in enumerate(summary["curves"].items()):
-                colour = COLOURS[place % len(COLOURS)]
-                known = [p for p in points if p[name]["value"] is not None]
-                sizes = [p["num_train"] for p in known]
-                values = [p[name]["value"] for p in known]
-                low = [
-                    v if p[name]["low"] is None else p[name]["low"]
-                    for p, v in zip(known, values, strict=True)
-                ]
-                high = [
-                    v if p[name]["high"] is None else p[name]["high"]
-                    for p, v in zip(known, values, strict=True)
-                ]
-                axis.plot(sizes, values, marker="o", markersize=4, color=colour, label=recipe)
-                axis.fill_between(sizes, low, high, color=colour, alpha=0.12, linewidth=0)
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(summary["sizes"], [str(size) for size in summary["sizes"]])
-            axis.minorticks_off()
-            axis.set_xlabel("training examples N")
-            axis.set_title(f"{title} ({'higher' if name == 'accuracy' else 'lower'} is better)", fontsize=10)
-            axis.set_ylim(bottom=0)
-            axis.spines[["top", "right"]].set_visible(False)
-        axes[1].legend(frameon=False, fontsize=8)
-        figure.suptitle(f"{summary['model']}: {summary['title']}, 95% intervals", fontsize=10)
-        figure.tight_layout()
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)
-        plt.close(figure)
 
 
 def comparison_figure(summary: dict[str, Any], path: Path) -> None:
@@ -92,58 +48,194 @@ def comparison_figure(summary: dict[str, Any], path: Path) -> None:
         summary: what ``compare.json`` holds.
         path: the file; its ending chooses the format.
     """
-    import matplotlib
+    results_figure(summary).save(path)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    labelled = summary["design"]["task"] == "classification"
-    scope = "vocabulary" if labelled else "answer"
-    recipes = list(summary["recipes"])
-    panels: list[tuple[str, dict[str, Any]]] = [
-        (
-            "accuracy (higher is better)",
-            {r: summary["recipes"][r]["metrics"][scope]["accuracy"] for r in recipes},
-        ),
-        (
-            "ECE (lower is better)",
-            {r: summary["recipes"][r]["metrics"][scope]["ece"] for r in recipes},
-        ),
-        (
-            "activation similarity to ICL",
-            {r: summary["recipes"][r]["asim"] for r in recipes if "asim" in summary["recipes"][r]},
-        ),
+def curve_figure(summary: dict[str, Any], path: Path) -> None:
+    """Accuracy and ECE of each recipe over the number of training examples, with 95% intervals.
+
+    Args:
+        summary: what ``curve.json`` holds.
+        path: the file; its ending chooses the format.
+    """
+    sizes_figure(summary).save(path)
+
+
+def heading(summary: Mapping[str, Any]) -> str:
+    """What a comparison's figures are of."""
+    design = summary["design"]
+    return (
+        f"{summary['model']}: {design['num_train']} examples, {design['num_test']} test rows, "
+        f"{len(design['seeds'])} seed{'s' if len(design['seeds']) > 1 else ''}, 95% intervals"
+    )
+
+
+def scope_of(summary: Mapping[str, Any]) -> str:
+    """The scope of a comparison's main metrics."""
+    return "vocabulary" if summary["design"]["task"] == "classification" else "answer"
+
+
+# ------------------------------------------------------------------------------------------- results
+
+
+def results_figure(summary: Mapping[str, Any]) -> Figure:
+    """Accuracy, ECE and similarity to ICL of each arm of a comparison."""
+    scope, entries = scope_of(summary), summary["recipes"]
+    values = {
+        title: {name: entry["metrics"][scope][measure] for name, entry in entries.items()}
+        for measure, title in _MEASURES.items()
+    }
+    values["activation similarity to ICL"] = {n: e["asim"] for n, e in entries.items() if "asim" in e}
+    styles = arm_styles(list(entries))
+    height = max(2.6, 0.8 + 0.3 * len(entries))
+    panels = tuple(
+        Panel(_bars(title, found, styles), height=height) for title, found in values.items() if found
+    )
+    rows = [[name, *(interval(found.get(name)) for found in values.values())] for name in entries]
+    return Figure(
+        "compare",
+        "Accuracy, calibration and similarity to ICL",
+        heading(summary),
+        "Bars are means over seeds; lines are 95% intervals over seeds and test rows.",
+        panels,
+        numbers_table("compare", "Accuracy, ECE and similarity to ICL by recipe", ["recipe", *values], rows),
+    )
+
+
+def _bars(title: str, values: Mapping[str, Any], styles: Mapping[str, Any]) -> Callable[[Any], None]:
+    known = {name: found for name, found in values.items() if found["value"] is not None}
+
+    def draw(axis: Any) -> None:
+        ends = [0.05 if "ECE" in title else 1.0]
+        for place, (name, found) in enumerate(known.items()):
+            value, low, high = found["value"], found["low"], found["high"]
+            axis.barh(place, value, color=styles[name]["color"], height=0.65)
+            if low is not None and high is not None:
+                axis.plot([low, high], [place, place], color=INK, linewidth=1.5)
+            end = max(value, high or value)
+            axis.text(max(end, 0) + 0.02, place, f"{value:.2f}", va="center", fontsize=9)
+            ends.append(1.25 * end)
+        axis.set_yticks(range(len(known)), list(known))
+        axis.invert_yaxis()
+        axis.set_title(title, fontsize=10)
+        axis.set_xlim(min([0.0, *(found["value"] for found in known.values())]), max(ends))
+
+    return draw
+
+
+# --------------------------------------------------------------------------------------------- sizes
+
+
+def sizes_figure(summary: Mapping[str, Any]) -> Figure:
+    """Accuracy and ECE of each recipe over N."""
+    rows = [
+        [name, str(point["num_train"]), interval(point["accuracy"]), interval(point["ece"])]
+        for name, points in summary["curves"].items()
+        for point in points
     ]
-    panels = [panel for panel in panels if panel[1]]
-    height = max(3.0, 1.0 + 0.3 * len(recipes))
-    with plt.rc_context(_SETTINGS):
-        figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), height), squeeze=False)
-        figure.patch.set_facecolor("white")
-        for axis, (title, values) in zip(axes[0], panels, strict=True):
-            for place, (recipe, found) in enumerate(values.items()):
-                colour = COLOURS[recipes.index(recipe) % len(COLOURS)]
-                value, low, high = found["value"], found["low"], found["high"]
-                axis.barh(place, value, color=colour, height=0.65)
-                if low is not None and high is not None:
-                    axis.plot([low, high], [place, place], color="#222222", linewidth=1.5)
-                axis.text(max(value, high or value) + 0.02, place, f"{value:.2f}", va="center", fontsize=9)
-            axis.set_yticks(range(len(values)), list(values))
-            axis.invert_yaxis()
-            axis.set_title(title, fontsize=10)
-            axis.set_xlim(
-                0,
-                max(
-                    1.0 if "ECE" not in title else 0.05,
-                    *(1.25 * (f["high"] or f["value"]) for f in values.values()),
-                ),
-            )
-            axis.spines[["top", "right"]].set_visible(False)
-        design = summary["design"]
-        figure.suptitle(
-            f"{summary['model']}: {design['num_train']} examples, {design['num_test']} test rows, "
-            f"{len(design['seeds'])} seeds, 95% intervals",
-            fontsize=10,
-        )
-        figure.tight_layout()
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)
-        plt.close(figure)
+    return Figure(
+        "curve",
+        "Accuracy and calibration over the number of training examples",
+        f"{summary['model']}: {summary['title']}, 95% intervals",
+        "Lines are means over seeds; bands are 95% intervals over seeds and test rows.",
+        tuple(
+            Panel(_curves(summary, name, title), legend=True, width=4.3, height=3.4)
+            for name, title in _MEASURES.items()
+        ),
+        numbers_table("curve", "Accuracy and ECE by recipe and N", ["recipe", "N", "accuracy", "ECE"], rows),
+        columns=2,
+    )
+
+
+def _curves(summary: Mapping[str, Any], name: str, title: str) -> Callable[[Any], None]:
+    styles = arm_styles(list(summary["curves"]))
+
+    def draw(axis: Any) -> None:
+        for recipe, points in summary["curves"].items():
+            known = [p for p in points if p[name]["value"] is not None]
+            values = [p[name]["value"] for p in known]
+            ends = [
+                [v if p[name][end] is None else p[name][end] for p, v in zip(known, values, strict=True)]
+                for end in ("low", "high")
+            ]
+            sizes = [p["num_train"] for p in known]
+            axis.plot(sizes, values, markersize=4, label=recipe, **styles[recipe])
+            axis.fill_between(sizes, *ends, color=styles[recipe]["color"], alpha=0.12, linewidth=0)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(summary["sizes"], [str(size) for size in summary["sizes"]])
+        axis.minorticks_off()
+        axis.set_xlabel("training examples N")
+        axis.set_title(title, fontsize=10)
+        axis.set_ylim(bottom=0)
+
+    return draw
+
+
+# ---------------------------------------------------------------------------------------------- cost
+
+
+def cost_figure(summary: Mapping[str, Any]) -> Figure | None:
+    """Accuracy and ECE against tokens per query; None for runs that did not count them."""
+    scope = scope_of(summary)
+    points = {
+        name: (float(entry["tokens_per_query"]), entry["metrics"][scope])
+        for name, entry in summary["recipes"].items()
+        if entry.get("tokens_per_query") is not None
+        and None not in (entry["metrics"][scope][measure]["value"] for measure in _MEASURES)
+    }
+    if len(points) < 2:
+        return None
+    rows = [
+        [name, f"{tokens:.1f}", *(interval(metrics[measure]) for measure in _MEASURES)]
+        for name, (tokens, metrics) in points.items()
+    ]
+    return Figure(
+        "cost",
+        "What a query costs, and what it buys",
+        heading(summary),
+        "Tokens read for one query, on average: in-context learning reads its demonstrations again with "
+        "every query. Points of the same cost stand side by side. The dashed line joins what nothing cheaper "
+        "reaches.",
+        tuple(
+            Panel(_costs(points, measure, title), legend=True, width=4.3, height=3.4)
+            for measure, title in _MEASURES.items()
+        ),
+        numbers_table(
+            "cost", "Tokens per query and results", ["recipe", "tokens per query", *_MEASURES], rows
+        ),
+        columns=2,
+    )
+
+
+def _costs(points: Mapping[str, Any], measure: str, title: str) -> Callable[[Any], None]:
+    styles = arm_styles(list(points))
+
+    def draw(axis: Any) -> None:
+        found = [(tokens, metrics[measure]["value"]) for tokens, metrics in points.values()]
+        front = frontier(found, higher=measure == "accuracy")
+        front = [*front, (max(cost for cost, _ in found), front[-1][1])]
+        axis.plot(*zip(*front, strict=True), drawstyle="steps-post", color=FAINT, linewidth=1, linestyle="--")
+        for name, (tokens, metrics) in points.items():
+            at = metrics[measure]
+            same = [other for other, (cost, _) in points.items() if cost == tokens]
+            shown = tokens * 1.04 ** (same.index(name) - (len(same) - 1) / 2)
+            if at["low"] is not None and at["high"] is not None:
+                axis.plot([shown, shown], [at["low"], at["high"]], color=styles[name]["color"], linewidth=1.5)
+            axis.plot(shown, at["value"], linestyle="none", markersize=6, label=name, **styles[name])
+        plain_log(axis, "x", base=2)
+        axis.margins(x=0.12)
+        axis.set_xlabel("tokens per query")
+        axis.set_ylim(bottom=0)
+        axis.set_title(title, fontsize=10)
+
+    return draw
+
+
+def frontier(points: Iterable[tuple[float, float]], *, higher: bool) -> Sequence[tuple[float, float]]:
+    """Points (cost, value) that nothing as cheap or cheaper reaches, by cost."""
+    sign = 1 if higher else -1
+    kept: list[tuple[float, float]] = []
+    for cost, value in sorted(points, key=lambda point: (point[0], -sign * point[1])):
+        if not kept or sign * value > sign * kept[-1][1]:
+            kept.append((cost, value))
+    return kept

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from ia2.sweeps.tables import Column as TableColumn
+from ia2.sweeps.tables import Entry, Table
 
 Column = tuple[str, Callable[[dict[str, Any]], str]]
 
@@ -93,6 +96,59 @@ def signed(value: dict[str, Any]) -> str:
     return f"{value['value']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
 
 
+def comparison_table(summary: dict[str, Any]) -> Table:
+    """The same table as one that LaTeX and pages can set; the differences are among its notes."""
+    columns = comparison_columns(summary)
+    design = summary["design"]
+    return _table(
+        "comparison",
+        f"{summary['model']} on {summary['data']['name']}, {design['num_train']} training examples.",
+        ["recipe", *(title for title, _ in columns)],
+        [[name, *(cell(entry) for _, cell in columns)] for name, entry in summary["recipes"].items()],
+        [*comparison_lines(summary), *(f"{line}." for line in difference_lines(summary))],
+    )
+
+
+def curve_table(summary: dict[str, Any]) -> Table:
+    """Accuracy and ECE by size and recipe."""
+    rows = [
+        [recipe, title, *(interval(point[name]) for point in points)]
+        for name, title in (("accuracy", "accuracy"), ("ece", "ECE"))
+        for recipe, points in summary["curves"].items()
+    ]
+    columns = ["recipe", "measure", *(f"N = {size}" for size in summary["sizes"])]
+    title = f"{summary['model']} by the number of training examples N."
+    return _table(
+        "curve", title, columns, rows, [f"{summary['title']}; 95% intervals.", *_curve_lines(summary)]
+    )
+
+
+def metrics_table(metrics: dict[str, Any]) -> Table | None:
+    """Metrics of one adapter by scope; None where it was not evaluated."""
+    part = "test" if "test" in metrics else "dev"
+    if part not in metrics:
+        return None
+    found = metrics[part]
+    scopes = {"vocabulary": "over the vocabulary", "labels": "over the label set", "answer": "whole answer"}
+    shown = [scope for scope in scopes if scope in found]
+    rows = [
+        [name, *(interval(found[scope][name]) for scope in shown)]
+        for name in ("accuracy", "ece", "ece_equal_width", "brier", "nll")
+    ]
+    if "scaled" in found:
+        rows.append(["ece, temperature-scaled", *(interval(found["scaled"][s]["ece"]) for s in shown)])
+    notes = [f"{metrics['note'].capitalize()}."] if "note" in metrics else []
+    title = f"{metrics['recipe']} on {found['n']} {part} rows, with 95% intervals."
+    return _table("metrics", title, ["metric", *(scopes[scope] for scope in shown)], rows, notes)
+
+
+def _table(
+    name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]
+) -> Table:
+    entries = tuple(tuple(map(Entry, row)) for row in rows)
+    return Table(name, title, tuple(map(TableColumn, columns)), entries, tuple(notes))
+
+
 def comparison_markdown(summary: dict[str, Any]) -> str:
     """The table with what it is of and the paired differences."""
     columns = comparison_columns(summary)
@@ -120,14 +176,18 @@ def curve_markdown(summary: dict[str, Any]) -> str:
         for recipe, points in summary["curves"].items():
             cells = [interval(point[name]) for point in points]
             lines.append(f"| `{recipe}`, {title} | " + " | ".join(cells) + " |")
-    notes = [
-        f"- N = {size}: ia2-sft − sft: accuracy {signed(found['accuracy'])}, ECE {signed(found['ece'])}"
-        for size, found in summary["differences"].items()
-        if found is not None
-    ]
+    notes = [f"- {line}" for line in _curve_lines(summary)]
     text = "\n".join(lines)
     return (
         f"{text}\n\nModel {summary['model']}; {summary['title']}; 95% intervals.\n\n"
         + "\n".join(notes)
         + "\n"
     )
+
+
+def _curve_lines(summary: dict[str, Any]) -> list[str]:
+    return [
+        f"N = {size}: ia2-sft − sft: accuracy {signed(found['accuracy'])}, ECE {signed(found['ece'])}"
+        for size, found in summary["differences"].items()
+        if found is not None
+    ]

@@ -1,0 +1,115 @@
+"""What ``ia2 report`` makes of runs: sorts folders, prints and writes their tables, draws their figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ia2.console import logger
+from ia2.errors import ConfigError
+from ia2.files import write_text
+from ia2.report.data import Run, kind_of, read_run
+from ia2.report.style import NO_MATPLOTLIB, matplotlib_is_there
+from ia2.report.tables import comparison_table, curve_table, metrics_table
+from ia2.report.verdict import comparison_verdict, curve_verdict, training_verdict
+from ia2.sweeps.tables import ENDINGS, FORMATS, Table
+
+
+def sort_folders(folders: Sequence[Path], about_sweeps: Mapping[str, bool]) -> tuple[list[Run], list[Path]]:
+    """Runs, read, and the folders of sweeps.
+
+    Args:
+        folders: as given.
+        about_sweeps: options that only sweeps have, and whether each was given.
+
+    Raises:
+        RunFolderError: a folder holds no run, or an unfinished or damaged one.
+        ConfigError: an option about sweeps, without any.
+    """
+    kinds = {folder: kind_of(folder) for folder in dict.fromkeys(folders)}
+    sweeps = [folder for folder, kind in kinds.items() if kind == "sweep"]
+    given = [name for name, is_given in about_sweeps.items() if is_given]
+    if given and not sweeps:
+        raise ConfigError(f"{given[0]} is about sweeps, and {folders[0]} is none. Leave it out.")
+    return [read_run(folder) for folder, kind in kinds.items() if kind != "sweep"], sweeps
+
+
+def check_output(output: Path) -> Path:
+    """The file, if it can be one.
+
+    Raises:
+        ConfigError: it is a folder.
+    """
+    if output.is_dir():
+        raise ConfigError(f"{output} is a folder. Name a file, such as {output / 'report.html'}.")
+    return output
+
+
+def verdict(run: Run) -> list[str]:
+    """Two sentences."""
+    if run.kind == "train":
+        return training_verdict(run.summary)
+    if run.kind == "curve":
+        return curve_verdict(run.summary, {size: part.summary for size, part in run.parts.items()})
+    return comparison_verdict(run.summary)
+
+
+def tables(run: Run) -> list[Table]:
+    """The run's tables, the main one first; none of an adapter that was not evaluated."""
+    if run.kind == "train":
+        table = metrics_table(run.summary)
+        return [] if table is None else [table]
+    return [curve_table(run.summary) if run.kind == "curve" else comparison_table(run.summary)]
+
+
+def text(runs: Sequence[Run], formats: Sequence[str]) -> str:
+    """Every table, formats one after the other."""
+    return "\n".join(FORMATS[name](table) for name in formats for run in runs for table in tables(run))
+
+
+def to_dict(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """JSON-able."""
+    return [
+        {
+            "name": run.name,
+            "kind": run.kind,
+            "folder": str(run.folder),
+            "verdict": verdict(run),
+            "tables": [table.to_dict() for table in tables(run)],
+        }
+        for run in runs
+    ]
+
+
+def write_tables(runs: Sequence[Run], folder: Path, formats: Sequence[str]) -> list[Path]:
+    """One file a table and format; of several runs in a folder each."""
+    written = []
+    for run, place in _places(runs, folder):
+        for name in formats:
+            for table in tables(run):
+                written.append(place / f"table-{table.name}.{ENDINGS[name]}")
+                write_text(written[-1], FORMATS[name](table))
+    return written
+
+
+def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
+    """Every figure as SVG; of several runs in a folder each. Says how to get matplotlib if it is missing."""
+    if not matplotlib_is_there():
+        logger.info("No figures: %s", NO_MATPLOTLIB)
+        return []
+    from ia2.report.run_figures import run_figures
+
+    drawn = []
+    for run, place in _places(runs, folder):
+        place.mkdir(parents=True, exist_ok=True)
+        drawn += [figure.save(place / f"{figure.name}.svg") for figure in run_figures(run)]
+    return drawn
+
+
+def _places(runs: Sequence[Run], folder: Path) -> list[tuple[Run, Path]]:
+    if len(runs) == 1:
+        return [(runs[0], folder)]
+    names = [run.name for run in runs]
+    unique = [n if names.count(n) == 1 else f"{n}-{place}" for place, n in enumerate(names)]
+    return [(run, folder / name) for run, name in zip(runs, unique, strict=True)]

@@ -1,0 +1,173 @@
+"""The verdict on a run in two sentences: IA2 → SFT against SFT, and against in-context learning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+METHOD, RIVAL, TEACHER = "ia2-sft", "sft", "icl"
+
+_TITLES = {METHOD: "IA2 → SFT", RIVAL: "SFT", TEACHER: "in-context learning"}
+
+# (better, worse) of a higher value
+_WORDS = {
+    "accuracy": ("more accurate", "less accurate"),
+    "ece": ("worse calibrated", "better calibrated"),
+}
+
+
+def comparison_verdict(summary: Mapping[str, Any]) -> list[str]:
+    """Two sentences on a comparison, from its paired differences."""
+    seeds, rows = len(summary["design"]["seeds"]), summary["design"]["num_test"]
+    how = f"95% intervals, paired by row and seed, {_count(seeds, 'seed')}, {_count(rows, 'test row')}"
+    lines = []
+    for other in (RIVAL, TEACHER):
+        (name, rival), found = _difference(summary, other)
+        if found is None:
+            lines.append(_absent(summary, other))
+        elif other == RIVAL:
+            lines.append(f"{_title(name)} {_outcome(found, _title(rival))}: it is {_judged(found)}; {how}.")
+        else:
+            given = f"{_title(rival)} ({summary['design']['icl_demonstrations']} in every prompt)"
+            lines.append(f"{_title(name)} {_outcome(found, given)}: it is {_judged(found)}.")
+    return lines
+
+
+def curve_verdict(summary: Mapping[str, Any], parts: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    """Two sentences on a curve: the N at which the method is better, worse or neither.
+
+    Args:
+        summary: what ``curve.json`` holds.
+        parts: ``compare.json`` of each N.
+    """
+    against_sft = {int(size): found for size, found in summary["differences"].items() if found}
+    against_icl = {size: found for size, part in parts.items() if (found := _difference(part, TEACHER)[1])}
+    return [_over_sizes(RIVAL, against_sft), _over_sizes(TEACHER, against_icl)]
+
+
+def training_verdict(metrics: Mapping[str, Any]) -> list[str]:
+    """Two sentences on a single adapter, which was compared with nothing."""
+    from ia2.report.tables import interval
+
+    part = "test" if "test" in metrics else "dev"
+    if part not in metrics:
+        first = "The adapter was not evaluated: there were neither test nor dev rows."
+    else:
+        found = metrics[part]
+        scope = "vocabulary" if "labels" in found else "answer"
+        note = f"; {metrics['note']}" if "note" in metrics else ""
+        first = (
+            f"{_title(metrics['recipe'])} reaches an accuracy of {interval(found[scope]['accuracy'])} and an "
+            f"ECE of {interval(found[scope]['ece'])} on {found['n']} {part} rows (95% intervals over "
+            f"rows{note})."
+        )
+    return [
+        first,
+        "Nothing else was trained beside it, so this run cannot say whether it is better than SFT or "
+        "in-context learning: `ia2 compare` can.",
+    ]
+
+
+def _outcome(found: Mapping[str, Any], other: str) -> str:
+    """``beats SFT``, ``loses to SFT in accuracy``, ``cannot be told from SFT``."""
+    accuracy, calibration = side(found["accuracy"]), -side(found["ece"])
+    if accuracy == calibration == 0:
+        return f"cannot be told from {other} here"
+    if accuracy == calibration:
+        return f"beats {other}" if accuracy > 0 else f"loses to {other}"
+    if accuracy == 0 or calibration == 0:
+        what = "accuracy" if accuracy else "calibration"
+        return f"beats {other} in {what}" if accuracy + calibration > 0 else f"loses to {other} in {what}"
+    won, lost = ("accuracy", "calibration") if accuracy > 0 else ("calibration", "accuracy")
+    return f"beats {other} in {won} and loses to it in {lost}"
+
+
+def _difference(summary: Mapping[str, Any], other: str) -> tuple[tuple[str, str], Mapping[str, Any] | None]:
+    """The first difference of an arm of the method and one of another recipe, with their names."""
+    for name, found in summary["differences"].items():
+        first, second = name.split(" − ")
+        if (first.split("@")[0], second.split("@")[0]) == (METHOD, other):
+            return (first, second), found
+    return ("", ""), None
+
+
+def _absent(summary: Mapping[str, Any], other: str) -> str:
+    names = {name.split("@")[0] for name in summary["recipes"]}
+    missing = [_title(name) for name in (METHOD, other) if name not in names]
+    return f"Without {' and '.join(missing) or _title(other)} in this comparison there is no verdict on " + (
+        "IA2 → SFT against SFT." if other == RIVAL else "IA2 → SFT against in-context learning."
+    )
+
+
+def _judged(found: Mapping[str, Any]) -> str:
+    """``more accurate (+0.10 [+0.04, +0.20]) but worse calibrated (ECE +0.05 [+0.01, +0.09])``."""
+    sides = {name: side(found[name]) for name in ("accuracy", "ece")}
+    parts = []
+    for name, mark in sides.items():
+        shown = signed_text(found[name])
+        parts.append(f"{_word(name, found[name], mark)} ({'ECE ' if name == 'ece' else ''}{shown})")
+    # a higher accuracy and a lower ECE pull the same way
+    joined = "and" if sides["accuracy"] == -sides["ece"] else "but"
+    return f"{parts[0]} {joined} {parts[1]}"
+
+
+def _word(name: str, found: Mapping[str, Any], mark: int) -> str:
+    above, below = _WORDS[name]
+    value = found["value"]
+    if mark:
+        return above if mark > 0 else below
+    if value is None or value == 0:
+        return "as accurate" if name == "accuracy" else "as well calibrated"
+    return f"not distinguishably {above if value > 0 else below}"
+
+
+def side(found: Mapping[str, Any]) -> int:
+    """1 above zero, -1 below it, 0 where the 95% interval holds zero or there is none."""
+    low, high = found["low"], found["high"]
+    if low is None or high is None:
+        return 0
+    return int(low > 0) - int(high < 0)
+
+
+def signed_text(found: Mapping[str, Any]) -> str:
+    """``+0.103 [+0.040, +0.197]``, with a true minus."""
+    from ia2.sweeps.tables import MISSING, signed
+
+    if found["value"] is None:
+        return MISSING
+    return signed(found["value"], found["low"], found["high"], percent=False)
+
+
+def _over_sizes(other: str, found: Mapping[int, Mapping[str, Any]]) -> str:
+    if not found:
+        return f"{_title(METHOD)} and {_title(other)} were not both run: there is no verdict on them."
+    parts = []
+    for name in ("accuracy", "ece"):
+        above, below = _WORDS[name]
+        by: dict[str, list[int]] = {}
+        for size in sorted(found):
+            mark = side(found[size][name])
+            by.setdefault(above if mark > 0 else below if mark < 0 else "neither", []).append(size)
+        texts = [f"{word} at N = {_listed(by[word])}" for word in (above, below) if word in by]
+        if "neither" in by:
+            neither = (
+                "neither more nor less accurate"
+                if name == "accuracy"
+                else "neither better nor worse calibrated"
+            )
+            texts.append(f"{neither} for certain at N = {_listed(by['neither'])}")
+        parts.append(", ".join(texts))
+    return f"{_title(METHOD)} against {_title(other)}: {'; '.join(parts)} (95% intervals, paired)."
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return ", ".join(map(str, sizes))
+
+
+def _title(arm: str) -> str:
+    recipe, _, variant = arm.partition("@")
+    return _TITLES.get(recipe, recipe) + (f" ({variant})" if variant else "")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
