@@ -454,7 +454,8 @@ def test_the_command_says_what_failed_and_ends_with_1(
     assert ran.status == 1
     lines = ran.out.splitlines()
     assert lines[0] == f"2 of 3 cells are done (2 run now): {tmp_path / 'out'}"
-    assert len(lines) == 2 and lines[1].startswith("failed: Two ia2: ")
+    assert len(lines) == 3 and lines[1].startswith("failed: Two ia2: ")
+    assert lines[2] == f"Tables and figures: ia2 report {tmp_path / 'out'}"
     # as JSON, and the rest as the log tells it
     ran = run(capsys, "sweep", file, "--output-dir", tmp_path / "out", "--json", "--quiet")
     assert ran.status == 1
@@ -469,7 +470,9 @@ def test_the_command_keeps_the_grid_and_takes_options(
     file = write_grid(tmp_path / "brief.yaml", grid_of(files, recipes=["icl", "sft"]))
     ran = run(capsys, "sweep", file, "--limit", "1", "--keep-work")
     assert ran.status == 0
-    assert ran.out == "1 of 2 cells are done (1 run now): out/brief\n"
+    assert ran.out == (
+        "1 of 2 cells are done (1 run now): out/brief\nTables and figures: ia2 report out/brief\n"
+    )
     folder = tmp_path / "out" / "brief"  # named after the file
     assert (folder / "grid.yaml").read_bytes() == file.read_bytes()
     assert "[1/1] Two " in ran.err

@@ -87,7 +87,7 @@ def _training(folder: Path, run: Mapping[str, Any]) -> Facts:
     rates = tuple(config.learning_rates or [default_learning_rate(config.adapter)])
     arm = ArmFacts(config.recipe, config.recipe, "", tuple(s.kind for s in planned), config, rates, {})
     split, no_rows = _split_of(config, run["data"])
-    chosen = {} if metrics is None else {arm.name: (metrics["learning_rate"], metrics["beta"])}
+    chosen = {} if metrics is None else {arm.name: (metrics["learning_rate"], metrics.get("beta"))}
     stages = _stages(folder, folder, [(arm, planned)], chosen, single=True)
     evaluation = None if metrics is None else _own_evaluation(folder, metrics)
     only = Round(
@@ -145,7 +145,7 @@ def _own_evaluation(folder: Path, metrics: Mapping[str, Any]) -> Evaluation | No
         mean_asim=similarity and similarity["asim"],
         layers=layers_of(similarity),
         rate=metrics["learning_rate"],
-        beta=metrics["beta"],
+        beta=metrics.get("beta"),
     )
 
 

@@ -92,5 +92,7 @@ def sweep(
         print(f"{done.done} of {done.total} cells are done ({done.trained} run now): {done.folder}")
         for failure in done.failed:
             print(f"failed: {failure['spec']['benchmark']} {failure['spec']['recipe']}: {failure['error']}")
+        if done.done:
+            print(f"Tables and figures: ia2 report {done.folder}")
     if done.failed:
         raise typer.Exit(1)
