@@ -19,6 +19,7 @@ from ia2.benchmarks.loading import mirror_notes, tokens_at_most
 from ia2.config import AdaptConfig, validate
 from ia2.errors import ConfigError, DataError, UserError
 from ia2.evaluation.answers import parse
+from ia2.examples import Examples
 from ia2.files import cache_dir
 
 ROOT = Path(__file__).parents[1]
@@ -793,6 +794,18 @@ def test_prepare_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     found = run(capsys, "benchmarks", "prepare", own(tmp_path / "own.yaml"))
     assert "Own (train, eval; " in found.out
     assert "30 pool rows, 20 test rows" in found.out
+
+
+def test_prepare_writes_rows_for_other_commands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "rows"
+    found = run(capsys, "benchmarks", "prepare", "Intents", "--output-dir", out)
+    assert f"  written: {out / 'Intents-words' / 'pool.jsonl'}\n" in found.out
+    data = BENCHMARKS["Intents"].load()
+    for part, rows in (("pool", data.pool), ("test", data.test)):
+        read = Examples.from_file(out / "Intents-words" / f"{part}.jsonl")
+        assert [(row.query, row.answer) for row in read] == [(row.query, row.answer) for row in rows]
+    (facts,) = run(capsys, "benchmarks", "prepare", "Intents", "--output-dir", out, "--json").json
+    assert facts["files"] == [str(out / "Intents-words" / f"{part}.jsonl") for part in ("pool", "test")]
 
 
 def test_prepare_fills_the_cache(

@@ -89,7 +89,19 @@ def show(name: Name, data_dir: DataDir = None, json: Json = False) -> None:
 
 
 @app.command("prepare")
-def prepare(names: Names = None, data_dir: DataDir = None, json: Json = False, quiet: Quiet = False) -> None:
+def prepare(
+    names: Names = None,
+    data_dir: DataDir = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the rows there too, as the columns prompt and completion, for the other commands.",
+            show_default=False,
+        ),
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """Read benchmarks from mirrors or the hub (filling its cache); count rows, show one of each."""
     from ia2.benchmarks import BENCHMARKS, load_benchmark
     from ia2.cli.output import print_json, start
@@ -106,6 +118,8 @@ def prepare(names: Names = None, data_dir: DataDir = None, json: Json = False, q
             failed[benchmark.name] = error
             continue
         found.append(_prepared(benchmark, loaded))
+        if output_dir is not None:
+            found[-1]["files"] = [str(path) for path in _write(loaded, output_dir)]
         if not json:
             _print_prepared(found[-1])
     if json:
@@ -130,6 +144,23 @@ def _load_all(benchmark: Benchmark, data_dir: Path | None) -> dict[str, Benchmar
     """The rows with every verbaliser, by its name."""
     names: list[str | None] = list(benchmark.verbalisers) or [None]
     return {name or "free text": benchmark.load(data_dir, name) for name in names}
+
+
+def _write(loaded: dict[str, BenchmarkData], folder: Path) -> Iterator[Path]:
+    """``SST2-words/pool.jsonl`` and ``test.jsonl``, for every verbaliser."""
+    import json
+
+    from ia2.files import write_text
+
+    for name, data in loaded.items():
+        for part, rows in (("pool", data.pool), ("test", data.test)):
+            if not len(rows):
+                continue
+            path = folder / f"{data.benchmark.name}-{name.replace(' ', '-')}" / f"{part}.jsonl"
+            cells = [{"prompt": row.query, "completion": row.answer} for row in rows]
+            lines = [json.dumps(cell, ensure_ascii=False) for cell in cells]
+            write_text(path, "\n".join(lines) + "\n")
+            yield path
 
 
 def _facts(benchmark: Benchmark) -> dict[str, Any]:
@@ -205,6 +236,8 @@ def _print_prepared(found: dict[str, Any]) -> None:
         print(f"  note: {note}")
     for name, example in found["examples"].items():
         _print_example(name, example)
+    for file in found.get("files", []):
+        print(f"  written: {file}")
     print(flush=True)
 
 
