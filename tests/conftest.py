@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,12 +25,19 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    """Commands set up logging for themselves; other tests of the same process read it through pytest."""
-    before = console.logger.handlers[:], console.logger.propagate, console.logger.level
+def _logging_as_imported() -> Iterator[None]:
+    """Commands set up logging for themselves, in fixtures of a module too; tests read it through pytest."""
+    _reset_logging()
     yield
-    console.logger.handlers[:], console.logger.propagate = before[0], before[1]
-    console.logger.setLevel(before[2])
+    _reset_logging()
+
+
+def _reset_logging() -> None:
+    console.logger.handlers.clear()
+    console.logger.propagate = True
+    console.logger.disabled = False  # as logging.config leaves loggers that it does not know
+    console.logger.setLevel(logging.NOTSET)
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def on_ray(work: Path, address: str, *, workers: int = 1, gpus: float = 0.0, kee
         ConfigError: Ray is not installed, or the cluster cannot be reached or has too few GPUs.
     """
 
-    def run(queue: Queue) -> Iterator[Event | Lost]:
+    def run(queue: Queue) -> Generator[Event | Lost, None, None]:
         if not queue:  # nothing is left to do
             return
         ray = _connect(address, workers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ia2.sweeps.board import Board
 from ia2.sweeps.grid import Cell, GridConfig, Unit, evaluated_on, expand
 from ia2.sweeps.store import SweepFolder, alone
 from ia2.sweeps.unit import Failed, Finished, Started, forget_rows, load_rows
-from ia2.sweeps.workers import Lost, Run, in_process
+from ia2.sweeps.workers import Lost, Queue, Run, in_process
 
 RETRIES = 2
 """How often a cell whose worker died is given to another one."""
@@ -137,32 +138,38 @@ def _work(waiting: Iterable[Unit], store: SweepFolder, board: Board, run: Run) -
     queue = deque(waiting)
     cells = {cell.key: cell for unit in queue for cell in unit.cells}
     losses: Counter[str] = Counter()
-    for event in run(queue):
-        if isinstance(event, Lost):
-            left = event.unit.only(
-                {c.key for c in event.unit.cells} - set(store.records) - set(store.failures)
-            )
-            if not left.cells:
-                continue
-            # the cell that it died in may be to blame; the others are not
-            dying = left.cells[0]
-            losses[dying.key] += 1
-            if losses[dying.key] > RETRIES:
-                store.fail(dying, f"its worker {event.reason}, {RETRIES + 1} times", "")
-                board.failed(dying, store.failures[dying.key]["error"])
-                left = left.only({cell.key for cell in left.cells[1:]})
-            else:
-                board.lost(left, event.reason)
-            if left.cells:
-                queue.append(left)
-        elif isinstance(event, Started):
-            board.started(cells[event.key])
-        elif isinstance(event, Finished):
-            store.add(event.record)
-            board.finished(cells[event.key], event.record)
-        elif isinstance(event, Failed):
-            store.fail(cells[event.key], event.error, event.traceback)
-            board.failed(cells[event.key], event.error)
+    # closed at once if this ends by an error, not when its traceback is let go
+    with closing(run(queue)) as events:
+        for event in events:
+            if isinstance(event, Lost):
+                _lost(event, queue, losses, store, board)
+            elif isinstance(event, Started):
+                board.started(cells[event.key])
+            elif isinstance(event, Finished):
+                store.add(event.record)
+                board.finished(cells[event.key], event.record)
+            elif isinstance(event, Failed):
+                store.fail(cells[event.key], event.error, event.traceback)
+                board.failed(cells[event.key], event.error)
+
+
+def _lost(event: Lost, queue: Queue, losses: Counter[str], store: SweepFolder, board: Board) -> None:
+    """Put what a dead worker left back into the queue, but a cell that workers keep dying in."""
+    left = _unfinished(event.unit, store)
+    left = left.only({cell.key for cell in left.cells} - set(store.failures))
+    if not left.cells:
+        return
+    # the cell that it died in may be to blame; the others are not
+    dying = left.cells[0]
+    losses[dying.key] += 1
+    if losses[dying.key] > RETRIES:
+        store.fail(dying, f"its worker {event.reason}, {RETRIES + 1} times", "")
+        board.failed(dying, store.failures[dying.key]["error"])
+        left = left.only({cell.key for cell in left.cells[1:]})
+    else:
+        board.lost(left, event.reason)
+    if left.cells:
+        queue.append(left)
 
 
 def _seconds(store: SweepFolder) -> float:

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -36,14 +36,14 @@ class Lost:
 _FAREWELL = 10.0
 
 Queue = deque[Unit]
-Run = Callable[[Queue], Iterator["Event | Lost"]]
+Run = Callable[[Queue], Generator["Event | Lost", None, None]]
 """Takes units from the queue until it is empty; the caller may put some back meanwhile."""
 
 
 def in_process(work: Path, *, keep: bool = False) -> Run:
     """One unit after the other, here."""
 
-    def run(queue: Queue) -> Iterator[Event | Lost]:
+    def run(queue: Queue) -> Generator[Event | Lost, None, None]:
         while queue:
             with muted():
                 yield from run_unit(queue.popleft(), work, keep=keep)
@@ -60,7 +60,7 @@ def processes(work: Path, count: int, *, keep: bool = False) -> Run:
     if count < 1:
         raise ConfigError(f"{count} processes: at least one is needed.")
 
-    def run(queue: Queue) -> Iterator[Event | Lost]:
+    def run(queue: Queue) -> Generator[Event | Lost, None, None]:
         context = multiprocessing.get_context("spawn")
         threads = max(1, (os.cpu_count() or 1) // count)
         busy: dict[Connection, _Worker] = {}
