@@ -27,10 +27,15 @@ NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 FOREIGN = {"--num_processes", "--cpu", "--multi_gpu", "--no-deps"}
 
 COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-FLAGS = {
-    name: {flag for p in command.params for flag in (*p.opts, *p.secondary_opts)} | {"-h", "--help"}
-    for name, command in COMMANDS.items()
-}
+
+
+def flags_of(command: Any) -> set[str]:
+    """Flags of a command and, of a group, of those in it."""
+    own = {flag for p in command.params for flag in (*p.opts, *p.secondary_opts)} | {"-h", "--help"}
+    return own.union(*(flags_of(part) for part in getattr(command, "commands", {}).values()))
+
+
+FLAGS = {name: flags_of(command) for name, command in COMMANDS.items()}
 
 
 def text_of(page: str) -> str:
