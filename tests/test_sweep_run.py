@@ -445,6 +445,18 @@ def test_a_model_that_is_not_there(files: Path, tmp_path: Path) -> None:
     assert all(nowhere in failure["error"] for failure in done.failed)
 
 
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    with alone(tmp_path / "out"):
+        assert "See to it that no other sweep works in this folder." in caplog.text
+    assert not (tmp_path / "out" / ".lock").exists()
+
+
 def test_the_command_says_what_failed_and_ends_with_1(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -38,6 +38,14 @@ FORMAT_GAP = 0.2  # accuracy in the label set less that over the vocabulary
 LITTLE_MASS = 0.05  # of the probability that falls on the labels
 
 
+def _method_and_sft(facts: Facts) -> Iterator[tuple[ArmFacts, ArmFacts]]:
+    """Each arm of the method with plain fine-tuning of the same adapter."""
+    for arm in facts.arms:
+        rival = facts.arm("sft", arm.variant)
+        if arm.recipe == "ia2-sft" and rival is not None:
+            yield arm, rival
+
+
 # --------------------------------------------------------------------------------------------- inside
 
 
@@ -45,10 +53,7 @@ def asim_no_gain(facts: Facts) -> Iterable[Finding]:
     """IA2 → SFT is no nearer to ICL than SFT alone: the method's known failure signature."""
     need_recipes(facts, "ia2-sft", "sft")
     told = False
-    for arm in facts.arms:
-        rival = facts.arm("sft", arm.variant)
-        if arm.recipe != "ia2-sft" or rival is None:
-            continue
+    for arm, rival in _method_and_sft(facts):
         found = asim_difference(facts, arm, rival)
         if found is None:
             continue
@@ -353,10 +358,7 @@ def worse_than_sft(facts: Facts) -> Iterable[Finding]:
     """The method lost to plain fine-tuning."""
     need_recipes(facts, "ia2-sft", "sft")
     told = False
-    for arm in facts.arms:
-        rival = facts.arm("sft", arm.variant)
-        if arm.recipe != "ia2-sft" or rival is None:
-            continue
+    for arm, rival in _method_and_sft(facts):
         difference = difference_interval(facts.columns((arm.name, rival.name), correct_in(facts.main)))
         if difference is None:
             difference = facts.differences.get(f"{arm.name} − {rival.name}", {}).get("accuracy")

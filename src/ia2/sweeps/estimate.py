@@ -42,6 +42,10 @@ _UNREACHABLE = "the hub cannot be reached"
 # Reasons that are printed, and characters of each; JSON has all.
 _REASONS, _LONGEST = 3, 400
 
+# What a model, its rows or the machine can be to blame for (out of memory is a RuntimeError); a fault of
+# this package is none of these and must be seen.
+_CANNOT = (UserError, RuntimeError, ValueError, OSError, MemoryError)
+
 Rows = dict[tuple[str, "str | None"], BenchmarkData]
 
 
@@ -302,7 +306,7 @@ class _Found:
         began = time.perf_counter()
         try:
             base = load_base(model, **units[0].options)
-        except Exception as error:  # whatever it is, the cells are still counted
+        except _CANNOT as error:  # the cells are still counted
             self.refuse([cell for unit in units for cell in unit.cells], describe(error))
             return
         loading = time.perf_counter() - began
@@ -311,7 +315,7 @@ class _Found:
             if (kind := kind_of(unit)) not in shapes:
                 try:
                     shapes[kind] = measure_shape(unit, base, rows, scratch)
-                except Exception as error:
+                except _CANNOT as error:
                     shapes[kind] = describe(error)
         possible = []
         for unit in units:
@@ -326,7 +330,7 @@ class _Found:
             known = [shape for shape in shapes.values() if isinstance(shape, Shape)]
             try:
                 speed = measure(base, known, adapters, loading, scratch)
-            except Exception as error:
+            except _CANNOT as error:
                 self.refuse(cells, describe(error))
             else:
                 self.speeds[model] = speed

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ia2.console import logger
 from ia2.errors import RunFolderError
 from ia2.files import finite, read_json, write_json, write_text
 from ia2.sweeps.grid import Cell
@@ -118,8 +119,10 @@ def alone(path: Path) -> Iterator[None]:
         raise RunFolderError(
             f"{path}: another `ia2 sweep` is at work there. Wait for it, or choose another --output-dir."
         ) from None
-    except NotImplementedError:  # a file system without locks
-        pass
+    except NotImplementedError:
+        logger.warning(
+            "%s: this file system has no locks. See to it that no other sweep works in this folder.", path
+        )
     try:
         yield
     finally:
