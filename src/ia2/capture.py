@@ -17,7 +17,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ia2.console import logger
 from ia2.errors import ModelError
@@ -30,10 +30,13 @@ if TYPE_CHECKING:
 # Children that are an attention module's output projection, over the families that transformers has.
 _OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 
-SITES = ("output", "heads", "residual", "weights")
+# The last projection of a layer's MLP, over the same families.
+_DOWN_PROJECTIONS = ("down_proj", "dense_4h_to_h", "fc2", "fc_out", "c_proj", "w2")
+
+SITES = ("output", "heads", "residual", "weights", "neurons")
 """What of a layer is read: ``output`` (the activation), ``heads`` (the heads' outputs side by side, before
 the output projection), ``residual`` (the residual stream after the layer), ``weights`` (attention
-probabilities)."""
+probabilities), ``neurons`` (what the MLP's last projection is given; not of mixtures of experts)."""
 
 # Models of which a line in the log has said that only some of their layers have attention.
 _told: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -248,6 +251,39 @@ def _layer_of(inner: nn.Module, name: str) -> nn.Module:
     )
 
 
+def _down_projection_of(inner: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    layer = _layer_of(inner, name)
+    attention = set(_attention_of(inner, name, module).modules())
+    found = {
+        path: child
+        for path, child in layer.named_modules()
+        if path.rpartition(".")[2] in _DOWN_PROJECTIONS and child not in attention and "expert" not in path
+    }
+    if len(found) == 1:
+        return next(iter(found.values()))
+    raise ModelError(
+        f"no single MLP was recognised in the layer around {name} (a mixture of experts has no neurons of "
+        "its own). Leave neurons out."
+    )
+
+
+class Capture(Protocol):
+    """What a forward pass is watched by."""
+
+    @property
+    def site(self) -> str:
+        """What is read."""
+
+    def arm(self) -> None:
+        """Start listening for the next forward pass."""
+
+    def disarm(self) -> None:
+        """Stop listening, and let go of what was heard."""
+
+    def at_answers(self, batch: Batch, spans: Sequence[int] | None = None) -> torch.Tensor:
+        """What the pass over ``batch`` left at its answer positions, ``[L, ΣG, …]``."""
+
+
 class ActivationCapture:
     """Reads one site of every self-attention layer while a model runs.
 
@@ -303,6 +339,8 @@ class ActivationCapture:
     def _module_at(self, inner: nn.Module, name: str, module: nn.Module) -> nn.Module:
         if self.site == "heads":
             return _projection_of(name, module)
+        if self.site == "neurons":
+            return _down_projection_of(inner, name, module)
         if self.site == "residual":
             return _layer_of(inner, name)
         return _attention_of(inner, name, module) if self.site == "weights" else module
@@ -325,7 +363,7 @@ class ActivationCapture:
     def __enter__(self) -> ActivationCapture:
         for index, module in self._hooked.items():
             hook = self._hook(index)
-            if self.site == "heads":
+            if self.site in ("heads", "neurons"):
                 self._handles.append(
                     module.register_forward_pre_hook(lambda module, args, hook=hook: hook(module, args, args))
                 )
@@ -367,7 +405,8 @@ class ActivationCapture:
         """Hand over what the last forward pass left, and stop listening.
 
         Returns:
-            By layer: ``[B, T, d]``; heads ``[B, T, H·d_head]``; weights ``[B, H, T, K]`` over K keys.
+            By layer: ``[B, T, d]``; heads ``[B, T, H·d_head]``; neurons ``[B, T, F]`` (OPT: ``[B·T, F]``);
+            weights ``[B, H, T, K]`` over K keys.
 
         Raises:
             ModelError: a layer was not reached by the forward pass, or gave no weights.
@@ -411,13 +450,15 @@ class ActivationCapture:
             if spans is None:
                 raise ValueError("the site 'weights' needs spans, the ids of each row to look at")
             return torch.stack([_over_spans(w, batch, spans).to(first.device) for w in taken.values()])
-        rows, positions = answer_index(
-            first.shape[1], batch.row_lengths, batch.answer_lengths, batch.input_ids.shape[1]
-        )
-        # the layers of one model may sit on several devices
+        lengths = batch.row_lengths
+        width = first.reshape(len(lengths), -1, first.shape[-1]).shape[1]
+        rows, positions = answer_index(width, lengths, batch.answer_lengths, batch.input_ids.shape[1])
+        # the layers of one model may sit on several devices; OPT's MLP sees its rows one behind the other
         return torch.stack(
             [
-                layer[rows.to(layer.device), positions.to(layer.device)].to(first.device)
+                layer.reshape(len(lengths), -1, layer.shape[-1])[
+                    rows.to(layer.device), positions.to(layer.device)
+                ].to(first.device)
                 for layer in taken.values()
             ]
         )

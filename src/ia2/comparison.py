@@ -98,8 +98,18 @@ class Comparison:
 
 
 @dataclass
-class _Round:
-    """One training set and the rows it is evaluated on, with their places in the data."""
+class Round:
+    """One training set and the rows it is evaluated on, with their places in the data.
+
+    Attributes:
+        seed: of the draw.
+        data: training and dev examples.
+        unused: rows in no part.
+        test: evaluated on.
+        places: of the test rows in the data.
+        folder: of what the round leaves.
+        fold: None with test data.
+    """
 
     seed: int
     data: FewShotSplit
@@ -107,6 +117,7 @@ class _Round:
     test: Examples
     places: list[int]
     folder: Path
+    fold: int | None = None
 
 
 def compare(
@@ -141,9 +152,15 @@ def compare(
         raise ConfigError("max_test needs test data; with cross-fitting every row is a test row.")
     if test is not None and config.max_test and config.max_test < len(test):
         logger.info("Evaluating on %d of %d test rows, drawn once.", config.max_test, len(test))
-        places = sorted(random.Random("max_test").sample(range(len(test)), config.max_test))
-        test = Examples([test[i] for i in places], name=test.name)
-    rounds = _rounds(examples, test, config, folder)
+        test = drawn_test(test, config.max_test)
+    rounds = rounds_of(examples, test, config, folder)
+    if test is None:
+        logger.info(
+            "No test data: %d-fold cross-fitting over the %d rows given, %d seeds.",
+            config.folds,
+            len(examples),
+            config.seeds,
+        )
     base = load_base_of(model, config)
     task = make_task(examples, config, base.tokenizer, config.prompt_template)
     for row in test or ():
@@ -196,8 +213,15 @@ def _bench_of(bench: Workbench, arm: Arm) -> Workbench:
     return bench.with_config(config, arm.variant)
 
 
-def _rounds(examples: Examples, test: Examples | None, config: CompareConfig, folder: Path) -> list[_Round]:
-    rounds: list[_Round] = []
+def drawn_test(test: Examples, count: int) -> Examples:
+    """So many of the test rows, in their order; the same whatever the seed."""
+    places = sorted(random.Random("max_test").sample(range(len(test)), count))
+    return Examples([test[i] for i in places], name=test.name)
+
+
+def rounds_of(examples: Examples, test: Examples | None, config: CompareConfig, folder: Path) -> list[Round]:
+    """The training sets of a comparison and what each is evaluated on; its folder need not be there yet."""
+    rounds: list[Round] = []
     where = {id(example): place for place, example in enumerate(examples)}
     for seed in range(config.seed, config.seed + config.seeds):
         options: dict[str, Any] = {
@@ -208,24 +232,17 @@ def _rounds(examples: Examples, test: Examples | None, config: CompareConfig, fo
         if test is not None:
             path = folder / f"seed-{seed}"
             split = examples.split(**options)
-            rounds.append(_Round(seed, split, split.rest(examples), test, list(range(len(test))), path))
+            rounds.append(Round(seed, split, split.rest(examples), test, list(range(len(test))), path))
             continue
         for number, (rest, held) in enumerate(examples.folds(config.folds, seed)):
             places = [where[id(example)] for example in held]
             path = folder / f"seed-{seed}" / f"fold-{number}"
             split = rest.split(**options)
-            rounds.append(_Round(seed, split, split.rest(rest), held, places, path))
-    if test is None:
-        logger.info(
-            "No test data: %d-fold cross-fitting over the %d rows given, %d seeds.",
-            config.folds,
-            len(examples),
-            config.seeds,
-        )
+            rounds.append(Round(seed, split, split.rest(rest), held, places, path, number))
     return rounds
 
 
-def _run_round(bench: Workbench, every: Sequence[Arm], current: _Round) -> dict[str, Outcome]:
+def _run_round(bench: Workbench, every: Sequence[Arm], current: Round) -> dict[str, Outcome]:
     """All arms on one training set; what an earlier start finished is read, not run."""
     found: dict[str, Outcome] = {}
     files = {arm.name: current.folder / "evaluations" / f"{arm.name}.json" for arm in every}
@@ -278,7 +295,7 @@ def _leave(bench: Workbench) -> None:
 def _evaluate(
     bench: Workbench,
     arm: Arm,
-    current: _Round,
+    current: Round,
     trained: TrainedRecipe | None,
     reference: IclReference | None,
 ) -> Outcome:
@@ -312,7 +329,7 @@ def _summary(
     every: Sequence[Arm],
     examples: Examples,
     test: Examples | None,
-    rounds: Sequence[_Round],
+    rounds: Sequence[Round],
     outcomes: dict[str, dict[int, list[Outcome]]],
 ) -> dict[str, Any]:
     merged = {

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from ia2.capture import ActivationCapture
+    from ia2.capture import Capture
 
 # Below this a shared prefix saves less than copying its cache costs.
 MIN_SHARED_PREFIX = 16
@@ -70,7 +70,7 @@ def answer_pass(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[Ids, Ids]],
     *,
-    capture: ActivationCapture | None = None,
+    capture: Capture | None = None,
     spans: Sequence[int] | None = None,
     logits: bool = True,
     share_prefix: bool = True,
@@ -83,7 +83,7 @@ def answer_pass(
         model: causal model, bare or PEFT; put in evaluation mode for the duration.
         tokenizer: gives the padding id.
         pairs: prompt ids and answer ids; only ``prompt + answer[:-1]`` is fed.
-        capture: an entered :class:`~ia2.capture.ActivationCapture`, or None.
+        capture: an entered :class:`~ia2.capture.ActivationCapture` (or what is used as one), or None.
         spans: where attention weights are captured, the number of last ids of each row, as fed, that they
             are wanted over (see :meth:`~ia2.capture.ActivationCapture.at_answers`).
         logits: whether the language-model head is wanted at the answer positions.
@@ -137,7 +137,7 @@ def _run_batch(
     members: list[int],
     prefix: Any,
     shared: int,
-    capture: ActivationCapture | None,
+    capture: Capture | None,
     spans: list[int] | None,
     logits: bool,
 ) -> list[AnswerOutput]:
@@ -453,7 +453,7 @@ def token_budget(model: Any, keys: int = 0) -> int:
 # ----------------------------------------------------------------------------------- shared prefix
 
 
-def _prefill(model: Any, prefix: Ids, capture: ActivationCapture | None) -> Any:
+def _prefill(model: Any, prefix: Ids, capture: Capture | None) -> Any:
     """KV cache of a prefix, batch 1. It is copied for every batch and never rewound."""
     import torch
     from transformers import DynamicCache

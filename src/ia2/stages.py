@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +73,19 @@ def plan(recipe: str, config: AdaptConfig) -> list[PlannedStage]:
         label = f"{kind}~{digest(settings.model_dump())[:6]}" if changed else kind
         stages.append(PlannedStage(kind, settings, label))
     return stages
+
+
+def stage_place(chain: Sequence[str], tried: float, beta: float | None, *, alone: bool) -> Path:
+    """Where a stage lies below its run's folder and variant.
+
+    Args:
+        chain: labels of the stages up to this one.
+        tried: the recipe's rate.
+        beta: the recipe's β.
+        alone: the run has a single recipe, whose stages are then simply named.
+    """
+    name = chain[-1] if alone and len(set(chain)) == len(chain) else "-".join(chain)
+    return Path(name) / (f"lr-{tried:g}" if beta is None else f"lr-{tried:g}-beta-{beta:g}")
 
 
 @dataclass

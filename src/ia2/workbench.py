@@ -50,6 +50,7 @@ from ia2.stages import (
     finished_stage,
     plan,
     run_stage,
+    stage_place,
 )
 from ia2.targets import Targets
 from ia2.task import Task
@@ -270,9 +271,7 @@ class Workbench:
 
     def stage_folder(self, chain: Sequence[str], rate: float, beta: float | None = None) -> Path:
         """Where a stage's result lies; ``chain`` names the stages up to this one."""
-        name = chain[-1] if self.one_recipe and len(set(chain)) == len(chain) else "-".join(chain)
-        tried = f"lr-{rate:g}" if beta is None else f"lr-{rate:g}-beta-{beta:g}"
-        return self.folder / self.variant / name / tried
+        return self.folder / self.variant / stage_place(chain, rate, beta, alone=self.one_recipe)
 
     def _stage(
         self,

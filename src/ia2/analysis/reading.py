@@ -25,7 +25,7 @@ from ia2.examples import Examples, FewShotSplit, RowFormat
 from ia2.files import read_json
 from ia2.recipes import RECIPES
 from ia2.runs import RUN_FILE
-from ia2.stages import PlannedStage, plan
+from ia2.stages import PlannedStage, plan, stage_place
 
 # ------------------------------------------------------------------------------------ where runs lie
 
@@ -297,11 +297,8 @@ def _stages(
         betas: list[float | None] = next((s.betas for s in stages if s.betas != [None]), [None])
         for place, stage in enumerate(stages):
             chain = [s.label for s in stages[: place + 1]]
-            # as Workbench.stage_folder names them
-            name = chain[-1] if single and len(set(chain)) == len(chain) else "-".join(chain)
             for rate, beta in product(arm.rates, betas):
-                tried = f"lr-{rate:g}" if beta is None else f"lr-{rate:g}-beta-{beta:g}"
-                folder = where / arm.variant / name / tried
+                folder = where / arm.variant / stage_place(chain, rate, beta, alone=single)
                 mine = chosen.get(arm.name)
                 kept = None if mine is None else mine[0] == rate and mine[1] in (None, beta)
                 if (known := found.get(folder)) is not None:

@@ -23,15 +23,29 @@ class Similarity:
         layers: layer indices, ``[L]``.
         asim: cosine, mean over an example's answer tokens, ``[n, L]``.
         l2: Euclidean distance, mean over an example's answer tokens, ``[n, L]``.
-        unexplained: fraction of the reference's variance that is not matched, ``[L]``: the summed
-            squared distance over the summed squared deviation of the reference from its mean. 0 is a
-            perfect match; the mean of the reference scores 1. NaN with a single answer token.
+        distance: squared distance, summed over an example's answer tokens, ``[n, L]``.
+        variance: the reference's summed squared deviation from its mean, ``[L]``.
+        asim_by_token: cosine by place in the answer, mean over the examples that are so long, ``[G, L]``.
+        tokens: how many those are, ``[G]``.
     """
 
     layers: list[int]
     asim: np.ndarray
     l2: np.ndarray
-    unexplained: np.ndarray
+    distance: np.ndarray
+    variance: np.ndarray
+    asim_by_token: np.ndarray
+    tokens: np.ndarray
+
+    @property
+    def unexplained(self) -> np.ndarray:
+        """Fraction of the reference's variance that is not matched, ``[L]``.
+
+        The summed squared distance over the summed squared deviation of the reference from its mean. 0 is a
+        perfect match; the mean of the reference scores 1. NaN where the reference does not vary.
+        """
+        found: np.ndarray = self.distance.sum(0) / np.where(self.variance > 0, self.variance, np.nan)
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Means over examples, overall and by layer."""
@@ -54,32 +68,40 @@ class SimilarityMeter:
         self.layers = layers
         self._asim: dict[int, np.ndarray] = {}
         self._l2: dict[int, np.ndarray] = {}
-        self._distance: Any = 0.0
+        self._distance: dict[int, np.ndarray] = {}
         self._sum: Any = 0.0
         self._squares: Any = 0.0
-        self._tokens = 0
+        self._by_token = np.zeros((0, len(layers)))
+        self._tokens = np.zeros(0, int)
 
     def add(self, index: int, activations: torch.Tensor, reference: torch.Tensor) -> None:
         """Compare one example's ``[L, G, d]`` with the reference's."""
         import torch
 
         a, b = activations.double(), reference.double()
-        self._asim[index] = torch.nn.functional.cosine_similarity(a, b, dim=-1).mean(-1).numpy()
+        cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1).numpy()
         squared = (a - b).pow(2).sum(-1)
+        self._asim[index] = cosine.mean(-1)
         self._l2[index] = squared.sqrt().mean(-1).numpy()
-        self._distance = self._distance + squared.sum(-1).numpy()
+        self._distance[index] = squared.sum(-1).numpy()
         self._sum = self._sum + b.sum(1).numpy()
         self._squares = self._squares + b.pow(2).sum((1, 2)).numpy()
-        self._tokens += b.shape[1]
+        if (longer := cosine.shape[1] - len(self._tokens)) > 0:
+            self._by_token = np.concatenate([self._by_token, np.zeros((longer, len(self.layers)))])
+            self._tokens = np.concatenate([self._tokens, np.zeros(longer, int)])
+        self._by_token[: cosine.shape[1]] += cosine.T
+        self._tokens[: cosine.shape[1]] += 1
 
     def finish(self) -> Similarity:
         """All examples have been added."""
         order = sorted(self._asim)
-        variance = self._squares - (self._sum**2).sum(-1) / self._tokens
-        unexplained = np.where(variance > 0, self._distance / np.where(variance > 0, variance, 1), np.nan)
+        variance = self._squares - (self._sum**2).sum(-1) / self._tokens.sum()
         return Similarity(
             self.layers,
             np.stack([self._asim[i] for i in order]),
             np.stack([self._l2[i] for i in order]),
-            unexplained,
+            np.stack([self._distance[i] for i in order]),
+            variance,
+            self._by_token / self._tokens[:, None],
+            self._tokens,
         )

@@ -1,0 +1,160 @@
+"""``analyze``: what happened inside trained adapters, from their run folders to ``analysis.json``."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ia2.analysis.inside import Insides
+from ia2.analysis.subjects import Study, find_study
+from ia2.analysis.views import Look
+from ia2.errors import ConfigError, suggest
+from ia2.files import finite, write_json
+from ia2.runs import machine, versions
+from ia2.task import Task, make_task
+
+if TYPE_CHECKING:
+    from ia2.models import BaseModel
+
+RESULT_FILE = "analysis.json"
+FORMAT = 1
+
+PARTS = {
+    "activations": "similarity to ICL by layer and token, with controls",
+    "weights": "subspaces and sizes of the updates",
+    "lens": "logit lens: where the task shows, by layer",
+    "heads": "which attention heads differ from ICL, and what they attend to",
+    "neurons": "which neurons and residual directions differ from ICL",
+}
+"""What can be analysed, in the order of a report."""
+
+
+@dataclass(frozen=True)
+class AnalysisSettings:
+    """How an analysis is made.
+
+    Attributes:
+        parts: some of :data:`PARTS`.
+        controls: whether controls are run, which is most of the passes.
+    """
+
+    parts: tuple[str, ...] = tuple(PARTS)
+    controls: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ConfigError(f"parts: none are named. Choose some of {', '.join(PARTS)}.")
+        for part in self.parts:
+            if part not in PARTS:
+                way_out = suggest(part, list(PARTS)) or f" Choose some of {', '.join(PARTS)}."
+                raise ConfigError(f"parts: there is no '{part}'.{way_out}")
+
+
+def analyze(
+    folders: Sequence[str | Path],
+    settings: AnalysisSettings | None = None,
+    *,
+    data: str | None = None,
+    split: str | None = None,
+    max_queries: int | None = 200,
+    device: str | None = None,
+    base: BaseModel | None = None,
+    output_dir: str | Path | None = None,
+) -> dict[str, Any]:
+    """Look inside trained adapters.
+
+    Args:
+        folders: finished runs of ``ia2 train`` or ``ia2 compare`` on one base model.
+        settings: what is analysed.
+        data: labelled rows to look at; the runs' own test rows by default.
+        split: of ``data``, where it is a hub data set.
+        max_queries: at most so many rows of each training set, drawn once; None takes all.
+        device: ``cpu``, ``cuda``, …; by default that of the runs' settings.
+        base: the base model, if it is loaded already.
+        output_dir: where ``analysis.json`` is written; None writes nothing.
+
+    Returns:
+        What ``analysis.json`` holds (see the documentation).
+
+    Raises:
+        UserError: folders, rows or settings that do not fit; nothing is written.
+    """
+    from ia2.adaptation import load_base_of
+
+    settings = settings or AnalysisSettings()
+    study = find_study([Path(f) for f in folders], data=data, split=split, max_queries=max_queries)
+    config = study.config if device is None else study.config.model_copy(update={"device": device})
+    base = base or load_base_of(study.model, config)
+    task = make_task(study.examples, config, base.tokenizer, config.prompt_template)
+    seconds: dict[str, float] = {}
+    result = _facts(study, task, settings, folders)
+    with tempfile.TemporaryDirectory(prefix="ia2-") as scratch:
+        looks = [Look(base, task, trial, Path(scratch)) for trial in study.trials]
+        for look in looks:
+            look.check(settings.controls)
+        insides = Insides(study, task, settings.parts, settings.controls)
+        for look in looks:
+            try:
+                with _timed(seconds, "views"):
+                    insides.look(look)
+            finally:
+                look.close()
+        with _timed(seconds, "summary"):
+            result |= insides.sections(base)
+    if "weights" in settings.parts:
+        with _timed(seconds, "weights"):
+            result["weights"] = _weights(study, base)
+    result |= {"seconds": seconds, "machine": machine(), "versions": versions()}
+    if output_dir is not None:
+        write_json(Path(output_dir) / RESULT_FILE, finite(result))
+    return result
+
+
+def _weights(study: Study, base: BaseModel) -> dict[str, Any]:
+    from ia2.adapter_weights import read_adapter_state
+    from ia2.analysis.overlap import AdapterWeights, overlaps
+
+    adapters = [
+        AdapterWeights(s.name, s.recipe, s.seed, trial.fold, s.config.adapter, read_adapter_state(s.weights))
+        for trial in study.trials
+        for s in trial.subjects
+    ]
+    return overlaps(adapters, dict(base.model.named_parameters()))
+
+
+def _facts(
+    study: Study, task: Task, settings: AnalysisSettings, folders: Sequence[str | Path]
+) -> dict[str, Any]:
+    first = study.trials[0]
+    return {
+        "format": FORMAT,
+        "model": study.model,
+        # names alone: a path says more about a machine than a report should
+        "runs": [Path(folder).resolve().name for folder in folders],
+        "parts": list(settings.parts),
+        "controls": settings.controls,
+        "data": {
+            "name": Path(study.queries_of).name,
+            "queries": sum(len(trial.queries) for trial in study.trials),
+            "fingerprint": first.queries.fingerprint,
+        },
+        "seeds": list(dict.fromkeys(trial.seed for trial in study.trials)),
+        "num_train": len(first.data.train),
+        "task": task.kind,
+        "labels": list(task.names),
+        "single_token": task.single_token,
+        "subjects": study.names,
+        "recipes": {s.name: s.recipe for trial in study.trials for s in trial.subjects},
+    }
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
