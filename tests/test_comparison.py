@@ -11,7 +11,7 @@ import pytest
 from benches import icl_base, icl_examples
 
 from ia2 import trainer
-from ia2.comparison import Comparison, Outcome, _asim_interval, _merge, _rounds, compare
+from ia2.comparison import Comparison, Outcome, _asim_interval, _merge, rounds_of, compare
 from ia2.config import CompareConfig
 from ia2.errors import DataError, RunFolderError
 from ia2.evaluation.metrics import Measured, RowMeasures
@@ -56,7 +56,7 @@ def crossed(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Compar
 
 
 def test_cross_fitting_tests_every_row_once_a_seed_and_never_on_itself(tmp_path: Path) -> None:
-    plans = _rounds(ROWS, None, config(folds=4, seeds=3, seed=5), tmp_path)
+    plans = rounds_of(ROWS, None, config(folds=4, seeds=3, seed=5), tmp_path)
     assert len(plans) == 12
     for seed in (5, 6, 7):
         of_seed = [plan for plan in plans if plan.seed == seed]
@@ -74,13 +74,13 @@ def test_cross_fitting_tests_every_row_once_a_seed_and_never_on_itself(tmp_path:
 
 def test_rows_that_read_the_same_keep_their_places(tmp_path: Path) -> None:
     rows = Examples([Example("a0", (" L1", " L2")[i % 2], "same") for i in range(6)])
-    plans = _rounds(rows, None, config(folds=3, seeds=1), tmp_path)
+    plans = rounds_of(rows, None, config(folds=3, seeds=1), tmp_path)
     assert sorted(place for plan in plans for place in plan.places) == list(range(6))
 
 
 def test_with_test_data_there_is_one_round_a_seed(tmp_path: Path) -> None:
     test = icl_examples(5, seed=9)
-    plans = _rounds(ROWS, test, config(num_examples=8), tmp_path)
+    plans = rounds_of(ROWS, test, config(num_examples=8), tmp_path)
     assert [(plan.seed, plan.test, plan.places) for plan in plans] == [
         (s, test, [0, 1, 2, 3, 4]) for s in (0, 1)
     ]

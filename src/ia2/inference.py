@@ -460,6 +460,8 @@ def _prefill(model: Any, prefix: Ids, capture: Capture | None) -> Any:
 
     cache = DynamicCache(config=model.config)
     device = _input_device(model)
+    if capture is not None:
+        capture.disarm()  # nothing before the queries is an answer position
     with torch.no_grad():
         model(
             input_ids=torch.tensor([prefix], device=device),
@@ -468,8 +470,6 @@ def _prefill(model: Any, prefix: Ids, capture: Capture | None) -> Any:
             use_cache=True,
             logits_to_keep=1,
         )
-    if capture is not None:
-        capture.disarm()  # nothing before the queries is an answer position
     return cache
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ia2.analysis.further import Causal, SideEffects
 from ia2.analysis.inside import Insides
 from ia2.analysis.subjects import Study, find_study
 from ia2.analysis.views import Look
@@ -30,8 +31,12 @@ PARTS = {
     "lens": "logit lens: where the task shows, by layer",
     "heads": "which attention heads differ from ICL, and what they attend to",
     "neurons": "which neurons and residual directions differ from ICL",
+    "causal": "whose activations, put into another run, change the answer (minutes an adapter)",
+    "effects": "side effects: forgetting, diversity, sensitivity to wording (minutes an adapter)",
 }
 """What can be analysed, in the order of a report."""
+
+DEFAULT_PARTS = ("activations", "weights", "lens", "heads", "neurons")
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,18 @@ class AnalysisSettings:
     Attributes:
         parts: some of :data:`PARTS`.
         controls: whether controls are run, which is most of the passes.
+        causal_queries: queries of each training set that the causal check is made on.
+        text: file of plain text, for forgetting; None takes the packaged one.
+        benchmarks: other benchmarks, for forgetting.
+        data_dir: folder of their mirrors.
     """
 
-    parts: tuple[str, ...] = tuple(PARTS)
+    parts: tuple[str, ...] = DEFAULT_PARTS
     controls: bool = True
+    causal_queries: int = 24
+    text: str | None = None
+    benchmarks: tuple[str, ...] = ()
+    data_dir: str | None = None
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -53,6 +66,10 @@ class AnalysisSettings:
             if part not in PARTS:
                 way_out = suggest(part, list(PARTS)) or f" Choose some of {', '.join(PARTS)}."
                 raise ConfigError(f"parts: there is no '{part}'.{way_out}")
+        if self.causal_queries < 2:
+            raise ConfigError("causal_queries: at least two are needed.")
+        if (self.text or self.benchmarks) and "effects" not in self.parts:
+            raise ConfigError("a text or benchmarks are given, but effects is not among the parts. Add it.")
 
 
 def analyze(
@@ -62,6 +79,7 @@ def analyze(
     data: str | None = None,
     split: str | None = None,
     max_queries: int | None = 200,
+    adapters: Sequence[str] = (),
     device: str | None = None,
     base: BaseModel | None = None,
     output_dir: str | Path | None = None,
@@ -74,6 +92,7 @@ def analyze(
         data: labelled rows to look at; the runs' own test rows by default.
         split: of ``data``, where it is a hub data set.
         max_queries: at most so many rows of each training set, drawn once; None takes all.
+        adapters: names of those to look at; all by default.
         device: ``cpu``, ``cuda``, …; by default that of the runs' settings.
         base: the base model, if it is loaded already.
         output_dir: where ``analysis.json`` is written; None writes nothing.
@@ -87,7 +106,8 @@ def analyze(
     from ia2.adaptation import load_base_of
 
     settings = settings or AnalysisSettings()
-    study = find_study([Path(f) for f in folders], data=data, split=split, max_queries=max_queries)
+    places = [Path(folder) for folder in folders]
+    study = find_study(places, data=data, split=split, max_queries=max_queries, only=adapters)
     config = study.config if device is None else study.config.model_copy(update={"device": device})
     base = base or load_base_of(study.model, config)
     task = make_task(study.examples, config, base.tokenizer, config.prompt_template)
@@ -97,15 +117,7 @@ def analyze(
         looks = [Look(base, task, trial, Path(scratch)) for trial in study.trials]
         for look in looks:
             look.check(settings.controls)
-        insides = Insides(study, task, settings.parts, settings.controls)
-        for look in looks:
-            try:
-                with _timed(seconds, "views"):
-                    insides.look(look)
-            finally:
-                look.close()
-        with _timed(seconds, "summary"):
-            result |= insides.sections(base)
+        result |= _looked(looks, study, task, settings, base, seconds)
     if "weights" in settings.parts:
         with _timed(seconds, "weights"):
             result["weights"] = _weights(study, base)
@@ -113,6 +125,44 @@ def analyze(
     if output_dir is not None:
         write_json(Path(output_dir) / RESULT_FILE, finite(result))
     return result
+
+
+def _looked(
+    looks: Sequence[Look],
+    study: Study,
+    task: Task,
+    settings: AnalysisSettings,
+    base: BaseModel,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """Everything that runs the model, trial by trial."""
+    insides = Insides(study, task, settings.parts, settings.controls)
+    causal = Causal(settings.causal_queries, settings.controls)
+    effects = SideEffects(
+        task,
+        settings.text,
+        settings.benchmarks,
+        settings.data_dir,
+        template=study.config.prompt_template,
+    )
+    for look in looks:
+        try:
+            with _timed(seconds, "views"):
+                found = insides.look(look)
+            if "causal" in settings.parts:
+                with _timed(seconds, "causal"):
+                    causal.look(look, look.trial.subjects, found.get("neurons"))
+            if "effects" in settings.parts:
+                with _timed(seconds, "effects"):
+                    effects.look(look, look.trial.subjects)
+        finally:
+            look.close()
+    sections = insides.sections(base)
+    if "causal" in settings.parts:
+        sections["causal"] = causal.section()
+    if "effects" in settings.parts:
+        sections["effects"] = effects.section()
+    return sections
 
 
 def _weights(study: Study, base: BaseModel) -> dict[str, Any]:

@@ -48,10 +48,10 @@ class Insides:
         self._found: dict[str, list[Any]] = {}
         self._attention: list[dict[str, Any]] = []
 
-    def look(self, look: Look) -> None:
-        """One trial."""
+    def look(self, look: Look) -> dict[str, Any]:
+        """One trial; gives what its meters found."""
         if not self.parts:
-            return
+            return {}
         if self.controls and look.others is None:
             logger.info("%s: too few other labelled rows for ICL with other demonstrations.", look.place)
         others = self.controls and look.others is not None
@@ -61,10 +61,12 @@ class Insides:
         sites = list(dict.fromkeys(_SITES[name] for name in meters))
         run_views(look, views, sites, list(meters.values()), answers)
         self._views.append(views)
-        for name, meter in meters.items():
-            self._found.setdefault(name, []).append(meter.finish())
+        found = {name: meter.finish() for name, meter in meters.items()}
+        for name, result in found.items():
+            self._found.setdefault(name, []).append(result)
         if "heads" in self.parts:
             self._attention.append(self._attended(look, views, answers))
+        return found
 
     def _meters(self, look: Look, answers: list[Ids]) -> dict[str, Any]:
         model, pattern = look.base.model, look.trial.config.attention_modules
@@ -130,6 +132,6 @@ class Insides:
             sections["heads"] = heads.summarise(found["heads"], self._attention)
         if "residual" in found:
             tokens = neurons.shift_tokens(base.model, base.tokenizer, found["residual"])
-            by_site = {site: found[site] for site in ("neurons", "residual") if site in found}
+            by_site: dict[str, list[Any]] = {s: found[s] for s in ("neurons", "residual") if s in found}
             sections["neurons"] = neurons.summarise(by_site, tokens)
         return sections

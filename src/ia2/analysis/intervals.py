@@ -47,9 +47,9 @@ def mean_intervals(
     Raises:
         ValueError: no runs, an empty one, or shared rows of differing numbers.
     """
-    columns = [np.asarray(run, float).reshape(len(run), -1) for run in runs]
-    if not columns or not all(map(len, columns)):
+    if not runs or not all(map(len, runs)):
         raise ValueError("an interval needs at least one row in every run")
+    columns = [np.asarray(run, float).reshape(len(run), -1) for run in runs]
     if shared_rows and len({len(run) for run in columns}) > 1:
         raise ValueError(f"shared rows need runs of equal length, not {[len(run) for run in columns]}")
     rng = np.random.default_rng(seed)

@@ -16,7 +16,7 @@ from ia2.analysis.reading import find_runs
 from ia2.arms import arms
 from ia2.config import AdaptConfig, CompareConfig, TrainConfig, validate
 from ia2.console import logger
-from ia2.errors import ConfigError, DataError, RunFolderError
+from ia2.errors import ConfigError, DataError, RunFolderError, suggest
 from ia2.examples import Example, Examples, FewShotSplit
 from ia2.files import digest, read_json
 from ia2.runs import RUN_FILE
@@ -99,6 +99,7 @@ def find_study(
     data: str | None = None,
     split: str | None = None,
     max_queries: int | None = None,
+    only: Sequence[str] = (),
 ) -> Study:
     """What is to be analysed in these folders.
 
@@ -108,6 +109,7 @@ def find_study(
             run has none).
         split: of ``data``, where it is a hub data set.
         max_queries: at most so many rows of each trial, drawn once.
+        only: names of the adapters to look at; empty for all.
 
     Raises:
         RunFolderError: a folder without a finished run, or whose adapters are gone.
@@ -130,7 +132,7 @@ def find_study(
         places = tuple(range(len(rows)))
         trials = [replace(trial, queries=rows, places=places) for trial in trials]
         queries_of = data
-    trials = [_drawn(trial, max_queries) for trial in trials]
+    trials = [_drawn(trial, max_queries) for trial in _chosen(trials, only)]
     for trial in trials:
         _check_queries(trial)
     return Study(config.model, config, examples, tuple(trials), queries_of)
@@ -277,6 +279,17 @@ def _merged(trials: Sequence[Trial]) -> list[Trial]:
     if not any(trial.subjects for trial in found):
         raise RunFolderError(f"{found[0].place}: no trained adapter there.")
     return found
+
+
+def _chosen(trials: Sequence[Trial], only: Sequence[str]) -> list[Trial]:
+    if not only:
+        return list(trials)
+    known = list(dict.fromkeys(subject.name for trial in trials for subject in trial.subjects))
+    for name in only:
+        if name not in known:
+            there = f" There are {', '.join(known)}."
+            raise ConfigError(f"adapters: there is no '{name}'.{suggest(name, known) or there}")
+    return [replace(t, subjects=tuple(s for s in t.subjects if s.name in only)) for t in trials]
 
 
 def _others(examples: Examples, data: FewShotSplit, queries: Sequence[Example]) -> Iterator[Example]:

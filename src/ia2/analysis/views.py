@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ia2.adapter_weights import base_weights, load_adapter_state, read_adapter_state
+from ia2.adapter_weights import base_weights, load_adapter_state, read_adapter_state, virtual_tokens
 from ia2.analysis.sites import SiteCapture
 from ia2.analysis.subjects import Subject, Trial
 from ia2.examples import Example, Examples
@@ -159,6 +159,11 @@ class Look:
             ).pool_contexts(self.trial.queries)
         return self._other
 
+    def window(self, model: Any) -> int:
+        """Tokens of the context window that prompts of this model may fill."""
+        taken = 0 if getattr(model, "_adapters_disabled", False) else virtual_tokens(model)
+        return int(self.teaching.window) - taken
+
     def query_lengths(self, members: Sequence[int]) -> list[int]:
         """Ids at the end of each query that are the same with and without demonstrations."""
         contexts = self._contexts("own")
@@ -300,26 +305,38 @@ def run_views(
     """
     count = len(look.trial.queries)
     step = look.block_size(sites, look.task.max_answer_tokens)
-    rest = [view for view in views if view.name not in ("icl", "icl-other", "icl-mean")]
-    with_other = any(view.name == "icl-other" for view in views)
     for start in range(0, count, step):
-        members = range(start, min(start + step, count))
-        forced, icl = look.reference(members, sites)
-        answers += forced
-        other = look.run(OTHER, members, forced, sites) if with_other else None
-
-        def hand_on(view: str, found: Sequence[Any], icl: Any = icl, other: Any = other) -> None:
-            for place, activations in enumerate(found):
-                beside = None if other is None else other[place]
-                for meter in meters:
-                    meter.add(view, start + place, activations, icl[place], beside)  # noqa: B023 - used at once
-
-        hand_on("icl", icl)
-        if other is not None:
-            hand_on("icl-other", other)
-        for view in rest:
-            hand_on(view.name, look.run(view, members, forced, sites))
+        run_block(look, views, sites, meters, answers, range(start, min(start + step, count)))
         give_back_memory()
+
+
+def run_block(
+    look: Look,
+    views: Sequence[View],
+    sites: Sequence[str],
+    meters: Sequence[Meter],
+    answers: list[Ids],
+    members: range,
+) -> None:
+    """:func:`run_views` of the next queries."""
+    forced, icl = look.reference(members, sites)
+    answers += forced
+    other = None
+    if any(view.name == OTHER.name for view in views):
+        other = look.run(OTHER, members, forced, sites)
+
+    def hand_on(view: str, found: Sequence[Found]) -> None:
+        for place, activations in enumerate(found):
+            beside = None if other is None else other[place]
+            for meter in meters:
+                meter.add(view, members[place], activations, icl[place], beside)
+
+    hand_on(ICL.name, icl)
+    if other is not None:
+        hand_on(OTHER.name, other)
+    for view in views:
+        if view.name not in (ICL.name, OTHER.name, MEAN.name):
+            hand_on(view.name, look.run(view, members, forced, sites))
 
 
 def views_of(trial: Trial, every: Sequence[Trial], *, controls: bool, others: bool) -> list[View]:

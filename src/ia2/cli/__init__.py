@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import typer
 
 from ia2.cli import (
+    analyze,
     benchmarks,
     compare,
     curve,
@@ -47,6 +48,7 @@ app.command("predict")(predict.predict)
 app.command("compare")(compare.compare)
 app.command("curve")(curve.curve)
 app.command("probe")(probe.probe)
+app.command("analyze")(analyze.analyze)
 app.command("doctor")(doctor.doctor)
 app.add_typer(benchmarks.app, name="benchmarks")
 app.command("sweep")(sweep.sweep)

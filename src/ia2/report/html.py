@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from ia2.console import logger, muted
 from ia2.errors import ConfigError
 from ia2.files import write_text
+from ia2.report.analysis import analysis_figures, read_analysis
 from ia2.report.data import MAX_ROWS, Run, read_run
-from ia2.report.sections import SHOWN, Section, machine_facts, run_section
+from ia2.report.sections import SHOWN, Section, analysis_section, machine_facts, run_section
 from ia2.report.style import NO_MATPLOTLIB, Figure, matplotlib_is_there
 
 if TYPE_CHECKING:
@@ -68,7 +69,11 @@ def page(runs: Sequence[Run], sweep: Printed | None = None) -> str:
     drawable = matplotlib_is_there()
     if not drawable:
         logger.info("No figures: %s", NO_MATPLOTLIB)
-    sections = [run_section(run, _figures(run) if drawable else []) for run in runs]
+    sections = []
+    for run in runs:
+        sections.append(run_section(run, _figures(run) if drawable else []))
+        if (found := read_analysis(run.folder)) is not None:
+            sections.append(analysis_section(run.name, found, analysis_figures(found) if drawable else []))
     if sweep is not None:
         sections.append(_sweep_section(sweep, drawable))
     pictures = [

@@ -9,6 +9,7 @@ from typing import Any
 from ia2.console import logger
 from ia2.errors import ConfigError
 from ia2.files import write_text
+from ia2.report.analysis import analysis_figures, analysis_tables, read_analysis
 from ia2.report.data import Run, kind_of, read_run
 from ia2.report.style import NO_MATPLOTLIB, matplotlib_is_there
 from ia2.report.tables import comparison_table, curve_table, metrics_table
@@ -63,9 +64,15 @@ def tables(run: Run) -> list[Table]:
     return [curve_table(run.summary) if run.kind == "curve" else comparison_table(run.summary)]
 
 
+def every_table(run: Run) -> list[Table]:
+    """Those of the run, and of its analysis where there is one."""
+    found = read_analysis(run.folder)
+    return tables(run) + ([] if found is None else analysis_tables(found))
+
+
 def text(runs: Sequence[Run], formats: Sequence[str]) -> str:
     """Every table, formats one after the other."""
-    return "\n".join(FORMATS[name](table) for name in formats for run in runs for table in tables(run))
+    return "\n".join(FORMATS[name](table) for name in formats for run in runs for table in every_table(run))
 
 
 def to_dict(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -76,7 +83,7 @@ def to_dict(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "kind": run.kind,
             "folder": str(run.folder),
             "verdict": verdict(run),
-            "tables": [table.to_dict() for table in tables(run)],
+            "tables": [table.to_dict() for table in every_table(run)],
         }
         for run in runs
     ]
@@ -87,7 +94,7 @@ def write_tables(runs: Sequence[Run], folder: Path, formats: Sequence[str]) -> l
     written = []
     for run, place in _places(runs, folder):
         for name in formats:
-            for table in tables(run):
+            for table in every_table(run):
                 written.append(place / f"table-{table.name}.{ENDINGS[name]}")
                 write_text(written[-1], FORMATS[name](table))
     return written
@@ -103,7 +110,9 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
     drawn = []
     for run, place in _places(runs, folder):
         place.mkdir(parents=True, exist_ok=True)
-        drawn += [figure.save(place / f"{figure.name}.svg") for figure in run_figures(run)]
+        found = read_analysis(run.folder)
+        figures = run_figures(run) + ([] if found is None else analysis_figures(found))
+        drawn += [figure.save(place / f"{figure.name}.svg") for figure in figures]
     return drawn
 
 

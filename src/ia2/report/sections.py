@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ia2.errors import UserError
 from ia2.recipes import describe
+from ia2.report.analysis import analysis_heading, analysis_tables, analysis_verdict
 from ia2.report.data import MAX_QUERY, Answer, Row, Run
 from ia2.report.printing import tables, verdict
 from ia2.report.style import Figure, numbers_table
@@ -181,6 +182,27 @@ def _training(run: Run, figures: list[Figure]) -> Section:
         _settings(facts["config"]),
         doctor=_examined(run.folder),
         rows=_rows(run),
+    )
+
+
+def analysis_section(name: str, result: Mapping[str, Any], figures: Sequence[Figure]) -> Section:
+    """Everything on what ``ia2 analyze`` found in a run; ``figures`` are those that can be drawn."""
+    verdict = analysis_verdict(result)
+    found = analysis_tables(result)
+    return Section(
+        f"Inside {name}",
+        "analysis of activations and weights",
+        verdict[:2],
+        [f"{analysis_heading(result)}.", *verdict[2:]],
+        found[:1],
+        list(figures),
+        [
+            ("Again", f"ia2 analyze {' '.join(result['runs'])} --parts {','.join(result['parts'])}"),
+            ("Queries", f"{result['data']['name']}, {result['data']['fingerprint']}"),
+            *machine_facts(result.get("machine"), result.get("versions")),
+        ],
+        [],
+        more=found[1:],
     )
 
 

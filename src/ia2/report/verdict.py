@@ -7,7 +7,7 @@ from typing import Any
 
 METHOD, RIVAL, TEACHER = "ia2-sft", "sft", "icl"
 
-_TITLES = {METHOD: "IA2 → SFT", RIVAL: "SFT", TEACHER: "in-context learning"}
+_TITLES = {METHOD: "IA2 → SFT", "ia2": "IA2", RIVAL: "SFT", TEACHER: "in-context learning"}
 
 # (better, worse) of a higher value
 _WORDS = {
@@ -19,17 +19,21 @@ _WORDS = {
 def comparison_verdict(summary: Mapping[str, Any]) -> list[str]:
     """Two sentences on a comparison, from its paired differences."""
     seeds, rows = len(summary["design"]["seeds"]), summary["design"]["num_test"]
-    how = f"95% intervals, paired by row and seed, {_count(seeds, 'seed')}, {_count(rows, 'test row')}"
+    how = (
+        f"95% intervals, paired by row and seed, {count_text(seeds, 'seed')}, {count_text(rows, 'test row')}"
+    )
     lines = []
     for other in (RIVAL, TEACHER):
         (name, rival), found = _difference(summary, other)
         if found is None:
             lines.append(_absent(summary, other))
         elif other == RIVAL:
-            lines.append(f"{_title(name)} {_outcome(found, _title(rival))}: it is {_judged(found)}; {how}.")
+            lines.append(
+                f"{arm_title(name)} {_outcome(found, arm_title(rival))}: it is {_judged(found)}; {how}."
+            )
         else:
-            given = f"{_title(rival)} ({summary['design']['icl_demonstrations']} in every prompt)"
-            lines.append(f"{_title(name)} {_outcome(found, given)}: it is {_judged(found)}.")
+            given = f"{arm_title(rival)} ({summary['design']['icl_demonstrations']} in every prompt)"
+            lines.append(f"{arm_title(name)} {_outcome(found, given)}: it is {_judged(found)}.")
     return lines
 
 
@@ -57,8 +61,8 @@ def training_verdict(metrics: Mapping[str, Any]) -> list[str]:
         scope = "vocabulary" if "labels" in found else "answer"
         note = f"; {metrics['note']}" if "note" in metrics else ""
         first = (
-            f"{_title(metrics['recipe'])} reaches an accuracy of {interval(found[scope]['accuracy'])} and an "
-            f"ECE of {interval(found[scope]['ece'])} on {found['n']} {part} rows (95% intervals over "
+            f"{arm_title(metrics['recipe'])} reaches an accuracy of {interval(found[scope]['accuracy'])} and "
+            f"an ECE of {interval(found[scope]['ece'])} on {found['n']} {part} rows (95% intervals over "
             f"rows{note})."
         )
     return [
@@ -93,9 +97,10 @@ def _difference(summary: Mapping[str, Any], other: str) -> tuple[tuple[str, str]
 
 def _absent(summary: Mapping[str, Any], other: str) -> str:
     names = {name.split("@")[0] for name in summary["recipes"]}
-    missing = [_title(name) for name in (METHOD, other) if name not in names]
-    return f"Without {' and '.join(missing) or _title(other)} in this comparison there is no verdict on " + (
-        "IA2 → SFT against SFT." if other == RIVAL else "IA2 → SFT against in-context learning."
+    missing = [arm_title(name) for name in (METHOD, other) if name not in names]
+    return (
+        f"Without {' and '.join(missing) or arm_title(other)} in this comparison there is no verdict on "
+        + ("IA2 → SFT against SFT." if other == RIVAL else "IA2 → SFT against in-context learning.")
     )
 
 
@@ -140,7 +145,7 @@ def signed_text(found: Mapping[str, Any]) -> str:
 
 def _over_sizes(other: str, found: Mapping[int, Mapping[str, Any]]) -> str:
     if not found:
-        return f"{_title(METHOD)} and {_title(other)} were not both run: there is no verdict on them."
+        return f"{arm_title(METHOD)} and {arm_title(other)} were not both run: there is no verdict on them."
     parts = []
     for name in ("accuracy", "ece"):
         above, below = _WORDS[name]
@@ -157,17 +162,19 @@ def _over_sizes(other: str, found: Mapping[int, Mapping[str, Any]]) -> str:
             )
             texts.append(f"{neither} for certain at N = {_listed(by['neither'])}")
         parts.append(", ".join(texts))
-    return f"{_title(METHOD)} against {_title(other)}: {'; '.join(parts)} (95% intervals, paired)."
+    return f"{arm_title(METHOD)} against {arm_title(other)}: {'; '.join(parts)} (95% intervals, paired)."
 
 
 def _listed(sizes: Sequence[int]) -> str:
     return ", ".join(map(str, sizes))
 
 
-def _title(arm: str) -> str:
+def arm_title(arm: str) -> str:
+    """A recipe as sentences have it, with its variant."""
     recipe, _, variant = arm.partition("@")
     return _TITLES.get(recipe, recipe) + (f" ({variant})" if variant else "")
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def count_text(number: int, noun: str, plural: str = "") -> str:
+    """``1 seed``, ``3 seeds``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {plural or noun + 's'}"

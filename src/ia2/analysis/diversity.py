@@ -1,0 +1,162 @@
+"""What a model writes when it goes on from plain text: how varied, how certain, with labels in it or not.
+
+Continuations are sampled, since greedy ones repeat themselves whatever was trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ia2.console import progress
+from ia2.inference import _end_ids, _evaluating, _greedy, _input_device, answer_pass, cut_answer
+from ia2.tokens import Ids, encode_prompt, pad_id
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+# Continuations that are sampled together. Fixed, since what is drawn depends on it.
+_SAMPLED_ROWS = 32
+
+DIVERSITY = {
+    "distinct_1": "share of a continuation's tokens that are different ones",
+    "distinct_2": "share of its pairs of neighbouring tokens that are different ones (Li et al. 2016)",
+    "repeated_4": "share of its runs of four tokens that it has had before",
+    "self_similarity": "Jaccard index of the pairs of tokens of two continuations of one opening",
+    "entropy": "entropy of the next token in nats, over the vocabulary",
+    "length": "tokens before it ends or is cut",
+    "leak": "share of continuations that begin with a label",
+}
+"""Measures of :func:`diversity`."""
+
+
+def openings(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tokens: int = 8) -> list[Ids]:
+    """The first so many ids of each text that is longer, special tokens in front included."""
+    found = [encode_prompt(tokenizer, text, f"text {n + 1}") for n, text in enumerate(texts)]
+    return [ids[:tokens] for ids in found if len(ids) > tokens]
+
+
+def diversity(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Ids],
+    labels: Sequence[str],
+    *,
+    seed: int = 0,
+    samples: int = 2,
+    max_new_tokens: int = 32,
+) -> dict[str, np.ndarray]:
+    """What a model writes when it goes on from the openings of plain texts, drawn at temperature 1.
+
+    Args:
+        model: as it is to be measured.
+        tokenizer: its tokenizer.
+        prompts: of :func:`openings`, all of one length.
+        labels: of the task that was trained; none for free text, which then has no leak.
+        seed: of the draws; the same seed gives the same continuations.
+        samples: continuations of each opening, at least 2.
+        max_new_tokens: at which a continuation is cut.
+
+    Returns:
+        Measure of :data:`DIVERSITY` → its mean over the continuations of each opening, ``[n]``. A
+        continuation that is too short for a share of runs counts as 1 distinct and 0 repeated.
+
+    Raises:
+        ValueError: openings of different lengths, or fewer than two samples.
+    """
+    if samples < 2 or len({len(prompt) for prompt in prompts}) > 1:
+        raise ValueError("diversity takes openings of one length, and at least two samples of each")
+    asked = [prompt for prompt in prompts for _ in range(samples)]
+    written = list(_sampled(model, tokenizer, asked, seed, max_new_tokens))
+    rows: dict[str, np.ndarray] = {
+        "distinct_1": np.array([_distinct(ids, 1) for _, ids, _ in written]),
+        "distinct_2": np.array([_distinct(ids, 2) for _, ids, _ in written]),
+        "repeated_4": np.array([1 - _distinct(ids, 4) for _, ids, _ in written]),
+        "entropy": _entropies(model, tokenizer, asked, [whole for whole, _, _ in written]),
+        "length": np.array([float(len(ids)) for _, ids, _ in written]),
+    }
+    if labels:
+        rows["leak"] = np.array([float(begins_with_label(text, labels)) for _, _, text in written])
+    found = {name: values.reshape(-1, samples).mean(1) for name, values in rows.items()}
+    pairs = [{*_runs(ids, 2)} for _, ids, _ in written]
+    groups = [pairs[start : start + samples] for start in range(0, len(pairs), samples)]
+    found["self_similarity"] = np.array(
+        [np.mean([_jaccard(a, b) for a, b in combinations(group, 2)]) for group in groups]
+    )
+    return {name: found[name] for name in DIVERSITY if name in found}
+
+
+def _sampled(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Ids], seed: int, max_new_tokens: int
+) -> Iterator[tuple[Ids, Ids, str]]:
+    """Ids of each continuation with and without its end of sequence, and its text.
+
+    Prompts of one length need no padding, which some families would see.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    ends = _end_ids(model, tokenizer, None)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        pad_token_id=pad_id(tokenizer),
+        eos_token_id=ends or None,
+        bos_token_id=tokenizer.bos_token_id,
+        use_cache=True,
+    )
+    device = _input_device(model)
+    with _evaluating(model), _greedy(model), progress("sampling", len(prompts)) as bar:
+        for start in range(0, len(prompts), _SAMPLED_ROWS):
+            ids = torch.tensor(prompts[start : start + _SAMPLED_ROWS], device=device)
+            # the caller's random numbers stay as they are
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
+                torch.manual_seed(seed * 1_000_003 + start)
+                output = model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
+                )
+            for row in output:
+                answer = cut_answer(tokenizer, row[ids.shape[1] :].tolist(), ends, (), max_new_tokens)
+                yield answer.ids, answer.ids[:-1] if answer.ended else answer.ids, answer.text
+            bar.advance(len(ids))
+
+
+def _entropies(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Ids], written: Sequence[Ids]
+) -> np.ndarray:
+    """Mean entropy at the positions that predict each continuation, ``[n]`` nats."""
+    import torch
+
+    found = np.zeros(len(prompts))
+    pairs = list(zip(prompts, written, strict=True))
+    for output in answer_pass(model, tokenizer, pairs, description="entropy"):
+        assert output.logits is not None
+        found[output.index] = float(torch.special.entr(output.logits.softmax(-1)).sum(-1).mean())
+    return found
+
+
+def _runs(ids: Ids, n: int) -> list[Ids]:
+    return [ids[start : start + n] for start in range(len(ids) - n + 1)]
+
+
+def _distinct(ids: Ids, n: int) -> float:
+    runs = _runs(ids, n)
+    return len(set(runs)) / len(runs) if runs else 1.0
+
+
+def _jaccard(a: set[Ids], b: set[Ids]) -> float:
+    return len(a & b) / len(a | b) if a | b else 1.0
+
+
+def begins_with_label(text: str, labels: Sequence[str]) -> bool:
+    """Whether a text begins with a whole label, whatever its case and the white space before it."""
+    begun = text.lstrip().lower()
+    names = [label.strip().lower() for label in labels]
+    return any(name and begun.startswith(name) and not begun[len(name) :][:1].isalnum() for name in names)

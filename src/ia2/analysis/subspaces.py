@@ -1,0 +1,124 @@
+"""Subspaces of low-rank updates of weights: how much two of them overlap, and how many directions one has.
+
+An update is ``ΔW = scale · B A`` with ``B`` ``[d_out, r]`` and ``A`` ``[r, d_in]``. Its singular vectors come
+from QR decompositions of ``B`` and ``Aᵀ`` and an SVD of the small core between them, so nothing of size
+d × d is ever made. Overlap as in the paper's figure 4 (METHOD section 4); effective rank as Roy and Vetterli
+(2007) define it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating[Any]]
+
+MEASURES = {
+    "b": "left singular vectors of B, the paper's: (1/r)·‖U1ᵀU2‖². They span what ΔW can write, so ΔW's own "
+    "left vectors (left) give the same wherever A has full rank",
+    "left": "leading left singular vectors of ΔW: (1/r)·‖U1ᵀU2‖²",
+    "right": "leading right singular vectors of ΔW, what it reads: (1/r)·‖V1ᵀV2‖². Adapters of one seed "
+    "begin with the same A, those of two seeds do not",
+    "weighted": "left singular vectors of ΔW weighted by strength: the cosine of ΔW1ΔW1ᵀ and ΔW2ΔW2ᵀ",
+    "cosine": "cosine of ΔW1 and ΔW2 as they are",
+}
+"""Name of an overlap → what is compared. All are 1 for equal updates."""
+
+# What float32 training leaves of a direction that is not there.
+_NOISE = float(np.finfo(np.float32).eps)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Singular vectors of one module's update; directions within rounding of zero are left out.
+
+    Attributes:
+        b: left singular vectors of ``B``, ``[d_out, k_b]``.
+        left: left singular vectors of ``ΔW``, ``[d_out, k]``.
+        sizes: singular values of ``ΔW``, ``[k]``, descending.
+        right: right singular vectors of ``ΔW``, ``[d_in, k]``.
+    """
+
+    b: Floats
+    left: Floats
+    sizes: Floats
+    right: Floats
+
+
+def low_rank(a: Any, b: Any, scale: float) -> LowRank:
+    """Singular value decomposition of ``scale · b @ a``, in time linear in its width.
+
+    Args:
+        a: ``[r, d_in]``.
+        b: ``[d_out, r]``.
+        scale: factor on the product.
+    """
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    q_b, r_b = np.linalg.qr(b)
+    q_a, r_a = np.linalg.qr(a.T)
+    u_b, s_b, _ = np.linalg.svd(r_b)
+    u, s, vt = np.linalg.svd(scale * r_b @ r_a.T, full_matrices=False)
+    k_b, k = (_rank(sizes, max(a.shape[1], b.shape[0])) for sizes in (s_b, s))
+    return LowRank(q_b @ u_b[:, :k_b], q_b @ u[:, :k], s[:k], q_a @ vt[:k].T)
+
+
+def _rank(sizes: Floats, width: int) -> int:
+    return int((sizes > sizes[0] * width * _NOISE).sum()) if sizes.size and sizes[0] > 0 else 0
+
+
+def effective_rank(sizes: Any) -> float:
+    """``exp(entropy of s / Σs)`` of singular values ``[k]``: k if all are equal, 1 if one is alone.
+
+    NaN without any. Source: Roy and Vetterli 2007, definition 1.
+    """
+    p = np.asarray(sizes, dtype=np.float64)
+    p = p[p > 0]
+    if not p.size:
+        return math.nan
+    p = p / p.sum()
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How alike two updates of one module are.
+
+    Attributes:
+        values: by :data:`MEASURES`, ``[5]``.
+        random: what random subspaces of the same ranks and singular values have on average, ``[5]``
+            (r/d_out and r/d_in where both have rank r; 0 for the cosine).
+        angles: principal angles between the column spaces of both ``B``, in degrees, ascending,
+            ``[min(k1, k2)]``.
+    """
+
+    values: Floats
+    random: Floats
+    angles: Floats
+
+
+def overlap(x: LowRank, y: LowRank) -> Overlap:
+    """Compare two updates of one module.
+
+    Adapters of different ranks k1 and k2 are compared by all their directions; sums of squared cosines are
+    divided by the smaller rank, so that 1 still means that one subspace holds the other. Random subspaces
+    then have max(k1, k2)/d. An update that is zero has no subspace: all is NaN.
+    """
+    if not (x.sizes.size and y.sizes.size):
+        return Overlap(np.full(5, np.nan), np.full(5, np.nan), np.zeros(0))
+    between = [u.T @ v for u, v in ((x.b, y.b), (x.left, y.left), (x.right, y.right))]
+    values = [float((m**2).sum() / min(m.shape)) for m in between]
+    widths = (len(x.b), len(x.left), len(x.right))
+    random = [max(m.shape) / width for m, width in zip(between, widths, strict=True)]
+    squares, strengths = np.outer(x.sizes**2, y.sizes**2), np.outer(x.sizes, y.sizes)
+    spread = math.sqrt(float((squares**2).sum()))
+    values.append(float((squares * between[1] ** 2).sum()) / spread)
+    random.append(float(squares.sum()) / spread / len(x.left))
+    values.append(float((strengths * between[1] * between[2]).sum() / math.sqrt(squares.sum())))
+    cosines = np.linalg.svd(between[0], compute_uv=False)
+    return Overlap(
+        np.array(values), np.minimum([*random, 0.0], 1.0), np.degrees(np.arccos(np.clip(cosines, 0.0, 1.0)))
+    )
