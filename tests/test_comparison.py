@@ -11,7 +11,7 @@ import pytest
 from benches import icl_base, icl_examples
 
 from ia2 import trainer
-from ia2.comparison import Comparison, Outcome, _asim_interval, _merge, rounds_of, compare
+from ia2.comparison import Comparison, Outcome, _asim_interval, _merge, compare, rounds_of
 from ia2.config import CompareConfig
 from ia2.errors import DataError, RunFolderError
 from ia2.evaluation.metrics import Measured, RowMeasures

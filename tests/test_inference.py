@@ -27,13 +27,14 @@ from test_context import awkward
 from transformers import FalconConfig, PreTrainedModel, PreTrainedTokenizerFast, RecurrentGemmaConfig
 from words import make_word_tokenizer
 
-from ia2 import inference
+from ia2 import batching, inference
 from ia2.adapter_weights import attach, base_weights
 from ia2.adapters import peft_config
+from ia2.batching import token_budget
 from ia2.capture import ActivationCapture, eager_attention
 from ia2.config import AdapterConfig
 from ia2.console import progress
-from ia2.inference import AnswerOutput, Generated, answer_pass, cut_answer, generate_answers, token_budget
+from ia2.inference import AnswerOutput, Generated, answer_pass, cut_answer, generate_answers
 from ia2.tokens import Ids, common_prefix, fed_ids
 
 family = pytest.mark.parametrize("name", list(ALL))
@@ -508,7 +509,7 @@ def test_other_errors_and_single_rows_are_not_swallowed() -> None:
 
     for error, plan in ((ERRORS["cpu"], [[0]]), (ValueError("no"), [[0, 1]]), (RuntimeError("x"), [[0, 1]])):
         with progress("test", 2) as bar, pytest.raises(type(error)):
-            list(inference._halving(plan, fail, bar))
+            list(batching.in_halves(plan, fail, bar))
 
 
 @given(
@@ -518,7 +519,7 @@ def test_other_errors_and_single_rows_are_not_swallowed() -> None:
 )
 @settings(deadline=None)
 def test_halving_runs_each_row_once(sizes: list[int], largest: int, most: int) -> None:
-    plan = inference._plan([(1,) * n for n in sizes], [1] * len(sizes), most * 5, 0)
+    plan = batching.plan_batches([(1,) * n for n in sizes], [1] * len(sizes), most * 5, 0)
 
     def run(members: list[int]) -> list[int]:
         if len(members) > largest:
@@ -527,7 +528,7 @@ def test_halving_runs_each_row_once(sizes: list[int], largest: int, most: int) -
 
     with progress("test", len(sizes)) as bar, pytest.MonkeyPatch.context() as patch:
         patch.setattr("accelerate.utils.memory.clear_device_cache", lambda **_: None)  # it takes long
-        done = list(inference._halving(plan, run, bar))
+        done = list(batching.in_halves(plan, run, bar))
     assert sorted(done) == list(range(len(sizes)))
 
 
@@ -543,7 +544,7 @@ def test_plan(data: list[tuple[int, int]], budget: int, vocabulary: int, grow: i
     lengths = [max(n, g) for n, g in data]
     answers = [g for _, g in data]
     rows = [(7,) * n for n in lengths]
-    plan = inference._plan(rows, answers, budget, vocabulary, grow=grow, equal_lengths=equal)
+    plan = batching.plan_batches(rows, answers, budget, vocabulary, grow=grow, equal_lengths=equal)
     assert sorted(i for batch in plan for i in batch) == list(range(len(rows)))
     widths = [max(lengths[i] for i in batch) for batch in plan]
     assert widths == sorted(widths, reverse=True)  # what may not fit in memory is met first
@@ -551,7 +552,7 @@ def test_plan(data: list[tuple[int, int]], budget: int, vocabulary: int, grow: i
         keep = width - min(lengths[i] - answers[i] for i in batch)
         if len(batch) > 1:  # a single row has to run, whatever it needs
             assert len(batch) * (width + grow) <= budget
-            assert len(batch) * keep * vocabulary <= inference._MAX_LOGITS
+            assert len(batch) * keep * vocabulary <= batching.MAX_LOGITS
         if equal:
             assert len({lengths[i] for i in batch}) == 1
 

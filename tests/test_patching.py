@@ -101,7 +101,7 @@ def plain(model: Any, prompt: Ids, answer: Ids, source: Any, patch: Patch) -> fl
         def on_input(module: Any, args: Any, put: Any = put) -> Any:
             return (put(args[0]), *args[1:])
 
-        module = capture._hooked[unit.layer]
+        module = capture.hooked[unit.layer]
         handles.append(
             module.register_forward_pre_hook(on_input)
             if unit.site in ("heads", "neurons")

@@ -235,7 +235,7 @@ def _projection_of(name: str, module: nn.Module) -> nn.Module:
     )
 
 
-def _layer_of(inner: nn.Module, name: str) -> nn.Module:
+def layer_of(inner: nn.Module, name: str) -> nn.Module:
     """The decoder layer that a module is part of: the ancestor that stands in a list of layers."""
     from torch import nn
 
@@ -252,7 +252,7 @@ def _layer_of(inner: nn.Module, name: str) -> nn.Module:
 
 
 def _down_projection_of(inner: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    layer = _layer_of(inner, name)
+    layer = layer_of(inner, name)
     attention = set(_attention_of(inner, name, module).modules())
     found = {
         path: child
@@ -303,6 +303,9 @@ class ActivationCapture:
         layers: keep only these layer indices.
         site: what is read (:data:`SITES`). ``weights`` needs :func:`eager_attention` around the passes.
 
+    Attributes:
+        hooked: layer index → the module at which the site is read.
+
     Raises:
         ModelError: no attention modules, a layer that is not there, or a site that was not found.
         ValueError: an unknown site.
@@ -328,7 +331,7 @@ class ActivationCapture:
             self.modules = {index: self.modules[index] for index in sorted(set(layers))}
         total = getattr(inner.config.get_text_config(), "num_hidden_layers", None)
         self.total_layers = total if isinstance(total, int) else len(self.modules)
-        self._hooked = {index: self._module_at(inner, *found) for index, found in self.modules.items()}
+        self.hooked = {index: self._module_at(inner, *found) for index, found in self.modules.items()}
         self._stored: dict[int, Any] = {}
         self._armed = False
         self._handles: list[Any] = []
@@ -342,7 +345,7 @@ class ActivationCapture:
         if self.site == "neurons":
             return _down_projection_of(inner, name, module)
         if self.site == "residual":
-            return _layer_of(inner, name)
+            return layer_of(inner, name)
         return _attention_of(inner, name, module) if self.site == "weights" else module
 
     @property
@@ -361,7 +364,7 @@ class ActivationCapture:
         )
 
     def __enter__(self) -> ActivationCapture:
-        for index, module in self._hooked.items():
+        for index, module in self.hooked.items():
             hook = self._hook(index)
             if self.site in ("heads", "neurons"):
                 self._handles.append(

@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from ia2.adapter_weights import base_weights
+from ia2.batching import in_halves, plan_batches, token_budget
 from ia2.capture import unwrap
 from ia2.console import logger, progress
 from ia2.context import DemonstrationContexts, FixedOrders, Orders, pool_orders
 from ia2.examples import Example
-from ia2.inference import _evaluating, _halving, _plan, answer_pass, token_budget
+from ia2.inference import answer_pass
 from ia2.rendering import Rendering
 from ia2.tokens import Ids, encode_answer, pad_id, pad_rows
+from ia2.traits import evaluating
 
 if TYPE_CHECKING:
     from torch import nn
@@ -236,7 +238,7 @@ def embed(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequenc
     body = getattr(inner, "base_model", inner)  # without the head over the vocabulary
     body = inner.get_decoder() if body is inner else body
     device = inner.get_input_embeddings().weight.device
-    plan = _plan(prompts, [1] * len(prompts), token_budget(model), 0)
+    plan = plan_batches(prompts, [1] * len(prompts), token_budget(model), 0)
     found: dict[int, np.ndarray] = {}
 
     def run(members: list[int]) -> list[tuple[int, np.ndarray]]:
@@ -249,8 +251,8 @@ def embed(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequenc
         mean = state.masked_fill(mask == 0, 0).sum(1) / mask.sum(1)
         return list(zip(members, mean.cpu().numpy(), strict=True))
 
-    with _evaluating(model), torch.no_grad(), progress("embedding prompts", len(prompts)) as bar:
-        found.update(_halving(plan, run, bar))
+    with evaluating(model), torch.no_grad(), progress("embedding prompts", len(prompts)) as bar:
+        found.update(in_halves(plan, run, bar))
     return np.stack([found[n] for n in range(len(prompts))])
 
 

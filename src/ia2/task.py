@@ -205,14 +205,14 @@ def stop_text(examples: Sequence[Example], separator: str, prompt_template: str 
     if prompt_template is not None:
         literal = prompt_template.split("{", 1)[0]
     else:
-        literal = _common_beginning([example.query for example in examples])
+        literal = common_beginning([example.query for example in examples])
         if len({example.query for example in examples}) < 2:
             literal = ""
     literal = literal.split("\n", 1)[0][:40].rstrip()
     return separator + literal
 
 
-def _common_beginning(texts: Sequence[str]) -> str:
+def common_beginning(texts: Sequence[str]) -> str:
     first, last = min(texts), max(texts)
     same = 0
     while same < min(len(first), len(last)) and first[same] == last[same]:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ia2.adapter_weights import base_weights
+from ia2.batching import give_back_memory
 from ia2.capture import ActivationCapture
 from ia2.console import logger
 from ia2.context import Contexts
 from ia2.files import atomic_dir
-from ia2.inference import AnswerOutput, answer_pass, generate_answers, give_back_memory
+from ia2.inference import AnswerOutput, answer_pass, generate_answers
 from ia2.targets import (
     MemoryTargets,
     OnlineTargets,

@@ -8,18 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ia2.batching import MAX_LOGITS, token_budget
 from ia2.capture import unwrap
 from ia2.console import logger
-from ia2.inference import (
-    _MAX_LOGITS,
-    MIN_SHARED_PREFIX,
-    _has_sliding_window,
-    _input_device,
-    _layer_kinds,
-    _takes_cache,
-    token_budget,
-)
+from ia2.inference import MIN_SHARED_PREFIX
 from ia2.tokens import Ids, common_prefix
+from ia2.traits import has_sliding_window, input_device, layer_kinds, takes_cache
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +36,7 @@ class AnswerRuns:
 
     def __init__(self, model: nn.Module, prompts: Sequence[Ids], batch_tokens: int | None) -> None:
         self._model, self._budget = model, batch_tokens or token_budget(model)
-        self._cached = _takes_cache(model)
+        self._cached = takes_cache(model)
         self._packs: bool | None = None if self._cached and _may_pack(model) else False
         self._shared: Any = None
         self._length = 0
@@ -73,7 +67,7 @@ def _read(model: Any, cache: Any, done: int, ids: Ids) -> Any:
     import torch
     from transformers import DynamicCache
 
-    device = _input_device(model)
+    device = input_device(model)
     cache = DynamicCache(config=model.config) if cache is None else cache
     model(
         input_ids=torch.tensor([ids], device=device),
@@ -107,14 +101,14 @@ class Rows:
     @property
     def size(self) -> int:
         """Runs of one batch."""
-        by_logits = _MAX_LOGITS // (self.positions * _vocabulary(self.model))
+        by_logits = MAX_LOGITS // (self.positions * _vocabulary(self.model))
         return max(1, min(self.budget // (len(self.before) + len(self.fed)), by_logits))
 
     def logits(self, count: int) -> torch.Tensor:
         """``[count, G, V]``."""
         import torch
 
-        device = _input_device(self.model)
+        device = input_device(self.model)
         options: dict[str, Any] = {"use_cache": False}
         if self.cache is not None:
             cache = copy.deepcopy(self.cache)
@@ -151,15 +145,15 @@ class Packed:
     @property
     def size(self) -> int:
         """Runs of one batch."""
-        pack = _PACK_GPU if _input_device(self.model).type == "cuda" else _PACK
-        by_logits = _MAX_LOGITS // (len(self.fed) * _vocabulary(self.model))
+        pack = _PACK_GPU if input_device(self.model).type == "cuda" else _PACK
+        by_logits = MAX_LOGITS // (len(self.fed) * _vocabulary(self.model))
         return max(1, min(min(pack, self.budget) // len(self.fed), by_logits))
 
     def logits(self, count: int) -> torch.Tensor:
         """``[count, G, V]``."""
         import torch
 
-        device, g = _input_device(self.model), len(self.fed)
+        device, g = input_device(self.model), len(self.fed)
         place = torch.arange(count * g, device=device)
         visible = (place[:, None] // g == place // g) & (place[:, None] >= place)
         visible = torch.cat([visible.new_ones(count * g, self.past), visible], dim=1)
@@ -204,9 +198,9 @@ def _may_pack(model: Any) -> bool:
 
 def _sees_all(model: Any, length: int) -> bool:
     """Whether every layer sees all of a sequence of this length, so that one mask serves all layers."""
-    if not _has_sliding_window(model):
+    if not has_sliding_window(model):
         return True
-    if any("chunked" in kind for kind in _layer_kinds(model)):
+    if any("chunked" in kind for kind in layer_kinds(model)):
         return False
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     return isinstance(window, int) and length <= window

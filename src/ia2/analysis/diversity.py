@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ia2.console import progress
-from ia2.inference import _end_ids, _evaluating, _greedy, _input_device, answer_pass, cut_answer
+from ia2.inference import answer_pass, cut_answer
 from ia2.tokens import Ids, encode_prompt, pad_id
+from ia2.traits import end_ids, evaluating, greedy, input_device
 
 if TYPE_CHECKING:
     from torch import nn
@@ -100,7 +101,7 @@ def _sampled(
     import torch
     from transformers import GenerationConfig
 
-    ends = _end_ids(model, tokenizer, None)
+    ends = end_ids(model, tokenizer, None)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=True,
@@ -112,8 +113,8 @@ def _sampled(
         bos_token_id=tokenizer.bos_token_id,
         use_cache=True,
     )
-    device = _input_device(model)
-    with _evaluating(model), _greedy(model), progress("sampling", len(prompts)) as bar:
+    device = input_device(model)
+    with evaluating(model), greedy(model), progress("sampling", len(prompts)) as bar:
         for start in range(0, len(prompts), _SAMPLED_ROWS):
             ids = torch.tensor(prompts[start : start + _SAMPLED_ROWS], device=device)
             # the caller's random numbers stay as they are

@@ -311,8 +311,9 @@ def attention_mass(
         ModelError: no attention modules, or attention that has no weights to give.
         ValueError: a query that is longer than its prompt.
     """
+    from ia2.batching import token_budget
     from ia2.capture import ActivationCapture, eager_attention
-    from ia2.inference import answer_pass, token_budget
+    from ia2.inference import answer_pass
 
     if any(not 0 <= q <= len(p) for q, p in zip(query_lengths, prompts, strict=True)):
         raise ValueError("query lengths must be between 0 and the length of the prompt")
@@ -350,11 +351,12 @@ def _regions(weights: Any, query_start: int) -> np.ndarray:
 
 def _fitting(model: Any, pairs: Sequence[tuple[Ids, Ids]], layers: int) -> tuple[int, int]:
     """How many layers' weights are read in one pass, and of how many rows at once (the longest)."""
-    from ia2.inference import MIN_SHARED_PREFIX, _takes_cache
+    from ia2.inference import MIN_SHARED_PREFIX
+    from ia2.traits import takes_cache
 
     rows = [fed_ids(*pair) for pair in pairs]
     longest, answer = max(map(len, rows)), max(len(a) for _, a in pairs)
-    shared = common_prefix(rows) if len(rows) > 1 and _takes_cache(model) else 0
+    shared = common_prefix(rows) if len(rows) > 1 and takes_cache(model) else 0
     fed = longest - (min(shared, longest - answer) if shared >= MIN_SHARED_PREFIX else 0)
     heads = getattr(model.config.get_text_config(), "num_attention_heads", 32)
     size = next(iter(model.parameters())).element_size()

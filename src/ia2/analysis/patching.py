@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ia2.analysis.answer_runs import AnswerRuns
+from ia2.batching import in_halves
 from ia2.capture import ActivationCapture, unwrap
 from ia2.console import progress
 from ia2.errors import ModelError
-from ia2.inference import _evaluating, _halving
 from ia2.tokens import Ids
+from ia2.traits import evaluating
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +88,7 @@ def patched_log_probs(
     values = np.empty((len(prompts), len(patches)))
     patcher = _Patcher(model, sorted({unit.site for patch in patches for unit in patch}), pattern)
     with (
-        _evaluating(model),
+        evaluating(model),
         torch.no_grad(),
         patcher.hooked(),
         progress(description, len(prompts) * len(patches)) as bar,
@@ -107,7 +108,7 @@ def patched_log_probs(
 
             size = layout.size
             plan = [list(range(s, min(s + size, len(patches)))) for s in range(0, len(patches), size)]
-            for place, value in _halving(plan, run, bar):
+            for place, value in in_halves(plan, run, bar):
                 values[i, place] = value
     return values
 
@@ -130,7 +131,7 @@ class _Patcher:
         """The hooks are there; they do nothing but inside :meth:`patching`."""
         handles = []
         for site, capture in self._captures.items():
-            for layer, module in capture._hooked.items():
+            for layer, module in capture.hooked.items():
                 key = (site, layer)
                 # On the wrapper that PEFT puts around a projection, so that the adapter sees the patch too.
                 handles.append(

@@ -11,10 +11,10 @@ import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ia2.capture import _layer_of, find_attention_modules, unwrap
+from ia2.capture import find_attention_modules, layer_of, unwrap
 from ia2.errors import ModelError
-from ia2.inference import _evaluating, _input_device
 from ia2.tokens import Ids
+from ia2.traits import evaluating, input_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -147,7 +147,7 @@ def _last_layer(inner: nn.Module, name: str) -> nn.Module:
     """The end of the list of layers that an attention module's layer stands in."""
     from torch import nn
 
-    layer = _layer_of(inner, name)
+    layer = layer_of(inner, name)
     for module in inner.modules():
         if isinstance(module, nn.ModuleList) and any(child is layer for child in module):
             return module[-1]
@@ -185,9 +185,9 @@ def _watch(inner: Any, last: nn.Module, head: nn.Module) -> _Watched:
         for module in inner.modules()
         for handle in (module.register_forward_pre_hook(before), module.register_forward_hook(after))
     ]
-    tried = torch.arange(_TRIED, device=_input_device(inner))[None]
+    tried = torch.arange(_TRIED, device=input_device(inner))[None]
     try:
-        with torch.no_grad(), _evaluating(inner):
+        with torch.no_grad(), evaluating(inner):
             logits = inner(input_ids=tried, attention_mask=torch.ones_like(tried), use_cache=False).logits
     finally:
         for handle in handles:
@@ -207,7 +207,7 @@ def _after(inner: Any, watched: _Watched, head: nn.Module) -> tuple[float, float
     """
     import torch
 
-    with torch.no_grad(), _evaluating(inner):
+    with torch.no_grad(), evaluating(inner):
         states = watched.residual
         for module in watched.tail:
             states = module(states)

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ia2.adapter_weights import base_weights, load_adapter_state, read_adapter_state, virtual_tokens
 from ia2.analysis.sites import SiteCapture
 from ia2.analysis.subjects import Subject, Trial
+from ia2.batching import give_back_memory
 from ia2.examples import Example, Examples
 from ia2.files import digest
-from ia2.inference import answer_pass, generate_answers, give_back_memory
+from ia2.inference import answer_pass, generate_answers
 from ia2.models import BaseModel
 from ia2.prompts import Prompts
 from ia2.task import Task

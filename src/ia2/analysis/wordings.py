@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from ia2.examples import Example
 from ia2.rows import Template
-from ia2.task import _common_beginning
+from ia2.task import common_beginning
 
 UNCHANGED = "unchanged"
 
@@ -123,8 +123,8 @@ def _literals(texts: Sequence[str], template: str | None) -> tuple[str, str]:
         )
         if all(fits):
             return opening, cue
-    before = _OPENING.match(_common_beginning(texts))
-    after = _CUE.search(_common_beginning([text[::-1] for text in texts])[::-1])
+    before = _OPENING.match(common_beginning(texts))
+    after = _CUE.search(common_beginning([text[::-1] for text in texts])[::-1])
     opening, cue = before[0] if before else "", after[0] if after else ""
     if any(len(text) < len(opening) + len(cue) for text in texts):
         return "", ""

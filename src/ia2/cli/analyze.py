@@ -56,8 +56,8 @@ def analyze(
     text: Annotated[
         str | None,
         typer.Option(
-            help="Of effects: plain text on which forgetting is measured: paragraphs in a file, or JSONL with "
-            "a column text. By default 40 paragraphs that come with ia2.",
+            help="Of effects: plain text on which forgetting is measured: paragraphs in a file, or JSONL "
+            "with a column text. By default 40 paragraphs that come with ia2.",
             show_default=False,
         ),
     ] = None,

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from ia2.analysis.causal_summary import MIN_FRACTION
-from ia2.report.head_figures import _DARK, _LIGHT, _STEPS, _array, _cells, _number, _steps
+from ia2.report.head_map import head_map
+from ia2.report.layer_lines import array, number
 from ia2.report.style import COLOURS, FAINT, Figure, Panel, numbers_table
 
 LEVEL = 0.05
@@ -46,7 +47,7 @@ def causal_figures(section: Mapping[str, Any], heading: str) -> list[Figure]:
 
 def _told(target: Mapping[str, Any], fraction: str) -> bool:
     """Whether there are fractions: they are missing where the two runs hardly differ."""
-    return bool(np.isfinite(_array(target["all"][fraction])).all())
+    return bool(np.isfinite(array(target["all"][fraction])).all())
 
 
 def _shown(target: Mapping[str, Any], fraction: str) -> tuple[str, str, str, str]:
@@ -57,17 +58,15 @@ def _shown(target: Mapping[str, Any], fraction: str) -> tuple[str, str, str, str
 
 
 def _interval(values: Mapping[str, Any], place: tuple[int, ...], keys: Sequence[str]) -> str:
-    value, low, high = (_array(values[key])[place] for key in keys)
+    value, low, high = (array(values[key])[place] for key in keys)
     if not np.isfinite(value):
-        return _number(None, "")
-    return f"{_number(value, '.3f')} [{_number(low, '.3f')}, {_number(high, '.3f')}]"
+        return number(None, "")
+    return f"{number(value, '.3f')} [{number(low, '.3f')}, {number(high, '.3f')}]"
 
 
 def _gap(target: Mapping[str, Any]) -> str:
     gap = target["gap"]
-    return (
-        f"{_number(gap['value'], '+.2f')} [{_number(gap['low'], '.2f')}, {_number(gap['high'], '.2f')}] nats"
-    )
+    return f"{number(gap['value'], '+.2f')} [{number(gap['low'], '.2f')}, {number(gap['high'], '.2f')}] nats"
 
 
 def _explained(section: Mapping[str, Any], direction: str) -> str:
@@ -128,7 +127,7 @@ def _maps_figure(section: Mapping[str, Any], direction: str, heading: str) -> Fi
 
 def _limit(targets: Mapping[str, Any], fraction: str) -> float:
     """One scale for the fractions of all targets."""
-    values = np.concatenate([_array(t["heads"][fraction]).ravel() for t in targets.values() if "heads" in t])
+    values = np.concatenate([array(t["heads"][fraction]).ravel() for t in targets.values() if "heads" in t])
     values = np.abs(values[np.isfinite(values)])
     return max(float(values.max()), 0.05) if values.size else 1.0
 
@@ -137,30 +136,13 @@ def _map(
     name: str, target: Mapping[str, Any], section: Mapping[str, Any], fraction: str, limit: float
 ) -> Callable[[Any], None]:
     key, _, _, label = _shown(target, fraction)
-    values = _array(target["heads"][key])
-    certain = _array(target["heads"]["q"]) < LEVEL
+    values = array(target["heads"][key])
+    certain = array(target["heads"]["q"]) < LEVEL
     if key == "change":
         limit = max(float(np.nanmax(np.abs(values))), 0.05)
 
-    def draw(axis: Any) -> None:
-        rows, columns = values.shape
-        _cells(axis, values, limit)
-        axis.figure.axes[-1].set_ylabel(label, fontsize=8)  # of the scale, drawn last
-        size = max(3.5, min(16.0, 900.0 / (rows * columns) ** 0.9))
-        outer = np.isin(_steps(values, limit), (0, 1, _STEPS - 2, _STEPS - 1))
-        for colour, dark_cell in ((_LIGHT, True), (_DARK, False)):
-            y, x = np.nonzero(certain & (outer == dark_cell))
-            axis.scatter(x, y, s=size, color=colour, linewidths=0)
-        axis.set_xlim(-0.5, columns - 0.5)
-        axis.set_ylim(-0.5, rows - 0.5)
-        every = max(1, -(-rows // 12))
-        axis.set_yticks(range(0, rows, every), [str(layer) for layer in section["layers"][::every]])
-        axis.set_xticks(range(0, columns, max(1, -(-columns // 8))))
-        axis.set_xlabel("head")
-        axis.set_ylabel("layer")
-        axis.set_title(f"{name}: {int(certain.sum())} of {rows * columns} heads marked", fontsize=10)
-
-    return draw
+    title = f"{name}: {int(certain.sum())} of {values.size} heads marked"
+    return head_map(values, limit, certain, section["layers"], label, title)
 
 
 def _head_rows(
@@ -168,7 +150,7 @@ def _head_rows(
 ) -> list[list[str]]:
     heads, rows = target["heads"], []
     other = target["control"].get("other", {}).get("heads")
-    change = _array(heads["change"])
+    change = array(heads["change"])
     for place in np.argsort(-np.abs(change), axis=None)[:_LISTED]:
         layer, head = (int(i) for i in np.unravel_index(place, change.shape))
         rows.append(
@@ -178,8 +160,8 @@ def _head_rows(
                 f"layer {section['layers'][layer]}, head {head}",
                 _interval(heads, (layer, head), (fraction, "low", "high")),
                 _interval(heads, (layer, head), ("change", "change_low", "change_high")),
-                _number(heads["q"][layer][head], ".2g"),
-                _number(None if other is None else other[fraction][layer][head], ".3f"),
+                number(heads["q"][layer][head], ".2g"),
+                number(None if other is None else other[fraction][layer][head], ".3f"),
             ]
         )
     return rows
@@ -235,7 +217,7 @@ def _layer_rows(
         for kind in kinds:
             found = _values(target, kind if not group else kind.replace("layers", group))
             known = found is not None and (not group or kind.startswith("layers"))
-            cells.append(_interval(found, index, keys) if known and found else _number(None, ""))
+            cells.append(_interval(found, index, keys) if known and found else number(None, ""))
         return [named, place, *cells]
 
     return [
@@ -258,17 +240,17 @@ def _by_layer(
             if (found := _values(target, kind)) is None:
                 continue
             if "/" not in kind:  # a control may be far away: another answer than this one
-                reach += [float(np.nanmin(_array(found[low]))), float(np.nanmax(_array(found[high])))]
+                reach += [float(np.nanmin(array(found[low]))), float(np.nanmax(array(found[high])))]
             style = {"color": colour, "marker": marker, "linestyle": line}
-            axis.plot(layers, _array(found[key]), markersize=3.5, linewidth=1.3, label=title, **style)
+            axis.plot(layers, array(found[key]), markersize=3.5, linewidth=1.3, label=title, **style)
             if kind != "layers/own":
-                ends = _array(found[low]), _array(found[high])
+                ends = array(found[low]), array(found[high])
                 axis.fill_between(layers, *ends, color=colour, alpha=0.12, linewidth=0)
         if key == fraction:
             axis.set_ylim(min(reach) - 0.1, max(reach) + 0.1)
         axis.set_xlabel("layer")
         axis.set_ylabel(label)
-        axis.set_title(f"{name}: all attention outputs {_number(target['all'][key], '.2f')}", fontsize=10)
+        axis.set_title(f"{name}: all attention outputs {number(target['all'][key], '.2f')}", fontsize=10)
         axis.xaxis.get_major_locator().set_params(integer=True)
 
     return draw

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -10,16 +9,10 @@ from typing import Any
 import numpy as np
 
 from ia2.analysis.heads import CONTROL
+from ia2.report.head_map import head_map
+from ia2.report.layer_lines import array, number
 from ia2.report.style import FAINT, Figure, Panel, arm_styles, numbers_table
 from ia2.sweeps.tables import MISSING
-
-# From Okabe and Ito's blue over grey to their vermilion, in steps that can be told apart: the steps are few
-# paths in a file, however many heads there are.
-_STEPS = 11
-_LOW, _MIDDLE, _HIGH = (0x00, 0x72, 0xB2), (0xF2, 0xF2, 0xF2), (0xD5, 0x5E, 0x00)
-
-# Marks on coloured cells, which a dark page must leave as they are: neither the page's black nor its white.
-_DARK, _LIGHT = "#1b1b1b", "#fdfdfd"
 
 _TITLES = {
     "first": "to the first token",
@@ -57,12 +50,6 @@ def neuron_figures(section: Mapping[str, Any], heading: str) -> list[Figure]:
     return found
 
 
-def _number(value: Any, form: str) -> str:
-    """A number of JSON, where NaN has become null."""
-    missing = value is None or (isinstance(value, float) and math.isnan(value))
-    return MISSING if missing else format(value, form).replace("-", "−")
-
-
 def _owner(name: str) -> str:
     """The arm that a view is a control of (``sft+demos``, ``sft~seed``), or is itself."""
     return "icl" if name == CONTROL else re.sub(r"(\+demos|~seed)$", "", name)
@@ -80,10 +67,6 @@ def _styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {n: {**styles[_owner(n)], "linestyle": "--" if n == CONTROL else "-"} for n in names}
 
 
-def _array(values: Any) -> np.ndarray:
-    return np.asarray(values, dtype=float)  # null becomes NaN
-
-
 # ---------------------------------------------------------------------------------------------- maps
 
 
@@ -92,7 +75,7 @@ def _maps_figure(section: Mapping[str, Any], heading: str) -> Figure:
     # the control itself has no control; beside views that have one its map would be of another test
     test = "control" if "control" in tests else "direction"
     views = {n: section["views"][n] for n in _drawn(section["views"]) if section["views"][n]["test"] == test}
-    effects = np.concatenate([_array(view["effect"]).ravel() for view in views.values()])
+    effects = np.concatenate([array(view["effect"]).ravel() for view in views.values()])
     known = np.abs(effects[np.isfinite(effects)])
     # a few extreme heads must not wash out the others
     limit = max(float(np.quantile(known, 0.98)), 0.1) if known.size else 1.0
@@ -133,12 +116,12 @@ def _head_rows(name: str, view: Mapping[str, Any], section: Mapping[str, Any]) -
             [
                 name,
                 f"layer {head['layer']}, head {head['head']}",
-                _number(head["share_of_model"], ".1%"),
-                _number(head["effect"], "+.2f"),
-                _number(head["q"], ".2g"),
-                _number(head["distance"], ".3g"),
-                _number(control, ".3g"),
-                _number(head["cosine"], ".3f"),
+                number(head["share_of_model"], ".1%"),
+                number(head["effect"], "+.2f"),
+                number(head["q"], ".2g"),
+                number(head["distance"], ".3g"),
+                number(control, ".3g"),
+                number(head["cosine"], ".3f"),
             ]
         )
     return rows
@@ -147,71 +130,13 @@ def _head_rows(name: str, view: Mapping[str, Any], section: Mapping[str, Any]) -
 def _map(
     name: str, view: Mapping[str, Any], section: Mapping[str, Any], limit: float
 ) -> Callable[[Any], None]:
-    effect = _array(view["effect"])
-    certain = np.maximum(_array(view["further"]), _array(view["closer"])) >= len(view["n"])
+    effect = array(view["effect"])
+    certain = np.maximum(array(view["further"]), array(view["closer"])) >= len(view["n"])
     further, closer = view["heads_further"], view["heads_closer"]
     counts = f"{further} further, {closer} nearer" if view["test"] == "control" else f"{further} shifted"
 
-    def draw(axis: Any) -> None:
-        rows, columns = effect.shape
-        _cells(axis, effect, limit)
-        steps = _steps(effect, limit)
-        size = max(3.5, min(16.0, 900.0 / (rows * columns) ** 0.9))
-        for colour, dark_cell in ((_LIGHT, True), (_DARK, False)):
-            # only the outermost steps are dark
-            y, x = np.nonzero(certain & (np.isin(steps, (0, 1, _STEPS - 2, _STEPS - 1)) == dark_cell))
-            axis.scatter(x, y, s=size, color=colour, linewidths=0)
-        axis.set_xlim(-0.5, columns - 0.5)
-        axis.set_ylim(-0.5, rows - 0.5)
-        every = max(1, -(-rows // 12))
-        axis.set_yticks(range(0, rows, every), [str(layer) for layer in section["layers"][::every]])
-        axis.set_xticks(range(0, columns, max(1, -(-columns // 8))))
-        axis.set_xlabel("head")
-        axis.set_ylabel("layer")
-        axis.set_title(f"{name}: {counts}", fontsize=10)
-
-    return draw
-
-
-def _palette() -> list[str]:
-    colours = []
-    for place in np.linspace(-1, 1, _STEPS):
-        end = np.array(_LOW if place < 0 else _HIGH)
-        mixed = np.array(_MIDDLE) + abs(place) * (end - np.array(_MIDDLE))
-        colours.append("#" + "".join(f"{round(float(part)):02x}" for part in mixed))
-    return colours
-
-
-def _steps(values: np.ndarray, limit: float) -> np.ndarray:
-    """Step of the scale of each value; −1 for NaN."""
-    places = np.floor((np.nan_to_num(values) + limit) / (2 * limit) * _STEPS)
-    return np.where(np.isfinite(values), np.clip(places, 0, _STEPS - 1), -1)
-
-
-def _cells(axis: Any, values: np.ndarray, limit: float, label: str = "d_z") -> None:
-    """One path a step of the scale, and the scale beside the map; what is not known stays empty."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import BoundaryNorm, ListedColormap
-    from matplotlib.patches import PathPatch
-    from matplotlib.path import Path
-
-    palette, steps = _palette(), _steps(values, limit)
-    corners = np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5), (-0.5, -0.5)])
-    for step, colour in enumerate(palette):
-        squares = [Path(np.add(corners, (x, y)), closed=True) for y, x in np.argwhere(steps == step)]
-        if squares:
-            # an edge of its own colour: without one, viewers leave hairlines between cells
-            path = Path.make_compound_path(*squares)
-            axis.add_patch(PathPatch(path, facecolor=colour, edgecolor=colour, linewidth=0.3))
-    norm = BoundaryNorm(np.linspace(-limit, limit, _STEPS + 1), _STEPS)
-    bar = axis.figure.colorbar(
-        ScalarMappable(norm, ListedColormap(palette)), ax=axis, fraction=0.06, pad=0.03
-    )
-    ends = np.linspace(-limit, limit, 5)
-    bar.set_ticks(ends, labels=[_number(float(end), ".2g") for end in ends])
-    bar.minorticks_off()
-    bar.ax.tick_params(labelsize=8, length=2)
-    bar.set_label(label, fontsize=8)
+    title = f"{name}: {counts}"
+    return head_map(effect, limit, certain, section["layers"], "d_z", title)
 
 
 # ----------------------------------------------------------------------------------------- attention
@@ -219,12 +144,12 @@ def _cells(axis: Any, values: np.ndarray, limit: float, label: str = "d_z") -> N
 
 def _attention_figure(section: Mapping[str, Any], heading: str) -> Figure:
     views, regions = section["attention"]["views"], section["attention"]["regions"]
-    mass = {name: _array(view["mass"]) for name, view in views.items()}  # [L, H, 3]
+    mass = {name: array(view["mass"]) for name, view in views.items()}  # [L, H, 3]
     rows = [
         [
             name,
             str(layer),
-            *(_number(share, ".1%") for share in views[name]["by_layer"][i]),
+            *(number(share, ".1%") for share in views[name]["by_layer"][i]),
             _most(mass[name][i, :, regions.index("demonstrations")]),
         ]
         for name in views
@@ -253,7 +178,7 @@ def _attention_figure(section: Mapping[str, Any], heading: str) -> Figure:
 def _most(shares: np.ndarray) -> str:
     """The head with the largest share of attention."""
     head = int(np.argmax(np.nan_to_num(shares)))
-    return f"head {head}, {_number(float(shares[head]), '.1%')}" if shares[head] > 0 else MISSING
+    return f"head {head}, {number(float(shares[head]), '.1%')}" if shares[head] > 0 else MISSING
 
 
 def _attention(
@@ -282,7 +207,7 @@ def _attention(
 
 def _significant_figure(section: Mapping[str, Any], heading: str) -> Figure:
     views = section["views"]
-    shares = {n: _array(views[n]["significant"]) / section["width"] for n in _drawn(views)}
+    shares = {n: array(views[n]["significant"]) / section["width"] for n in _drawn(views)}
     return Figure(
         "neurons",
         "Neurons that differ from ICL",
@@ -310,7 +235,7 @@ def _significant_figure(section: Mapping[str, Any], heading: str) -> Figure:
 
 def _shift_figure(section: Mapping[str, Any], heading: str) -> Figure:
     views = section["views"]
-    shares = {n: _array(views[n]["common_shift"]) for n in _drawn(views)}
+    shares = {n: array(views[n]["common_shift"]) for n in _drawn(views)}
     return Figure(
         "common-shift",
         "How much of the difference to ICL is one common shift",
@@ -330,7 +255,7 @@ def _shift_figure(section: Mapping[str, Any], heading: str) -> Figure:
 
 def _by_layer(layers: Sequence[int], views: Mapping[str, Sequence[Any]], form: str) -> list[list[str]]:
     return [
-        [str(layer), *(_number(values[i], form) for values in views.values())]
+        [str(layer), *(number(values[i], form) for values in views.values())]
         for i, layer in enumerate(layers)
     ]
 

@@ -12,7 +12,7 @@ from ia2.benchmarks import BenchmarkData
 from ia2.config import AdaptConfig, AlignConfig, JointConfig, SftConfig, SoftConfig
 from ia2.examples import Examples, FewShotSplit
 from ia2.files import digest
-from ia2.inference import MIN_SHARED_PREFIX, _takes_cache
+from ia2.inference import MIN_SHARED_PREFIX
 from ia2.losses import OBJECTIVES
 from ia2.models import BaseModel
 from ia2.recipes import ALIGN
@@ -22,6 +22,7 @@ from ia2.sweeps.unit import load_rows, task_of
 from ia2.task import Task
 from ia2.teaching import SIMILARITY_QUERIES
 from ia2.tokens import common_prefix
+from ia2.traits import takes_cache
 from ia2.workbench import Workbench
 
 # Rows of a benchmark whose tokens are counted, and training examples whose contexts are.
@@ -238,7 +239,7 @@ def measure_shape(
 def shared_prefix(bench: Workbench, prompts: Sequence[Sequence[int]]) -> int:
     """Tokens that are computed once for all prompts."""
     shared = common_prefix([tuple(ids) for ids in prompts]) if len(prompts) > 1 else 0
-    return shared if shared >= MIN_SHARED_PREFIX and _takes_cache(bench.base.model) else 0
+    return shared if shared >= MIN_SHARED_PREFIX and takes_cache(bench.base.model) else 0
 
 
 def _queries(bench: Workbench, data: BenchmarkData, task: Task, max_test: int | None) -> Queries:

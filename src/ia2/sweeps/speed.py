@@ -15,11 +15,12 @@ from typing import Any
 
 from ia2.adapter_checks import check_adapter
 from ia2.adapter_weights import adapter_state
+from ia2.batching import give_back_memory, token_budget
 from ia2.config import AdaptConfig
 from ia2.errors import UserError
 from ia2.evaluation.run import evaluate_prompts
 from ia2.examples import Example, Examples, FewShotSplit
-from ia2.inference import answer_pass, generate_answers, give_back_memory, token_budget
+from ia2.inference import answer_pass, generate_answers
 from ia2.models import BaseModel
 from ia2.sweeps.costs import Line, Shape, Speed, padded, shared_prefix
 from ia2.tokens import Ids
