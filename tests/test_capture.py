@@ -151,7 +151,7 @@ def projected(values: torch.Tensor) -> torch.Tensor:
 
 
 @family
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("site", [site for site in SITES if site != "neurons"])  # no objective reads these
 def test_gradients_survive_checkpointing(name: str, site: str) -> None:
     gradients = []
     recomputed = []
@@ -252,6 +252,30 @@ def test_heads_are_what_the_output_projection_is_given(name: str) -> None:
                 nn.functional.linear(tensor, weight, module.bias), outputs[index], atol=1e-6, rtol=1e-5
             )
     assert list(heads) == attention_layers(name)
+
+
+@family
+def test_neurons_are_what_the_mlps_last_projection_is_given(name: str) -> None:
+    model = ALL[name]()
+    if name in ("mixtral", "qwen3_moe"):
+        with pytest.raises(ModelError, match="no single MLP was recognised"):
+            ActivationCapture(model, site="neurons")
+        return
+    endings = ("mlp.down_proj", "mlp.c_proj", "dense_4h_to_h", "fc_out", "fc2", "ffn.down_proj", "w2")
+    capture = ActivationCapture(model, site="neurons")
+    for index in attention_layers(name):
+        names = [n for n, _ in model.named_modules() if n.startswith(f"{PLACES[name][0]}.{index}.")]
+        (path,) = [n for n in names if n.endswith(endings)]
+        module = model.get_submodule(path)
+        assert capture.hooked[index] is module
+        seen: dict[str, torch.Tensor] = {}
+        # a copy: Falcon adds the attention's output in place
+        module.register_forward_hook(lambda m, a, o, seen=seen: seen.update(output=o.clone()))
+        with torch.no_grad():
+            found = captured(model, ids(), site="neurons")[index]
+        weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+        expected = nn.functional.linear(found, weight, module.bias)
+        torch.testing.assert_close(expected, seen["output"], atol=1e-5, rtol=1e-4)
 
 
 @family
