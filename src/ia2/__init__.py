@@ -17,6 +17,7 @@ _PUBLIC = {
     "AdapterConfig": "ia2.config",
     "AlignConfig": "ia2.config",
     "AlignTrainer": "ia2.trainer",
+    "AnalysisSettings": "ia2.analysis.analyze",
     "BaseModel": "ia2.models",
     "CompareConfig": "ia2.config",
     "CurveConfig": "ia2.config",
@@ -37,8 +38,10 @@ _PUBLIC = {
     "Teacher": "ia2.teacher",
     "UserError": "ia2.errors",
     "adapt": "ia2.adaptation",
+    "analyze": "ia2.analysis.analyze",
     "compare": "ia2.comparison",
     "curve": "ia2.curves",
+    "diagnose": "ia2.analysis.signatures",
     "load_adapter": "ia2.adaptation",
     "load_base": "ia2.models",
     "probe": "ia2.probing",
@@ -48,6 +51,8 @@ __all__ = ["__version__", *sorted(_PUBLIC)]
 
 if TYPE_CHECKING:
     from ia2.adaptation import AdaptResult, adapt, load_adapter
+    from ia2.analysis.analyze import AnalysisSettings, analyze
+    from ia2.analysis.signatures import diagnose
     from ia2.capture import ActivationCapture
     from ia2.comparison import compare
     from ia2.config import (

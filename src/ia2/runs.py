@@ -16,6 +16,7 @@ from ia2.task import Task
 
 CONFIG_FILE = "ia2_config.yaml"
 RUN_FILE = "ia2_run.json"
+ANALYSIS_FILE = "analysis.json"
 
 # Settings that do not change what a run computes.
 _INCIDENTAL = ("output_dir", "device", "report_to", "checkpoint_every")

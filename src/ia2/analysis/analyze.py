@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -15,14 +16,13 @@ from ia2.analysis.inside import Insides
 from ia2.analysis.subjects import Study, find_study
 from ia2.analysis.views import Look
 from ia2.errors import ConfigError, suggest
-from ia2.files import finite, write_json
-from ia2.runs import machine, versions
+from ia2.files import finite, write_text
+from ia2.runs import ANALYSIS_FILE, machine, versions
 from ia2.task import Task, make_task
 
 if TYPE_CHECKING:
     from ia2.models import BaseModel
 
-RESULT_FILE = "analysis.json"
 FORMAT = 1
 
 PARTS = {
@@ -123,7 +123,9 @@ def analyze(
             result["weights"] = _weights(study, base)
     result |= {"seconds": seconds, "machine": machine(), "versions": versions()}
     if output_dir is not None:
-        write_json(Path(output_dir) / RESULT_FILE, finite(result))
+        # one line: it is for programs, and would be 100,000 lines
+        text = json.dumps(_short(finite(result)), ensure_ascii=False, separators=(",", ":"))
+        write_text(Path(output_dir) / ANALYSIS_FILE, text + "\n")
     return result
 
 
@@ -201,6 +203,15 @@ def _facts(
         "subjects": study.names,
         "recipes": {s.name: s.recipe for trial in study.trials for s in trial.subjects},
     }
+
+
+def _short(value: Any) -> Any:
+    """Six significant digits, so that the file is half as large."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _short(inner) for key, inner in value.items()}
+    return [_short(inner) for inner in value] if isinstance(value, list) else value
 
 
 @contextmanager

@@ -57,7 +57,7 @@ class HeadView:
             squared norm in that head (over answer tokens, then over all examples of the view), ``[n, L, H]``.
             0 is the same; a head that is silent scores 1 in the mean over examples. NaN for a head that is
             silent under ICL.
-        cosine: with ICL, mean over an example's answer tokens, ``[n, L, H]``.
+        cosine: with ICL, mean over an example's answer tokens and the examples, ``[L, H]``.
         control: ``distance`` of ICL with other demonstrations, ``[n, L, H]``; None without.
         effects: of the test, ``[L, H]``; false discoveries are controlled over all heads of the view.
         share_of_layer: the head's part of the layer's summed squared distance, ``[L, H]``.
@@ -114,7 +114,7 @@ class HeadMeter:
         self._energy: dict[int, np.ndarray] = {}
         self._controls: dict[int, np.ndarray] = {}
         self._distance: dict[str, dict[int, np.ndarray]] = {}
-        self._cosine: dict[str, dict[int, np.ndarray]] = {}
+        self._cosine: dict[str, Any] = {}
         self._shifts: dict[str, ShiftTest] = {}
 
     def add(
@@ -147,7 +147,7 @@ class HeadMeter:
             self._energy[index] = _squared(reference)
         self._distance.setdefault(view, {})[index] = _squared(difference)
         cosine = torch.nn.functional.cosine_similarity(ours, reference, dim=-1)
-        self._cosine.setdefault(view, {})[index] = cosine.mean(1).numpy()
+        self._cosine[view] = self._cosine.get(view, 0.0) + cosine.mean(1).double().numpy()
         controlled = other is not None and view != CONTROL
         if len(self._distance[view]) > 1 and controlled == (view in self._shifts):
             raise ValueError(f"view '{view}': all of its examples have a control, or none")
@@ -168,8 +168,8 @@ class HeadMeter:
 
     def _view(self, view: str) -> HeadView:
         order = sorted(self._distance[view])
-        squared = np.stack([self._distance[view][i] for i in order])
-        energy = np.mean([self._energy[i] for i in order], axis=0)
+        squared = np.stack([self._distance[view][i] for i in order]).astype(float)
+        energy = np.mean([self._energy[i] for i in order], axis=0, dtype=float)
         scale = np.where(energy > 0, energy, np.nan)
         mean = squared.mean(0)
         relative = mean / np.maximum(energy.sum(1, keepdims=True), np.finfo(float).tiny)
@@ -178,7 +178,7 @@ class HeadMeter:
         return HeadView(
             "direction" if shift else "control",
             squared / scale,
-            np.stack([self._cosine[view][i] for i in order]),
+            self._cosine[view] / len(order),
             control,
             shift.effects() if shift else _against(squared / scale, control),
             mean / _positive(mean.sum(1, keepdims=True)),
@@ -187,8 +187,11 @@ class HeadMeter:
 
 
 def _squared(heads: torch.Tensor) -> np.ndarray:
-    """Squared norm by head, mean over tokens: ``[L, G, H, d_head]`` → ``[L, H]``."""
-    return heads.pow(2).sum(-1).mean(1).numpy()  # type: ignore[no-any-return]
+    """Squared norm by head, mean over tokens: ``[L, G, H, d_head]`` → ``[L, H]`` float32.
+
+    An array of numpy's own: a small tensor's storage is ten times as large.
+    """
+    return np.array(heads.pow(2).sum(-1).mean(1).numpy(), dtype=np.float32)
 
 
 def _positive(total: Any) -> Any:
@@ -240,7 +243,7 @@ def _summary(found: Sequence[HeadView], layers: Sequence[int], top: int) -> dict
         "effect": np.mean([v.effects.d_z for v in found], axis=0),
         "q": np.max([v.effects.q for v in found], axis=0),
         "distance": np.mean([v.distance.mean(0) for v in found], axis=0),
-        "cosine": np.mean([v.cosine.mean(0) for v in found], axis=0),
+        "cosine": np.mean([v.cosine for v in found], axis=0),
         "share_of_layer": np.mean([v.share_of_layer for v in found], axis=0),
         "share_of_model": np.mean([v.share_of_model for v in found], axis=0),
     }

@@ -15,6 +15,9 @@ import numpy as np
 
 RESAMPLES = 1000
 
+# Weights of rows in resamples that are held at once.
+_WEIGHTS = 250_000
+
 
 @dataclass(frozen=True)
 class Means:
@@ -54,13 +57,20 @@ def mean_intervals(
         raise ValueError(f"shared rows need runs of equal length, not {[len(run) for run in columns]}")
     rng = np.random.default_rng(seed)
     value = np.mean([run.mean(0) for run in columns], axis=0)
-    drawn_runs = rng.multinomial(len(columns), np.full(len(columns), 1 / len(columns)), size=resamples)
-    total = np.zeros((resamples, columns[0].shape[1]))
-    shared = _row_weights(rng, len(columns[0]), resamples) if shared_rows else None
-    for run, times in zip(columns, drawn_runs.T, strict=True):
-        weights = _row_weights(rng, len(run), resamples) if shared is None else shared
-        total += times[:, None] * (weights @ run)
-    low, high = np.percentile(total / len(columns), [2.5, 97.5], axis=0)
+    share = np.full(len(columns), 1 / len(columns))
+    # in parts: the weights of all resamples at once would be most of the memory of an analysis
+    part = max(1, _WEIGHTS // max(map(len, columns)))
+    drawn = []
+    for start in range(0, resamples, part):
+        count = min(part, resamples - start)
+        times = rng.multinomial(len(columns), share, size=count)
+        shared = _row_weights(rng, len(columns[0]), count) if shared_rows else None
+        total = np.zeros((count, columns[0].shape[1]))
+        for run, often in zip(columns, times.T, strict=True):
+            weights = _row_weights(rng, len(run), count) if shared is None else shared
+            total += often[:, None] * (weights @ run)
+        drawn.append(total / len(columns))
+    low, high = np.percentile(np.concatenate(drawn), [2.5, 97.5], axis=0)
     return Means(value, low, high)
 
 

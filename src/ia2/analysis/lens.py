@@ -127,7 +127,8 @@ class LensMeter:
     def __post_init__(self) -> None:
         if self.lens.ids is not None and (self.labels is None or self.lens.ids != self.labels.ids):
             raise ValueError("a lens for some tokens needs the labels that these are")
-        self._rows: dict[str, dict[int, dict[str, np.ndarray]]] = {}
+        self._rows: dict[str, dict[int, np.ndarray]] = {}
+        self._names: dict[str, list[str]] = {}
         self._teacher: dict[int, int] = {}
         self._references: dict[int, _Reference | None] = {}
         self._last = REFERENCE
@@ -267,7 +268,10 @@ class LensMeter:
             ):
                 assert mine is not None and its is not None
                 made[name] = divergence(mine, its).mean(-1)
-        self._rows.setdefault(view, {})[index] = {name: x.double().numpy() for name, x in made.items()}
+        names = self._names.setdefault(view, [name for name in MEASURES if name in made])
+        # one array of numpy's own: small tensors are ten times as large
+        rows = np.stack([made[name].double().numpy() for name in names])
+        self._rows.setdefault(view, {})[index] = rows
 
     def finish(self) -> LensResult:
         """All examples of all views have been added.
@@ -282,8 +286,8 @@ class LensMeter:
                 "logit lens: no answer of the model with demonstrations begins as the labels do."
             )
         for view, rows in self._rows.items():
-            names = [name for name in MEASURES if name in rows[known[0]]]
-            views[view] = {name: np.stack([rows[i][name] for i in known]) for name in names}
+            measures = np.stack([rows[i] for i in known], axis=1)
+            views[view] = dict(zip(self._names[view], measures, strict=True))
         chance = {}
         if self.labels is not None:
             chance["agreement"] = _most_common([self._teacher[i] for i in known])

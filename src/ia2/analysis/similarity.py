@@ -66,9 +66,8 @@ class SimilarityMeter:
 
     def __init__(self, layers: list[int]) -> None:
         self.layers = layers
-        self._asim: dict[int, np.ndarray] = {}
-        self._l2: dict[int, np.ndarray] = {}
-        self._distance: dict[int, np.ndarray] = {}
+        # asim, l2, distance: an array of numpy's own, since a small tensor's storage is ten times as large
+        self._rows: dict[int, np.ndarray] = {}
         self._sum: Any = 0.0
         self._squares: Any = 0.0
         self._by_token = np.zeros((0, len(layers)))
@@ -81,9 +80,8 @@ class SimilarityMeter:
         a, b = activations.double(), reference.double()
         cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1).numpy()
         squared = (a - b).pow(2).sum(-1)
-        self._asim[index] = cosine.mean(-1)
-        self._l2[index] = squared.sqrt().mean(-1).numpy()
-        self._distance[index] = squared.sum(-1).numpy()
+        distances = squared.numpy()
+        self._rows[index] = np.stack([cosine.mean(-1), np.sqrt(distances).mean(-1), distances.sum(-1)])
         self._sum = self._sum + b.sum(1).numpy()
         self._squares = self._squares + b.pow(2).sum((1, 2)).numpy()
         if (longer := cosine.shape[1] - len(self._tokens)) > 0:
@@ -94,13 +92,13 @@ class SimilarityMeter:
 
     def finish(self) -> Similarity:
         """All examples have been added."""
-        order = sorted(self._asim)
+        asim, l2, distance = np.stack([self._rows[i] for i in sorted(self._rows)], axis=1)
         variance = self._squares - (self._sum**2).sum(-1) / self._tokens.sum()
         return Similarity(
             self.layers,
-            np.stack([self._asim[i] for i in order]),
-            np.stack([self._l2[i] for i in order]),
-            np.stack([self._distance[i] for i in order]),
+            asim,
+            l2,
+            distance,
             variance,
             self._by_token / self._tokens[:, None],
             self._tokens,

@@ -92,11 +92,12 @@ def analyze(
     from ia2.cli.output import print_json, start
 
     start(quiet)
-    from ia2.analysis.analyze import DEFAULT_PARTS, PARTS, RESULT_FILE, AnalysisSettings
+    from ia2.analysis.analyze import DEFAULT_PARTS, PARTS, AnalysisSettings
     from ia2.analysis.analyze import analyze as run
     from ia2.console import logger
     from ia2.report.analysis import analysis_figures, analysis_tables, analysis_verdict
     from ia2.report.style import NO_MATPLOTLIB, matplotlib_is_there
+    from ia2.runs import ANALYSIS_FILE
     from ia2.sweeps.tables import markdown
 
     named = DEFAULT_PARTS if parts is None else tuple(PARTS) if parts == "all" else _listed(parts)
@@ -111,7 +112,7 @@ def analyze(
         device=device,
         output_dir=folder,
     )
-    files = [folder / RESULT_FILE]
+    files = [folder / ANALYSIS_FILE]
     if figures is not None and not matplotlib_is_there():
         logger.info("No figures: %s", NO_MATPLOTLIB)
     elif figures is not None:

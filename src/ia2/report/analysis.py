@@ -12,9 +12,8 @@ from ia2.files import read_json
 from ia2.report.style import Figure, numbers_table
 from ia2.report.tables import interval
 from ia2.report.verdict import METHOD, RIVAL, arm_title, count_text, side, signed_text
+from ia2.runs import ANALYSIS_FILE
 from ia2.sweeps.tables import Table
-
-RESULT_FILE = "analysis.json"
 
 # The maker of each section's figures, imported when there is something to draw.
 _FIGURES = {
@@ -34,7 +33,7 @@ def read_analysis(folder: Path) -> dict[str, Any] | None:
     Raises:
         RunFolderError: it is damaged.
     """
-    file = folder / RESULT_FILE
+    file = folder / ANALYSIS_FILE
     if not file.is_file():
         return None
     found = read_json(file)
@@ -74,7 +73,7 @@ def _module_of(maker: str) -> str:
 
 def analysis_verdict(result: Mapping[str, Any]) -> list[str]:
     """What came out, a sentence a section."""
-    makers = (_activations, _weights, _lens, _heads)
+    makers = (_activations, _weights, _lens, _heads, _causal, _effects)
     return [line for make in makers for line in make(result)]
 
 
@@ -166,6 +165,63 @@ def _heads(result: Mapping[str, Any]) -> Iterator[str]:
             f"Heads (of {total}) further from ICL than ICL with other demonstrations is, in every training "
             f"set: {', '.join(found)}."
         )
+
+
+def _causal(result: Mapping[str, Any]) -> Iterator[str]:
+    section = result.get("causal")
+    if not section:
+        return
+    for name, target in section["targets"].items():
+        gap = target["gap"]
+        whole = target["all"]["recovered"]
+        if whole is None or whole != whole:
+            yield (
+                f"Causal check, {arm_title(name)}: it gives ICL's answer about as much probability as ICL "
+                f"does (gap {signed_text(gap)} nats), so there is no fraction to recover."
+            )
+            continue
+        layers = _largest(target["layers"], section["layers"], 3)
+        flat = [(f"{section['layers'][i]}.{j}", v) for i, j, v in _cells(target["heads"]["recovered"])]
+        heads = ", ".join(f"{n} ({v:.2f})" for n, v in sorted(flat, key=lambda pair: -pair[1])[:3])
+        yield (
+            f"Causal check, {arm_title(name)}: of a gap of {gap['value']:.2f} nats, ICL's attention outputs "
+            f"at the answer recover {whole:.2f}; single layers {layers}; heads (layer.head) {heads}."
+        )
+
+
+def _largest(found: Mapping[str, Any], names: Sequence[int], count: int) -> str:
+    known = [(n, v) for n, v in zip(names, found["recovered"], strict=True) if v is not None and v == v]
+    return ", ".join(f"{n} ({v:.2f})" for n, v in sorted(known, key=lambda pair: -pair[1])[:count])
+
+
+def _cells(rows: Sequence[Sequence[Any]]) -> Iterator[tuple[int, int, float]]:
+    for i, row in enumerate(rows):
+        for j, value in enumerate(row):
+            if value is not None and value == value:
+                yield i, j, value
+
+
+def _effects(result: Mapping[str, Any]) -> Iterator[str]:
+    section = result.get("effects")
+    if not section:
+        return
+    arms = [name for name in result["subjects"] if name in section["views"]]
+    perplexity = section.get("perplexity")
+    if perplexity:
+        found = [f"{arm_title(a)} {interval(perplexity['views'][a]['ratio'])}" for a in arms]
+        yield f"Perplexity on plain text, over the base model's: {', '.join(found)}."
+    worded = section.get("wordings")
+    if worded and "vocabulary" in worded["scopes"]:
+        views = worded["scopes"]["vocabulary"]["views"]
+        found = [
+            f"{arm_title(a)} {interval(views[a]['accuracy']['unchanged'])}, {_worst(views[a]['worst'])}"
+            for a in arms
+        ]
+        yield f"Accuracy as trained, and under the worst of the other wordings: {'; '.join(found)}."
+
+
+def _worst(found: Mapping[str, Any]) -> str:
+    return f"{found['accuracy']:.2f} ({found['wording']})"
 
 
 def _value(view: Mapping[str, Any]) -> str:
