@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -35,7 +36,14 @@ def python(arguments: Sequence[object], log: Path, **environment: str) -> subpro
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     with log.open("wb") as out:
         command = [sys.executable, *map(str, arguments)]
-        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=variables)
+        return subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=variables, preexec_fn=_heed_interrupts
+        )
+
+
+def _heed_interrupts() -> None:
+    """A shell has its background jobs ignore interrupts, and so would what a test starts in one."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def forkserver() -> Any:

@@ -34,6 +34,7 @@ def run_comparison(
     from ia2 import comparison
     from ia2.cli.output import print_comparison, print_json
     from ia2.distributed import is_first
+    from ia2.recipes import is_trained
     from ia2.report.figures import try_comparison_figure
     from ia2.report.html import try_report
 
@@ -59,3 +60,5 @@ def run_comparison(
         + (f", {figure}" if figure else "")
     )
     print(f"Report: {page or f'ia2 report {result.folder}'}")
+    if any(is_trained(recipe) for recipe in config.recipes):
+        print(f"Look inside the adapters: ia2 analyze {result.folder}")
