@@ -304,11 +304,41 @@ def test_the_report_has_it(
     page = (tmp_path / "page.html").read_text()
     assert "Inside compare" in page
     assert str(runs["compare"].parent) not in page
-    ran = run(
-        capsys, "report", str(runs["compare"]), "--figures", str(tmp_path / "figures"), "--markdown", "-q"
-    )
+    ran = run(capsys, "report", str(runs["compare"]), "--markdown", "-q")
     assert "Similarity of attention outputs to ICL" in ran.out
-    assert set(names) <= {p.stem for p in (tmp_path / "figures").iterdir()}
+
+
+def test_the_causal_check_and_side_effects(
+    base: BaseModel, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ia2.analysis import effects
+
+    passes: list[Any] = []
+    perplexity = effects.perplexity
+    monkeypatch.setattr(
+        effects, "perplexity", lambda model, *a, **k: passes.append(model) or perplexity(model, *a, **k)
+    )
+    settings = AnalysisSettings(("neurons", "causal", "effects"), causal_queries=4)
+    result = analyze([runs["compare"]], settings, base=base, max_queries=6, adapters=["sft"])
+    assert result["subjects"] == ["sft"]
+    causal, found = result["causal"], result["effects"]
+    assert set(causal["targets"]) == set(causal["reverse"]) == {"base", "sft"}
+    assert (causal["queries"], causal["trials"]) == (4, 2)
+    # one token: nothing but attention outputs tells the two runs apart at the answer
+    assert causal["targets"]["base"]["all"]["recovered"] == pytest.approx(1, abs=1e-3)
+    assert causal["sets"][0].startswith("50 neurons most unlike ICL")
+    assert found["views"] == ["base", "sft"]
+    assert found["wordings"]["rows"] == 6
+    assert found["perplexity"]["texts"] == 40
+    # of the base model what does not depend on the training set is measured once, for both seeds
+    assert len(passes) == 3
+    sentences = " ".join(analysis_verdict(result))
+    assert "Causal check, base: of a gap of" in sentences
+    assert "Perplexity on plain text, over the base model's: SFT" in sentences
+    with pytest.raises(ConfigError, match=r"adapters: there is no .stf.\. Did you mean .sft."):
+        analyze([runs["compare"]], settings, base=base, adapters=["stf"])
+    with pytest.raises(ConfigError, match="effects is not among the parts"):
+        AnalysisSettings(("lens",), benchmarks=("SST2",))
 
 
 def test_cross_fitted_rows_are_pooled(base: BaseModel, runs: dict[str, Path]) -> None:
