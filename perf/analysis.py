@@ -104,13 +104,13 @@ def measure(look: views.Look, study: Study, controls: bool, queries: int, step: 
 def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--queries", type=int, default=500)
+    parser.add_argument("--queries", type=int, nargs=2, default=[500, 500], help="without, with controls")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     configure(quiet=True)
     data = load_benchmark("Intents").load()
     pool = list(data.test) + list(data.pool)
-    queries = Examples((pool * 2)[: given.queries], name="queries")
+    queries = Examples((pool * 2)[: max(given.queries)], name="queries")
     with tempfile.TemporaryDirectory() as folder:
         study = adapters(Path(folder), data.pool, queries)
         base = load_base("demo")
@@ -118,8 +118,10 @@ def main() -> None:
         look = views.Look(base, task, study.trials[0], Path(folder))
         step = look.block_size(["output", "residual", "heads", "neurons"], 1)
         found: dict[str, Any] = {
-            name: measure(look, study, controls, given.queries, step)
-            for name, controls in (("without controls", False), ("with controls", True))
+            name: measure(look, study, controls, count, step)
+            for (name, controls), count in zip(
+                (("without controls", False), ("with controls", True)), given.queries, strict=True
+            )
         }
         look.close()
     found |= {

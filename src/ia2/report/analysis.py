@@ -44,11 +44,11 @@ def read_analysis(folder: Path) -> dict[str, Any] | None:
 
 def analysis_heading(result: Mapping[str, Any]) -> str:
     """What the figures are of."""
-    seeds = ", ".join(map(str, result["seeds"]))
+    one = len(result["seeds"]) == 1
+    queries = count_text(result["data"]["queries"], "query", "queries")
     return (
-        f"{result['model']}: {result['data']['name']}, {result['num_train']} examples, "
-        f"{count_text(result['data']['queries'], 'query', 'queries')}, seed"
-        f"{'' if len(result['seeds']) == 1 else 's'} {seeds}"
+        f"{result['model']}: {result['data']['name']}, {result['num_train']} examples, {queries}"
+        f"{'' if one else ' over all seeds'}, seed{'' if one else 's'} {', '.join(map(str, result['seeds']))}"
     )
 
 
