@@ -101,7 +101,6 @@ class Look:
         self._bench = Workbench(self.base, self.trial.data, self.task, self.trial.config, self.folder)
         self.teaching = self._bench.teaching
         self.others = _other_demonstrations(self.trial)
-        self._answers: list[Ids] = []
 
     @property
     def place(self) -> str:
