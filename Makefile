@@ -29,7 +29,7 @@ demo: setup
 	$(BIN)/ia2 demo --output-dir out/demo
 
 test: setup
-	$(BIN)/python -m pytest -n $(THREADS) --dist loadfile
+	$(BIN)/python -m pytest -n $(THREADS) --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

@@ -24,6 +24,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
+# The files that take longest, first: one that is begun last would keep a single process busy at the end.
+_LONGEST = (
+    "test_sweep_cluster.py",
+    "test_sweep_workers.py",
+    "test_sweep_run.py",
+    "test_resume.py",
+    "test_in_context_learner.py",
+    "test_teacher.py",
+    "test_launch.py",
+    "test_analyze.py",
+    "test_trajectory.py",
+    "test_patching.py",
+    "test_families.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Longest files first; the order within a file stays."""
+    place = {name: number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 @pytest.fixture(autouse=True)
 def _logging_as_imported() -> Iterator[None]:
     """Commands set up logging for themselves, in fixtures of a module too; tests read it through pytest."""
