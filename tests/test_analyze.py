@@ -337,6 +337,11 @@ def test_the_causal_check_and_side_effects(
     assert "Perplexity on plain text, over the base model's: SFT" in sentences
     with pytest.raises(ConfigError, match=r"adapters: there is no .stf.\. Did you mean .sft."):
         analyze([runs["compare"]], settings, base=base, adapters=["stf"])
+    count = len(passes)
+    unknown = AnalysisSettings(("effects",), benchmarks=("SST3",))
+    with pytest.raises(ConfigError, match="SST3"):
+        analyze([runs["compare"]], unknown, base=base)
+    assert len(passes) == count
     with pytest.raises(ConfigError, match="effects is not among the parts"):
         AnalysisSettings(("lens",), benchmarks=("SST2",))
 

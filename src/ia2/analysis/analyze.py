@@ -147,6 +147,8 @@ def _looked(
         settings.data_dir,
         template=study.config.prompt_template,
     )
+    if "effects" in settings.parts:
+        effects.prepare(looks[0])
     for look in looks:
         try:
             with _timed(seconds, "views"):

@@ -22,6 +22,7 @@ from ia2.analysis.wordings import wordings
 
 if TYPE_CHECKING:
     from ia2.analysis.neurons import Coordinates
+    from ia2.examples import Examples
     from ia2.task import Task
 
 # Neurons that are patched together, and as many drawn at random in the same layers.
@@ -144,6 +145,20 @@ class SideEffects:
 
     def __post_init__(self) -> None:
         self._texts = plain_texts(self.text)
+        self._elsewhere: dict[str, tuple[Task, Examples]] = {}
+
+    def prepare(self, look: Look) -> None:
+        """Read the other benchmarks, before anything is run.
+
+        Raises:
+            ConfigError: one is unknown.
+            DataError: its rows cannot be had, or the model cannot tell its labels apart.
+        """
+        rendering = look.teaching.prompts.rendering
+        for name in self.benchmarks:
+            self._elsewhere[Path(name).stem] = effects.other_benchmark(
+                name, rendering, data_dir=self.data_dir, max_test=self.max_test
+            )
 
     def look(self, look: Look, subjects: Sequence[Subject]) -> None:
         """One trial: the base model and each adapter."""
@@ -166,12 +181,10 @@ class SideEffects:
     def _measured(self, look: Look, model: Any) -> Effects:
         tokenizer, rendering = look.base.tokenizer, look.teaching.prompts.rendering
         window = look.window(model)
-        elsewhere = {}
-        for name in self.benchmarks:
-            task, rows = effects.other_benchmark(
-                name, rendering, data_dir=self.data_dir, max_test=self.max_test
-            )
-            elsewhere[Path(name).stem] = effects.accuracy(model, tokenizer, task, rows, rendering, window)
+        elsewhere = {
+            name: effects.accuracy(model, tokenizer, task, rows, rendering, window)
+            for name, (task, rows) in self._elsewhere.items()
+        }
         starts = openings(tokenizer, self._texts[:OPENINGS])
         return Effects(
             effects.perplexity(model, tokenizer, self._texts, window),

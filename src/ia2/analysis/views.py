@@ -227,8 +227,8 @@ class Look:
             def keep(place: int, logits: torch.Tensor) -> None:
                 answers[place] = (int(logits[0].argmax()),)
 
-            placeholder = [(0,)] * len(members)
-            found = self.run(ICL, members, placeholder, sites, logits=True, on_logits=keep)
+            anything = list(answers)
+            found = self.run(ICL, members, anything, sites, logits=True, on_logits=keep)
             return answers, found
         with self.showing(None) as model:
             generated = generate_answers(
