@@ -25,7 +25,7 @@ from ia2.analysis.views import BASE, ICL, Look, View, run_views, views_of
 from ia2.comparison import compare
 from ia2.config import CompareConfig, TrainConfig
 from ia2.errors import ConfigError, DataError, RunFolderError
-from ia2.examples import Examples
+from ia2.examples import Example, Examples
 from ia2.models import BaseModel
 from ia2.report.analysis import analysis_figures, analysis_tables, analysis_verdict
 from ia2.task import Task, make_task
@@ -409,6 +409,15 @@ def test_mistakes(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureF
     assert "none are named" in run(capsys, "analyze", str(runs["sft"]), "--parts", ",").refusal()
     with pytest.raises(ConfigError, match="there is no 'x'"):
         AnalysisSettings(("x",))
+    (tmp_path / "file").write_text("")
+    refused = run(capsys, "analyze", str(runs["sft"]), "--output-dir", str(tmp_path / "file")).refusal()
+    assert "file is a file. Choose another --output-dir" in refused
+    strange = saved(tmp_path / "strange.jsonl", Examples([Example("a0 z1", " L77", "row 1")], name="x"))
+    refused = run(capsys, "analyze", str(runs["sft"]), "--data", strange, "--quiet").refusal()
+    assert "L77" in refused
+    one = saved(tmp_path / "one.jsonl", icl_examples(1))
+    with pytest.raises(ConfigError, match="at least two queries"):
+        analyze([runs["sft"]], AnalysisSettings(("causal",)), data=one)
     spoilt = Path(shutil.copytree(runs["sft"], tmp_path / "spoilt"))
     (spoilt / "metrics.json").unlink()
     with pytest.raises(RunFolderError, match="has not finished"):

@@ -19,7 +19,7 @@ from ia2.analysis.answer_runs import AnswerRuns, Packed, Rows
 from ia2.analysis.causal import MAX_POSITIONS, CausalCheck, CausalTrial, Patched, Units, partners, units_of
 from ia2.analysis.causal_summary import summarise
 from ia2.analysis.patching import Patch, Unit, patched_log_probs
-from ia2.analysis.sites import SiteCapture, has_neurons
+from ia2.analysis.sites import SiteCapture, has_site
 from ia2.capture import ActivationCapture
 from ia2.errors import DataError, ModelError
 from ia2.inference import answer_pass
@@ -42,7 +42,7 @@ CONTEXTS = [random_ids(4, 31) + prompt for prompt in PROMPTS]
 
 
 def sites_of(model: Any) -> list[str]:
-    return ["output", "heads", "residual", *(["neurons"] if has_neurons(model) else [])]
+    return ["output", "heads", "residual", *(["neurons"] if has_site(model, "neurons") else [])]
 
 
 def read(model: Any, tokenizer: Any, prompts: Sequence[Ids]) -> tuple[list[Any], np.ndarray]:
@@ -67,7 +67,7 @@ def some_patches(model: Any, layers: Sequence[int]) -> list[Patch]:
     for layer in layers:
         found += [(Unit("output", layer),), (Unit("residual", layer),), (Unit("heads", layer, (0, 3)),)]
         found += [(Unit("heads", layer, (head,)),) for head in range(HEADS)]
-        if has_neurons(model):
+        if has_site(model, "neurons"):
             found.append((Unit("neurons", layer, (0, 5, 9)),))
     found.append(tuple(Unit("output", layer) for layer in layers))
     found.append(

@@ -7,7 +7,7 @@ import torch
 from families import ALL
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ia2.analysis.sites import READABLE, SiteCapture, has_neurons, site_widths
+from ia2.analysis.sites import READABLE, SiteCapture, has_site, site_widths
 from ia2.capture import ActivationCapture
 from ia2.inference import answer_pass
 
@@ -21,7 +21,7 @@ PAIRS = [
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma3", "qwen3_next", "mixtral"])
 def test_one_pass_for_all(name: str, word_tokenizer: PreTrainedTokenizerFast) -> None:
     model = ALL[name]()
-    sites = [site for site in READABLE if site != "neurons" or has_neurons(model)]
+    sites = [site for site in READABLE if has_site(model, site)]
     assert ("neurons" in sites) == (name != "mixtral")
     widths = site_widths(model, sites)
     found = {}

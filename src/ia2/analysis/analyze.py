@@ -106,8 +106,12 @@ def analyze(
     from ia2.adaptation import load_base_of
 
     settings = settings or AnalysisSettings()
+    if output_dir is not None and Path(output_dir).is_file():
+        raise ConfigError(f"{output_dir} is a file. Choose another --output-dir.")
     places = [Path(folder) for folder in folders]
     study = find_study(places, data=data, split=split, max_queries=max_queries, only=adapters)
+    if "causal" in settings.parts and min(len(trial.queries) for trial in study.trials) < 2:
+        raise ConfigError("the causal check needs at least two queries. Give more rows, or leave causal out.")
     config = study.config if device is None else study.config.model_copy(update={"device": device})
     base = base or load_base_of(study.model, config)
     task = make_task(study.examples, config, base.tokenizer, config.prompt_template)

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ia2.analysis.patching import Patch, Unit, patched_log_probs
-from ia2.analysis.sites import SiteCapture
+from ia2.analysis.sites import SiteCapture, has_site
 from ia2.capture import ActivationCapture, unwrap
-from ia2.errors import DataError, ModelError
+from ia2.errors import DataError
 from ia2.inference import answer_pass
 from ia2.tokens import Ids
 
@@ -89,23 +89,15 @@ def units_of(model: nn.Module, pattern: str | None = None, sets: Mapping[str, Pa
     layers = ActivationCapture(model, pattern).layers
     heads = int(getattr(unwrap(model).config.get_text_config(), "num_attention_heads", 1))
     groups: dict[str, tuple[Patch, ...]] = {}
-    if _has(model, pattern, "heads"):
+    if has_site(model, "heads", pattern):
         groups["heads"] = tuple((Unit("heads", layer, (h,)),) for layer in layers for h in range(heads))
     for group, site in (("layers", "output"), ("residual", "residual"), ("neurons", "neurons")):
-        if _has(model, pattern, site):
+        if has_site(model, site, pattern):
             groups[group] = tuple((Unit(site, layer),) for layer in layers)
     groups["all"] = (tuple(Unit("output", layer) for layer in layers),)
     if sets:
         groups["sets"] = tuple(sets.values())
     return Units(layers, heads, groups, tuple(sets or ()))
-
-
-def _has(model: nn.Module, pattern: str | None, site: str) -> bool:
-    try:
-        ActivationCapture(model, pattern, site=site)
-    except ModelError:
-        return False
-    return True
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ia2.analysis import activations, heads, lens, neurons
-from ia2.analysis.sites import has_neurons, site_widths
+from ia2.analysis.sites import has_site, site_widths
 from ia2.analysis.subjects import Study
 from ia2.analysis.views import ICL, Look, Meter, View, gold_of, run_views, views_of
 from ia2.capture import find_attention_modules
@@ -93,7 +93,7 @@ class Insides:
             meters["heads"] = heads.HeadMeter(layers, count)
         if "neurons" in self.parts:
             sites = ["residual"]
-            if has_neurons(model, pattern):
+            if has_site(model, "neurons", pattern):
                 sites.append("neurons")
             else:
                 logger.info("No dense MLPs in this model: no neurons, only the residual stream.")

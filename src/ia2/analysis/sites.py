@@ -98,10 +98,10 @@ def site_widths(model: nn.Module, sites: Sequence[str], pattern: str | None = No
     return {site: int(tensor.shape[-1]) for site, tensor in found.items()}
 
 
-def has_neurons(model: nn.Module, pattern: str | None = None) -> bool:
-    """Whether the site ``neurons`` can be read of this model."""
+def has_site(model: nn.Module, site: str, pattern: str | None = None) -> bool:
+    """Whether a site can be read of this model; a mixture of experts has no ``neurons``."""
     try:
-        ActivationCapture(model, pattern, site="neurons")
+        ActivationCapture(model, pattern, site=site)
     except ModelError:
         return False
     return True

@@ -19,6 +19,7 @@ from ia2.adapter_weights import base_weights, load_adapter_state, read_adapter_s
 from ia2.analysis.sites import SiteCapture
 from ia2.analysis.subjects import Subject, Trial
 from ia2.batching import give_back_memory
+from ia2.errors import DataError
 from ia2.examples import Example, Examples
 from ia2.files import digest
 from ia2.inference import answer_pass, generate_answers
@@ -170,7 +171,8 @@ class Look:
         return [contexts.common_suffix(i) for i in members]
 
     def check(self, controls: bool) -> None:
-        """Refuse prompts that do not fit, before anything is run."""
+        """Refuse prompts that do not fit and labels that are none, before anything is run."""
+        gold_of(self.task, self.trial.queries)
         self.prompts()
         self._contexts("own").prepare()
         if controls and self.others is not None:
@@ -202,6 +204,13 @@ class Look:
         pattern = self.trial.config.attention_modules
         with self.showing(view.subject) as model, SiteCapture(model, sites, pattern) as capture:
             pairs = list(zip(self.prompts(view.context, members), answers, strict=True))
+            longest = max(len(prompt) + len(answer) - 1 for prompt, answer in pairs)
+            if longest > (window := self.window(model)):
+                # demonstrations were fitted to the base model's window; virtual tokens take some of it
+                raise DataError(
+                    f"{self.place}, {view.name}: {longest} tokens do not fit the {window} that the adapter's "
+                    "virtual tokens leave of the context window. Leave the controls out (--no-controls)."
+                )
             for output in answer_pass(
                 model,
                 self.base.tokenizer,
@@ -246,8 +255,8 @@ class Look:
     def mean_of_training(self, sites: Sequence[str]) -> dict[str, torch.Tensor]:
         """Mean activations of ICL over the training examples, each behind the others: site → ``[L, w]``.
 
-        What ICL activations have in common whatever the query; an adapter that learnt no more than this
-        constant is as near to ICL as it is.
+        Teacher-forced on the true answers. What ICL activations have in common whatever the query: an
+        adapter that learnt no more than this constant is as near to ICL as it is.
         """
         contexts, rows = self.teaching.train_contexts, self.trial.data.train
         pairs = [
