@@ -227,6 +227,17 @@ def test_blocks_do_not_matter(look: Look, monkeypatch: pytest.MonkeyPatch) -> No
             np.testing.assert_allclose(similar.asim, results[0][name][0].asim, atol=1e-5)
 
 
+def test_demonstrations_that_virtual_tokens_leave_no_room_for(
+    look: Look, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of prompt tuning, whose tokens come before the prompt."""
+    monkeypatch.setattr(views, "virtual_tokens", lambda model: look.teaching.window - 10)
+    sft = next(s for s in look.trial.subjects if s.name == "sft")
+    look.run(View("sft", sft), [0], [(5,)], ("output",))
+    with pytest.raises(DataError, match=r"sft\+demos: \d+ tokens do not fit the 10 .* \(--no-controls\)"):
+        look.run(View("sft+demos", sft, "own"), [0], [(5,)], ("output",))
+
+
 def test_controls(runs: dict[str, Path]) -> None:
     trials = find_study([runs["compare"]]).trials
     names = {v.name: v for v in views_of(trials[0], trials, controls=True, others=True)}
