@@ -27,7 +27,7 @@ from ia2.adapter_weights import attach, base_weights
 from ia2.adapters import peft_config
 from ia2.batches import AnswerDataset, Row
 from ia2.capture import ActivationCapture
-from ia2.config import AdapterConfig
+from ia2.config_sections import AdapterConfig
 from ia2.context import Contexts
 from ia2.demo import COMPLETION_TEMPLATE, LABEL_MAP, PROMPT_TEMPLATE, demo_data
 from ia2.evaluation.scoring import score_labels

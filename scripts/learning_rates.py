@@ -17,7 +17,8 @@ from typing import Any
 
 from ia2.adaptation import load_base_of, load_examples, load_test_examples
 from ia2.comparison import compare
-from ia2.config import CompareConfig, load_config
+from ia2.config import CompareConfig
+from ia2.config_reading import load_config
 from ia2.console import configure
 from ia2.files import finite, write_json, write_text
 from ia2.runs import machine, versions

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ia2.adapter_weights import attach
 from ia2.adapters import ADAPTERS, peft_config
-from ia2.config import AdapterConfig
+from ia2.config_sections import AdapterConfig
 
 SEPARATE = {"q_proj", "k_proj", "o_proj"}
 EXPECTED = {

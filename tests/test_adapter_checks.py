@@ -10,7 +10,7 @@ from families import HYBRIDS, build
 from transformers import Gemma4TextConfig, PreTrainedModel
 
 from ia2.adapter_checks import check_adapter
-from ia2.config import AdapterConfig
+from ia2.config_sections import AdapterConfig
 from ia2.errors import ConfigError, ModelError
 
 

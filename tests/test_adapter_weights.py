@@ -24,7 +24,7 @@ from ia2.adapter_weights import (
     save_adapter,
 )
 from ia2.adapters import peft_config
-from ia2.config import AdapterConfig
+from ia2.config_sections import AdapterConfig
 from ia2.errors import ConfigError, DataError
 
 

@@ -21,7 +21,9 @@ from ia2.adapter_weights import (
     virtual_tokens,
 )
 from ia2.adapters import ADAPTERS, default_learning_rate, narrowed, peft_config
-from ia2.config import AdaptConfig, AdapterConfig, validate
+from ia2.config import AdaptConfig
+from ia2.config_reading import validate
+from ia2.config_sections import AdapterConfig
 from ia2.errors import ConfigError, ModelError
 
 # What cannot work, and what is said of it; everything else must.

@@ -10,7 +10,8 @@ from benches import icl_base, icl_examples
 
 from ia2.arms import arms, rivals
 from ia2.comparison import compare
-from ia2.config import CompareConfig, validate
+from ia2.config import CompareConfig
+from ia2.config_reading import validate
 from ia2.errors import ConfigError
 from ia2.files import digest, finite
 

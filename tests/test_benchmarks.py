@@ -16,7 +16,8 @@ from command_line import run, write_rows
 
 from ia2.benchmarks import BENCHMARKS, Benchmark, load_benchmark
 from ia2.benchmarks.loading import mirror_notes, tokens_at_most
-from ia2.config import AdaptConfig, validate
+from ia2.config import AdaptConfig
+from ia2.config_reading import validate
 from ia2.errors import ConfigError, DataError, UserError
 from ia2.evaluation.answers import parse
 from ia2.examples import Examples

@@ -20,7 +20,7 @@ from ia2.adapter_targets import output_projections
 from ia2.adapter_weights import adapter_state, attach, base_weights, detach, load_adapter_state
 from ia2.adapters import peft_config
 from ia2.bottleneck import BottleneckConfig, BottleneckLayer
-from ia2.config import AdapterConfig
+from ia2.config_sections import AdapterConfig
 from ia2.errors import ConfigError, ModelError
 
 # Output projections of attention and MLP, as PEFT's target_modules.

@@ -20,7 +20,7 @@ from ia2.adapter_targets import attention_projections
 from ia2.adapter_weights import attach, base_weights
 from ia2.adapters import peft_config
 from ia2.capture import SITES, ActivationCapture, eager_attention, find_attention_modules
-from ia2.config import AdapterConfig
+from ia2.config_sections import AdapterConfig
 from ia2.errors import ModelError
 from ia2.example_trainer import _disable_checkpointing, _enable_checkpointing
 from ia2.tokens import pad_rows

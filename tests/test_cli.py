@@ -17,7 +17,8 @@ from tiny_icl.tasks import sample_task
 
 import ia2
 from ia2.cli.options import gather_lists, list_flags, with_settings
-from ia2.config import SECTIONS, AdaptConfig, CompareConfig, CurveConfig, ProbeConfig, TrainConfig
+from ia2.config import AdaptConfig, CompareConfig, CurveConfig, ProbeConfig, TrainConfig
+from ia2.config_sections import SECTIONS
 
 TASK = sample_task(0, num_classes=3)
 

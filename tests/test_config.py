@@ -5,15 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ia2.config import (
-    SECTIONS,
-    AdaptConfig,
-    CompareConfig,
-    ProbeConfig,
-    TrainConfig,
-    load_config,
-    validate,
-)
+from ia2.config import AdaptConfig, CompareConfig, ProbeConfig, TrainConfig
+from ia2.config_reading import load_config, validate
+from ia2.config_sections import SECTIONS
 from ia2.errors import ConfigError, DataError
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from benches import icl_base, icl_examples
 
-from ia2.config import CurveConfig, validate
+from ia2.config import CurveConfig
+from ia2.config_reading import validate
 from ia2.curves import curve
 from ia2.errors import ConfigError, DataError
 from ia2.files import read_json

@@ -16,7 +16,7 @@ import yaml
 import ia2
 from ia2.cli import app, main
 from ia2.cli import options as cli_options
-from ia2.config import load_config
+from ia2.config_reading import load_config
 from ia2.sweeps.grid import expand, load_grid
 
 ROOT = Path(__file__).parents[1]

@@ -27,7 +27,8 @@ from ia2.analysis.effects import (
 )
 from ia2.analysis.texts import plain_texts
 from ia2.analysis.wordings import UNCHANGED, WORDINGS, wordings
-from ia2.config import AdaptConfig, AdapterConfig
+from ia2.config import AdaptConfig
+from ia2.config_sections import AdapterConfig
 from ia2.errors import DataError
 from ia2.evaluation.calibration import clustered_interval, paired_difference_interval
 from ia2.examples import Example

@@ -23,16 +23,9 @@ from ia2.adapters import ADAPTERS, AdapterType
 from ia2.arms import arms
 from ia2.cli import options
 from ia2.cli.options import with_settings
-from ia2.config import (
-    SECTIONS,
-    AdaptConfig,
-    AdapterConfig,
-    AlignConfig,
-    CompareConfig,
-    TrainConfig,
-    load_config,
-    validate,
-)
+from ia2.config import AdaptConfig, CompareConfig, TrainConfig
+from ia2.config_reading import load_config, validate
+from ia2.config_sections import SECTIONS, AdapterConfig, AlignConfig
 from ia2.context import Orders
 from ia2.errors import ConfigError
 from ia2.examples import Examples, FewShotSplit
@@ -97,7 +90,7 @@ def absolute(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setitem(OBJECTIVES, "absolute", Objective("output", loss))
     # one line of recipes.py; settings have imported it
-    for module in ("ia2.recipes", "ia2.config"):
+    for module in ("ia2.recipes", "ia2.config_sections"):
         monkeypatch.setattr(f"{module}.OBJECTIVE_NAMES", (*OBJECTIVE_NAMES, "absolute"))
     return shapes
 
@@ -136,7 +129,7 @@ def values(monkeypatch: pytest.MonkeyPatch) -> str:
 
     made = AdapterType(build, 5e-3, ("rank",), "low-rank updates of value projections")
     monkeypatch.setitem(ADAPTERS, "values", made)
-    monkeypatch.setattr("ia2.config.ADAPTER_NAMES", (*ADAPTER_NAMES, "values"))
+    monkeypatch.setattr("ia2.config_sections.ADAPTER_NAMES", (*ADAPTER_NAMES, "values"))
     return "values"
 
 

@@ -24,7 +24,7 @@ from ia2.adapter_weights import (
 )
 from ia2.adapters import peft_config
 from ia2.capture import ActivationCapture, unwrap
-from ia2.config import AdapterConfig
+from ia2.config_sections import AdapterConfig
 from ia2.errors import ConfigError, ModelError
 from ia2.full import FullModel
 

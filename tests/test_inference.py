@@ -32,7 +32,7 @@ from ia2.adapter_weights import attach, base_weights
 from ia2.adapters import peft_config
 from ia2.batching import token_budget
 from ia2.capture import ActivationCapture, eager_attention
-from ia2.config import AdapterConfig
+from ia2.config_sections import AdapterConfig
 from ia2.console import progress
 from ia2.inference import AnswerOutput, Generated, answer_pass, cut_answer, generate_answers
 from ia2.tokens import Ids, common_prefix, fed_ids

@@ -19,7 +19,7 @@ from ia2.adapter_weights import adapter_state, attach, detach, read_adapter_stat
 from ia2.adapters import ADAPTERS, peft_config
 from ia2.analysis.overlap import AdapterWeights, over_seeds, overlaps, place
 from ia2.analysis.subspaces import MEASURES, effective_rank, low_rank, overlap
-from ia2.config import AdapterConfig
+from ia2.config_sections import AdapterConfig
 from ia2.files import finite
 from ia2.report.weight_figures import weight_figures
 

@@ -17,7 +17,8 @@ from test_context import naive_orders, rows
 from test_rendering import chatty
 from transformers import PreTrainedTokenizerFast
 
-from ia2.config import AdaptConfig, validate
+from ia2.config import AdaptConfig
+from ia2.config_reading import validate
 from ia2.context import render
 from ia2.errors import ConfigError, DataError
 from ia2.examples import Example

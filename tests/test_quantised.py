@@ -15,7 +15,7 @@ from words import make_word_tokenizer
 from ia2.adapter_checks import check_adapter
 from ia2.adapter_weights import adapter_state, attach, base_weights, detach, load_adapter_state
 from ia2.adapters import ADAPTERS, peft_config
-from ia2.config import AdapterConfig
+from ia2.config_sections import AdapterConfig
 from ia2.errors import ConfigError, ModelError
 from ia2.full import FullModel
 from ia2.models import BaseModel, load_base

@@ -14,7 +14,8 @@ from ia2.adapter_weights import base_weights
 from ia2.adapters import ADAPTERS
 from ia2.alignment import AlignmentSettings
 from ia2.batches import part_of
-from ia2.config import AdaptConfig, validate
+from ia2.config import AdaptConfig
+from ia2.config_reading import validate
 from ia2.errors import ConfigError, DataError
 from ia2.losses import OBJECTIVES
 from ia2.models import BaseModel

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from ia2.config import AdapterConfig
+from ia2.config_sections import AdapterConfig
 from ia2.evaluation.metrics import Measured, RowMeasures, summarise
 from ia2.report.card import model_card
 from ia2.report.figures import comparison_figure, try_comparison_figure

@@ -10,7 +10,8 @@ from sweeping import cells_of, grid_of, write_files, write_grid, write_split
 from transformers import PreTrainedModel
 
 from ia2.adapters import ADAPTERS, peft_config
-from ia2.config import AdaptConfig, AdapterConfig
+from ia2.config import AdaptConfig
+from ia2.config_sections import AdapterConfig
 from ia2.errors import ConfigError, DataError
 from ia2.files import digest
 from ia2.sweeps.grid import FORMAT, Cell, GridConfig, evaluated_on, expand, load_grid

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from ia2.adapter_weights import attach
 from ia2.adapters import peft_config
 from ia2.capture import ActivationCapture
-from ia2.config import AdapterConfig
+from ia2.config_sections import AdapterConfig
 from ia2.errors import DataError
 from ia2.tokens import (
     Batch,

@@ -14,8 +14,8 @@ _PUBLIC = {
     "ActivationCapture": "ia2.capture",
     "AdaptConfig": "ia2.config",
     "AdaptResult": "ia2.adaptation",
-    "AdapterConfig": "ia2.config",
-    "AlignConfig": "ia2.config",
+    "AdapterConfig": "ia2.config_sections",
+    "AlignConfig": "ia2.config_sections",
     "AlignTrainer": "ia2.trainer",
     "AnalysisSettings": "ia2.analysis.analyze",
     "BaseModel": "ia2.models",
@@ -30,7 +30,7 @@ _PUBLIC = {
     "ProbeConfig": "ia2.config",
     "RowFormat": "ia2.examples",
     "RunFolderError": "ia2.errors",
-    "SftConfig": "ia2.config",
+    "SftConfig": "ia2.config_sections",
     "MixedTrainer": "ia2.trainer",
     "SftTrainer": "ia2.trainer",
     "SoftTrainer": "ia2.trainer",
@@ -55,15 +55,8 @@ if TYPE_CHECKING:
     from ia2.analysis.signatures import diagnose
     from ia2.capture import ActivationCapture
     from ia2.comparison import compare
-    from ia2.config import (
-        AdaptConfig,
-        AdapterConfig,
-        AlignConfig,
-        CompareConfig,
-        CurveConfig,
-        ProbeConfig,
-        SftConfig,
-    )
+    from ia2.config import AdaptConfig, CompareConfig, CurveConfig, ProbeConfig
+    from ia2.config_sections import AdapterConfig, AlignConfig, SftConfig
     from ia2.curves import curve
     from ia2.errors import ConfigError, DataError, ModelError, RunFolderError, UserError
     from ia2.examples import Example, Examples, FewShotSplit, RowFormat

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ia2.adapter_trials import embedding_problem, keeps_keys_and_values
 from ia2.adapters import ADAPTERS, CACHE_TYPES, peft_config
 from ia2.capture import unwrap
-from ia2.config import AdapterConfig
+from ia2.config_sections import AdapterConfig
 from ia2.errors import ConfigError, ModelError, suggest
 
 if TYPE_CHECKING:

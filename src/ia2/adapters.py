@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ia2.adapter_targets import attention_projections, output_projections
 from ia2.adapter_trials import cache_sizes
 from ia2.capture import unwrap
-from ia2.config import AdapterConfig
+from ia2.config_sections import AdapterConfig
 from ia2.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class AdapterType:
     Attributes:
         build: base model and settings to a PEFT configuration (``full``: a ``FullConfig``).
         learning_rate: the rate that is tried where none is given.
-        settings: fields of :class:`~ia2.config.AdapterConfig` that this type has.
+        settings: fields of :class:`~ia2.config_sections.AdapterConfig` that this type has.
         description: one line for people.
     """
 

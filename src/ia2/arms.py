@@ -8,7 +8,8 @@ from itertools import product
 from typing import Any
 
 from ia2.adapters import ADAPTERS, narrowed
-from ia2.config import AdaptConfig, CompareConfig, validate
+from ia2.config import AdaptConfig, CompareConfig
+from ia2.config_reading import validate
 from ia2.errors import ConfigError
 from ia2.recipes import describe, is_trained
 from ia2.stages import plan

@@ -1,198 +1,33 @@
 """All settings, each defined once: the command line's options and the YAML keys are made from here.
 
-Unknown keys are refused with a suggestion. ``AdaptConfig`` is what the Python function
-:func:`ia2.adapt` takes; the commands add where model, data and results are.
+``AdaptConfig`` is what the Python function :func:`ia2.adapt` takes; the commands add where model, data
+and results are. The sections of the stages are in :mod:`ia2.config_sections`; files and flags are read
+by :mod:`ia2.config_reading`.
 """
 
 from __future__ import annotations
 
 import re
-import typing
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Literal
 
-import pydantic
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from ia2.errors import ConfigError, DataError, suggest
-from ia2.recipes import ADAPTER_NAMES, OBJECTIVE_NAMES, RECIPES, TRAINED
-
-
-class Section(BaseModel):
-    """Keys and values of a YAML file; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True)
-
-
-def _one_of(value: str, known: Sequence[str]) -> str:
-    if value not in known:
-        raise ValueError(f"'{value}' is not one of {', '.join(known)}.{suggest(value, known)}")
-    return value
-
-
-class AdapterConfig(Section):
-    """What is trained. A setting left open takes the type's own default (``ia2.adapters.ADAPTERS``)."""
-
-    type: str = Field(
-        "lora",
-        description=f"Adapter type: {', '.join(ADAPTER_NAMES)} (every weight), unless `peft` is given.",
-    )
-    rank: int | None = Field(None, ge=1, description="Rank r of lora, rslora, dora (8) and vera (256).")
-    alpha: float | None = Field(
-        None, gt=0, description="Alpha of lora, rslora and dora (8); the update is scaled by alpha/r."
-    )
-    dropout: float | None = Field(None, ge=0, lt=1, description="Dropout of lora, rslora, dora, vera (0).")
-    target_modules: list[str] | None = Field(
-        None,
-        description="Modules to adapt; by default the query, key and output projections (bottleneck: the "
-        "output projections of attention and MLP).",
-    )
-    virtual_tokens: int | None = Field(
-        None, ge=1, description="Virtual tokens of prefix, prompt and p-tuning (16)."
-    )
-    bottleneck_size: int | None = Field(None, ge=1, description="Width of bottleneck adapters (16).")
-    placement: Literal["houlsby", "pfeiffer"] | None = Field(
-        None, description="Bottleneck adapters after attention and MLP (houlsby) or after the MLP (pfeiffer)."
-    )
-    peft: dict[str, Any] | None = Field(
-        None, description="Any PEFT configuration as it stands in an adapter_config.json."
-    )
-
-    @field_validator("type")
-    @classmethod
-    def _known_type(cls, value: str) -> str:
-        return _one_of(value, ADAPTER_NAMES)
-
-
-class StageConfig(Section):
-    """One training stage."""
-
-    epochs: int = Field(50, ge=1, description="Epochs at most.")
-    learning_rate: float | None = Field(
-        None, gt=0, description="This stage's own rate; by default the one being tried."
-    )
-    eval_every: int | None = Field(
-        None,
-        ge=1,
-        description="Optimiser steps between dev evaluations; by default four an epoch, at least two "
-        "steps apart.",
-    )
-    patience: int = Field(5, ge=1, description="Stop after this many dev evaluations without improvement.")
-    restore_best: bool = Field(
-        True, description="End with the weights of the best dev loss (false: with the last ones)."
-    )
-
-
-class TeacherStageConfig(StageConfig):
-    """A stage that learns from the teacher: the base model with the context in its prompt."""
-
-    only_correct: bool = Field(
-        False, description="Only examples that the teacher answers rightly (dev rows too)."
-    )
-
-
-class AlignConfig(TeacherStageConfig):
-    """The IA2 stage."""
-
-    objective: str = Field(
-        "mse",
-        description="Alignment objective: mse, kl or cosine of attention outputs; heads (before the output "
-        "projection), residual (the residual stream), attention (weights over the query's own tokens).",
-    )
-    temperature: float = Field(1.0, gt=0, description="Temperature of the kl objective.")
-    normalise: bool = Field(False, description="Divide each layer's loss by the mean square of its targets.")
-    layers: str | list[int] = Field(
-        "all",
-        description="Layers that are aligned: all, a list (0,5,6), a glob over module names, first-third, "
-        "middle-third, last-third, or top-K: the K that change most under ICL.",
-    )
-
-    @field_validator("objective")
-    @classmethod
-    def _known_objective(cls, value: str) -> str:
-        return _one_of(value, OBJECTIVE_NAMES)
-
-    @model_validator(mode="after")
-    def _scaled(self) -> AlignConfig:
-        if self.normalise and self.objective == "attention":
-            raise ValueError(
-                "normalise does nothing to attention weights, which have no scale. Leave it out, or choose "
-                "another objective"
-            )
-        return self
-
-
-class SftConfig(TeacherStageConfig):
-    """The supervised stage."""
-
-    answers: Literal["ground_truth", "icl_responses"] = Field(
-        "ground_truth", description="Train on the true answers, or on the teacher's own."
-    )
-    ia2_weight: float = Field(
-        0.0, ge=0, description="Keep the alignment loss beside cross-entropy, with this weight at first."
-    )
-    ia2_decay_epochs: int | None = Field(
-        None, ge=1, description="Epochs over which that weight falls to zero; by default all of the stage."
-    )
-
-    @model_validator(mode="after")
-    def _effective(self) -> SftConfig:
-        if self.only_correct and self.answers == "ground_truth" and not self.ia2_weight:
-            raise ValueError(
-                "only_correct does nothing to fine-tuning on true answers. Set answers to icl_responses, or "
-                "ia2_weight above 0, or leave it out"
-            )
-        if self.ia2_decay_epochs and not self.ia2_weight:
-            raise ValueError("ia2_decay_epochs does nothing without ia2_weight. Set that above 0")
-        return self
-
-
-class JointConfig(AlignConfig):
-    """The joint stage of ia2+sft: (1 − β)·alignment + β·cross-entropy."""
-
-    betas: list[float] = Field(
-        [0.5], min_length=1, description="Values of β to try; the best is chosen by cross-entropy on dev."
-    )
-    answers: Literal["ground_truth", "icl_responses"] = Field(
-        "icl_responses",
-        description="Answers of the cross-entropy: the teacher's (the paper) or the true ones.",
-    )
-
-    @field_validator("betas")
-    @classmethod
-    def _shares(cls, value: list[float]) -> list[float]:
-        if any(not 0 < beta < 1 for beta in value):
-            raise ValueError("β must lie between 0 and 1; for 0 or 1 take the recipes ia2 and sft")
-        return value
-
-
-class SoftConfig(TeacherStageConfig):
-    """The distillation stage of soft-sft."""
-
-    top_k: int | None = Field(
-        None, ge=1, description="Keep the teacher's k most probable tokens; by default the whole vocabulary."
-    )
-    remainder: Literal["drop", "spread"] | None = Field(
-        None, description="Mass outside the top k: dropped, or spread evenly over the rest (drop)."
-    )
-
-    @model_validator(mode="after")
-    def _effective(self) -> SoftConfig:
-        if self.remainder and self.top_k is None:
-            raise ValueError(
-                "remainder does nothing without top_k, which leaves none. Set top_k, or leave it out"
-            )
-        return self
-
-
-SECTIONS: dict[str, type[StageConfig]] = {
-    "align": AlignConfig,
-    "sft": SftConfig,
-    "joint": JointConfig,
-    "soft": SoftConfig,
-}
-"""Stage kind → its settings. A recipe is a list of these kinds (:mod:`ia2.recipes`)."""
+from ia2.config_reading import describe
+from ia2.config_sections import (
+    SECTIONS,
+    AdapterConfig,
+    AlignConfig,
+    JointConfig,
+    Section,
+    SftConfig,
+    SoftConfig,
+    StageConfig,
+    adapter_name,
+    objective_name,
+    one_of,
+)
+from ia2.recipes import RECIPES, TRAINED
 
 
 class AdaptConfig(Section):
@@ -336,7 +171,7 @@ class AdaptConfig(Section):
 
     def _check_recipe(self, recipe: str, place: str) -> None:
         try:
-            _one_of(recipe, [*RECIPES, *self.schedules])
+            one_of(recipe, [*RECIPES, *self.schedules])
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
 
@@ -375,7 +210,7 @@ class AdaptConfig(Section):
         try:
             return SECTIONS[kind](**section)
         except ValidationError as error:
-            problems = [_describe(SECTIONS[kind], problem) for problem in error.errors()]
+            problems = [describe(SECTIONS[kind], problem) for problem in error.errors()]
             raise ValueError(f"{where}: {'; '.join(problems)}") from None
 
     def _check_context(self) -> None:
@@ -478,12 +313,12 @@ class CompareConfig(AdaptConfig, ModelOptions, DataOptions):
     @field_validator("objectives")
     @classmethod
     def _known_objectives(cls, value: list[str]) -> list[str]:
-        return [_one_of(name, OBJECTIVE_NAMES) for name in value]
+        return [objective_name(name) for name in value]
 
     @field_validator("adapters")
     @classmethod
     def _known_adapters(cls, value: list[str]) -> list[str]:
-        return [_one_of(name, ADAPTER_NAMES) for name in value]
+        return [adapter_name(name) for name in value]
 
     @model_validator(mode="after")
     def _comparable(self) -> CompareConfig:
@@ -515,88 +350,3 @@ class ProbeConfig(AdaptConfig, ModelOptions, DataOptions):
     """Everything that `ia2 probe` needs."""
 
     max_queries: int = Field(32, ge=2, description="Probe on at most this many rows.")
-
-
-def load_config(kind: type[Section], file: str | Path | None, flags: Mapping[str, Any]) -> Any:
-    """A validated configuration from a YAML file and flags; flags win.
-
-    Args:
-        kind: the configuration class.
-        file: YAML file with (some of) its keys, or None.
-        flags: values given on the command line; None means not given. Dotted names reach sections.
-
-    Raises:
-        DataError: the file is missing.
-        ConfigError: it is no mapping, has an unknown key, or a value is not allowed. One line.
-    """
-    values: dict[str, Any] = {}
-    if file is not None:
-        values = _read_yaml(Path(file))
-    for name, value in flags.items():
-        if value is not None:
-            _assign(values, name, value, f"{file}: " if file is not None else "")
-    return validate(kind, values, str(file) if file is not None else None)
-
-
-def validate(kind: type[Section], values: Mapping[str, Any], where: str | None = None) -> Any:
-    """``kind(**values)`` with one-line errors.
-
-    Raises:
-        ConfigError: an unknown key (with a suggestion) or a value that is not allowed.
-    """
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        lines = [_describe(kind, problem) for problem in error.errors()]
-        prefix = f"{where}: " if where else ""
-        message = prefix + "; ".join(lines)
-        raise ConfigError(message if message.endswith("?") else message + ".") from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        text = path.expanduser().read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}).") from None
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if values is None:  # nothing but comments
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected keys and values, found {type(values).__name__}.")
-    return values
-
-
-def _assign(values: dict[str, Any], name: str, value: Any, prefix: str) -> None:
-    *sections, leaf = name.split(".")
-    for section in sections:
-        inner = values.setdefault(section, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"{prefix}{section}: expected keys and values, found {type(inner).__name__}.")
-        values = inner
-    values[leaf] = value
-
-
-def _describe(kind: type[Section], problem: Any) -> str:
-    place = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        section: type[pydantic.BaseModel] = kind
-        for part in problem["loc"][:-1]:
-            if isinstance(part, int):  # a place in a list
-                continue
-            annotation = section.model_fields[str(part)].annotation
-            for inner in (annotation, *typing.get_args(annotation)):
-                if isinstance(inner, type) and issubclass(inner, pydantic.BaseModel):
-                    section = inner
-        return f"unknown key '{place}'.{suggest(str(problem['loc'][-1]), list(section.model_fields))}".rstrip(
-            "."
-        )
-    message = problem["msg"].removeprefix("Value error, ").rstrip(".")
-    message = message[:1].lower() + message[1:] if problem["type"] != "value_error" else message
-    return f"{place}: {message}" if place else message

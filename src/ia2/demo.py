@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from ia2.config import CompareConfig, validate
+from ia2.config import CompareConfig
+from ia2.config_reading import validate
 
 # One-word labels: small models cannot read digits as labels.
 LABEL_MAP = {

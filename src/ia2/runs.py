@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ia2.config import TrainConfig, validate
+from ia2.config import TrainConfig
+from ia2.config_reading import validate
 from ia2.errors import DataError, RunFolderError
 from ia2.files import digest, read_json, write_json, write_text
 from ia2.task import Task

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ia2.adapter_weights import adapter_state, read_adapter_state, save_adapter
-from ia2.config import AdaptConfig, JointConfig, SftConfig, SoftConfig, StageConfig
+from ia2.config import AdaptConfig
+from ia2.config_sections import JointConfig, SftConfig, SoftConfig, StageConfig
 from ia2.console import logger, progress
 from ia2.distributed import is_first, wait
 from ia2.errors import RunFolderError

@@ -28,7 +28,8 @@ from ia2.adapter_weights import (
 from ia2.adapters import default_learning_rate, peft_config
 from ia2.analysis.similarity import Similarity, SimilarityMeter
 from ia2.capture import ActivationCapture
-from ia2.config import AdaptConfig, AlignConfig, JointConfig, SftConfig, SoftConfig
+from ia2.config import AdaptConfig
+from ia2.config_sections import AlignConfig, JointConfig, SftConfig, SoftConfig
 from ia2.context import Contexts
 from ia2.errors import DataError
 from ia2.evaluation.metrics import Measured

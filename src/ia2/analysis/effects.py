@@ -17,7 +17,8 @@ import numpy as np
 
 from ia2.analysis.diversity import DIVERSITY
 from ia2.analysis.wordings import UNCHANGED, WORDINGS
-from ia2.config import AdaptConfig, validate
+from ia2.config import AdaptConfig
+from ia2.config_reading import validate
 from ia2.console import logger
 from ia2.errors import DataError
 from ia2.evaluation.calibration import Statistic, bootstrap_interval, clustered_interval

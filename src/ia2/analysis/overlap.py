@@ -17,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 from ia2.analysis.subspaces import MEASURES, Floats, LowRank, effective_rank, low_rank, overlap
-from ia2.config import AdapterConfig
+from ia2.config_sections import AdapterConfig
 from ia2.console import progress
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ import numpy as np
 from ia2.adapters import default_learning_rate
 from ia2.analysis.facts import ArmFacts, Evaluation, Facts, Round, Rows, Stage, layers_of
 from ia2.arms import arms as arms_of
-from ia2.config import AdaptConfig, CompareConfig, TrainConfig, validate
+from ia2.config import AdaptConfig, CompareConfig, TrainConfig
+from ia2.config_reading import validate
 from ia2.errors import RunFolderError, UserError
 from ia2.examples import Examples, FewShotSplit, RowFormat
 from ia2.files import read_json

@@ -14,7 +14,8 @@ from typing import Any
 
 from ia2.analysis.reading import find_runs
 from ia2.arms import arms
-from ia2.config import AdaptConfig, CompareConfig, TrainConfig, validate
+from ia2.config import AdaptConfig, CompareConfig, TrainConfig
+from ia2.config_reading import validate
 from ia2.console import logger
 from ia2.errors import ConfigError, DataError, RunFolderError, suggest
 from ia2.examples import Example, Examples, FewShotSplit

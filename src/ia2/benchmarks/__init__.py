@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ia2.benchmarks.entry import Benchmark
 from ia2.benchmarks.loading import DATA_DIR, BenchmarkData
-from ia2.config import load_config
+from ia2.config_reading import load_config
 from ia2.errors import ConfigError, suggest
 
 __all__ = ["BENCHMARKS", "DATA_DIR", "Benchmark", "BenchmarkData", "load_benchmark"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from ia2.config import Section
+from ia2.config_sections import Section
 from ia2.errors import ConfigError, DataError, suggest
 from ia2.evaluation.answers import load_parser
 from ia2.rows import RowFormat, Template

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 import pydantic
 import typer
 
-from ia2.config import AdaptConfig, DataOptions, ModelOptions, load_config
+from ia2.config import AdaptConfig, DataOptions, ModelOptions
+from ia2.config_reading import load_config
 from ia2.errors import ConfigError
 from ia2.examples import unescape
 

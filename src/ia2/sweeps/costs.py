@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ia2.benchmarks import BenchmarkData
-from ia2.config import AdaptConfig, AlignConfig, JointConfig, SftConfig, SoftConfig
+from ia2.config import AdaptConfig
+from ia2.config_sections import AlignConfig, JointConfig, SftConfig, SoftConfig
 from ia2.examples import Examples, FewShotSplit
 from ia2.files import digest
 from ia2.inference import MIN_SHARED_PREFIX

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ia2.config import AdaptConfig, Section, load_config
+from ia2.config import AdaptConfig
+from ia2.config_reading import load_config
+from ia2.config_sections import Section
 from ia2.errors import ConfigError, suggest
 from ia2.files import digest
 from ia2.recipes import RECIPES

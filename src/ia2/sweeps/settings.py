@@ -6,7 +6,9 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ia2.config import SECTIONS, AdaptConfig, SftConfig, validate
+from ia2.config import AdaptConfig
+from ia2.config_reading import validate
+from ia2.config_sections import SECTIONS, SftConfig
 from ia2.errors import ConfigError, suggest
 from ia2.recipes import RECIPES
 from ia2.stages import PlannedStage, plan

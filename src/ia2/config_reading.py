@@ -1,0 +1,98 @@
+"""Settings from YAML files and flags, checked; whatever is wrong is told in one line."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from ia2.errors import ConfigError, DataError, suggest
+
+
+def load_config(kind: type[BaseModel], file: str | Path | None, flags: Mapping[str, Any]) -> Any:
+    """A validated configuration from a YAML file and flags; flags win.
+
+    Args:
+        kind: the configuration class.
+        file: YAML file with (some of) its keys, or None.
+        flags: values given on the command line; None means not given. Dotted names reach sections.
+
+    Raises:
+        DataError: the file is missing.
+        ConfigError: it is no mapping, has an unknown key, or a value is not allowed. One line.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        values = _read_yaml(Path(file))
+    for name, value in flags.items():
+        if value is not None:
+            _assign(values, name, value, f"{file}: " if file is not None else "")
+    return validate(kind, values, str(file) if file is not None else None)
+
+
+def validate(kind: type[BaseModel], values: Mapping[str, Any], where: str | None = None) -> Any:
+    """``kind(**values)`` with one-line errors.
+
+    Raises:
+        ConfigError: an unknown key (with a suggestion) or a value that is not allowed.
+    """
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        lines = [describe(kind, problem) for problem in error.errors()]
+        prefix = f"{where}: " if where else ""
+        message = prefix + "; ".join(lines)
+        raise ConfigError(message if message.endswith("?") else message + ".") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        text = path.expanduser().read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}).") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if values is None:  # nothing but comments
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys and values, found {type(values).__name__}.")
+    return values
+
+
+def _assign(values: dict[str, Any], name: str, value: Any, prefix: str) -> None:
+    *sections, leaf = name.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{prefix}{section}: expected keys and values, found {type(inner).__name__}.")
+        values = inner
+    values[leaf] = value
+
+
+def describe(kind: type[BaseModel], problem: Any) -> str:
+    """One of pydantic's problems with ``kind`` as a phrase: its place, what is wrong, a suggestion."""
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        section: type[BaseModel] = kind
+        for part in problem["loc"][:-1]:
+            if isinstance(part, int):  # a place in a list
+                continue
+            annotation = section.model_fields[str(part)].annotation
+            for inner in (annotation, *typing.get_args(annotation)):
+                if isinstance(inner, type) and issubclass(inner, BaseModel):
+                    section = inner
+        return f"unknown key '{place}'.{suggest(str(problem['loc'][-1]), list(section.model_fields))}".rstrip(
+            "."
+        )
+    message = problem["msg"].removeprefix("Value error, ").rstrip(".")
+    message = message[:1].lower() + message[1:] if problem["type"] != "value_error" else message
+    return f"{place}: {message}" if place else message

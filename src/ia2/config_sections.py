@@ -1,0 +1,201 @@
+"""Settings of one thing each: what is trained, and the stages that train it.
+
+:mod:`ia2.config` puts them together into what a command or function takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from ia2.errors import suggest
+from ia2.recipes import ADAPTER_NAMES, OBJECTIVE_NAMES
+
+
+class Section(BaseModel):
+    """Keys and values of a YAML file; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+def one_of(value: str, known: Sequence[str]) -> str:
+    """``value``, if it is among the ``known``; else a ValueError with a suggestion."""
+    if value not in known:
+        raise ValueError(f"'{value}' is not one of {', '.join(known)}.{suggest(value, known)}")
+    return value
+
+
+def adapter_name(value: str) -> str:
+    """``value``, if it names a type of adapter; else a ValueError."""
+    return one_of(value, ADAPTER_NAMES)
+
+
+def objective_name(value: str) -> str:
+    """``value``, if it names an alignment objective; else a ValueError."""
+    return one_of(value, OBJECTIVE_NAMES)
+
+
+class AdapterConfig(Section):
+    """What is trained. A setting left open takes the type's own default (``ia2.adapters.ADAPTERS``)."""
+
+    type: str = Field(
+        "lora",
+        description=f"Adapter type: {', '.join(ADAPTER_NAMES)} (every weight), unless `peft` is given.",
+    )
+    rank: int | None = Field(None, ge=1, description="Rank r of lora, rslora, dora (8) and vera (256).")
+    alpha: float | None = Field(
+        None, gt=0, description="Alpha of lora, rslora and dora (8); the update is scaled by alpha/r."
+    )
+    dropout: float | None = Field(None, ge=0, lt=1, description="Dropout of lora, rslora, dora, vera (0).")
+    target_modules: list[str] | None = Field(
+        None,
+        description="Modules to adapt; by default the query, key and output projections (bottleneck: the "
+        "output projections of attention and MLP).",
+    )
+    virtual_tokens: int | None = Field(
+        None, ge=1, description="Virtual tokens of prefix, prompt and p-tuning (16)."
+    )
+    bottleneck_size: int | None = Field(None, ge=1, description="Width of bottleneck adapters (16).")
+    placement: Literal["houlsby", "pfeiffer"] | None = Field(
+        None, description="Bottleneck adapters after attention and MLP (houlsby) or after the MLP (pfeiffer)."
+    )
+    peft: dict[str, Any] | None = Field(
+        None, description="Any PEFT configuration as it stands in an adapter_config.json."
+    )
+
+    @field_validator("type")
+    @classmethod
+    def _known_type(cls, value: str) -> str:
+        return adapter_name(value)
+
+
+class StageConfig(Section):
+    """One training stage."""
+
+    epochs: int = Field(50, ge=1, description="Epochs at most.")
+    learning_rate: float | None = Field(
+        None, gt=0, description="This stage's own rate; by default the one being tried."
+    )
+    eval_every: int | None = Field(
+        None,
+        ge=1,
+        description="Optimiser steps between dev evaluations; by default four an epoch, at least two "
+        "steps apart.",
+    )
+    patience: int = Field(5, ge=1, description="Stop after this many dev evaluations without improvement.")
+    restore_best: bool = Field(
+        True, description="End with the weights of the best dev loss (false: with the last ones)."
+    )
+
+
+class TeacherStageConfig(StageConfig):
+    """A stage that learns from the teacher: the base model with the context in its prompt."""
+
+    only_correct: bool = Field(
+        False, description="Only examples that the teacher answers rightly (dev rows too)."
+    )
+
+
+class AlignConfig(TeacherStageConfig):
+    """The IA2 stage."""
+
+    objective: str = Field(
+        "mse",
+        description="Alignment objective: mse, kl or cosine of attention outputs; heads (before the output "
+        "projection), residual (the residual stream), attention (weights over the query's own tokens).",
+    )
+    temperature: float = Field(1.0, gt=0, description="Temperature of the kl objective.")
+    normalise: bool = Field(False, description="Divide each layer's loss by the mean square of its targets.")
+    layers: str | list[int] = Field(
+        "all",
+        description="Layers that are aligned: all, a list (0,5,6), a glob over module names, first-third, "
+        "middle-third, last-third, or top-K: the K that change most under ICL.",
+    )
+
+    @field_validator("objective")
+    @classmethod
+    def _known_objective(cls, value: str) -> str:
+        return objective_name(value)
+
+    @model_validator(mode="after")
+    def _scaled(self) -> AlignConfig:
+        if self.normalise and self.objective == "attention":
+            raise ValueError(
+                "normalise does nothing to attention weights, which have no scale. Leave it out, or choose "
+                "another objective"
+            )
+        return self
+
+
+class SftConfig(TeacherStageConfig):
+    """The supervised stage."""
+
+    answers: Literal["ground_truth", "icl_responses"] = Field(
+        "ground_truth", description="Train on the true answers, or on the teacher's own."
+    )
+    ia2_weight: float = Field(
+        0.0, ge=0, description="Keep the alignment loss beside cross-entropy, with this weight at first."
+    )
+    ia2_decay_epochs: int | None = Field(
+        None, ge=1, description="Epochs over which that weight falls to zero; by default all of the stage."
+    )
+
+    @model_validator(mode="after")
+    def _effective(self) -> SftConfig:
+        if self.only_correct and self.answers == "ground_truth" and not self.ia2_weight:
+            raise ValueError(
+                "only_correct does nothing to fine-tuning on true answers. Set answers to icl_responses, or "
+                "ia2_weight above 0, or leave it out"
+            )
+        if self.ia2_decay_epochs and not self.ia2_weight:
+            raise ValueError("ia2_decay_epochs does nothing without ia2_weight. Set that above 0")
+        return self
+
+
+class JointConfig(AlignConfig):
+    """The joint stage of ia2+sft: (1 − β)·alignment + β·cross-entropy."""
+
+    betas: list[float] = Field(
+        [0.5], min_length=1, description="Values of β to try; the best is chosen by cross-entropy on dev."
+    )
+    answers: Literal["ground_truth", "icl_responses"] = Field(
+        "icl_responses",
+        description="Answers of the cross-entropy: the teacher's (the paper) or the true ones.",
+    )
+
+    @field_validator("betas")
+    @classmethod
+    def _shares(cls, value: list[float]) -> list[float]:
+        if any(not 0 < beta < 1 for beta in value):
+            raise ValueError("β must lie between 0 and 1; for 0 or 1 take the recipes ia2 and sft")
+        return value
+
+
+class SoftConfig(TeacherStageConfig):
+    """The distillation stage of soft-sft."""
+
+    top_k: int | None = Field(
+        None, ge=1, description="Keep the teacher's k most probable tokens; by default the whole vocabulary."
+    )
+    remainder: Literal["drop", "spread"] | None = Field(
+        None, description="Mass outside the top k: dropped, or spread evenly over the rest (drop)."
+    )
+
+    @model_validator(mode="after")
+    def _effective(self) -> SoftConfig:
+        if self.remainder and self.top_k is None:
+            raise ValueError(
+                "remainder does nothing without top_k, which leaves none. Set top_k, or leave it out"
+            )
+        return self
+
+
+SECTIONS: dict[str, type[StageConfig]] = {
+    "align": AlignConfig,
+    "sft": SftConfig,
+    "joint": JointConfig,
+    "soft": SoftConfig,
+}
+"""Stage kind → its settings. A recipe is a list of these kinds (:mod:`ia2.recipes`)."""
