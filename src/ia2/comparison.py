@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,11 +21,12 @@ from ia2.errors import ConfigError
 from ia2.evaluation.calibration import clustered_interval
 from ia2.evaluation.metrics import STATISTICS, Measured, RowMeasures, summarise
 from ia2.evaluation.scoring import write_predictions
-from ia2.examples import Example, Examples, FewShotSplit
+from ia2.examples import Examples
 from ia2.files import digest, finite, read_json, write_json, write_text
 from ia2.models import BaseModel
 from ia2.recipes import is_trained
 from ia2.report.tables import comparison_markdown
+from ia2.rounds import Round, drawn_test, rounds_of
 from ia2.runs import claim, machine, versions
 from ia2.stages import TrainedRecipe
 from ia2.task import Task, make_task
@@ -95,29 +95,6 @@ class Comparison:
     def table(self) -> str:
         """Markdown."""
         return comparison_markdown(self.summary)
-
-
-@dataclass
-class Round:
-    """One training set and the rows it is evaluated on, with their places in the data.
-
-    Attributes:
-        seed: of the draw.
-        data: training and dev examples.
-        unused: rows in no part.
-        test: evaluated on.
-        places: of the test rows in the data.
-        folder: of what the round leaves.
-        fold: None with test data.
-    """
-
-    seed: int
-    data: FewShotSplit
-    unused: Sequence[Example]
-    test: Examples
-    places: list[int]
-    folder: Path
-    fold: int | None = None
 
 
 def compare(
@@ -211,35 +188,6 @@ def _bench_of(bench: Workbench, arm: Arm) -> Workbench:
     """The round's workbench with the settings of one arm."""
     config = arm.config.model_copy(update={"seed": bench.config.seed})
     return bench.with_config(config, arm.variant)
-
-
-def drawn_test(test: Examples, count: int) -> Examples:
-    """So many of the test rows, in their order; the same whatever the seed."""
-    places = sorted(random.Random("max_test").sample(range(len(test)), count))
-    return Examples([test[i] for i in places], name=test.name)
-
-
-def rounds_of(examples: Examples, test: Examples | None, config: CompareConfig, folder: Path) -> list[Round]:
-    """The training sets of a comparison and what each is evaluated on; its folder need not be there yet."""
-    rounds: list[Round] = []
-    where = {id(example): place for place, example in enumerate(examples)}
-    for seed in range(config.seed, config.seed + config.seeds):
-        options: dict[str, Any] = {
-            "num_examples": config.num_examples,
-            "seed": seed,
-            "balanced": config.balanced,
-        }
-        if test is not None:
-            path = folder / f"seed-{seed}"
-            split = examples.split(**options)
-            rounds.append(Round(seed, split, split.rest(examples), test, list(range(len(test))), path))
-            continue
-        for number, (rest, held) in enumerate(examples.folds(config.folds, seed)):
-            places = [where[id(example)] for example in held]
-            path = folder / f"seed-{seed}" / f"fold-{number}"
-            split = rest.split(**options)
-            rounds.append(Round(seed, split, split.rest(rest), held, places, path, number))
-    return rounds
 
 
 def _run_round(bench: Workbench, every: Sequence[Arm], current: Round) -> dict[str, Outcome]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -25,6 +25,7 @@ from ia2.errors import RunFolderError, UserError
 from ia2.examples import Examples, FewShotSplit, RowFormat
 from ia2.files import read_json
 from ia2.recipes import RECIPES
+from ia2.rounds import draws, place_of, places
 from ia2.runs import RUN_FILE
 from ia2.stages import PlannedStage, plan, stage_place
 
@@ -180,7 +181,8 @@ def _comparison(folder: Path, run: Mapping[str, Any] | None, part: str) -> Facts
     if run is not None and config is not None:
         planned = [(arm, stages) for arm, (_, stages) in zip(every, pairs, strict=True)]
         splits, no_rows = _splits_of(config, run["data"])
-        for seed, fold, place in _places(config, bool(run["data"].get("test"))):
+        for seed, fold in places(config, tested=bool(run["data"].get("test"))):
+            place = place_of(seed, fold)
             if part and not (place == part or place.startswith(f"{part}/")):
                 continue
             current = _round(folder, seed, fold, place, planned, splits.get((seed, fold)))
@@ -227,15 +229,6 @@ def _summed_up(name: str, entry: Mapping[str, Any]) -> ArmFacts:
     recipe, _, variant = name.partition("@")
     stages = RECIPES[recipe].stages if recipe in RECIPES else ()
     return ArmFacts(name, recipe, variant, stages, None, (), entry)
-
-
-def _places(config: CompareConfig, with_test: bool) -> Iterator[tuple[int, int | None, str]]:
-    for seed in range(config.seed, config.seed + config.seeds):
-        if with_test:
-            yield seed, None, f"seed-{seed}"
-            continue
-        for fold in range(config.folds):
-            yield seed, fold, f"seed-{seed}/fold-{fold}"
 
 
 def _round(
@@ -390,26 +383,10 @@ def _splits_of(
     if examples.fingerprint != data["data"]:
         return {}, f"{config.data} has changed since"
     try:
-        return {(seed, fold): split for seed, fold, split in _drawn(config, examples, data)}, None
+        every = draws(examples, config, tested=bool(data.get("test")))
+        return {(draw.seed, draw.fold): draw.data for draw in every}, None
     except UserError as error:
         return {}, str(error)
-
-
-def _drawn(
-    config: CompareConfig, examples: Examples, data: Mapping[str, str]
-) -> Iterator[tuple[int, int | None, FewShotSplit]]:
-    """As comparison.py draws them."""
-    for seed in range(config.seed, config.seed + config.seeds):
-        drawn: dict[str, Any] = {
-            "num_examples": config.num_examples,
-            "seed": seed,
-            "balanced": config.balanced,
-        }
-        if data.get("test"):
-            yield seed, None, examples.split(**drawn)
-            continue
-        for fold, (rest, _) in enumerate(examples.folds(config.folds, seed)):
-            yield seed, fold, rest.split(**drawn)
 
 
 def _examples(config: TrainConfig | CompareConfig) -> tuple[Examples | None, str | None]:

@@ -20,6 +20,7 @@ from ia2.console import logger
 from ia2.errors import ConfigError, DataError, RunFolderError, suggest
 from ia2.examples import Example, Examples, FewShotSplit
 from ia2.files import digest, read_json
+from ia2.rounds import drawn_test, rounds_of
 from ia2.runs import RUN_FILE
 from ia2.stages import plan, stage_place
 
@@ -199,7 +200,6 @@ def _of_comparison(
     run: Path, facts: dict[str, Any], part: str
 ) -> tuple[CompareConfig, Examples, list[Trial]]:
     from ia2.adaptation import load_examples, load_test_examples
-    from ia2.comparison import drawn_test, rounds_of
 
     config = validate(CompareConfig, {**facts["config"], "output_dir": None}, str(run))
     examples = load_examples(config)
@@ -300,8 +300,6 @@ def _others(examples: Examples, data: FewShotSplit, queries: Sequence[Example]) 
 
 
 def _drawn(trial: Trial, count: int | None) -> Trial:
-    from ia2.comparison import drawn_test
-
     if count is None or count >= len(trial.queries):
         return trial
     logger.info("%s: looking at %d of %d queries, drawn once.", trial.place, count, len(trial.queries))
