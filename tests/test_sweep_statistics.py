@@ -482,6 +482,12 @@ def test_the_most_frequent_label_is_a_guess_too(tmp_path: Path) -> None:
     found = icl_works(one_arm(tmp_path, [given], "b"), None, "SST2", 2)
     assert found is not None
     assert (found.verdict, found.chance) == ("no", 0.75)
+    # a record without the share beside one that has it, on the same rows
+    newer = record(rows(75, 100), recipe="icl", seed=7)
+    newer["evaluations"]["SST2"]["majority"] = given["evaluations"]["SST2"].pop("majority")
+    found = icl_works(one_arm(tmp_path, [given, newer], "c"), None, "SST2", 2)
+    assert found is not None
+    assert (found.verdict, found.chance) == ("no", 0.75)
 
 
 def test_labels_of_ones_own_benchmark_are_in_its_records(tmp_path: Path) -> None:

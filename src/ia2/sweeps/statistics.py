@@ -330,7 +330,10 @@ def icl_works(icl: Arm, base: Arm | None, dataset: str, num_labels: int | None) 
     if inside:
         chosen = float(np.mean(list(inside.values())))
     count = first.num_labels or num_labels
-    chance = max(first.majority or 0.0, 1 / count if count and first.labelled else 0.0)
+    _same_rows(evaluations)
+    # records of older versions lack the share, which is the same for all
+    majority = max(e.majority or 0.0 for e in evaluations)
+    chance = max(majority, 1 / count if count and first.labelled else 0.0)
     bare = None
     if base is not None and (found := list(_evaluations(base, dataset).values())):
         bare = found[0]
