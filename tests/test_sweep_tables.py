@@ -576,6 +576,19 @@ def test_figures_are_the_same_every_time_and_name_what_they_show(tmp_path: Path)
     )
 
 
+def test_a_curve_over_n_is_of_benchmarks_with_several_n(tmp_path: Path) -> None:
+    cells = [
+        *(record(rows(8), recipe="sft", size=n) for n in (8, 32)),
+        record(rows(9), recipe="soft-sft"),  # at one N only: a bar instead of a band
+        record(rows(8), recipe="sft", benchmark="FinS"),
+        *(record(rows(2), recipe="base", benchmark=name) for name in ("SST2", "FinS")),
+    ]
+    path = tmp_path / "x.svg"
+    assert sizes_figure(report_of(tmp_path, cells), "demo", path)
+    text = "".join(ElementTree.parse(path).getroot().itertext())
+    assert "SST2" in text and "FinS" not in text
+
+
 @pytest.mark.filterwarnings("error")
 def test_figures_of_little(tmp_path: Path) -> None:
     report = report_of(

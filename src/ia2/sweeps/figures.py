@@ -42,7 +42,7 @@ def sweep_figures(report: Report) -> list[Figure]:
 
 
 def sizes_figure(report: Report, model: str, path: Path) -> bool:
-    """Accuracy and ECE of the plain recipes over N, a row of panels a benchmark; False with one N."""
+    """Accuracy and ECE over N, a row of panels for each benchmark with several N; False without any."""
     return _save(_sizes(report, model), path)
 
 
@@ -78,15 +78,16 @@ def _name(task: Task) -> str:
 
 
 def _sizes(report: Report, model: str) -> Figure | None:
-    tasks = _tasks(report, model)
-    if len(report.sizes) < 2 or not tasks:
+    sizes = {task: _own_sizes(report, task) for task in _tasks(report, model)}
+    sizes = {task: own for task, own in sizes.items() if len(own) > 1}
+    if not sizes:
         return None
     panels, rows = [], []
-    for task in tasks:
+    for task, own in sizes.items():
         for measure, title in _MEASURES.items():
             labelled = measure != "ece" or report.labelled(task)
-            found = {r: _curve(report, task, r, measure) for r in RECIPES} if labelled else {}
-            panels.append(_curves_panel(report.sizes, f"{_name(task)}: {title}", found))
+            found = {r: _curve(report, task, own, r, measure) for r in RECIPES} if labelled else {}
+            panels.append(_curves_panel(own, f"{_name(task)}: {title}", found))
             for recipe, points in found.items():
                 rows += [[_name(task), TITLES[recipe], measure, str(n), _shown(i)] for n, i in points.items()]
     return Figure(
@@ -104,9 +105,15 @@ def _shown(found: Any) -> str:
     return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
 
 
-def _curve(report: Report, task: Task, recipe: str, measure: str) -> dict[int, Any]:
+def _own_sizes(report: Report, task: Task) -> list[int]:
+    """The N that a task was run at; the base model, which has none, stands at each."""
+    arms = {size: [report.plain(task, size, recipe) for recipe in RECIPES] for size in report.sizes}
+    return [size for size, of in arms.items() if any(a is not None and a.num_examples for a in of)]
+
+
+def _curve(report: Report, task: Task, sizes: Sequence[int], recipe: str, measure: str) -> dict[int, Any]:
     """Intervals by N."""
-    arms = {size: report.plain(task, size, recipe) for size in report.sizes}
+    arms = {size: report.plain(task, size, recipe) for size in sizes}
     found = {n: interval(arm, task.benchmark, measure) for n, arm in arms.items() if arm is not None}
     return {n: value for n, value in found.items() if value is not None}
 
@@ -128,6 +135,8 @@ def _curves_panel(sizes: Sequence[int], title: str, found: dict[str, dict[int, A
                 )
                 ends = [i.low for i in points.values()], [i.high for i in points.values()]
                 axis.fill_between(list(points), *ends, color=style["color"], alpha=0.12, linewidth=0)
+                if len(points) == 1:  # a band needs two
+                    axis.vlines(list(points), *ends, color=style["color"], alpha=0.5)
         axis.set_xscale("log", base=2)
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.minorticks_off()
