@@ -58,8 +58,8 @@ class Draw:
 
 def drawn_test(test: Examples, count: int) -> Examples:
     """So many of the test rows, in their order; the same whatever the seed."""
-    places = sorted(random.Random("max_test").sample(range(len(test)), count))
-    return Examples([test[i] for i in places], name=test.name)
+    kept = sorted(random.Random("max_test").sample(range(len(test)), count))
+    return Examples([test[i] for i in kept], name=test.name)
 
 
 def place_of(seed: int, fold: int | None) -> str:
