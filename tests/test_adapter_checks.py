@@ -105,6 +105,29 @@ def test_models_that_read_no_embeddings(tiny_llama: PreTrainedModel, monkeypatch
             check_adapter(tiny_llama, config)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to …"),
+    ],
+)
+def test_no_memory_is_not_a_model_without_embeddings(
+    error: RuntimeError, tiny_llama: PreTrainedModel, monkeypatch: Any
+) -> None:
+    whole = tiny_llama.forward
+
+    def full(inputs_embeds: Any = None, **given: Any) -> Any:
+        if inputs_embeds is not None:
+            raise error
+        return whole(**given)
+
+    monkeypatch.setattr(tiny_llama, "forward", full)
+    with pytest.raises(RuntimeError) as caught:
+        check_adapter(tiny_llama, AdapterConfig(type="prompt"))
+    assert caught.value is error
+
+
 def test_quantised_weights_are_refused_where_they_do_not_work(tiny_llama: PreTrainedModel) -> None:
     """The refusals alone; ``test_quantised`` has quantised models."""
     model: Any = tiny_llama

@@ -51,6 +51,7 @@ def cache_sizes(model: Any) -> tuple[int, int, int]:
 def embedding_problem(model: Any) -> str | None:
     """Why a model cannot read virtual tokens, which are embeddings without ids; None if it can."""
     import torch
+    from accelerate.utils.memory import should_reduce_batch_size
 
     if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None):
         return "looks ids up in a table of every layer, and virtual tokens have no ids"
@@ -60,9 +61,10 @@ def embedding_problem(model: Any) -> str | None:
         expected = model(input_ids=ids[:, :-1], use_cache=True)
         try:
             start = model(inputs_embeds=embed(ids[:, :-1]), use_cache=True)
-        except torch.cuda.OutOfMemoryError:  # says nothing about the model
-            raise
         except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
+            # out of memory, an accelerator's or a CPU's, says nothing about the model
+            if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
+                raise
             # what a model raises that wants ids: each family another one of these
             return f"takes no embeddings instead of ids ({' '.join(str(error).split())[:100]})"
         if not _alike(start.logits, expected.logits):
