@@ -8,7 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+from ia2.errors import ConfigError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 T = TypeVar("T")
 
@@ -16,22 +21,42 @@ T = TypeVar("T")
 _PATIENCE = timedelta(days=2)
 
 
-def _state() -> object:
-    from accelerate import PartialState
+def process_state(*, on_cpu: bool = False) -> PartialState:
+    """This process among those of its launch; the first call connects them.
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return PartialState(timeout=_PATIENCE)
-    return PartialState()
+    Args:
+        on_cpu: the model is to be on the CPU, where there may be an accelerator as well.
+
+    Raises:
+        ConfigError: several processes were launched, and they cannot be connected.
+    """
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    asked = parse_flag_from_env("ACCELERATE_USE_CPU")
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1 or "LOCAL_RANK" not in os.environ:
+        return PartialState(cpu=asked)
+    # accelerate connects processes without an accelerator only where it is told that there is none
+    cpu = asked or on_cpu or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu, timeout=_PATIENCE)
+    if state.num_processes == 1:
+        raise ConfigError(
+            f"{count} processes were launched, and on {state.device.type} they cannot work together. "
+            "Start one, or give --device cpu."
+        )
+    return state
 
 
 def is_first() -> bool:
     """Whether this process is the one that writes."""
-    return bool(_state().is_main_process)  # type: ignore[attr-defined]
+    return bool(process_state().is_main_process)
 
 
 def wait() -> None:
     """All processes meet here."""
-    _state().wait_for_everyone()  # type: ignore[attr-defined]
+    process_state().wait_for_everyone()
 
 
 def first_then_all(work: Callable[[], T]) -> T:

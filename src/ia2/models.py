@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ia2.console import logger
+from ia2.distributed import process_state
 from ia2.errors import ConfigError, ModelError, suggest
 from ia2.files import atomic_dir, cache_dir, digest, write_json
 
@@ -189,15 +190,15 @@ def resolve(name: str) -> str:
 
 def _device(device: str | None) -> torch.device:
     import torch
-    from accelerate import PartialState
 
     if device is None:
-        return torch.device(PartialState().device)
+        return torch.device(process_state().device)
     try:
         target = torch.device(device)
         torch.empty(1, device=target)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device '{device}' is not available on this machine. Try --device cpu.") from error
+    process_state(on_cpu=target.type == "cpu")
     return target
 
 

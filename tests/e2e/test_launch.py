@@ -9,15 +9,30 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from benches import icl_examples
 from launching import finish, python, start, write_rows
 from safetensors.torch import load_file
 
+from ia2.distributed import process_state
+from ia2.errors import ConfigError
+
 # What `-m ia2` runs, and a word about how many processes share a stage: `accelerate launch --cpu` starts
 # a single one, whatever it is asked for, so the launch goes through torchrun (--multi_gpu).
 _MAIN = """
+import os
+
 from ia2.cli import main
+from ia2.teacher import Teacher
 from ia2.trainer import ExampleTrainer
+
+run = Teacher._run
+
+def saying(*arguments):
+    print(f"[teacher pass in {os.environ['RANK']}]", flush=True)
+    return run(*arguments)
+
+Teacher._run = saying
 
 fit = ExampleTrainer.fit
 
@@ -60,6 +75,8 @@ def test_two_processes_learn_what_one_learns(tiny_icl_model_path: Path, tmp_path
 
     assert all(said.count(f"[process {i} of 2]") == 2 for i in (0, 1))  # two stages
     assert said.count("Stage sft at rate") == 1  # only the first process speaks
+    assert said.count("[teacher pass in 0]") == 3  # training rows, dev rows, the reference of the report
+    assert "[teacher pass in 1]" not in said
     states = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
     assert states[0].keys() == states[1].keys()
     for name, tensor in states[0].items():
@@ -73,3 +90,18 @@ def test_two_processes_learn_what_one_learns(tiny_icl_model_path: Path, tmp_path
         assert told[0]["dev_loss"] == pytest.approx(told[1]["dev_loss"], rel=1e-4)
         losses = [[e["loss"] for e in t["history"] if "loss" in e] for t in told]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_processes_that_cannot_be_connected(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    # an accelerator that accelerate has no way to connect, as Apple's
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda **_: None)
+    PartialState._reset_state()
+    try:
+        with pytest.raises(ConfigError, match=r"^2 processes were launched, and on cpu they cannot work"):
+            process_state()
+    finally:
+        PartialState._reset_state()
