@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 # Before transformers is imported: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Whoever runs the tests may have mirrors of their own.
+os.environ.pop("IA2_DATA_DIR", None)
 # The models are tiny: a second thread only waits for the first.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -93,3 +95,23 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no benchmark data in {path}; set IA2_TEST_DATA")
     return path
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to lay data sets out in; `datasets` neither calls out nor writes elsewhere."""
+    datasets = pytest.importorskip("datasets")
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model and benchmarks as files, for grids (see ``sweeping``), which no test may change."""
+    from sweeping import write_files
+
+    return write_files(tmp_path_factory.mktemp("files"))

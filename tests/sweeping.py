@@ -13,6 +13,7 @@ from command_line import write_rows
 from words import make_word_tokenizer
 
 from ia2.sweeps.grid import Cell, GridConfig, expand
+from ia2.sweeps.run import Sweep, sweep
 
 BRIEF = {"align": {"epochs": 2}, "sft": {"epochs": 2}, "joint": {"epochs": 2}, "soft": {"epochs": 2}}
 """Settings under which a stage takes no time."""
@@ -110,3 +111,8 @@ def results(folder: Path, *left_out: str) -> list[str]:
         json.dumps({k: v for k, v in record.items() if k not in ("cost", *left_out)})
         for record in records(folder)
     ]
+
+
+def swept(files: Path, folder: Path, limit: int | None = None, **values: Any) -> Sweep:
+    """A sweep of :func:`grid_of` in this process."""
+    return sweep(GridConfig(**grid_of(files, **values)), folder, limit=limit)

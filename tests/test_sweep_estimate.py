@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from command_line import run, tree
-from sweeping import grid_of, write_files, write_grid
+from sweeping import grid_of, write_grid
 
 from ia2.errors import DataError, RunFolderError
 from ia2.models import load_base
@@ -22,11 +22,6 @@ from ia2.sweeps.grid import GridConfig, Unit, expand
 from ia2.sweeps.run import read_benchmarks, sweep
 
 ALL = ["base", "icl", "sft", "ia2", "ia2-sft", "ia2+sft", "soft-sft"]
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_files(tmp_path_factory.mktemp("files"))
 
 
 def grid(files: Path, **values: Any) -> GridConfig:

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 from launching import python
-from sweeping import grid_of, records, results, write_files, write_grid
+from sweeping import grid_of, records, results, write_grid
 
 from ia2.errors import ConfigError
 from ia2.sweeps.grid import GridConfig, expand
@@ -26,11 +26,6 @@ pytestmark = pytest.mark.slow  # each worker imports torch
 GRID: dict[str, Any] = {"recipes": ["base", "icl", "sft", "ia2-sft"], "seeds": 2, "ood": True}
 ENDLESS = {"sft": {"epochs": 1000, "patience": 1000}}
 _PATIENCE = 120
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_files(tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture(scope="module")
