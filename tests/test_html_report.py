@@ -416,7 +416,7 @@ def test_an_adapter(tmp_path: Path) -> None:
 
 def test_a_sweep_beside_a_run(comparison: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cells = [record(rows(5 + seed), recipe=r, seed=seed) for r in ("sft", "ia2-sft") for seed in (0, 1)]
-    sweep = write_sweep(tmp_path / "sweep", cells, seconds=60)
+    sweep = write_sweep(tmp_path / "sweep", cells)
     alone = run(capsys, "report", sweep, "--html", tmp_path / "s.html")
     assert alone.status == 0 and "sweep: 4 cells" in alone.out
     body = Page((tmp_path / "s.html").read_text()).inside["body"][0]

@@ -57,6 +57,19 @@ def test_time_left_is_known_from_earlier_starts(files: Path) -> None:
     assert board.seconds_left() == pytest.approx(6 * 4.0)
 
 
+def test_what_cells_share_is_counted_once(files: Path, caplog: pytest.LogCaptureFixture) -> None:
+    board, cells, record = board_of(files)
+    first, second = record(cells[1]), record(cells[3])
+    first["cost"]["seconds"] = {"teacher": 40.5, "align": 20.25, "evaluate": 2.0}
+    second["cost"]["seconds"] = {"teacher": 40.5, "align": 20.25, "sft": 5.0, "evaluate": 2.0}
+    with caplog.at_level(logging.INFO, "ia2"), board:
+        board.finished(cells[1], first)
+        board.finished(cells[3], second)
+    assert "(63 s, " in caplog.messages[0] and "(7 s, " in caplog.messages[1]
+    # two more of the same kind, and four of another
+    assert board.seconds_left() == pytest.approx(6 * (62.75 + 7.0) / 2)
+
+
 def test_lines_where_there_is_no_terminal(files: Path, caplog: pytest.LogCaptureFixture) -> None:
     board, cells, record = board_of(files, known=1)
     with caplog.at_level(logging.INFO, "ia2"), board, console.muted():

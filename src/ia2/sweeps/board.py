@@ -11,6 +11,7 @@ from typing import Any
 
 from ia2.console import is_shown, logger
 from ia2.sweeps.grid import Cell, Unit
+from ia2.sweeps.records import count_seconds
 
 # Its own, since what a worker in this process does is muted while this is not.
 _log = logging.getLogger("ia2.sweep")
@@ -30,6 +31,7 @@ class Board:
         self._titles = {cell.key: cell.title for cell in cells}
         self._done, self._failed, self._total = len(cells) - len(self._waiting), 0, len(cells)
         self._times: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+        self._counted: set[tuple[str, float]] = set()
         for cell in cells:
             if cell.key in known:
                 self._note(cell, known[cell.key])
@@ -63,9 +65,8 @@ class Board:
         """A cell is done."""
         self._done += 1
         self._leave(cell)
-        self._note(cell, record)
+        seconds = self._note(cell, record)
         own = next(iter(record["evaluations"].values()))["metrics"]["vocabulary"]
-        seconds = sum(record["cost"]["seconds"].values())
         self._say(
             "[%d/%d] %s: accuracy %.3f, ECE %.3f (%.0f s%s)",
             self._done,
@@ -92,8 +93,10 @@ class Board:
 
     # ----------------------------------------------------------------------------------- time left
 
-    def _note(self, cell: Cell, record: Mapping[str, Any]) -> None:
-        self._times[_alike(cell)].append(sum(record["cost"]["seconds"].values()))
+    def _note(self, cell: Cell, record: Mapping[str, Any]) -> float:
+        seconds = count_seconds(record["cost"]["seconds"], self._counted)
+        self._times[_alike(cell)].append(seconds)
+        return seconds
 
     def seconds_left(self) -> float | None:
         """Of the cells that wait and run, at the pace of those like them; None before any is known."""

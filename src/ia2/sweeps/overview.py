@@ -10,6 +10,8 @@ import math
 from typing import Any
 
 from ia2.probing import SIGNIFICANCE
+from ia2.sweeps.board import in_words
+from ia2.sweeps.records import count_seconds
 from ia2.sweeps.report import METHOD, RIVAL, TITLES, Report
 from ia2.sweeps.selection import Arm, Task
 from ia2.sweeps.significance import works_on
@@ -214,8 +216,9 @@ def overview_lines(report: Report) -> list[str]:
     of = f" of {results.total}" if results.total not in (None, count) else ""
     failed = f", {results.failed} failed" if results.failed else ""
     seeds = {cell.seed for cell in results.cells if cell.seed is not None}
-    hours = sum(facts.get("seconds") or 0.0 for facts in results.facts) / 3600
-    took = f"; {hours:.1f} hours" if hours else ""
+    counted: set[tuple[str, float]] = set()
+    seconds = sum(count_seconds(cell.seconds, counted) for cell in results.cells)
+    took = f"; {in_words(seconds)} of work" if seconds else ""
     sources = list(dict.fromkeys(task.benchmark for task in report.tasks))
     return [
         f"{results.name}: {count}{of} cells{failed}{took}. Models {', '.join(report.models)}; benchmarks "

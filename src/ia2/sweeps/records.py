@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -274,6 +274,21 @@ def _parsed(record: dict[str, Any], where: str) -> Record:
         seconds=dict(cost.get("seconds") or {}),
         source=where,
     )
+
+
+def count_seconds(seconds: Mapping[str, float], counted: set[tuple[str, float]]) -> float:
+    """A cell's seconds, less what is in ``counted``, where its own go too.
+
+    A teacher pass or an alignment that several cells share stands in the record of each of them, to the last
+    digit of the clock; evaluations are never shared.
+
+    Args:
+        seconds: of one cell, by stage.
+        counted: (stage, seconds) of the cells before.
+    """
+    shared = {item for item in seconds.items() if item[0] != "evaluate"} & counted
+    counted.update(seconds.items())
+    return sum(seconds.values()) - sum(took for _, took in shared)
 
 
 def _evaluation(dataset: str, record: dict[str, Any]) -> Evaluation:
