@@ -11,7 +11,7 @@ from sweeping import grid_of
 
 from ia2 import console
 from ia2.sweeps import board as boards
-from ia2.sweeps.board import Board, in_words
+from ia2.sweeps.board import Board
 from ia2.sweeps.grid import GridConfig, expand
 
 
@@ -130,14 +130,6 @@ def test_nothing_is_drawn_if_nothing_is_left(files: Path, monkeypatch: pytest.Mo
     board, _, _ = board_of(files, known=8)
     with board:
         assert board._live is None
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (720, "12 min"), (5390, "1 h 30 min"), (12000, "3 h 20 min")],
-)
-def test_times_in_words(seconds: float, words: str) -> None:
-    assert in_words(seconds) == words
 
 
 def test_progress_is_shown_on_terminals_only(monkeypatch: pytest.MonkeyPatch) -> None:

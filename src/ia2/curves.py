@@ -16,6 +16,7 @@ from ia2.examples import MAX_DEV, Examples
 from ia2.files import finite, write_json, write_text
 from ia2.models import BaseModel
 from ia2.report.tables import curve_markdown
+from ia2.wording import counted
 
 
 @dataclass
@@ -102,7 +103,8 @@ def _summary(found: dict[int, dict[str, Any]], config: CurveConfig) -> dict[str,
     return {
         "model": first["model"],
         "data": first["data"],
-        "title": f"{first['data']['name']}, {first['design']['num_test']} test rows, {len(seeds)} seeds",
+        "title": f"{first['data']['name']}, {counted(first['design']['num_test'], 'test row')}, "
+        f"{counted(len(seeds), 'seed')}",
         "sizes": config.sizes,
         "curves": curves,
         "differences": {

@@ -36,6 +36,7 @@ from ia2.rows import (
     unescape,
     user_path,
 )
+from ia2.wording import counted
 
 __all__ = ["Example", "Examples", "FewShotSplit", "RowFormat", "unescape"]
 
@@ -423,9 +424,10 @@ class Examples(Sequence[Example]):
         if columns:
             check_columns(place, list(columns), format, prompt, completion)
         if bad:
-            rows = "1 bad row" if len(bad) == 1 else f"{len(bad)} bad rows"
             more = [f"and {len(bad) - SHOWN_ROWS} more"] if len(bad) > SHOWN_ROWS else []
-            raise DataError(flat(f"{place}: {rows}: " + "; ".join(bad[:SHOWN_ROWS] + more)))
+            raise DataError(
+                flat(f"{place}: {counted(len(bad), 'bad row')}: " + "; ".join(bad[:SHOWN_ROWS] + more))
+            )
         if not examples:
             raise DataError(f"{place} is empty: there is not a single row in it")
         verbatim = format.completion_template is None and labels is None

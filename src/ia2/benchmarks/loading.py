@@ -26,6 +26,7 @@ from ia2.rows import (
     user_path,
 )
 from ia2.task import FREE_TEXT_TOKENS
+from ia2.wording import counted
 
 DATA_DIR = "IA2_DATA_DIR"
 
@@ -178,8 +179,7 @@ def _sound(place: str, read: Iterable[Read], change: Callable[[dict[str, Any]], 
         raise DataError(f"{place}: cannot be read ({error})") from error
     if bad:
         more = [f"and {len(bad) - SHOWN_ROWS} more"] if len(bad) > SHOWN_ROWS else []
-        count = "1 bad row" if len(bad) == 1 else f"{len(bad)} bad rows"
-        raise DataError(f"{place}: {count}: " + "; ".join(bad[:SHOWN_ROWS] + more))
+        raise DataError(f"{place}: {counted(len(bad), 'bad row')}: " + "; ".join(bad[:SHOWN_ROWS] + more))
     if not rows:
         raise DataError(f"{place}: there is not a single row.")
     return rows

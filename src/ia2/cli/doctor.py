@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ia2.cli.options import Json
+from ia2.wording import counted
 
 if TYPE_CHECKING:
     from ia2.analysis.signatures import Diagnosis
@@ -51,7 +52,7 @@ def _print(diagnosis: Diagnosis, quiet: bool, first: bool) -> None:
     if not first:
         print()
     counts = [(diagnosis.count(severity), severity) for severity in SEVERITIES]
-    found = ", ".join(f"{n} {word}{'' if n == 1 else 's'}" for n, word in counts if n) or "nothing found"
+    found = ", ".join(counted(n, word) for n, word in counts if n) or "nothing found"
     state = "finished" if diagnosis.finished else "not finished"
     _line(f"{diagnosis.folder} ({diagnosis.kind}, {state}): {found[0].upper()}{found[1:]}.")
     for finding in diagnosis.findings:

@@ -11,9 +11,10 @@ from ia2.errors import RunFolderError
 from ia2.files import read_json
 from ia2.report.style import Figure, numbers_table
 from ia2.report.tables import interval
-from ia2.report.verdict import METHOD, RIVAL, arm_title, count_text, side, signed_text
+from ia2.report.verdict import METHOD, RIVAL, arm_title, side, signed_text
 from ia2.runs import ANALYSIS_FILE
 from ia2.sweeps.tables import Table
+from ia2.wording import counted
 
 # The maker of each section's figures, imported when there is something to draw.
 _FIGURES = {
@@ -45,7 +46,7 @@ def read_analysis(folder: Path) -> dict[str, Any] | None:
 def analysis_heading(result: Mapping[str, Any]) -> str:
     """What the figures are of."""
     one = len(result["seeds"]) == 1
-    queries = count_text(result["data"]["queries"], "query", "queries")
+    queries = counted(result["data"]["queries"], "query", "queries")
     return (
         f"{result['model']}: {result['data']['name']}, {result['num_train']} examples, {queries}"
         f"{'' if one else ' over all seeds'}, seed{'' if one else 's'} {', '.join(map(str, result['seeds']))}"

@@ -19,6 +19,7 @@ from ia2.report.style import (
     plain_log,
 )
 from ia2.report.tables import interval
+from ia2.wording import counted
 
 _MEASURES = {"accuracy": "accuracy (higher is better)", "ece": "ECE (lower is better)"}
 
@@ -66,7 +67,7 @@ def heading(summary: Mapping[str, Any]) -> str:
     design = summary["design"]
     return (
         f"{summary['model']}: {design['num_train']} examples, {design['num_test']} test rows, "
-        f"{len(design['seeds'])} seed{'s' if len(design['seeds']) > 1 else ''}, 95% intervals"
+        f"{counted(len(design['seeds']), 'seed')}, 95% intervals"
     )
 
 

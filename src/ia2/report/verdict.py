@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ia2.wording import counted
+
 METHOD, RIVAL, TEACHER = "ia2-sft", "sft", "icl"
 
 _TITLES = {METHOD: "IA2 → SFT", "ia2": "IA2", RIVAL: "SFT", TEACHER: "in-context learning"}
@@ -19,9 +21,7 @@ _WORDS = {
 def comparison_verdict(summary: Mapping[str, Any]) -> list[str]:
     """Two sentences on a comparison, from its paired differences."""
     seeds, rows = len(summary["design"]["seeds"]), summary["design"]["num_test"]
-    how = (
-        f"95% intervals, paired by row and seed, {count_text(seeds, 'seed')}, {count_text(rows, 'test row')}"
-    )
+    how = f"95% intervals, paired by row and seed, {counted(seeds, 'seed')}, {counted(rows, 'test row')}"
     lines = []
     for other in (RIVAL, TEACHER):
         (name, rival), found = _difference(summary, other)
@@ -173,8 +173,3 @@ def arm_title(arm: str) -> str:
     """A recipe as sentences have it, with its variant."""
     recipe, _, variant = arm.partition("@")
     return _TITLES.get(recipe, recipe) + (f" ({variant})" if variant else "")
-
-
-def count_text(number: int, noun: str, plural: str = "") -> str:
-    """``1 seed``, ``3 seeds``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {plural or noun + 's'}"

@@ -12,6 +12,7 @@ from typing import Any
 from ia2.console import is_shown, logger
 from ia2.sweeps.grid import Cell, Unit
 from ia2.sweeps.records import count_seconds
+from ia2.wording import counted, in_words
 
 # Its own, since what a worker in this process does is muted while this is not.
 _log = logging.getLogger("ia2.sweep")
@@ -88,8 +89,8 @@ class Board:
         """A worker died; what it had not finished waits again."""
         for cell in unit.cells:
             self._running.pop(cell.key, None)
-        count = f"{len(unit.cells)} cells wait" if len(unit.cells) > 1 else "1 cell waits"
-        self._say("A worker %s: %s again.", reason, count, warn=True)
+        waits = "waits" if len(unit.cells) == 1 else "wait"
+        self._say("A worker %s: %s %s again.", reason, counted(len(unit.cells), "cell"), waits, warn=True)
 
     # ----------------------------------------------------------------------------------- time left
 
@@ -146,14 +147,6 @@ class Board:
             Text(line + self._left_in_words()),
             *(Text(f"  {title}", style="dim") for title in running),
         )
-
-
-def in_words(seconds: float) -> str:
-    """``3 h 20 min``, ``12 min``, ``40 s``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _alike(cell: Cell) -> tuple[Any, ...]:

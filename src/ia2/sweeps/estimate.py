@@ -20,7 +20,6 @@ from ia2.errors import UserError
 from ia2.models import load_base
 from ia2.recipes import is_trained
 from ia2.runs import machine
-from ia2.sweeps.board import in_words
 from ia2.sweeps.costs import (
     Cost,
     Shape,
@@ -35,6 +34,7 @@ from ia2.sweeps.grid import Cell, GridConfig, Unit, evaluated_on
 from ia2.sweeps.run import cells_of, first_cells
 from ia2.sweeps.store import SweepFolder
 from ia2.sweeps.unit import describe, forget_rows, load_rows
+from ia2.wording import counted, in_words
 
 # What is said of a benchmark where there is no network.
 _UNREACHABLE = "the hub cannot be reached"
@@ -163,7 +163,7 @@ class Estimate:
     def text(self) -> str:
         """A table of the cells, and a few lines on time, disk and memory."""
         done = f"{self.done} finished in {self.folder}" if self.done else "none finished"
-        head = f"{self.name}: {_count(len(self.cells), 'cell')} in {_count(self.units, 'unit')}, {done}."
+        head = f"{self.name}: {counted(len(self.cells), 'cell')} in {counted(self.units, 'unit')}, {done}."
         lines = [head, "", *_table(self.cells, self.stopped > 0), ""]
         if self.done == len(self.cells):
             return "\n".join([*lines, "Nothing is left to do."])
@@ -175,10 +175,10 @@ class Estimate:
     def _unknown_lines(self) -> list[str]:
         reasons = list(self.unknown.items())
         shown = reasons[:_REASONS] if len(reasons) > _REASONS + 1 else reasons
-        lines = [f"Not estimated ({_count(count, 'cell')}): {_cut(why)}" for why, count in shown]
+        lines = [f"Not estimated ({counted(count, 'cell')}): {_cut(why)}" for why, count in shown]
         if len(shown) < len(reasons):
             rest = sum(count for _, count in reasons[_REASONS:])
-            lines.append(f"Not estimated ({_count(rest, 'cell')}): other reasons; --json has them all.")
+            lines.append(f"Not estimated ({counted(rest, 'cell')}): other reasons; --json has them all.")
         return lines
 
     def _time_lines(self) -> list[str]:
@@ -186,7 +186,7 @@ class Estimate:
         where = "in one process" if self.workers == 1 else f"in {self.workers} processes"
         at_most, likely = map(in_words, self.wall)
         if self.stopped:
-            share = f"{self.shares['']:.0%} of their steps in {_count(self.stopped, 'finished cell')}"
+            share = f"{self.shares['']:.0%} of their steps in {counted(self.stopped, 'finished cell')}"
             line = f"Time    at most {at_most} {where}, likely {likely} (stages stopped after {share})"
         else:
             line = f"Time    at most {at_most} {where}: an upper bound, with every stage to its last epoch"
@@ -506,10 +506,6 @@ def _speed(speed: Speed) -> dict[str, Any]:
         "memory_bytes": speed.memory_bytes,
         "longest_row": {"measured": speed.longest, "grid": speed.longest_context},
     }
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _cut(text: str) -> str:

@@ -10,7 +10,6 @@ import math
 from typing import Any
 
 from ia2.probing import SIGNIFICANCE
-from ia2.sweeps.board import in_words
 from ia2.sweeps.records import count_seconds
 from ia2.sweeps.report import METHOD, RIVAL, TITLES, Report
 from ia2.sweeps.selection import Arm, Task
@@ -26,6 +25,7 @@ from ia2.sweeps.statistics import (
 )
 from ia2.sweeps.tables import MISSING, Column, Entry, Table, mean_sd, signed
 from ia2.sweeps.threshold import Threshold, effectiveness_threshold
+from ia2.wording import counted, in_words
 
 # What "better" means in the second column of thresholds: accuracy falls to zero difference ever more slowly.
 MARGIN = 0.01
@@ -213,17 +213,18 @@ def overview_lines(report: Report) -> list[str]:
     """What was run, the verdict on IA2 → SFT, and whether ICL worked; sentences."""
     results = report.results
     count = len(results.cells)
-    of = f" of {results.total}" if results.total not in (None, count) else ""
+    of = f"{count} of " if results.total not in (None, count) else ""
+    cells = of + counted(results.total or count, "cell")
     failed = f", {results.failed} failed" if results.failed else ""
     seeds = {cell.seed for cell in results.cells if cell.seed is not None}
-    counted: set[tuple[str, float]] = set()
-    seconds = sum(count_seconds(cell.seconds, counted) for cell in results.cells)
+    shared: set[tuple[str, float]] = set()
+    seconds = sum(count_seconds(cell.seconds, shared) for cell in results.cells)
     took = f"; {in_words(seconds)} of work" if seconds else ""
     sources = list(dict.fromkeys(task.benchmark for task in report.tasks))
     return [
-        f"{results.name}: {count}{of} cells{failed}{took}. Models {', '.join(report.models)}; benchmarks "
+        f"{results.name}: {cells}{failed}{took}. Models {', '.join(report.models)}; benchmarks "
         f"{', '.join(sources)}; recipes {', '.join(report.labels)}; N = {', '.join(map(str, report.sizes))}; "
-        f"{len(seeds)} seeds.",
+        f"{counted(len(seeds), 'seed')}.",
         *verdict_lines(report),
         *_icl_lines(report),
     ]
@@ -276,8 +277,8 @@ def _verdict(found: dict[str, PairedTest | None]) -> str:
         text += f" and {word}, ECE {shown}"
     several = accuracy.clusters > 1
     how = "95% over benchmarks and seeds" if several else "one benchmark: no interval over them"
-    of = f"{accuracy.clusters} benchmark{'s' if several else ''}"
-    return f"{text} ({of}, {accuracy.pairs} pair{'s' if accuracy.pairs > 1 else ''} of runs; {how})."
+    of = f"{counted(accuracy.clusters, 'benchmark')}, {counted(accuracy.pairs, 'pair')} of runs"
+    return f"{text} ({of}; {how})."
 
 
 def _word(found: PairedTest, above: str, below: str, equal: str) -> str:

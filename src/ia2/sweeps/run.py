@@ -19,6 +19,7 @@ from ia2.sweeps.grid import Cell, GridConfig, Unit, evaluated_on, expand
 from ia2.sweeps.store import SweepFolder, alone
 from ia2.sweeps.unit import Failed, Finished, Started, forget_rows, load_rows
 from ia2.sweeps.workers import Lost, Queue, Run, in_process
+from ia2.wording import counted
 
 RETRIES = 2
 """How often a cell whose worker died is given to another one."""
@@ -106,10 +107,10 @@ def _sweep(
     waiting = [part for unit in units if (part := _unfinished(unit, store)).cells]
     todo = sum(len(unit.cells) for unit in waiting)
     logger.info(
-        "%s: %d cells in %d units; %d finished before, %d to do.",
+        "%s: %s in %s; %d finished before, %d to do.",
         grid.name,
-        len(cells),
-        len(units),
+        counted(len(cells), "cell"),
+        counted(len(units), "unit"),
         len(cells) - todo,
         todo,
     )
