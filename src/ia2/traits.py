@@ -23,7 +23,10 @@ _RECURRENT = ("linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "
 
 
 def layer_kinds(model: Any) -> list[str]:
-    return list(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    """What each layer mixes tokens with, in the configuration's words; nothing where it does not say."""
+    config = model.config.get_text_config()
+    # hybrids have it under the second name, in earlier releases under that alone (RecurrentGemma)
+    return list(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or [])
 
 
 def takes_cache(model: Any) -> bool:
