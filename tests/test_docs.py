@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import re
 import shlex
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from packaging.requirements import Requirement
 
 import ia2
 from ia2.cli import app, main
@@ -205,3 +207,34 @@ def test_links_and_files_exist(page: str) -> None:
     for code in inline(page):
         for name in re.findall(r"(?<![\w/])(?:src|tests|perf|scripts)/[\w./]+\.(?:py|json|md)\b", code):
             assert (ROOT / name).is_file(), name
+
+
+def lower_bounds() -> dict[str, str]:
+    """The lowest release of each package that a user's installation needs or can ask for."""
+    extras = ("", "quantized", "report", "gguf", "cluster")
+    found = {}
+    for line in importlib.metadata.requires("ia2") or []:
+        needed = Requirement(line)
+        if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
+            found[needed.name] = str(needed.specifier).removeprefix(">=")
+    return found
+
+
+def test_the_lowest_releases_are_those_that_are_allowed() -> None:
+    lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    allowed = lower_bounds()
+    assert sorted(pinned) == sorted(allowed)
+    for name, low in allowed.items():
+        release = pinned[name].split(".")
+        assert release[: low.count(".") + 1] == low.split("."), f"{name}: {pinned[name]}, allowed from {low}"
+        assert not any(map(int, release[low.count(".") + 1 :])), f"{name}: {pinned[name]} is not the lowest"
+
+
+def test_the_readme_names_the_lowest_releases() -> None:
+    allowed = lower_bounds()
+    found = re.search(r"Python ≥ ([\d.]+), torch ≥ ([\d.]+), transformers ≥ ([\d.]+)\.", text_of("README.md"))
+    assert found
+    python = str(importlib.metadata.metadata("ia2")["Requires-Python"]).removeprefix(">=")
+    assert (found[1], found[2]) == (python, allowed["torch"])
+    assert allowed["transformers"].startswith(f"{found[3]}.")

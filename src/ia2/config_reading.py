@@ -88,8 +88,9 @@ def describe(kind: type[BaseModel], problem: Any) -> str:
                 continue
             annotation = section.model_fields[str(part)].annotation
             for inner in (annotation, *typing.get_args(annotation)):
-                # in Python 3.10 list[int] passes for a class, but not in issubclass
-                if typing.get_origin(inner) is None and isinstance(inner, type) and issubclass(inner, BaseModel):
+                # Python 3.10 takes list[int] for a class, and then issubclass does not
+                plain = typing.get_origin(inner) is None and isinstance(inner, type)
+                if plain and issubclass(inner, BaseModel):
                     section = inner
         return f"unknown key '{place}'.{suggest(str(problem['loc'][-1]), list(section.model_fields))}".rstrip(
             "."
