@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from ia2.probing import SIGNIFICANCE
-from ia2.sweeps.records import count_seconds
+from ia2.sweeps.records import work_seconds
 from ia2.sweeps.report import METHOD, RIVAL, TITLES, Report
 from ia2.sweeps.selection import Arm, Task
 from ia2.sweeps.significance import works_on
@@ -217,8 +217,7 @@ def overview_lines(report: Report) -> list[str]:
     cells = of + counted(results.total or count, "cell")
     failed = f", {results.failed} failed" if results.failed else ""
     seeds = {cell.seed for cell in results.cells if cell.seed is not None}
-    shared: set[tuple[str, float]] = set()
-    seconds = sum(count_seconds(cell.seconds, shared) for cell in results.cells)
+    seconds = work_seconds(cell.seconds for cell in results.cells)
     took = f"; {in_words(seconds)} of work" if seconds else ""
     sources = list(dict.fromkeys(task.benchmark for task in report.tasks))
     return [

@@ -291,6 +291,12 @@ def count_seconds(seconds: Mapping[str, float], counted: set[tuple[str, float]])
     return sum(seconds.values()) - sum(took for _, took in shared)
 
 
+def work_seconds(cells: Iterable[Mapping[str, float]]) -> float:
+    """Seconds that went into cells, what several share counted once (:func:`count_seconds`)."""
+    counted: set[tuple[str, float]] = set()
+    return sum(count_seconds(seconds, counted) for seconds in cells)
+
+
 def _evaluation(dataset: str, record: dict[str, Any]) -> Evaluation:
     bits = record["rows"]["correct"]
     if not bits or set(bits) - {"0", "1"}:

@@ -12,11 +12,12 @@ from typing import Any
 
 from ia2.benchmarks import BenchmarkData
 from ia2.console import logger
-from ia2.files import digest
+from ia2.files import digest, read_json
 from ia2.runs import machine, versions
 from ia2.sweeps.board import Board
 from ia2.sweeps.grid import Cell, GridConfig, Unit, evaluated_on, expand
-from ia2.sweeps.store import SweepFolder, alone
+from ia2.sweeps.records import work_seconds
+from ia2.sweeps.store import SUMMARY, SweepFolder, alone
 from ia2.sweeps.unit import Failed, Finished, Started, forget_rows, load_rows
 from ia2.sweeps.workers import Lost, Queue, Run, in_process
 from ia2.wording import counted
@@ -175,24 +176,23 @@ def _lost(event: Lost, queue: Queue, losses: Counter[str], store: SweepFolder, b
 
 def _seconds(store: SweepFolder) -> float:
     """Wall-clock seconds that earlier starts took."""
-    from ia2.files import read_json
-    from ia2.sweeps.store import SUMMARY
-
     file = store.path / SUMMARY
     return float(read_json(file)["seconds"]) if file.is_file() else 0.0
 
 
 def _summary(grid: GridConfig, cells: Sequence[Cell], store: SweepFolder, seconds: float) -> dict[str, Any]:
+    done = [cell.key for cell in cells if cell.key in store.records]
     return {
         "name": grid.name,
         "description": grid.description,
         "select": grid.select,
         "cells": {
-            "done": sum(cell.key in store.records for cell in cells),
+            "done": len(done),
             "failed": sum(cell.key in store.failures for cell in cells),
             "total": len(cells),
         },
         "seconds": round(seconds, 1),
+        "work_seconds": round(work_seconds(store.records[key]["cost"]["seconds"] for key in done), 1),
         "machine": machine(),
         "versions": versions(),
     }
