@@ -19,7 +19,9 @@ from pathlib import Path
 from ia2.errors import ConfigError
 from ia2.files import write_text
 from ia2.sweeps.printing import make_report, print_tables
-from ia2.sweeps.report import METHOD, RIVAL, TITLES
+from ia2.sweeps.records import filtered
+from ia2.sweeps.report import METHOD, RIVAL, TITLES, Report
+from ia2.sweeps.selection import Task
 from ia2.sweeps.statistics import by_seed
 from ia2.sweeps.tables import markdown, signed
 
@@ -57,22 +59,33 @@ def others() -> list[str]:
     found = []
     for task in report.tasks:
         for size in report.sizes:
-            arms = {recipe: report.plain(task, size, recipe) for recipe in COMPARED}
-            there = {recipe: arm for recipe, arm in arms.items() if arm is not None}
-            if len(there) < len(COMPARED):
-                continue
-            runs = [by_seed(arm, task.benchmark, "accuracy") for arm in there.values()]
-            shared = sorted(set.intersection(*map(set, runs)), key=str)
-            if not shared:
-                continue
-            row = [task.model, str(size), task.benchmark, str(len(shared))]
-            row += [f"{100 * sum(run[seed] for seed in shared) / len(shared):.1f}" for run in runs]
-            for recipe in OTHERS:
-                less = report.compare(there[recipe], there[METHOD], task.benchmark, "accuracy")
-                assert less is not None  # both have labels and the same seeds
-                row.append(signed(less.interval.value, less.interval.low, less.interval.high, percent=True))
-            found.append(((report.models.index(task.model), size), _row(row)))
+            line = _compared(report, task, size)
+            if line is not None:
+                found.append(((report.models.index(task.model), size), _row(line)))
     return [_row(columns), "|---" * len(columns) + "|", *(row for _, row in sorted(found, key=itemgetter(0)))]
+
+
+def _compared(report: Report, task: Task, size: int) -> list[str] | None:
+    """A row of :func:`others`: means and differences over the seeds that all five recipes have."""
+    there = [report.plain(task, size, recipe) for recipe in COMPARED]
+    seeds = sorted(
+        set.intersection(*({s for s in arm.runs if s is not None} if arm else set() for arm in there))
+    )
+    if not seeds:
+        return None
+    # other seeds of some recipes would otherwise be in their means alone
+    kept = filtered(report.results, benchmarks=[task.benchmark], models=[task.model], seeds=seeds)
+    same = Report(kept, report.select)
+    arms = {recipe: arm for recipe in COMPARED if (arm := same.plain(task, size, recipe)) is not None}
+    line = [task.model, str(size), task.benchmark, str(len(seeds))]
+    for arm in arms.values():
+        values = by_seed(arm, task.benchmark, "accuracy").values()
+        line.append(f"{100 * sum(values) / len(values):.1f}")
+    for recipe in OTHERS:
+        less = same.compare(arms[recipe], arms[METHOD], task.benchmark, "accuracy")
+        assert less is not None  # they have the same seeds
+        line.append(signed(less.interval.value, less.interval.low, less.interval.high, percent=True))
+    return line
 
 
 def icl() -> list[str]:
