@@ -123,8 +123,8 @@ def variants_table(report: Report, *, where_icl_works: bool = False) -> Table | 
         tuple(rows),
         (
             *report.about(list(dict.fromkeys(arm.task for arm in arms)), arms),
-            "Pairs are of one benchmark and seed, dealt to the halves in turn, so that each benchmark and "
-            "each seed is in both. Accuracy in percentage points; intervals over pairs and test rows.",
+            "Pairs are of one benchmark and seed, dealt to the halves in turn: a benchmark with two seeds or "
+            "more is in both. Accuracy in percentage points; intervals over pairs and test rows.",
             *(verdict(best[key], *key) for key in best),
         ),
     )
