@@ -31,7 +31,8 @@ both = pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    llama().save_pretrained(folder)
+    # rows as long as bitsandbytes' blocks: shorter ones come out wrong on CPUs with AVX512
+    llama(hidden_size=64).save_pretrained(folder)
     make_word_tokenizer().save_pretrained(folder)
     return folder
 
@@ -114,7 +115,7 @@ def test_full_fine_tuning_itself_refuses(quantization: str, saved: Path) -> None
 
 
 def test_transposed_layers(tmp_path: Path) -> None:
-    gpt2().save_pretrained(tmp_path)
+    gpt2(n_embd=64).save_pretrained(tmp_path)
     make_word_tokenizer().save_pretrained(tmp_path)
     base = load(tmp_path, "4bit")
     before = logits(base.model)
@@ -138,3 +139,15 @@ def test_what_is_refused(saved: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelError, match=re.escape("Run: pip install bitsandbytes")):
         load(saved, "4bit")
+
+
+def test_rows_that_bitsandbytes_gets_wrong_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama().save_pretrained(tmp_path)  # rows of 32, half a block
+    make_word_tokenizer().save_pretrained(tmp_path)
+    right = bitsandbytes.functional.dequantize_4bit
+    # what it does on CPUs with AVX512, wherever this runs
+    monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", lambda *given: -right(*given))
+    with pytest.raises(ModelError, match="whose rows have 32 weights, wrongly in 4 bit on this cpu"):
+        load(tmp_path, "4bit")

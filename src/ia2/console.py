@@ -50,6 +50,8 @@ def _quiet_dependencies() -> None:
     # one dependency's use of another; nothing a user can act on
     for package in ("accelerate", "datasets", "peft", "torch", "transformers"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{package}\.")
+    # advice about kernels for 4-bit weights, given on some CPUs to whoever has bitsandbytes, used or not
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # torch's lazy NVML probe on machines without a GPU; nothing a user can act on.
     warnings.filterwarnings("ignore", message="Can't initialize NVML")
 

@@ -150,6 +150,9 @@ def load_base(
         raise ModelError(_explain(name, path, error)) from error
     if quantization is None:  # else it was put there while it was read, and refuses to move
         torch.nn.Module.to(model, target)
+    if quantization == "4bit":
+        _keep_packing(model)
+        _check_dequantised(model, name)
     model.eval().requires_grad_(False)
     identity = {
         "model": name if name in DEMO_MODELS or not Path(path).exists() else str(Path(path).resolve()),
@@ -242,6 +245,45 @@ def _quantized(
         # one line for every layer and batch: "inputs will be cast … to float16"
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return {"quantization_config": settings, "device_map": {"": str(target)}}
+
+
+def _keep_packing(model: PreTrainedModel) -> None:
+    """Leave 4-bit weights as they were read.
+
+    On CPUs with AVX512-BF16 bitsandbytes would pack them anew, in place, in the first forward pass without
+    gradients. That fails for widths that are no multiple of its blocks of 64, and rounds scales to bfloat16,
+    so that results would depend on the kind of CPU and on which pass came first.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _check_dequantised(model: PreTrainedModel, name: str) -> None:
+    """Rows that end inside one of bitsandbytes' blocks of 64 weights come out wrong on CPUs with AVX512.
+
+    Raises:
+        ModelError: the scaled codes of such a layer are not what bitsandbytes makes of them.
+    """
+    import torch
+
+    for place, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is None or state.nested or state.shape[-1] % state.blocksize == 0:
+            continue
+        from bitsandbytes.functional import dequantize_4bit
+
+        packed = module.weight.data.flatten()  # type: ignore[union-attr, operator]
+        codes = state.code[torch.stack([packed >> 4, packed & 15], 1).flatten().long()]
+        blocks = codes.split(state.blocksize)
+        scaled = torch.cat([b * scale for b, scale in zip(blocks, state.absmax, strict=True)])
+        made = dequantize_4bit(module.weight.data, state).flatten().float()  # type: ignore[union-attr, arg-type]
+        if not torch.allclose(made, scaled, rtol=0.02, atol=1e-6):
+            raise ModelError(
+                f"model {name}: bitsandbytes computes {place}, whose rows have {state.shape[-1]} weights, "
+                f"wrongly in 4 bit on this {made.device.type}: they are no multiple of {state.blocksize}. "
+                "Choose 8bit, leave quantization out, or choose another device."
+            )
 
 
 def _explain(name: str, path: str, error: Exception) -> str:

@@ -179,7 +179,8 @@ def divergence(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     import torch
 
     a, b = torch.broadcast_tensors(a.double(), b.double())
-    middle = torch.logaddexp(a, b) - np.log(2)
+    # equal ones are their own middle: rounding would leave what is the same a little apart, on some CPUs
+    middle = torch.where(a == b, a, torch.logaddexp(a, b) - np.log(2))
     # an outcome without probability adds nothing; its logarithm would make it NaN
     halves = [torch.where(x > -torch.inf, x.exp() * (x - middle), 0.0).sum(-1) for x in (a, b)]
     return ((halves[0] + halves[1]) / (2 * np.log(2))).clamp(0.0, 1.0)
