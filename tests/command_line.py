@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+from ia2.files import LOCK
+from ia2.manifest import MANIFEST
+
 
 @dataclass(frozen=True)
 class Ran:
@@ -77,5 +80,6 @@ def write_rows(path: Path, rows: Iterable[tuple[str, str] | dict[str, Any]]) -> 
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder and what it holds."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Every file below a folder and what it holds; the list of the files and their lock left out."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in (MANIFEST, LOCK)]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}

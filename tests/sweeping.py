@@ -12,6 +12,7 @@ from benches import wordy_model
 from command_line import write_rows
 from words import make_word_tokenizer
 
+from ia2.files import digest
 from ia2.sweeps.grid import Cell, GridConfig, expand
 from ia2.sweeps.run import Sweep, sweep
 
@@ -102,7 +103,9 @@ def records(folder: Path, name: str = "cells.jsonl") -> list[dict[str, Any]]:
     """The records of a sweep's folder."""
     lines = (folder / name).read_text(encoding="utf-8").split("\n")
     assert lines.pop() == ""
-    return [json.loads(line) for line in lines]
+    found = [json.loads(line) for line in lines]
+    assert all(record.pop("sha256") == digest(record) for record in found)
+    return found
 
 
 def results(folder: Path, *left_out: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def test_a_file_system_without_locks_is_told(
 
     monkeypatch.setattr("filelock.FileLock.acquire", refuse)
     with alone(tmp_path / "out"):
-        assert "See to it that no other sweep works in this folder." in caplog.text
+        assert "See to it that no other run works in this folder." in caplog.text
     assert not (tmp_path / "out" / ".lock").exists()
 
 
@@ -180,7 +181,10 @@ def test_texts_with_odd_line_ends_are_read_back(files: Path, tmp_path: Path) -> 
 
 
 def test_two_sweeps_in_one_folder_are_refused(files: Path, tmp_path: Path) -> None:
-    with alone(tmp_path / "out"), pytest.raises(RunFolderError, match="another `ia2 sweep` is at work there"):
+    with (
+        alone(tmp_path / "out"),
+        pytest.raises(RunFolderError, match=rf"`ia2 sweep` \(process {os.getpid()} on .*\) is at work there"),
+    ):
         swept(files, tmp_path / "out", recipes=["base"])
     assert swept(files, tmp_path / "out", recipes=["base"]).done == 1
     assert sorted(tree(tmp_path / "out")) == ["cells.jsonl", "sweep.json"]

@@ -12,17 +12,18 @@ from ia2.adapter_weights import attach, load_adapter_state, read_adapter_state, 
 from ia2.adapters import peft_config
 from ia2.config import AdaptConfig, TrainConfig
 from ia2.console import logger
-from ia2.distributed import first_then_all, is_first, wait
-from ia2.errors import ConfigError, DataError
+from ia2.distributed import is_first, wait
+from ia2.errors import ConfigError, DataError, RunFolderError
 from ia2.evaluation.metrics import summarise
 from ia2.evaluation.scoring import Prediction, write_predictions
 from ia2.examples import Examples, FewShotSplit, RowFormat
-from ia2.files import finite, read_json, write_json, write_text
+from ia2.files import atomic_files, read_json, write_json, write_text
+from ia2.manifest import begin
 from ia2.models import BaseModel, load_base
 from ia2.prompts import ContextFunction
 from ia2.recipes import TRAINED, is_trained
 from ia2.report.card import model_card
-from ia2.runs import add_facts, claim, load_run, machine, task_facts
+from ia2.runs import REMADE, add_facts, check_outputs, claimed, load_run, machine, task_facts
 from ia2.stages import TrainedRecipe, plan
 from ia2.task import Task, make_task
 from ia2.workbench import Workbench
@@ -63,8 +64,8 @@ class AdaptResult:
             RunFolderError: it holds something else.
         """
         folder = Path(folder)
-        claim(folder, "train", self._facts["config"], self._facts["data"])
-        write_outputs(folder, self)
+        with claimed(folder, "train", self._facts["config"], self._facts["data"]):
+            write_outputs(folder, self)
         return folder
 
 
@@ -127,6 +128,7 @@ def adapt(
     with ExitStack() as stack:
         if output_dir is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ia2-")))
+            begin(folder)
         else:
             folder = Path(output_dir)
         bench = Workbench(base, data, task, config, folder, one_recipe=True, function=context)
@@ -135,9 +137,7 @@ def adapt(
             bench.check([config.recipe], rows)
             bench.model  # noqa: B018 - put on here, where an adapter that does not fit is refused
             if output_dir is not None:
-                first_then_all(
-                    lambda: claim(folder, "train", facts["config"], facts["data"], overwrite and is_first())
-                )
+                stack.enter_context(claimed(folder, "train", facts["config"], facts["data"], overwrite))
             return _run(bench, test, facts, keep=output_dir is not None)
         except BaseException:
             bench.close()
@@ -153,10 +153,15 @@ def _run(bench: Workbench, test: Examples | None, facts: dict[str, Any], *, keep
         bench.model, base.tokenizer, config, task, {}, folder=folder if keep else None, _facts=facts
     )
     if keep and (folder / "metrics.json").is_file():
-        logger.info("%s is complete; nothing was trained again.", folder)
-        wait()
-        result.metrics = read_json(folder / "metrics.json")
-        return result
+        try:
+            check_outputs(folder)
+            result.metrics = read_json(folder / "metrics.json")
+        except RunFolderError as error:
+            logger.warning("%s", error)
+        else:
+            logger.info("%s is complete; nothing was trained again.", folder)
+            wait()
+            return result
     rows = test if test is not None else data.dev
     result.metrics = _metrics(bench, trained, base)
     if len(rows) and is_first():
@@ -213,13 +218,14 @@ def _metrics(bench: Workbench, trained: TrainedRecipe, base: BaseModel) -> dict[
 
 def write_outputs(folder: Path, result: AdaptResult) -> None:
     """The files that other tools load; ``metrics.json`` last, since it marks the run as complete."""
-    save_adapter(result.model, folder)
-    result.tokenizer.save_pretrained(folder)
-    if result.predictions:
-        write_predictions(folder / "predictions.jsonl", result.predictions)
     add_facts(folder, task=task_facts(result.task), temperatures=result.metrics.get("temperatures", {}))
-    write_text(folder / "README.md", model_card(result.metrics, result._facts, result.task))
-    write_json(folder / "metrics.json", finite(result.metrics))
+    with atomic_files(folder) as temporary:
+        save_adapter(result.model, temporary)
+        result.tokenizer.save_pretrained(temporary)
+        if result.predictions:
+            write_predictions(temporary / "predictions.jsonl", result.predictions)
+        write_text(temporary / "README.md", model_card(result.metrics, result._facts, result.task))
+    write_json(folder / "metrics.json", result.metrics)
 
 
 def load_base_of(model: str | BaseModel, config: AdaptConfig) -> BaseModel:
@@ -280,11 +286,11 @@ def load_adapter(folder: str | Path, device: str | None = None) -> tuple[AdaptRe
     config, task, facts = load_run(folder)
     if device is not None:
         config = config.model_copy(update={"device": device})
-    state = read_adapter_state(folder)
+    state = read_adapter_state(folder, REMADE)
     base = load_base_of(config.model, config)
     model = attach(base.model, peft_config(base.model, config.adapter), config.seed)
     load_adapter_state(model, state)
-    metrics = read_json(folder / "metrics.json")
+    metrics = read_json(folder / "metrics.json", REMADE)
     return AdaptResult(model, base.tokenizer, config, task, metrics, folder=folder, _facts=facts), base
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ia2.errors import ConfigError, DataError, RunFolderError
+from ia2.manifest import check
 
 if TYPE_CHECKING:
     import torch
@@ -186,20 +187,28 @@ def save_adapter(model: PeftModel | FullModel, folder: str | Path) -> None:
             save_file(state, folder / _ENCODER)
 
 
-def read_adapter_state(folder: str | Path) -> dict[str, torch.Tensor]:
+def read_adapter_state(
+    folder: str | Path, mend: str = "Run the command that made it again."
+) -> dict[str, torch.Tensor]:
     """The weights in a folder of :func:`save_adapter`, or of PEFT's or transformers' own saving.
+
+    Args:
+        folder: where they lie.
+        mend: the way out if they are damaged, as a sentence.
 
     Returns:
         What :func:`load_adapter_state` takes, and training goes on from exactly.
 
     Raises:
         DataError: there are none, or a file is missing or broken.
+        RunFolderError: a file of a run is not as it was written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     state: dict[str, torch.Tensor] = {}
-    for file in _weight_files(Path(folder)):
+    for file in _weight_files(Path(folder), mend):
+        check(file, mend=mend)
         try:
             state.update(load_file(file))
         except FileNotFoundError:
@@ -209,7 +218,7 @@ def read_adapter_state(folder: str | Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path, mend: str) -> list[Path]:
     from ia2.files import read_json
 
     for name in (_ENCODER, _WEIGHTS, "model.safetensors"):
@@ -221,4 +230,4 @@ def _weight_files(folder: Path) -> list[Path]:
             return sorted({folder / name for name in read_json(index)["weight_map"].values()})
         except (RunFolderError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{index}: not an index of weights ({error}).") from error
-    raise DataError(f"{folder}: no adapter in it ({_WEIGHTS} or model.safetensors).")
+    raise DataError(f"{folder}: no adapter in it ({_WEIGHTS} or model.safetensors). {mend}")

@@ -16,18 +16,18 @@ from ia2.analysis.similarity import Similarity
 from ia2.arms import Arm, arms, rivals
 from ia2.config import CompareConfig
 from ia2.console import logger
-from ia2.distributed import first_then_all, is_first, wait
+from ia2.distributed import is_first, wait
 from ia2.errors import ConfigError
 from ia2.evaluation.calibration import clustered_interval
 from ia2.evaluation.metrics import STATISTICS, Measured, RowMeasures, summarise
 from ia2.evaluation.scoring import write_predictions
 from ia2.examples import Examples
-from ia2.files import digest, finite, read_json, write_json, write_text
+from ia2.files import digest, read_json, write_json, write_text
 from ia2.models import BaseModel
 from ia2.recipes import is_trained
 from ia2.report.tables import comparison_markdown
 from ia2.rounds import Round, drawn_test, rounds_of
-from ia2.runs import claim, machine, versions
+from ia2.runs import claimed, machine, versions
 from ia2.stages import TrainedRecipe
 from ia2.task import Task, make_task
 from ia2.teaching import IclReference
@@ -161,27 +161,26 @@ def compare(
                 trial.model  # noqa: B018 - an adapter that does not fit is refused when it is put on
             finally:
                 trial.close()
-    first_then_all(lambda: claim(folder, "compare", settings, data, overwrite and is_first()))
-
-    outcomes: dict[str, dict[int, list[Outcome]]] = {arm.name: {} for arm in every}
-    for number, (bench, current) in enumerate(zip(benches, rounds, strict=True)):
-        logger.info(
-            "Round %d of %d: seed %d, %d training, %d dev, %d test rows.",
-            number + 1,
-            len(rounds),
-            current.seed,
-            len(current.data.train),
-            len(current.data.dev),
-            len(current.test),
-        )
-        for name, outcome in _run_round(bench, every, current).items():
-            outcomes[name].setdefault(current.seed, []).append(outcome)
-    summary = _summary(base, task, config, every, examples, test, rounds, outcomes)
-    if is_first():
-        write_json(folder / "compare.json", finite(summary))
-        write_text(folder / "table.md", comparison_markdown(summary))
-    wait()
-    return Comparison(summary, folder)
+    with claimed(folder, "compare", settings, data, overwrite):
+        outcomes: dict[str, dict[int, list[Outcome]]] = {arm.name: {} for arm in every}
+        for number, (bench, current) in enumerate(zip(benches, rounds, strict=True)):
+            logger.info(
+                "Round %d of %d: seed %d, %d training, %d dev, %d test rows.",
+                number + 1,
+                len(rounds),
+                current.seed,
+                len(current.data.train),
+                len(current.data.dev),
+                len(current.test),
+            )
+            for name, outcome in _run_round(bench, every, current).items():
+                outcomes[name].setdefault(current.seed, []).append(outcome)
+        summary = _summary(base, task, config, every, examples, test, rounds, outcomes)
+        if is_first():
+            write_json(folder / "compare.json", summary)
+            write_text(folder / "table.md", comparison_markdown(summary))
+        wait()
+        return Comparison(summary, folder)
 
 
 def _bench_of(bench: Workbench, arm: Arm) -> Workbench:

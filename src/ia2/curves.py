@@ -13,9 +13,10 @@ from ia2.console import logger
 from ia2.distributed import is_first, wait
 from ia2.errors import ConfigError, DataError
 from ia2.examples import MAX_DEV, Examples
-from ia2.files import finite, write_json, write_text
+from ia2.files import write_json, write_text
 from ia2.models import BaseModel
 from ia2.report.tables import curve_markdown
+from ia2.runs import claimed
 from ia2.wording import counted
 
 
@@ -70,17 +71,22 @@ def curve(
     folder = Path(output_dir)
     base = load_base_of(model, config)
     shared = {name: getattr(config, name) for name in CompareConfig.model_fields}
+    data = {"data": examples.fingerprint, "test": test.fingerprint}
+    settings = {**config.model_dump(), "model": base.name, "output_dir": None}
     found = {}
-    for size in config.sizes:
-        logger.info("Size %d of %s.", size, ", ".join(map(str, config.sizes)))
-        sized = CompareConfig(**{**shared, "num_examples": size, "output_dir": None})
-        where = folder / f"n-{size}"
-        found[size] = compare(base, examples, sized, test=test, output_dir=where, overwrite=overwrite).summary
-    summary = _summary(found, config)
-    if is_first():
-        write_json(folder / "curve.json", finite(summary))
-        write_text(folder / "table.md", curve_markdown(summary))
-    wait()
+    with claimed(folder, "curve", settings, data, overwrite):
+        for size in config.sizes:
+            logger.info("Size %d of %s.", size, ", ".join(map(str, config.sizes)))
+            sized = CompareConfig(**{**shared, "num_examples": size, "output_dir": None})
+            where = folder / f"n-{size}"
+            found[size] = compare(
+                base, examples, sized, test=test, output_dir=where, overwrite=overwrite
+            ).summary
+        summary = _summary(found, config)
+        if is_first():
+            write_json(folder / "curve.json", summary)
+            write_text(folder / "table.md", curve_markdown(summary))
+        wait()
     return Curve(summary, folder)
 
 

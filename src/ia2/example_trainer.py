@@ -21,8 +21,10 @@ from ia2.adapter_weights import adapter_state, load_adapter_state
 from ia2.batches import AnswerDataset, Collator, EpochSampler
 from ia2.config import REENTRANT
 from ia2.console import Progress, logger
-from ia2.errors import ConfigError
+from ia2.distributed import wait
+from ia2.errors import ConfigError, RunFolderError
 from ia2.files import read_json, write_json
+from ia2.manifest import begin, check, check_tree, record_tree, root_of
 from ia2.tokens import pad_id
 
 # Rows of one forward pass of the dev evaluation.
@@ -273,6 +275,9 @@ class ExampleTrainer(Trainer, ABC):
 
         Leaves the model with the weights that the settings ask for and no checkpoint behind.
         """
+        if root_of(self.settings.output_dir / "any") is None and self.is_world_process_zero():
+            begin(self.settings.output_dir)  # a checkpoint without digests cannot be trusted
+        self.accelerator.wait_for_everyone()
         checkpoint = last_complete_checkpoint(self.settings.output_dir)
         if checkpoint is not None:
             logger.info("Continuing from %s.", checkpoint)
@@ -341,6 +346,7 @@ class BestWeights(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Complete a checkpoint: without these files it is not resumed from."""
+        wait()  # each process has written a file of its own
         if not state.is_world_process_zero:
             return
         from safetensors.torch import save_file
@@ -348,6 +354,7 @@ class BestWeights(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.state_dict is not None:
             save_file(self.state_dict, folder / "best.safetensors")
+        record_tree(folder, folder)
         write_json(
             folder / "complete.json",
             {
@@ -359,8 +366,8 @@ class BestWeights(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take up what was known at the checkpoint."""
-        folder = last_complete_checkpoint(Path(args.output_dir))
-        if folder is None or state.global_step == 0:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.global_step == 0:
             return
         from safetensors.torch import load_file
 
@@ -387,9 +394,17 @@ class _Steps(TrainerCallback):
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The latest checkpoint that was written to its end, or None."""
+    """The latest checkpoint that was written to its end and is undamaged, or None."""
     complete = [path.parent for path in folder.glob("checkpoint-*/complete.json")]
-    return max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+    for checkpoint in sorted(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True):
+        try:
+            check(checkpoint / "complete.json")
+            check_tree(checkpoint)
+        except RunFolderError as error:
+            logger.warning("A damaged checkpoint is passed over. %s", str(error).partition(". ")[0] + ".")
+        else:
+            return checkpoint
+    return None
 
 
 def _permuted(indices: Sequence[int], permutations: int) -> Iterator[list[tuple[int, int, float]]]:

@@ -14,7 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ia2.errors import RunFolderError
+from ia2 import manifest
+from ia2.console import logger
+from ia2.errors import ConfigError, RunFolderError
+
+# Held by the process that works in a run's folder, and who that is.
+LOCK = ".ia2.lock"
+_HOLDER = ".ia2.lock.holder"
 
 # What safetensors and torch.save say of a full disk: they raise no OSError.
 _FULL_DISK = (
@@ -78,51 +84,217 @@ def atomic_dir(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes ``path`` when the block ends well, and is gone otherwise.
 
     Raises:
-        RunFolderError: nothing can be written there.
+        RunFolderError: nothing can be written there, or ``path`` holds files that are not ours.
+    """
+    with _writing(path), _scratch(path) as temporary:
+        yield temporary
+        manifest.record_tree(temporary, path)
+        if path.exists() and manifest.root_of(path) is None:
+            shutil.rmtree(path)
+        elif others := manifest.remove(path):
+            raise RunFolderError(f"{others[0]}: in the way, and not written by ia2. Move it elsewhere.")
+        temporary.rename(path)
+
+
+@contextmanager
+def atomic_files(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files go into ``folder``, each whole, when the block ends well.
+
+    Raises:
+        RunFolderError: nothing can be written there, or a file that is not ours is in the way.
+    """
+    with _writing(folder), _scratch(folder / "files") as temporary:
+        yield temporary
+        names = [path.relative_to(temporary) for path in sorted(temporary.rglob("*")) if path.is_file()]
+        for name in names:
+            manifest.refuse_others(folder / name)
+        manifest.record_tree(temporary, folder)
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (temporary / name).replace(folder / name)
+
+
+@contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """An empty folder beside ``path`` for the time of the block."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:64]}{manifest.TEMPORARY}", dir=path.parent))
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_bytes(path: Path, data: bytes, *, listed: bool = True) -> None:
+    """Write ``data`` to ``path``, whole or not at all.
+
+    Args:
+        path: the file.
+        data: what it is to hold.
+        listed: in a run's folder, add it to the manifest. Not what the user asked to be put there.
+
+    Raises:
+        RunFolderError: nothing can be written there, or a file that is not ours is in the way.
     """
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:64]}{manifest.TEMPORARY}", dir=path.parent)
         try:
-            yield temporary
-            temporary.chmod(0o755)
-            if path.exists():
-                shutil.rmtree(path)
-            temporary.rename(path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path``, whole or not at all."""
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
             Path(name).chmod(0o644)
+            root = manifest.root_of(path) if listed else None
+            # what is written into a temporary folder is listed when that folder gets its name
+            if root is not None and manifest.TEMPORARY not in str(path):
+                manifest.refuse_others(path)
+                manifest.record(root, {manifest.relative(path, root): hashlib.sha256(data).hexdigest()})
             Path(name).replace(path)
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
 
 
+def write_text(path: Path, text: str, *, listed: bool = True) -> None:
+    """:func:`write_bytes` of a text."""
+    write_bytes(path, text.encode("utf-8"), listed=listed)
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=_plain) + "\n")
+    """Write ``value`` as indented JSON, whole or not at all; NaN and infinities become null."""
+    text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
+    write_text(path, text + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file written by :func:`write_json`.
+def read_json(path: Path, mend: str | None = None) -> Any:
+    """Read a JSON file of a run.
+
+    Args:
+        path: the file.
+        mend: the way out if it is damaged, as a sentence.
 
     Raises:
-        RunFolderError: it has been damaged since.
+        RunFolderError: it is damaged, or cannot be read.
+    """
+    mend = mend or "Delete it and run the same command again."
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be read ({error.strerror}). {mend}") from error
+    manifest.check(path, data, mend)
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise RunFolderError(f"{path}: damaged ({error}). {mend}") from error
+
+
+def read_lines(path: Path, mend: str | None = None) -> list[Any]:
+    """Read a JSON Lines file of a run.
+
+    Raises:
+        RunFolderError: it is damaged, or cannot be read; the message names the line.
+    """
+    mend = mend or "Delete it and run the same command again."
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be read ({error.strerror}). {mend}") from error
+    manifest.check(path, data, mend)
+    return [value for _, value in parsed_lines(path, data, mend)]
+
+
+def parsed_lines(path: Path, data: bytes, mend: str) -> Iterator[tuple[int, Any]]:
+    """Number and value of each line of a JSON Lines file that is not empty.
+
+    Raises:
+        RunFolderError: a line is not JSON.
+    """
+    # only line ends divide records; str.splitlines would cut at U+2028 inside a text
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise RunFolderError(f"{path}:{number}: damaged ({error}). {mend}") from error
+
+
+@contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """Files that are not of the expected form are a user's error: another release's, or damaged.
+
+    Raises:
+        RunFolderError: a value is missing or of another type.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunFolderError(f"{path}: damaged ({error}). Remove it, or choose another folder.") from error
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise RunFolderError(
+            f"{path}: its files are damaged or of another version of ia2 ({type(error).__name__}: {error})."
+        ) from error
+
+
+def output_file(path: Path, *inputs: str | Path | None) -> None:
+    """Refuse to write a result where something is that must stay.
+
+    Args:
+        path: the file that the user wants to be written.
+        inputs: what is read meanwhile: files, folders, or names that are neither.
+
+    Raises:
+        ConfigError: it is one of the inputs, or a file of a run.
+    """
+    for given in inputs:
+        if given is not None and path.exists() and Path(given).exists() and path.samefile(given):
+            raise ConfigError(f"{path}: it is read, so it cannot be the output too. Choose another file.")
+    if manifest.is_ours(path):
+        raise ConfigError(f"{path}: belongs to the run in its folder. Choose another file.")
+
+
+@contextmanager
+def only_one(folder: Path, command: str) -> Iterator[None]:
+    """Keep other processes out of a run's folder meanwhile.
+
+    The lock file stays: who removes it while others open it gives them a lock of their own.
+
+    Args:
+        folder: the run's folder; made if it is not there.
+        command: who asks, as others are told.
+
+    Raises:
+        RunFolderError: another process is at work there.
+    """
+    import platform
+
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK)
+    try:
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+    except Timeout:
+        raise RunFolderError(
+            f"{folder}: {_holder(folder)} is at work there. Wait for it, or choose another --output-dir."
+        ) from None
+    except NotImplementedError:
+        logger.warning(
+            "%s: this file system has no locks. See to it that no other run works in this folder.", folder
+        )
+    holder = folder / _HOLDER
+    try:
+        with _writing(holder):
+            holder.write_text(f"`{command}` (process {os.getpid()} on {platform.node() or 'this host'})")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder(folder: Path) -> str:
+    try:
+        return (folder / _HOLDER).read_text() or "another process"
+    except OSError:  # it has just begun or ended
+        return "another process"
 
 
 def finite(value: Any) -> Any:

@@ -21,6 +21,7 @@ from ia2.context import Contexts, DemonstrationContexts
 from ia2.errors import DataError
 from ia2.evaluation.run import evaluate_prompts
 from ia2.examples import Examples, FewShotSplit
+from ia2.manifest import begin
 from ia2.models import BaseModel
 from ia2.runs import machine
 from ia2.task import Task, make_task
@@ -81,6 +82,7 @@ def probe(model: str | BaseModel, examples: Examples, config: ProbeConfig | None
         logger.info("Probing on %d of %d rows, drawn with seed %d.", limit, len(examples), config.seed)
     with tempfile.TemporaryDirectory(prefix="ia2-probe-") as scratch:
         nothing = Examples([], name=rows.name)
+        begin(Path(scratch))
         bench = Workbench(base, FewShotSplit(train=rows, dev=nothing), task, config, Path(scratch))
         try:
             return _probe(bench, rows, len(examples))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,58 +12,130 @@ from typing import Any
 
 from ia2.config import TrainConfig
 from ia2.config_reading import validate
+from ia2.console import logger
 from ia2.errors import DataError, RunFolderError
-from ia2.files import digest, read_json, write_json, write_text
+from ia2.files import digest, only_one, read_json, understood, write_json, write_text
+from ia2.manifest import MANIFEST, begin, check, clean, compact, recorded, remove
 from ia2.task import Task
 
 CONFIG_FILE = "ia2_config.yaml"
 RUN_FILE = "ia2_run.json"
 ANALYSIS_FILE = "analysis.json"
+REPORT_FILE = "report.html"
+CARD_FILE = "README.md"
 
 # Settings that do not change what a run computes.
 _INCIDENTAL = ("output_dir", "device", "report_to", "checkpoint_every")
 
 
-def claim(
+@contextmanager
+def claimed(
     folder: Path, kind: str, config: dict[str, Any], data: dict[str, str], overwrite: bool = False
-) -> None:
-    """Make ``folder`` this run's: a new or empty folder, or the same run again.
+) -> Iterator[None]:
+    """Make ``folder`` this run's for a while: a new or empty folder, or the same run again.
 
     Args:
         folder: the output folder.
-        kind: ``train`` or ``compare``.
+        kind: ``train``, ``compare`` or ``curve``.
         config: all settings.
         data: fingerprints of what is trained and evaluated on.
-        overwrite: delete another ia2 run that is there.
+        overwrite: remove what another ia2 run has written there; other files stay.
 
     Raises:
-        RunFolderError: the folder holds another run, or files that are not ours.
+        RunFolderError: the folder holds another run, or files that are not ours, or another process works
+            there.
     """
+    from ia2.distributed import is_first, wait
+
     facts = {"kind": kind, "config": _essential(config), "data": data}
+    if not is_first():
+        wait()  # for the first process, which writes
+        _is_same(folder, facts, False)
+        yield
+        return
+    # looked at before anything is written, and once more when nobody else can write
+    with ExitStack() as stack:
+        try:
+            _is_same(folder, facts, overwrite)
+            stack.enter_context(only_one(folder, f"ia2 {kind}"))
+            same = _is_same(folder, facts, overwrite)
+            clean(folder)
+            if not same:
+                remove(folder)
+                try:
+                    begin(folder)
+                    write_json(folder / RUN_FILE, {**facts, "versions": versions()})
+                except BaseException:
+                    remove(folder)
+                    raise
+            if not (folder / CONFIG_FILE).is_file():
+                import yaml
+
+                write_text(folder / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        finally:
+            wait()
+        yield
+        compact(folder)
+
+
+# How what `ia2 train` leaves is mended; stages are kept, so it takes no training.
+REMADE = "Run the same `ia2 train` again: it is made anew from the finished stages."
+
+
+def check_outputs(folder: Path) -> None:
+    """What a finished training run leaves for later commands is as it was written.
+
+    Raises:
+        RunFolderError: a file is damaged or gone.
+    """
+    # the card and the settings are for people, who may change them
+    for name in recorded(folder):
+        if "/" not in name and name not in (CARD_FILE, CONFIG_FILE, ANALYSIS_FILE, REPORT_FILE):
+            check(folder / name, mend=REMADE)
+
+
+def _is_same(folder: Path, facts: dict[str, Any], overwrite: bool) -> bool:
+    """Whether ``folder`` holds this run; False if it is free for it.
+
+    Raises:
+        RunFolderError: it is neither.
+    """
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file. Choose another --output-dir.")
-    holds = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
-    if (folder / RUN_FILE).is_file():
-        differing = _differences(read_json(folder / RUN_FILE), facts)
-        if not differing and (folder / CONFIG_FILE).is_file():
-            return
-        # a run that was stopped before it computed anything is no work to protect
-        started = any(path.name not in (RUN_FILE, CONFIG_FILE) for path in holds)
-        if differing and started and not overwrite:
+    holds = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
+    if not holds:
+        return False
+    if MANIFEST not in holds:
+        if RUN_FILE in holds:
             raise RunFolderError(
-                f"{folder} holds another run ({', '.join(differing)} differ). "
-                "Choose another --output-dir, or give --overwrite to replace it."
+                f"{folder}: a run without {MANIFEST}, so its files cannot be checked: it is from an earlier "
+                "release, or that file was lost. Choose another --output-dir."
             )
-        if differing and started:
-            shutil.rmtree(folder)
-    elif holds:
         raise RunFolderError(
-            f"{folder} is not empty and holds no ia2 run ({holds[0].name} …). Choose another --output-dir."
+            f"{folder} is not empty and holds no ia2 run ({holds[0]} …). Choose another --output-dir."
         )
-    write_json(folder / RUN_FILE, {**facts, "versions": versions()})
-    import yaml
-
-    write_text(folder / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    others = [name for name in holds if name not in (MANIFEST, RUN_FILE, CONFIG_FILE)]
+    if RUN_FILE not in holds:
+        if others:
+            raise RunFolderError(
+                f"{folder} holds no run of this command ({others[0]} …). Choose another --output-dir."
+            )
+        return False
+    try:
+        differing = _differences(read_json(folder / RUN_FILE), facts)
+    except RunFolderError as error:
+        if overwrite:
+            return False
+        raise RunFolderError(f"{error} Or give --overwrite to replace the run.") from error
+    if not differing:
+        return True
+    # a run that was stopped before it computed anything is no work to protect
+    if others and not overwrite:
+        raise RunFolderError(
+            f"{folder} holds another run ({', '.join(differing)} differ). "
+            "Choose another --output-dir, or give --overwrite to replace it."
+        )
+    return False
 
 
 def _essential(config: dict[str, Any]) -> dict[str, Any]:
@@ -98,8 +171,15 @@ def load_run(folder: Path) -> tuple[TrainConfig, Task, dict[str, Any]]:
         DataError: the folder holds none.
     """
     if not (folder / RUN_FILE).is_file():
-        raise DataError(f"{folder}: no ia2 run there ({RUN_FILE} is missing).")
+        raise DataError(f"{folder}: no ia2 run there ({RUN_FILE} is missing). Give a folder of `ia2 train`.")
+    if not (folder / MANIFEST).is_file():
+        logger.warning("%s has no %s, so its files cannot be checked for damage.", folder, MANIFEST)
     facts = read_json(folder / RUN_FILE)
+    with understood(folder):
+        return _run_of(folder, facts)
+
+
+def _run_of(folder: Path, facts: dict[str, Any]) -> tuple[TrainConfig, Task, dict[str, Any]]:
     # metrics.json is written last
     if "task" not in facts or not (folder / "metrics.json").is_file():
         raise DataError(f"{folder}: the run has not finished; start the same command again to continue it.")

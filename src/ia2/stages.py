@@ -17,6 +17,7 @@ from ia2.console import logger, progress
 from ia2.distributed import is_first, wait
 from ia2.errors import RunFolderError
 from ia2.files import atomic_dir, digest, read_json, space_needed, write_json
+from ia2.manifest import check_tree
 from ia2.recipes import ALIGN, JOINT, RECIPES
 
 if TYPE_CHECKING:
@@ -194,7 +195,9 @@ def finished_stage(name: str, tried: float, folder: Path, key: str) -> StageResu
     Raises:
         RunFolderError: the result is of something else.
     """
-    known = read_json(folder / "stage.json")
+    mend = f"Delete {folder} and run the same command again."
+    check_tree(folder, mend)
+    known = read_json(folder / "stage.json", mend)
     if known["key"] != key:
         raise RunFolderError(
             f"{folder} holds a stage trained with other settings or data. Choose another output folder."
@@ -208,7 +211,7 @@ def finished_stage(name: str, tried: float, folder: Path, key: str) -> StageResu
         known["seconds"],
         folder,
         key,
-        read_adapter_state(folder),
+        read_adapter_state(folder, mend),
         known["history"],
         known["beta"],
         _number(known["selection_loss"]),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ia2.errors import RunFolderError
 from ia2.files import digest, read_json, write_json
+from ia2.manifest import check
 
 if TYPE_CHECKING:
     import torch
@@ -199,13 +200,14 @@ class TargetStore:
     """Targets on disk, read by memory map.
 
     Raises:
-        RunFolderError: the folder holds no complete store.
+        RunFolderError: the folder holds no complete store, or a file of it is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         if not (folder / _INDEX).is_file():
             raise RunFolderError(f"{folder} holds no teacher targets.")
-        index = read_json(folder / _INDEX)
+        self._mend = f"Delete {folder} and run the same command again."
+        index = read_json(folder / _INDEX, self._mend)
         self.folder = folder
         self.fingerprint: dict[str, Any] = index["fingerprint"]
         self.layers: list[int] = index["layers"]
@@ -221,6 +223,7 @@ class TargetStore:
         key = f"{index}.{permutation}"
         shard = self._shards[key]
         if shard not in self._open:
+            check(self.folder / shard, mend=self._mend)
             self._open[shard] = safe_open(self.folder / shard, framework="pt")
         tensor: torch.Tensor = self._open[shard].get_tensor(key)
         return tensor

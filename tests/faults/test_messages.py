@@ -499,7 +499,7 @@ def test_no_space_for_the_first_file(train: Command, here: Path, monkeypatch: py
     line = train().refusal()
     assert "no space left" in line
     assert "out" in line
-    assert not [p for p in here.rglob("*") if p.is_file() and "out" in p.parts]
+    assert not tree(here / "out")
 
 
 def test_no_space_for_a_stage(train: Command, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

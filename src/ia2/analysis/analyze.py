@@ -17,6 +17,7 @@ from ia2.analysis.subjects import Study, find_study
 from ia2.analysis.views import Look
 from ia2.errors import ConfigError, suggest
 from ia2.files import finite, write_text
+from ia2.manifest import begin
 from ia2.runs import ANALYSIS_FILE, machine, versions
 from ia2.task import Task, make_task
 
@@ -118,6 +119,7 @@ def analyze(
     seconds: dict[str, float] = {}
     result = _facts(study, task, settings, folders)
     with tempfile.TemporaryDirectory(prefix="ia2-") as scratch:
+        begin(Path(scratch))
         looks = [Look(base, task, trial, Path(scratch)) for trial in study.trials]
         for look in looks:
             look.check(settings.controls)

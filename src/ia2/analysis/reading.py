@@ -6,7 +6,6 @@ the run's fingerprints say whether they are the same.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +22,7 @@ from ia2.config import AdaptConfig, CompareConfig, TrainConfig
 from ia2.config_reading import validate
 from ia2.errors import RunFolderError, UserError
 from ia2.examples import Examples, FewShotSplit, RowFormat
-from ia2.files import read_json
+from ia2.files import read_json, read_lines, understood
 from ia2.recipes import RECIPES
 from ia2.rounds import draws, place_of, places
 from ia2.runs import RUN_FILE
@@ -70,12 +69,15 @@ def read_facts(folder: Path, part: str = "") -> Facts:
     Raises:
         RunFolderError: a file has been damaged, or the folder is of another kind.
     """
-    run = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else None
-    if run is None or run.get("kind") == "compare":
-        return _comparison(folder, run, part)
-    if run.get("kind") != "train":
-        raise RunFolderError(f"{folder}: a run of another kind ({run.get('kind')}) than train or compare.")
-    return _training(folder, run)
+    with understood(folder):
+        run = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else None
+        if run is None or run.get("kind") == "compare":
+            return _comparison(folder, run, part)
+        if run.get("kind") != "train":
+            raise RunFolderError(
+                f"{folder}: a run of another kind ({run.get('kind')}) than train or compare."
+            )
+        return _training(folder, run)
 
 
 # ---------------------------------------------------------------------------------------- ia2 train
@@ -128,7 +130,7 @@ def _own_evaluation(folder: Path, metrics: Mapping[str, Any]) -> Evaluation | No
     if part is None:
         return None
     file = folder / "predictions.jsonl"
-    rows = _lines(file) if file.is_file() else []
+    rows = read_lines(file) if file.is_file() else []
     scopes = {s: v for s, v in metrics[part].items() if s in ("vocabulary", "labels", "answer")}
     means = {
         s: {name: float(found["value"]) for name, found in v.items() if found["value"] is not None}
@@ -253,7 +255,7 @@ def _round(
 def _outcome(file: Path) -> Evaluation:
     value = read_json(file)
     rows_file = file.with_name(f"{file.stem}.predictions.jsonl")
-    rows = _lines(rows_file) if rows_file.is_file() else []
+    rows = read_lines(rows_file) if rows_file.is_file() else []
     plain = value["measured"]["plain"]
     columns = {s: {name: np.array(v, float) for name, v in rows.items()} for s, rows in plain.items()}
     means = {
@@ -426,18 +428,6 @@ def _texts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for name, key in (("queries", "query"), ("gold", "gold"), ("predicted", "predicted"))
     }
     return {**texts, "label_names": tuple(rows[0].get("labels", ())) if rows else ()}
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise RunFolderError(f"{file}:{number}: damaged ({error}). Restore it.") from error
-    return rows
 
 
 def _labelled(kind: str | None, config: AdaptConfig | None, *rounds: Round) -> bool | None:

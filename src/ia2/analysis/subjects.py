@@ -19,7 +19,7 @@ from ia2.config_reading import validate
 from ia2.console import logger
 from ia2.errors import ConfigError, DataError, RunFolderError, suggest
 from ia2.examples import Example, Examples, FewShotSplit
-from ia2.files import digest, read_json
+from ia2.files import digest, read_json, understood
 from ia2.rounds import drawn_test, rounds_of
 from ia2.runs import RUN_FILE
 from ia2.stages import plan, stage_place
@@ -144,10 +144,11 @@ def _trials_of(run: Path, part: str) -> tuple[TrainConfig | CompareConfig, Examp
     if not (run / RUN_FILE).is_file():
         raise RunFolderError(f"{run}: only results are there, no adapters ({RUN_FILE} is missing).")
     facts = read_json(run / RUN_FILE)
-    if facts.get("kind") == "train":
-        return _of_training(run, facts)
-    if facts.get("kind") == "compare":
-        return _of_comparison(run, facts, part)
+    with understood(run):
+        if facts.get("kind") == "train":
+            return _of_training(run, facts)
+        if facts.get("kind") == "compare":
+            return _of_comparison(run, facts, part)
     raise RunFolderError(f"{run}: a run of another kind ({facts.get('kind')}) than train or compare.")
 
 

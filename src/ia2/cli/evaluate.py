@@ -25,12 +25,16 @@ def evaluate(
     from ia2.cli.output import print_json, print_metrics, start
 
     start(quiet)
+    from ia2.files import output_file
+
+    if output is not None:
+        output_file(output, data)
     from ia2.applying import evaluate_adapter
     from ia2.evaluation.scoring import write_predictions
 
     metrics, predictions = evaluate_adapter(adapter, data, split=split, device=device)
     if output is not None:
-        write_predictions(output, predictions)
+        write_predictions(output, predictions, listed=False)
     if json:
         print_json(metrics)
     else:

@@ -25,17 +25,18 @@ def predict(
     """Label new rows: label, confidence and label distribution of each."""
     from ia2.cli.output import print_json, start
     from ia2.errors import ConfigError
+    from ia2.files import output_file, write_text
 
     start(quiet)
     if output is not None and output.suffix not in (".jsonl", ".csv"):
         raise ConfigError(f"{output}: predictions are written to a .jsonl or a .csv file.")
+    if output is not None:
+        output_file(output, data)
     from ia2.applying import predict_rows, prediction_text
 
     rows = predict_rows(adapter, data, split=split, device=device)
     if output is not None:
-        from ia2.files import write_text
-
-        write_text(output, prediction_text(rows, output.suffix))
+        write_text(output, prediction_text(rows, output.suffix), listed=False)
         if json:
             print_json({"rows": len(rows), "output": str(output)})
         else:

@@ -276,9 +276,9 @@ def free_predictions(task: Task, examples: Sequence[Example], answers: FreeAnswe
     return rows
 
 
-def write_predictions(path: Path, rows: Iterable[Prediction]) -> None:
-    """Rows as JSON lines, whole or not at all."""
+def write_predictions(path: Path, rows: Iterable[Prediction], *, listed: bool = True) -> None:
+    """Rows as JSON lines, whole or not at all; ``listed`` as in :func:`ia2.files.write_bytes`."""
     import json
 
     text = "".join(json.dumps(row.to_dict(), ensure_ascii=False) + "\n" for row in rows)
-    write_text(path, text)
+    write_text(path, text, listed=listed)

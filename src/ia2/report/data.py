@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ia2.errors import RunFolderError
-from ia2.files import read_json
+from ia2.files import read_json, read_lines, understood
 from ia2.runs import RUN_FILE
 
 Kind = Literal["compare", "curve", "train", "sweep"]
@@ -175,14 +174,10 @@ def read_run(folder: Path) -> Run:
         raise RunFolderError(f"{folder}: a sweep, which `ia2 report` reads by its cells.")
     summary = read_json(folder / _RESULT[kind])
     facts = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
-    try:
+    with understood(folder):
         if kind == "train":
             return _train(folder, summary, facts)
         return _curve(folder, summary) if kind == "curve" else _compare(folder, summary, facts)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RunFolderError(
-            f"{folder}: its files are damaged or of another version of ia2 ({type(error).__name__}: {error})."
-        ) from error
 
 
 def _compare(folder: Path, summary: dict[str, Any], facts: dict[str, Any], part: str = "") -> Run:
@@ -222,7 +217,7 @@ def _train(folder: Path, summary: dict[str, Any], facts: dict[str, Any]) -> Run:
     seed, arm = int(facts["config"]["seed"]), summary["recipe"]
     rows: list[Row] = []
     file = folder / "predictions.jsonl"
-    found = list(_lines(file)) if file.is_file() else []
+    found = read_lines(file) if file.is_file() else []
     rows = [_row([(arm, line)], seed, "") for line in found]
     known = [(n, a) for n, row in enumerate(rows) if (a := row.answers[arm]).correct is not None]
     evaluation = Evaluation(
@@ -289,21 +284,12 @@ def _stages(folder: Path) -> list[Stage]:
 def _rows(folder: Path, arms: Sequence[str], seed: int, part: str) -> list[Row]:
     """Rows of one seed and fold, by place: every arm was given the same ones in the same order."""
     files = [(arm, folder / f"{arm}.predictions.jsonl") for arm in arms]
-    by_arm = {arm: list(_lines(file)) for arm, file in files if file.is_file()}
+    by_arm = {arm: read_lines(file) for arm, file in files if file.is_file()}
     lengths = {len(lines) for lines in by_arm.values()}
     if len(lengths) > 1:
         raise RunFolderError(f"{folder}: predictions of differing numbers of rows; a file is damaged.")
     count = lengths.pop() if lengths else 0
     return [_row([(arm, lines[n]) for arm, lines in by_arm.items()], seed, part) for n in range(count)]
-
-
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise RunFolderError(f"{file}:{number}: damaged ({error}).") from error
 
 
 def _row(found: Sequence[tuple[str, dict[str, Any]]], seed: int, part: str) -> Row:

@@ -17,6 +17,7 @@ from typing import Any
 from ia2.benchmarks import BenchmarkData
 from ia2.console import logger, muted
 from ia2.errors import UserError
+from ia2.manifest import begin
 from ia2.models import load_base
 from ia2.recipes import is_trained
 from ia2.runs import machine
@@ -259,6 +260,7 @@ def estimate(
         else:
             by_model[unit.model].append(unit)
     with _shared_out(workers), tempfile.TemporaryDirectory(prefix="ia2-dry-run-") as scratch:
+        begin(Path(scratch))
         for model, of_model in by_model.items():
             logger.info("Measuring %s …", model)
             with muted():

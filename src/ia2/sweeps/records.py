@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from ia2.console import logger
 from ia2.errors import ConfigError, DataError, RunFolderError, suggest
 from ia2.files import read_json
+from ia2.sweeps.store import CELLS, loose_cells, read_lines
 
 
 @dataclass(frozen=True)
@@ -212,37 +212,14 @@ def filtered(
 
 
 def _read_folder(folder: Path) -> list[Record]:
-    gathered, loose = folder / "cells.jsonl", sorted((folder / "cells").glob("*.json"))
+    gathered, loose = folder / CELLS, loose_cells(folder)
     if not gathered.is_file() and not loose:
         raise RunFolderError(f"{folder}: no cells.jsonl there. Give a folder that `ia2 sweep` wrote.")
-    found: dict[str, Record] = {}
-    if gathered.is_file():
-        for cell in _read_lines(gathered):
-            found[cell.key] = cell
-    # cells that were finished since the file was written
-    for file in loose:
-        cell = _cell(read_json(file), str(file))
-        found[cell.key] = cell
-    return list(found.values())
-
-
-def _read_lines(path: Path) -> Iterable[Record]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RunFolderError(f"{path}: damaged (no UTF-8 text: {error.reason}). Restore it.") from error
-    # only line ends divide records; str.splitlines would cut at U+2028 inside a text
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise RunFolderError(
-                f"{where}: damaged ({error}). Remove the line and run the sweep again."
-            ) from error
-        yield _cell(record, where)
+    # cells that were finished since the file was written come last, and count
+    lines = read_lines(gathered)
+    lines += [(str(file), read_json(file)) for file in loose]
+    cells = [_cell(record, where) for where, record in lines]
+    return list({cell.key: cell for cell in cells}.values())
 
 
 def _cell(record: Any, where: str) -> Record:

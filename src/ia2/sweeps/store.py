@@ -14,7 +14,9 @@ from typing import Any
 
 from ia2.console import logger
 from ia2.errors import RunFolderError
-from ia2.files import finite, read_json, write_json, write_text
+from ia2.files import digest, finite, only_one, parsed_lines, read_json, write_json, write_text
+from ia2.manifest import MANIFEST, begin, check, clean, compact, is_ours
+from ia2.runs import RUN_FILE
 from ia2.sweeps.grid import Cell
 
 CELLS, OTHERS, FAILED, SUMMARY, GRID = "cells.jsonl", "other.jsonl", "failed.json", "sweep.json", "grid.yaml"
@@ -33,12 +35,7 @@ class SweepFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         _check(path)
-        self.records: dict[str, dict[str, Any]] = {}
-        for name in (OTHERS, CELLS):
-            for record in read_lines(path / name):
-                self.records[record["key"]] = record
-        for file in sorted(self._loose.glob("*.json")):
-            self.records[file.stem] = read_json(file)
+        self.records = {record["key"]: record for record in read_records(path)}
         self.failures: dict[str, dict[str, Any]] = {}
 
     @property
@@ -51,8 +48,10 @@ class SweepFolder:
         return self.path / "work"
 
     def begin(self, grid: str) -> None:
-        """Note the grid as it was given."""
-        write_text(self.path / GRID, grid)
+        """Note the grid as it was given, which may be the very note of an earlier start."""
+        file = self.path / GRID
+        if not file.is_file() or file.read_text(encoding="utf-8") != grid:
+            write_text(file, grid)
 
     def add(self, record: dict[str, Any]) -> None:
         """Keep a finished cell."""
@@ -78,10 +77,10 @@ class SweepFolder:
         failed = [self.failures[key] for key in names if key in self.failures]
         if failed:
             write_json(self.path / FAILED, failed)
-        else:
+        elif is_ours(self.path / FAILED):
             (self.path / FAILED).unlink(missing_ok=True)
-        write_json(self.path / SUMMARY, finite(summary))
-        for file in self._loose.glob("*.json"):
+        write_json(self.path / SUMMARY, summary)
+        for file in loose_cells(self.path):
             file.unlink()
         for folder in (self._loose, self.work):
             if folder.is_dir() and not any(folder.iterdir()):
@@ -91,11 +90,15 @@ class SweepFolder:
 def _check(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"{path} is a file. Choose another --output-dir.")
-    holds = {p.name for p in path.iterdir() if not p.name.startswith(".")} if path.is_dir() else set()
-    ours = {CELLS, SUMMARY, GRID, FAILED, "cells", "work"}
-    if holds and not holds & ours:
+    holds = sorted(p.name for p in path.iterdir() if not p.name.startswith(".")) if path.is_dir() else []
+    if MANIFEST not in holds and {SUMMARY, CELLS} & {*holds}:
         raise RunFolderError(
-            f"{path} is not empty and holds no sweep ({sorted(holds)[0]} …). Choose another --output-dir."
+            f"{path}: a sweep without {MANIFEST}, so its cells cannot be checked: it is from an earlier "
+            "release, or that file was lost. `ia2 report` reads it; to go on, choose another --output-dir."
+        )
+    if RUN_FILE in holds or (holds and MANIFEST not in holds):
+        raise RunFolderError(
+            f"{path} is not empty and holds no sweep ({holds[0]} …). Choose another --output-dir."
         )
 
 
@@ -106,54 +109,59 @@ def alone(path: Path) -> Iterator[None]:
     Raises:
         RunFolderError: another one is at work there, or the folder holds something else.
     """
-    from filelock import FileLock, Timeout
-
     _check(path)
-    file = path / ".lock"
-    if not file.is_file():
-        write_text(file, "")
-    lock = FileLock(file)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunFolderError(
-            f"{path}: another `ia2 sweep` is at work there. Wait for it, or choose another --output-dir."
-        ) from None
-    except NotImplementedError:
-        logger.warning(
-            "%s: this file system has no locks. See to it that no other sweep works in this folder.", path
-        )
-    try:
+    with only_one(path, "ia2 sweep"):
+        _check(path)
+        begin(path)
+        clean(path)
         yield
-    finally:
-        file.unlink(missing_ok=True)
-        lock.release()
+        compact(path)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSON Lines file; none if it is not there.
+def loose_cells(path: Path) -> list[Path]:
+    """Finished cells that are still files of their own; others' files are left alone."""
+    files = sorted((path / "cells").glob("*.json"))
+    return [file for file in files if is_ours(file)] if (path / MANIFEST).is_file() else files
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Records of all finished cells in a sweep's folder.
+
+    Raises:
+        RunFolderError: a damaged file; the message names the line.
+    """
+    records = [record for name in (OTHERS, CELLS) for _, record in read_lines(path / name)]
+    return records + [read_json(file) for file in loose_cells(path)]
+
+
+def read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Records of a JSON Lines file, each with its place (file and line); none if it is not there.
+
+    Every record carries a digest, so that one damaged record does not cost the others.
 
     Raises:
         RunFolderError: a damaged line.
     """
     if not path.is_file():
         return []
+    mend = "Remove the line and run the sweep again: the cell is run anew."
+    data = path.read_bytes()
     records = []
-    # only line ends divide records; str.splitlines would cut at U+2028 inside a text
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or "key" not in record:
-                raise ValueError("no record of a cell")
-        except ValueError as error:
-            raise RunFolderError(
-                f"{path}:{number}: damaged ({error}). Remove the line, and the cell is run again."
-            ) from error
-        records.append(record)
+    for number, record in parsed_lines(path, data, mend):
+        if not isinstance(record, dict) or "key" not in record:
+            raise RunFolderError(f"{path}:{number}: damaged (no record of a cell). {mend}")
+        if record.pop("sha256", None) not in (None, digest(record)):
+            raise RunFolderError(f"{path}:{number}: damaged since it was written (another SHA-256). {mend}")
+        records.append((f"{path}:{number}", record))
+    try:
+        check(path, data)
+    except RunFolderError:
+        logger.warning("%s was changed since it was written: %d records are left.", path, len(records))
     return records
 
 
 def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    lines = []
+    for record in map(finite, records):
+        lines.append(json.dumps({**record, "sha256": digest(record)}, ensure_ascii=False, allow_nan=False))
+    write_text(path, "".join(line + "\n" for line in lines))

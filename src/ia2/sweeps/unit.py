@@ -19,6 +19,7 @@ from ia2.errors import UserError
 from ia2.evaluation.metrics import STATISTICS, Measured, RowMeasures
 from ia2.examples import Examples, FewShotSplit
 from ia2.files import digest, finite
+from ia2.manifest import begin
 from ia2.models import BaseModel, load_base
 from ia2.recipes import is_trained
 from ia2.runs import machine, versions
@@ -74,6 +75,7 @@ def run_unit(unit: Unit, work: Path, *, keep: bool = False) -> Iterator[Event]:
         For every cell that it begins, and that it ended well or badly. A bad cell does not stop the rest.
     """
     folder = work / unit.key
+    begin(folder)  # of its own: other units are done at the same time, perhaps elsewhere
     shared: _Shared | None = None
     failed = False
     try:
