@@ -105,7 +105,7 @@ def _with_rows(**changes: Any) -> str:
     ("line", "problem"),
     [
         ('{"key": "x', "Unterminated string"),
-        ("[1, 2]", "list indices"),
+        ("[1, 2]", "no record of a cell"),
         (_without("spec"), "the key 'spec' is missing"),
         (_without("evaluations"), "the key 'evaluations' is missing"),
         (_with_rows(correct="01x"), "not made of 0 and 1"),
@@ -140,7 +140,7 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
         read(tmp_path, [])
     folder = write_sweep(tmp_path / "bytes", [record(rows(5))])
     (folder / "cells.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(RunFolderError, match="no UTF-8"):
+    with pytest.raises(RunFolderError, match=r"cells\.jsonl:1: damaged"):
         load_results([folder])
 
 

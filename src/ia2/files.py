@@ -229,7 +229,8 @@ def understood(path: Path) -> Iterator[None]:
         yield
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise RunFolderError(
-            f"{path}: its files are damaged or of another version of ia2 ({type(error).__name__}: {error})."
+            f"{path}: its files are damaged or of another version of ia2 ({type(error).__name__}: {error}). "
+            "Run the command that made them again, into another folder."
         ) from error
 
 

@@ -98,7 +98,7 @@ def _weights(folder: Path) -> bytes:
 def _one_line(ran: Ran, folder: Path, case: str) -> str:
     line = ran.refusal()
     assert str(folder) in line, f"{case}: no file is named: {line}"
-    ways = ("Delete ", "Remove ", "Run ", "run the same", "Choose ", "Give ")
+    ways = ("Delete ", "Remove ", "Run ", "the same command", "Choose ", "Give ")
     assert any(way in line for way in ways), f"{case}: no way out: {line}"
     return line
 

@@ -52,6 +52,7 @@ def test_an_input_is_no_output(
     ).refusal()
     assert "belongs to the run" in line
     assert tree(tmp_path) == before
+    assert "belongs to the run" in run(capsys, "report", out, "--output", out / "metrics.json").refusal()
     # another file is written, also into the run's folder, and stays the user's
     assert (
         run(

@@ -8,12 +8,13 @@ from typing import Any
 
 from ia2.console import logger
 from ia2.errors import ConfigError
-from ia2.files import write_text
+from ia2.files import output_file, write_text
 from ia2.report.analysis import analysis_figures, analysis_tables, read_analysis
 from ia2.report.data import Run, kind_of, read_run
 from ia2.report.style import NO_MATPLOTLIB, matplotlib_is_there
 from ia2.report.tables import comparison_table, curve_table, metrics_table
 from ia2.report.verdict import comparison_verdict, curve_verdict, training_verdict
+from ia2.runs import REPORT_FILE
 from ia2.sweeps.tables import ENDINGS, FORMATS, Table
 
 
@@ -40,10 +41,12 @@ def check_output(output: Path) -> Path:
     """The file, if it can be one.
 
     Raises:
-        ConfigError: it is a folder.
+        ConfigError: it is a folder, or a file of a run that is no report.
     """
     if output.is_dir():
         raise ConfigError(f"{output} is a folder. Name a file, such as {output / 'report.html'}.")
+    if output.name != REPORT_FILE:  # an earlier report may be replaced
+        output_file(output)
     return output
 
 
