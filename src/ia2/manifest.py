@@ -190,14 +190,17 @@ def clean(folder: Path) -> None:
 
 def compact(root: Path) -> None:
     """Rewrite a finished run's manifest, sorted, with the files that are there."""
-    digests = recorded(root)
     lines = []
-    for path in sorted(digests):
-        if (root / path).is_file() and (digest := sha256(root / path)) in digests[path]:
-            lines.append(_line(path, digest))
-    temporary = root / f".{MANIFEST}{TEMPORARY}compact"
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(root / MANIFEST)
+    for path, digests in sorted(recorded(root).items()):
+        if (root / path).is_file():
+            # only a file that was written several times is read to see which of its digests it has
+            kept = digests if len(digests) == 1 else digests & {sha256(root / path)}
+            lines += [_line(path, digest) for digest in kept]
+    text = "".join(lines)
+    if (root / MANIFEST).read_text(encoding="utf-8", errors="replace") != text:
+        temporary = root / f".{MANIFEST}{TEMPORARY}compact"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(root / MANIFEST)
 
 
 def _line(path: str, digest: str) -> str:
