@@ -16,6 +16,7 @@ import numpy as np
 from ia2.errors import ConfigError, DataError
 from ia2.examples import Example
 from ia2.files import digest
+from ia2.templates import apply_template
 from ia2.tokens import Ids, encode_answer, encode_prompt
 
 if TYPE_CHECKING:
@@ -205,26 +206,17 @@ class Rendering:
             return False
 
     def _through_template(self, messages: list[Message], source: str, *, prompt: bool = True) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=prompt,
-                # the names under which templates know the switch; others ignore them
-                enable_thinking=self.thinking,
-                thinking=self.thinking,
-                # Llama's templates write today's date otherwise, and tomorrow's prompts would differ
-                date_string="26 Jul 2024",
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            roles = ", ".join(message["role"] for message in messages[:8])
-            raise DataError(
-                f"{source}: the model's chat template refuses the messages ({roles}): "
-                f"{' '.join(str(error).split())}. Change the messages, or leave --chat out."
-            ) from error
-        return str(text)
+        return apply_template(
+            self.tokenizer,
+            messages,
+            source,
+            add_generation_prompt=prompt,
+            # the names under which templates know the switch; others ignore them
+            enable_thinking=self.thinking,
+            thinking=self.thinking,
+            # Llama's templates write today's date otherwise, and tomorrow's prompts would differ
+            date_string="26 Jul 2024",
+        )
 
     # -------------------------------------------------------------------------------- lengths
 
