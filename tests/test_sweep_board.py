@@ -106,7 +106,7 @@ def test_a_bar_on_a_terminal(
 
     monkeypatch.setattr(boards, "is_shown", lambda: True)
     monkeypatch.setattr(
-        boards, "_stderr", lambda: Console(stderr=True, force_terminal=True, width=120, no_color=True)
+        boards, "terminal", lambda **_: Console(stderr=True, force_terminal=True, width=120, no_color=True)
     )
     board, cells, record = board_of(files)
     with board:

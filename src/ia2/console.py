@@ -7,20 +7,80 @@ command line decides with :func:`configure` whether either is shown. Results go 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 logger = logging.getLogger("ia2")
 
 _show_progress = False
 
+# What steers a terminal or hides how a text reads: control characters but line break and tab, marks that
+# turn the direction of writing, other line breaks, and halves of characters.
+_STEERING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """A text as a terminal may have it: without control characters and marks that turn its direction.
+
+    Rows, labels, names and what errors say of them come from files of anybody.
+    """
+    return _STEERING.sub("", text)
+
+
+def escaped(document: str) -> str:
+    """A JSON document with the same value, in which :func:`printable` finds nothing to take out."""
+    return _STEERING.sub(lambda sign: json.dumps(sign[0])[1:-1], document)
+
+
+class _Printable:
+    """A stream whose texts are :func:`printable`; all else is the stream's own."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return int(self.stream.write(printable(text)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+class _PrintableLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def terminal(*, stderr: bool = False, width: int | None = None) -> Console:
+    """Where tables and bars are drawn: texts in them are printed as they are, never read as markup."""
+    from rich.console import Console
+    from rich.text import Text
+
+    class Terminal(Console):
+        def render_str(self, text: str, **settings: Any) -> Text:
+            return super().render_str(printable(text), **settings)
+
+    stream = sys.stderr if stderr else sys.stdout
+    # it steers the terminal itself
+    file: Any = stream.stream if isinstance(stream, _Printable) else stream
+    return Terminal(file=file, width=width, markup=False, emoji=False, highlight=False)
+
 
 def configure(*, quiet: bool = False) -> None:
     """Show log lines and progress bars on stderr (the command line calls this; a library need not).
+
+    What is printed on stdout loses what would steer a terminal (:func:`printable`).
 
     Bars appear on terminals only: in a log file they are noise. ``quiet`` leaves warnings alone.
     Under ``accelerate launch`` only the first process speaks.
@@ -28,9 +88,11 @@ def configure(*, quiet: bool = False) -> None:
     global _show_progress
     first_process = os.environ.get("RANK", "0") == "0"
     _show_progress = not quiet and first_process and sys.stderr.isatty()
+    if not isinstance(sys.stdout, _Printable):
+        sys.stdout = _Printable(sys.stdout)  # type: ignore[assignment]
     logger.handlers.clear()
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_PrintableLines("%(message)s"))
     logger.addHandler(handler)
     logger.propagate = False
     level = logging.WARNING if quiet else logging.INFO
@@ -70,7 +132,7 @@ class Progress:
     def describe(self, text: str) -> None:
         """Replace the text before the bar."""
         if self._bar is not None:
-            self._bar.update(self._task, description=text)  # type: ignore[attr-defined]
+            self._bar.update(self._task, description=printable(text))  # type: ignore[attr-defined]
 
 
 def is_shown() -> bool:
@@ -98,15 +160,14 @@ def progress(description: str, total: int | None) -> Iterator[Progress]:
     if not _show_progress:
         yield Progress()
         return
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
-        yield Progress(bars, bars.add_task(description, total=total))
+    with Bars(*columns, console=terminal(stderr=True), transient=True) as bars:
+        yield Progress(bars, bars.add_task(printable(description), total=total))

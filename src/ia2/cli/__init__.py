@@ -24,6 +24,7 @@ from ia2.cli import (
 )
 from ia2.cli.options import gather_lists, list_flags
 from ia2.config import CurveConfig, ProbeConfig, TrainConfig
+from ia2.console import printable
 from ia2.errors import UserError, suggest
 from ia2.files import no_space_left
 
@@ -114,5 +115,5 @@ def _usage_line(error: Any) -> str:
 
 
 def _fail(message: str) -> NoReturn:
-    print("ia2: error: " + " ".join(message.splitlines()), file=sys.stderr)
+    print("ia2: error: " + printable(" ".join(message.splitlines())), file=sys.stderr)
     sys.exit(2)

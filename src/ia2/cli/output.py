@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ia2.console import configure
+from ia2.console import configure, escaped, terminal
 from ia2.files import finite
 
 
@@ -16,12 +16,11 @@ def start(quiet: bool) -> None:
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
-    print(json.dumps(finite(value), indent=2, ensure_ascii=False, default=str))
+    print(escaped(json.dumps(finite(value), indent=2, ensure_ascii=False, default=str)))
 
 
 def print_metrics(metrics: dict[str, Any]) -> None:
     """The metrics of one adapter as a table."""
-    from rich.console import Console
     from rich.table import Table
 
     from ia2.report.tables import interval
@@ -46,7 +45,7 @@ def print_metrics(metrics: dict[str, Any]) -> None:
     if "scaled" in found:
         cells = [interval(found["scaled"][scope]["ece"]) for scope in shown]
         table.add_row("ece, temperature-scaled", *cells)
-    Console().print(table)
+    terminal().print(table)
     if "similarity_to_icl" in metrics:
         print(f"asim to ICL: {metrics['similarity_to_icl']['asim']:.3f}")
     if "note" in metrics:
@@ -55,7 +54,6 @@ def print_metrics(metrics: dict[str, Any]) -> None:
 
 def print_comparison(summary: dict[str, Any]) -> None:
     """A comparison as a table with what it is of."""
-    from rich.console import Console
     from rich.table import Table
 
     from ia2.report.tables import comparison_columns, comparison_lines, difference_lines
@@ -67,10 +65,12 @@ def print_comparison(summary: dict[str, Any]) -> None:
         table.add_column(title, justify="right")
     for recipe, entry in summary["recipes"].items():
         table.add_row(recipe, *(cell(entry) for _, cell in columns))
-    console = Console()
-    # in a pipe or a narrow log the table would be squeezed beyond reading
-    if not console.is_terminal:
-        console = Console(width=160)
-    console.print(table)
+    print_wide(table)
     for line in [*comparison_lines(summary), *difference_lines(summary)]:
         print(line)
+
+
+def print_wide(table: Any) -> None:
+    """A table that would be squeezed beyond reading in a pipe or a narrow log."""
+    console = terminal()
+    (console if console.is_terminal else terminal(width=160)).print(table)

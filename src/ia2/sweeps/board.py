@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from ia2.console import is_shown, logger
+from ia2.console import is_shown, logger, printable, terminal
 from ia2.sweeps.grid import Cell, Unit
 from ia2.sweeps.records import count_seconds
 from ia2.wording import counted, in_words
@@ -43,7 +43,9 @@ class Board:
         if is_shown() and self._waiting:
             from rich.live import Live
 
-            self._live = Live(self._render(), refresh_per_second=1, transient=True, console=_stderr())
+            self._live = Live(
+                self._render(), refresh_per_second=1, transient=True, console=terminal(stderr=True)
+            )
             self._live.__enter__()
         return self
 
@@ -145,15 +147,9 @@ class Board:
         return Group(
             ProgressBar(total=max(1, self._total), completed=self._done + self._failed, width=60),
             Text(line + self._left_in_words()),
-            *(Text(f"  {title}", style="dim") for title in running),
+            *(Text(f"  {printable(title)}", style="dim") for title in running),
         )
 
 
 def _alike(cell: Cell) -> tuple[Any, ...]:
     return tuple(cell.spec[name] for name in ("benchmark", "model", "recipe", "num_examples"))
-
-
-def _stderr() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True)
