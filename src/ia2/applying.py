@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ia2.adaptation import AdaptResult, load_adapter, row_format
 from ia2.adapter_weights import virtual_tokens
+from ia2.console import escaped
 from ia2.evaluation.metrics import summarise
 from ia2.evaluation.run import evaluate_prompts
 from ia2.evaluation.scoring import (
@@ -96,19 +98,31 @@ def predict_rows(
 
 
 def prediction_text(rows: Sequence[dict[str, Any]], suffix: str) -> str:
-    """Predictions as JSON lines, or as CSV with one column a label."""
+    """Predictions as JSON lines, or as CSV with one column a label.
+
+    In CSV a quote mark is put before a text that a spreadsheet would take for a formula.
+    """
     if suffix == ".jsonl":
-        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        return escaped("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     flat = []
     for row in rows:
         plain = {key: value for key, value in row.items() if key != "labels"}
         plain.update({f"p({name})": share for name, share in row.get("labels", {}).items()})
-        flat.append(plain)
+        flat.append({key: _no_formula(value) for key, value in plain.items()})
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(flat[0]), lineterminator="\n")
+    # texts in quotes: else one with a carriage return would not be
+    writer = csv.DictWriter(text, list(flat[0]), lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writeheader()
     writer.writerows(flat)
     return text.getvalue()
+
+
+def _no_formula(cell: Any) -> Any:
+    """A cell that spreadsheets show instead of computing it."""
+    if not isinstance(cell, str) or not re.match(r"[=+\-@\t\r\n＝＋－＠]", cell):
+        return cell
+    number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", cell, re.ASCII)
+    return cell if number else f"'{cell}"
 
 
 def _read(folder: str | Path, data: str, split: str | None, *, labelled: bool) -> Examples:
