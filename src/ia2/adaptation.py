@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -275,15 +276,24 @@ def load_test_examples(config: Any) -> Examples | None:
     )
 
 
-def load_adapter(folder: str | Path, device: str | None = None) -> tuple[AdaptResult, BaseModel]:
+def load_adapter(
+    folder: str | Path, device: str | None = None, *, code: Mapping[str, Any] | None = None
+) -> tuple[AdaptResult, BaseModel]:
     """A finished run's model, ready to use.
+
+    Args:
+        folder: of the run.
+        device: instead of the run's own.
+        code: ``trust_remote_code`` and ``parser``, where the run was trained with them and they are trusted:
+            a folder is data, and runs no code by itself.
 
     Raises:
         DataError: the folder holds no finished run.
+        ConfigError: it names code that ``code`` does not.
         ModelError: its base model cannot be loaded.
     """
     folder = Path(folder)
-    config, task, facts = load_run(folder)
+    config, task, facts = load_run(folder, code)
     if device is not None:
         config = config.model_copy(update={"device": device})
     state = read_adapter_state(folder, REMADE)

@@ -37,6 +37,7 @@ def attach(model: Any, config: PeftConfig | FullConfig, seed: int) -> PeftModel 
     """
     import torch
     from peft import get_peft_model
+    from transformers import dynamic_module_utils
 
     from ia2.full import FullConfig, FullModel
 
@@ -44,10 +45,17 @@ def attach(model: Any, config: PeftConfig | FullConfig, seed: int) -> PeftModel 
         return FullModel(model).eval()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
+        # PEFT may load a tokenizer; whoever runs us is not asked whether its code is to be run
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
         try:
             adapted = get_peft_model(model, config)
         except ValueError as error:
             message = " ".join(str(error).split())
+            if "trust_remote_code" in message:
+                raise ConfigError(
+                    "adapter.peft: its tokenizer brings code of its own, which is never run. Name another "
+                    "in tokenizer_name_or_path."
+                ) from error
             raise ConfigError(f"the adapter does not fit {type(model).__name__}: {message[:400]}") from error
     return adapted.eval()  # type: ignore[no-any-return]
 

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +31,23 @@ from ia2.tokens import Ids
 
 
 def evaluate_adapter(
-    folder: str | Path, data: str, *, split: str | None = None, device: str | None = None
+    folder: str | Path,
+    data: str,
+    *,
+    split: str | None = None,
+    device: str | None = None,
+    code: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], list[Prediction]]:
     """Metrics of a trained adapter on labelled rows, and its predictions.
 
-    Temperatures are those fitted on the training run's dev rows.
+    Temperatures are those fitted on the training run's dev rows. ``code``: see
+    :func:`ia2.adaptation.load_adapter`.
 
     Raises:
         UserError: no finished run, or rows that cannot be read.
     """
-    rows = _read(folder, data, split, labelled=True)
-    result, base = load_adapter(folder, device)
+    rows = _read(folder, data, split, code, labelled=True)
+    result, base = load_adapter(folder, device, code=code)
     if result.task.kind == "classification":
         for row in rows:
             result.task.label_of(row)
@@ -60,15 +66,22 @@ def evaluate_adapter(
 
 
 def predict_rows(
-    folder: str | Path, data: str, *, split: str | None = None, device: str | None = None
+    folder: str | Path,
+    data: str,
+    *,
+    split: str | None = None,
+    device: str | None = None,
+    code: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Label, confidence and label distribution of each row; for free text, answer and confidence.
+
+    ``code``: see :func:`ia2.adaptation.load_adapter`.
 
     Raises:
         UserError: no finished run, or rows that cannot be read.
     """
-    rows = _read(folder, data, split, labelled=False)
-    result, base = load_adapter(folder, device)
+    rows = _read(folder, data, split, code, labelled=False)
+    result, base = load_adapter(folder, device, code=code)
     prompts = _prompts(result, base, rows)
     model, tokenizer, task = result.model, result.tokenizer, result.task
     if task.kind == "classification":
@@ -125,9 +138,11 @@ def _no_formula(cell: Any) -> Any:
     return cell if number else f"'{cell}"
 
 
-def _read(folder: str | Path, data: str, split: str | None, *, labelled: bool) -> Examples:
+def _read(
+    folder: str | Path, data: str, split: str | None, code: Mapping[str, Any] | None, *, labelled: bool
+) -> Examples:
     """Rows in the format of the training run; read before the model is loaded, so mistakes are quick."""
-    config, _, _ = load_run(Path(folder))
+    config, _, _ = load_run(Path(folder), code)
     return Examples.load(data, split=split, format=row_format(config), labelled=labelled)
 
 

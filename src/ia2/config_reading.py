@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,17 +13,23 @@ from pydantic import BaseModel, ValidationError
 from ia2.errors import ConfigError, DataError, suggest
 
 
-def load_config(kind: type[BaseModel], file: str | Path | None, flags: Mapping[str, Any]) -> Any:
+def load_config(
+    kind: type[BaseModel],
+    file: str | Path | None,
+    flags: Mapping[str, Any],
+    code: Mapping[str, Any] | None = None,
+) -> Any:
     """A validated configuration from a YAML file and flags; flags win.
 
     Args:
         kind: the configuration class.
         file: YAML file with (some of) its keys, or None.
         flags: values given on the command line; None means not given. Dotted names reach sections.
+        code: what the file may name beside (see :func:`refuse_code`).
 
     Raises:
         DataError: the file is missing.
-        ConfigError: it is no mapping, has an unknown key, or a value is not allowed. One line.
+        ConfigError: it is no mapping, has an unknown key, a value is not allowed, or is code. One line.
     """
     values: dict[str, Any] = {}
     if file is not None:
@@ -30,7 +37,45 @@ def load_config(kind: type[BaseModel], file: str | Path | None, flags: Mapping[s
     for name, value in flags.items():
         if value is not None:
             _assign(values, name, value, f"{file}: " if file is not None else "")
-    return validate(kind, values, str(file) if file is not None else None)
+    config: BaseModel = validate(kind, values, str(file) if file is not None else None)
+    if file is not None:
+        refuse_code(config.model_dump(), file, {**flags, **(code or {})})
+    return config
+
+
+def refuse_code(settings: Mapping[str, Any], file: str | Path, named: Mapping[str, Any]) -> None:
+    """Refuse settings by which a file would run code: a file is data, whoever wrote it.
+
+    Code that is not ours runs only when the user names it in this command, or in a call from Python.
+
+    Args:
+        settings: settings as the file has them, where other names than those of code may be.
+        file: the file.
+        named: what the user named in this command: setting → its value, or several.
+
+    Raises:
+        ConfigError: a value that is code and was not named; says which flag names it.
+    """
+    for name, flag in code_flags(settings).items():
+        value, given = settings[name], named.get(name)
+        if value == given or (isinstance(given, (list, tuple)) and value in given):
+            continue
+        raise ConfigError(
+            f"{file}: {name} is {'true' if value is True else repr(value)}, and no file may choose what "
+            f"code is run. If you trust it, give {flag} in this command."
+        )
+
+
+def code_flags(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings by which code that is not ours is run, each with the flag that names its value."""
+    found = {}
+    for name in ("trust_remote_code", "parser", "context_function"):
+        value = settings.get(name)
+        # parsers of one's own are import paths, ours are names
+        if value and (name != "parser" or ":" in str(value)):
+            flag = f"--{name.replace('_', '-')}"
+            found[name] = flag if value is True else f"{flag} {shlex.quote(str(value))}"
+    return found
 
 
 def validate(kind: type[BaseModel], values: Mapping[str, Any], where: str | None = None) -> Any:

@@ -139,13 +139,21 @@ def load_base(
         dtype = "float32" if target.type == "cpu" else "bfloat16"
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        AutoConfig.from_pretrained(path, **options)
+        config = AutoConfig.from_pretrained(path, **options)
+        if attn_implementation is None and "/" in str(getattr(config, "_attn_implementation", None)):
+            raise ValueError(
+                f"its config.json names {config._attn_implementation}, attention code of the hub. Remove the "
+                "key attn_implementation from it."
+            )
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         if attn_implementation:
             options["attn_implementation"] = attn_implementation
         if quantization is not None:
             options.update(_quantized(quantization, path, dtype, target, revision, trust_remote_code))
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **options)
+        # a pickle can run code, so none is ever read
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), use_safetensors=True, **options
+        )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(_explain(name, path, error)) from error
     if quantization is None:  # else it was put there while it was read, and refuses to move
@@ -183,6 +191,8 @@ def resolve(name: str) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{name}: the folder has no config.json, so it holds no model.")
+        if (path / "adapter_config.json").is_file():  # transformers would put it on in silence
+            raise ModelError(f"{name}: an adapter lies beside the model. Take a folder without its files.")
         return str(path)
     if name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"{name}: no such file or folder.")
@@ -288,6 +298,16 @@ def _check_dequantised(model: PreTrainedModel, name: str) -> None:
 
 def _explain(name: str, path: str, error: Exception) -> str:
     first = " ".join(str(error).split())
+    if "trust_remote_code" in first:
+        return (
+            f"model {name} brings code of its own, which is not run unless asked for. If you trust it, give "
+            "--trust-remote-code in this command."
+        )
+    if "file named model.safetensors" in first:
+        return (
+            f"model {name} cannot be read: there is no file named model.safetensors. A pickle is never read, "
+            "since it can run code: where it is trusted, save a copy with transformers' save_pretrained."
+        )
     if len(first) > 300:
         first = first[:300] + "…"
     if Path(path).exists():

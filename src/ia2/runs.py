@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ia2.config import TrainConfig
-from ia2.config_reading import validate
+from ia2.config_reading import refuse_code, validate
 from ia2.console import logger
 from ia2.errors import DataError, RunFolderError
 from ia2.files import digest, only_one, read_json, understood, write_json, write_text
@@ -164,11 +164,17 @@ def task_facts(task: Task) -> dict[str, Any]:
     return facts
 
 
-def load_run(folder: Path) -> tuple[TrainConfig, Task, dict[str, Any]]:
+def load_run(folder: Path, code: Mapping[str, Any] | None = None) -> tuple[TrainConfig, Task, dict[str, Any]]:
     """Settings, task and facts of a finished training run.
+
+    Args:
+        folder: the run's folder.
+        code: what the user trusts: ``trust_remote_code`` and ``parser``, in place of the run's own. A
+            ``context_function`` is left out: a trained adapter is shown no context.
 
     Raises:
         DataError: the folder holds none.
+        ConfigError: it names code that the user has not named.
     """
     if not (folder / RUN_FILE).is_file():
         raise DataError(f"{folder}: no ia2 run there ({RUN_FILE} is missing). Give a folder of `ia2 train`.")
@@ -176,15 +182,24 @@ def load_run(folder: Path) -> tuple[TrainConfig, Task, dict[str, Any]]:
         logger.warning("%s has no %s, so its files cannot be checked for damage.", folder, MANIFEST)
     facts = read_json(folder / RUN_FILE)
     with understood(folder):
-        return _run_of(folder, facts)
+        return _run_of(folder, facts, code or {})
 
 
-def _run_of(folder: Path, facts: dict[str, Any]) -> tuple[TrainConfig, Task, dict[str, Any]]:
+def _run_of(
+    folder: Path, facts: dict[str, Any], code: Mapping[str, Any]
+) -> tuple[TrainConfig, Task, dict[str, Any]]:
     # metrics.json is written last
     if "task" not in facts or not (folder / "metrics.json").is_file():
         raise DataError(f"{folder}: the run has not finished; start the same command again to continue it.")
-    config = validate(TrainConfig, {**facts["config"], "output_dir": str(folder)}, str(folder))
-    given = facts["task"]
+    named = {name: value for name, value in code.items() if value is not None}
+    config = validate(
+        TrainConfig,
+        {**facts["config"], **named, "context_function": None, "output_dir": str(folder)},
+        str(folder),
+    )
+    given = {**facts["task"], **named}
+    for settings in (config.model_dump(), given):
+        refuse_code(settings, folder / RUN_FILE, named)
     labels = tuple(given["labels"])
     task = Task(
         kind=given["kind"],

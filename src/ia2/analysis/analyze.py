@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,8 @@ class AnalysisSettings:
         text: file of plain text, for forgetting; None takes the packaged one.
         benchmarks: other benchmarks, for forgetting.
         data_dir: folder of their mirrors.
+        code: code that runs and files of benchmarks may name: ``trust_remote_code``, and ``parser`` and
+            ``context_function`` as one or several ``module:function``. They are data, and run no other.
     """
 
     parts: tuple[str, ...] = DEFAULT_PARTS
@@ -59,6 +61,7 @@ class AnalysisSettings:
     text: str | None = None
     benchmarks: tuple[str, ...] = ()
     data_dir: str | None = None
+    code: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -110,7 +113,9 @@ def analyze(
     if output_dir is not None and Path(output_dir).is_file():
         raise ConfigError(f"{output_dir} is a file. Choose another --output-dir.")
     places = [Path(folder) for folder in folders]
-    study = find_study(places, data=data, split=split, max_queries=max_queries, only=adapters)
+    study = find_study(
+        places, data=data, split=split, max_queries=max_queries, only=adapters, code=settings.code
+    )
     if "causal" in settings.parts and min(len(trial.queries) for trial in study.trials) < 2:
         raise ConfigError("the causal check needs at least two queries. Give more rows, or leave causal out.")
     config = study.config if device is None else study.config.model_copy(update={"device": device})
@@ -152,6 +157,7 @@ def _looked(
         settings.benchmarks,
         settings.data_dir,
         template=study.config.prompt_template,
+        parsers=settings.code.get("parser") or (),
     )
     if "effects" in settings.parts:
         effects.prepare(looks[0])

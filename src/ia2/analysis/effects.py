@@ -159,6 +159,7 @@ def other_benchmark(
     data_dir: str | Path | None = None,
     verbaliser: str | None = None,
     max_test: int | None = None,
+    parsers: Sequence[str] = (),
 ) -> tuple[Task, Examples]:
     """A benchmark to look for forgetting on: its task, and test rows.
 
@@ -168,6 +169,7 @@ def other_benchmark(
         data_dir: folder of mirrors.
         verbaliser: taken where the benchmark has one of that name, else its default.
         max_test: only the first so many test rows.
+        parsers: those that the file may name.
 
     Raises:
         ConfigError: the benchmark is unknown.
@@ -175,7 +177,7 @@ def other_benchmark(
     """
     from ia2.benchmarks import load_benchmark
 
-    benchmark = load_benchmark(name)
+    benchmark = load_benchmark(name, parsers)
     chosen = verbaliser if verbaliser in benchmark.verbalisers else None
     rows = benchmark.load(data_dir, chosen, max_test).test
     style = {"chat": rendering.chat, "thinking": rendering.thinking, "separator": rendering.separator}

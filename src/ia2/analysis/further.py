@@ -131,6 +131,7 @@ class SideEffects:
         data_dir: folder of their mirrors.
         max_test: rows of each.
         template: the runs' prompt template.
+        parsers: those that a benchmark's file may name.
     """
 
     task: Task
@@ -139,6 +140,7 @@ class SideEffects:
     data_dir: str | None = None
     max_test: int = 200
     template: str | None = None
+    parsers: Sequence[str] = ()
     _trials: list[dict[str, Effects]] = field(default_factory=list)
     _base: Effects | None = None
     _places: list[tuple[int, ...]] = field(default_factory=list)
@@ -157,7 +159,7 @@ class SideEffects:
         rendering = look.teaching.prompts.rendering
         for name in self.benchmarks:
             self._elsewhere[Path(name).stem] = effects.other_benchmark(
-                name, rendering, data_dir=self.data_dir, max_test=self.max_test
+                name, rendering, data_dir=self.data_dir, max_test=self.max_test, parsers=self.parsers
             )
 
     def look(self, look: Look, subjects: Sequence[Subject]) -> None:

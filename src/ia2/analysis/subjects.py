@@ -7,7 +7,7 @@ on it, and the queries that they are looked at on.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from ia2.analysis.reading import find_runs
 from ia2.arms import arms
 from ia2.config import AdaptConfig, CompareConfig, TrainConfig
-from ia2.config_reading import validate
+from ia2.config_reading import refuse_code, validate
 from ia2.console import logger
 from ia2.errors import ConfigError, DataError, RunFolderError, suggest
 from ia2.examples import Example, Examples, FewShotSplit
@@ -102,6 +102,7 @@ def find_study(
     split: str | None = None,
     max_queries: int | None = None,
     only: Sequence[str] = (),
+    code: Mapping[str, Any] | None = None,
 ) -> Study:
     """What is to be analysed in these folders.
 
@@ -112,18 +113,19 @@ def find_study(
         split: of ``data``, where it is a hub data set.
         max_queries: at most so many rows of each trial, drawn once.
         only: names of the adapters to look at; empty for all.
+        code: what the runs may name (see :func:`ia2.config_reading.refuse_code`).
 
     Raises:
         RunFolderError: a folder without a finished run, or whose adapters are gone.
         DataError: rows that cannot be read again, or have changed.
-        ConfigError: runs on different base models or data.
+        ConfigError: runs on different base models or data, or that name code which ``code`` does not.
     """
     from ia2.adaptation import row_format
 
     found: list[tuple[TrainConfig | CompareConfig, Examples, list[Trial]]] = []
     for folder in folders:
         for run, part in find_runs(folder):
-            found.append(_trials_of(run, part))
+            found.append(_trials_of(run, part, code or {}))
     config, examples, _ = found[0]
     for folder_config, _, trials in found[1:]:
         _check_same(config, folder_config, trials[0].place)
@@ -140,11 +142,14 @@ def find_study(
     return Study(config.model, config, examples, tuple(trials), queries_of)
 
 
-def _trials_of(run: Path, part: str) -> tuple[TrainConfig | CompareConfig, Examples, list[Trial]]:
+def _trials_of(
+    run: Path, part: str, code: Mapping[str, Any]
+) -> tuple[TrainConfig | CompareConfig, Examples, list[Trial]]:
     if not (run / RUN_FILE).is_file():
         raise RunFolderError(f"{run}: only results are there, no adapters ({RUN_FILE} is missing).")
     facts = read_json(run / RUN_FILE)
     with understood(run):
+        refuse_code(facts.get("config", {}), run / RUN_FILE, code)
         if facts.get("kind") == "train":
             return _of_training(run, facts)
         if facts.get("kind") == "compare":

@@ -6,12 +6,14 @@ for a new one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ia2.benchmarks.entry import Benchmark
 from ia2.benchmarks.loading import DATA_DIR, BenchmarkData
 from ia2.config_reading import load_config
 from ia2.errors import ConfigError, suggest
+from ia2.evaluation.answers import load_parser
 
 __all__ = ["BENCHMARKS", "DATA_DIR", "Benchmark", "BenchmarkData", "load_benchmark"]
 
@@ -24,14 +26,16 @@ _NAMES = (
 )
 
 
-def _read(file: Path) -> Benchmark:
+def _read(file: Path, parsers: Sequence[str] = ()) -> Benchmark:
     """The entry in a file; paths in it are relative to the file.
 
     Raises:
         DataError: there is no such file.
         ConfigError: it is no mapping, has an unknown key, or a value is not allowed. One line.
     """
-    benchmark: Benchmark = load_config(Benchmark, file, {})
+    benchmark: Benchmark = load_config(Benchmark, file, {}, {"parser": parsers})
+    if benchmark.parser:
+        load_parser(benchmark.parser)  # one that is not there is refused now, not after the training
     ood = tuple(str(file.parent / name) if _is_file(name) else name for name in benchmark.ood)
     path = benchmark.path and (file.parent / benchmark.path.expanduser()).resolve()
     return benchmark.model_copy(update={"ood": ood, "path": path})
@@ -44,8 +48,12 @@ def _is_file(name: str) -> bool:
 BENCHMARKS: dict[str, Benchmark] = {name: _read(_ENTRIES / f"{name}.yaml") for name in _NAMES}
 
 
-def load_benchmark(name: str | Path) -> Benchmark:
+def load_benchmark(name: str | Path, parsers: Sequence[str] = ()) -> Benchmark:
     """A benchmark by its name, or one's own by the path of its YAML file.
+
+    Args:
+        name: the name or path.
+        parsers: those that the file may name as ``module:function``; it is data, and cannot run others.
 
     Raises:
         ConfigError: the name is unknown, or the file has an unknown key or a value that is not allowed.
@@ -56,7 +64,7 @@ def load_benchmark(name: str | Path) -> Benchmark:
         return BENCHMARKS[text]
     if not _is_file(text):
         raise ConfigError(_unknown(text) + " One's own is the path of a YAML file.")
-    benchmark = _read(Path(text).expanduser())
+    benchmark = _read(Path(text).expanduser(), parsers)
     for other in benchmark.ood:
         if not _is_file(other) and other not in BENCHMARKS:
             raise ConfigError(f"{text}: ood: {_unknown(other)}")

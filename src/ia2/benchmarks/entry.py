@@ -126,7 +126,8 @@ class Benchmark(Section):
         self._check_answers()
         try:
             RowFormat(self.prompt, self.answer)
-            load_parser(self.parser or "text")
+            if self.parser and ":" not in self.parser:  # others are code, which nobody has named yet
+                load_parser(self.parser)
         except (DataError, ConfigError) as error:
             raise ValueError(str(error)) from None
         if self.choices is not None and "choices" not in self.prompt_columns:

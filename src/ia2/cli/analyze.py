@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ia2.cli.options import Json, Quiet
+from ia2.cli.options import ContextFunctions, Json, Parsers, Quiet, TrustRemoteCode, named_code
 
 
 def analyze(
@@ -75,6 +75,9 @@ def analyze(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, … By default as the runs.", show_default=False)
     ] = None,
+    trust_remote_code: TrustRemoteCode = None,
+    parser: Parsers = None,
+    context_function: ContextFunctions = None,
     output_dir: Annotated[
         Path | None,
         typer.Option(
@@ -102,9 +105,10 @@ def analyze(
 
     named = DEFAULT_PARTS if parts is None else tuple(PARTS) if parts == "all" else _listed(parts)
     folder = output_dir or folders[0]
+    code = named_code(trust_remote_code, parser, context_function)
     result = run(
         folders,
-        AnalysisSettings(named, controls, causal_queries, text, _listed(benchmarks), data_dir),
+        AnalysisSettings(named, controls, causal_queries, text, _listed(benchmarks), data_dir, code),
         data=data,
         split=split,
         max_queries=max_queries,

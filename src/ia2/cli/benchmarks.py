@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ia2.cli.options import Json, Quiet
+from ia2.cli.options import Json, Parsers, Quiet
 
 if TYPE_CHECKING:
     from ia2.benchmarks import Benchmark, BenchmarkData
@@ -34,13 +34,12 @@ Names = Annotated[
 def ls(json: Json = False) -> None:
     """List the benchmarks."""
     from ia2.benchmarks import BENCHMARKS
-    from ia2.cli.output import print_json, start
+    from ia2.cli.output import print_json, print_wide, start
 
     start(True)
     if json:
         print_json([_facts(benchmark) for benchmark in BENCHMARKS.values()])
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table()
@@ -50,21 +49,17 @@ def ls(json: Json = False) -> None:
         source = benchmark.source if benchmark.hub else "packaged"
         lists = [", ".join(names) for names in (benchmark.verbalisers, benchmark.ood)]
         table.add_row(benchmark.name, benchmark.kind, benchmark.role, source, *lists)
-    console = Console()
-    # in a pipe the table would be squeezed beyond reading
-    if not console.is_terminal:
-        console = Console(width=160)
-    console.print(table)
+    print_wide(table)
 
 
 @app.command("show")
-def show(name: Name, data_dir: DataDir = None, json: Json = False) -> None:
+def show(name: Name, data_dir: DataDir = None, parser: Parsers = None, json: Json = False) -> None:
     """Show one benchmark and, if its rows are at hand, an example with every verbaliser."""
     from ia2.benchmarks import load_benchmark
     from ia2.cli.output import print_json, start
 
     start(True)
-    benchmark = load_benchmark(name)
+    benchmark = load_benchmark(name, parser or ())
     facts = _facts(benchmark)
     local = _is_local(benchmark, data_dir)
     if local:
@@ -92,6 +87,7 @@ def show(name: Name, data_dir: DataDir = None, json: Json = False) -> None:
 def prepare(
     names: Names = None,
     data_dir: DataDir = None,
+    parser: Parsers = None,
     output_dir: Annotated[
         Path | None,
         typer.Option(
@@ -108,7 +104,7 @@ def prepare(
     from ia2.errors import DataError
 
     start(quiet)
-    chosen = [load_benchmark(name) for name in names or BENCHMARKS]
+    chosen = [load_benchmark(name, parser or ()) for name in names or BENCHMARKS]
     found: list[dict[str, Any]] = []
     failed: dict[str, DataError] = {}
     for benchmark in chosen:

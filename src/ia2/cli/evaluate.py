@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ia2.cli.options import Json, Quiet
+from ia2.cli.options import Json, Parser, Quiet, TrustRemoteCode
 
 
 def evaluate(
@@ -18,6 +18,8 @@ def evaluate(
         Path | None, typer.Option(help="Write per-example predictions to this JSONL file.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps.")] = None,
+    trust_remote_code: TrustRemoteCode = None,
+    parser: Parser = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -29,10 +31,11 @@ def evaluate(
 
     if output is not None:
         output_file(output, data)
+    code = {"trust_remote_code": trust_remote_code, "parser": parser}
     from ia2.applying import evaluate_adapter
     from ia2.evaluation.scoring import write_predictions
 
-    metrics, predictions = evaluate_adapter(adapter, data, split=split, device=device)
+    metrics, predictions = evaluate_adapter(adapter, data, split=split, device=device, code=code)
     if output is not None:
         write_predictions(output, predictions, listed=False)
     if json:

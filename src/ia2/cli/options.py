@@ -210,3 +210,37 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no log lines; warnings only.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another ia2 run in the output folder.")]
 Format = Literal["jsonl", "csv"]
+
+# Code that is not ours: a file may ask for it, but only these flags have it run.
+TrustRemoteCode = Annotated[
+    bool | None,
+    typer.Option("--trust-remote-code", help="Run code that comes with the model.", show_default=False),
+]
+_MODULE = "module:function"
+Parser = Annotated[
+    str | None,
+    typer.Option(help="Reads free-form answers, where the run has one of one's own.", metavar=_MODULE),
+]
+Parsers = Annotated[
+    list[str] | None,
+    typer.Option("--parser", help="Answer parser that a file may name; may be repeated.", metavar=_MODULE),
+]
+ContextFunctions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--context-function", help="Context function that a file may name; may be repeated.", metavar=_MODULE
+    ),
+]
+
+
+def named_code(
+    trust_remote_code: bool | None = None,
+    parsers: list[str] | None = None,
+    context_functions: list[str] | None = None,
+) -> dict[str, Any]:
+    """What these flags name, for :func:`ia2.config_reading.refuse_code`."""
+    return {
+        "trust_remote_code": trust_remote_code,
+        "parser": parsers or [],
+        "context_function": context_functions or [],
+    }

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ia2.cli.options import Json, Quiet
+from ia2.cli.options import Json, Parser, Quiet, TrustRemoteCode
 
 
 def predict(
@@ -19,6 +19,8 @@ def predict(
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split of a hub data set or folder.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps.")] = None,
+    trust_remote_code: TrustRemoteCode = None,
+    parser: Parser = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -28,13 +30,14 @@ def predict(
     from ia2.files import output_file, write_text
 
     start(quiet)
+    code = {"trust_remote_code": trust_remote_code, "parser": parser}
     if output is not None and output.suffix not in (".jsonl", ".csv"):
         raise ConfigError(f"{output}: predictions are written to a .jsonl or a .csv file.")
     if output is not None:
         output_file(output, data)
     from ia2.applying import predict_rows, prediction_text
 
-    rows = predict_rows(adapter, data, split=split, device=device)
+    rows = predict_rows(adapter, data, split=split, device=device, code=code)
     if output is not None:
         write_text(output, prediction_text(rows, output.suffix), listed=False)
         if json:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ia2.cli.options import Json, Quiet
+from ia2.cli.options import ContextFunctions, Json, Parsers, Quiet, TrustRemoteCode, named_code
 
 Grid = Annotated[Path, typer.Argument(metavar="GRID", help="Grid file (YAML).", show_default=False)]
 
@@ -32,6 +32,9 @@ def sweep(
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder of the benchmarks' files; else IA2_DATA_DIR, else the hub.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = None,
+    parser: Parsers = None,
+    context_function: ContextFunctions = None,
     keep_work: Annotated[
         bool, typer.Option("--keep-work", help="Keep adapters and teacher targets of finished cells.")
     ] = False,
@@ -47,7 +50,7 @@ def sweep(
     from ia2.sweeps.grid import load_grid
 
     start(quiet)
-    chosen = load_grid(grid)
+    chosen = load_grid(grid, named_code(trust_remote_code, parser, context_function))
     if data_dir is not None:
         chosen = chosen.model_copy(update={"data_dir": str(data_dir)})
     folder = output_dir or Path("out") / grid.stem

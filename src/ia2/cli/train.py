@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ia2.cli.options import Json, Overwrite, Quiet, with_settings
 from ia2.config import TrainConfig
+from ia2.config_reading import code_flags
 
 
 @with_settings(TrainConfig)
@@ -39,5 +40,7 @@ def train(
         return
     print_metrics(result.metrics)
     print(f"\nAdapter, model card and metrics: {config.output_dir}")
-    print(f"Next: ia2 predict --adapter {config.output_dir} --data new.jsonl")
+    code = code_flags({**config.model_dump(), "context_function": None})  # predicting shows no context
+    again = "".join(f" {flag}" for flag in code.values())
+    print(f"Next: ia2 predict --adapter {config.output_dir} --data new.jsonl{again}")
     print(f"Report: ia2 report {config.output_dir}")

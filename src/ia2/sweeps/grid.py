@@ -14,10 +14,10 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from ia2.config import AdaptConfig
-from ia2.config_reading import load_config
+from ia2.config_reading import load_config, refuse_code
 from ia2.config_sections import Section
 from ia2.errors import ConfigError, suggest
 from ia2.files import digest
@@ -92,6 +92,8 @@ class GridConfig(GridPart):
     revision: str | None = Field(None, description="Hub branch, tag or commit of the models.")
     quantization: Literal["4bit", "8bit"] | None = Field(None, description="As `--quantization`.")
     trust_remote_code: bool = Field(False, description="Run code that comes with a model.")
+    # that files of benchmarks may name; from the command, never from the grid's file
+    _parsers: tuple[str, ...] = PrivateAttr(())
 
     @model_validator(mode="after")
     def _complete(self) -> GridConfig:
@@ -179,14 +181,27 @@ class Unit:
         return Unit(self.key, self.benchmarks, self.model, self.options, self.data_dir, chosen)
 
 
-def load_grid(path: str | Path) -> GridConfig:
+def load_grid(path: str | Path, code: Mapping[str, Any] | None = None) -> GridConfig:
     """Read a grid file.
+
+    Args:
+        path: the file.
+        code: code that it, and files of benchmarks that it names, may name (see
+            :func:`ia2.config_reading.refuse_code`): ``trust_remote_code``, lists of ``parser`` and of
+            ``context_function``.
 
     Raises:
         DataError: it is missing.
-        ConfigError: it is no grid. One line.
+        ConfigError: it is no grid, or names code that ``code`` does not. One line.
     """
-    grid: GridConfig = load_config(GridConfig, path, {})
+    code = code or {}
+    flags = {"trust_remote_code": code.get("trust_remote_code")}
+    grid: GridConfig = load_config(GridConfig, path, flags)
+    for part in grid.resolved():
+        axes = [{name: value} for name, values in part.axes.items() for value in values]
+        for settings in (part.settings, *part.variants.values(), *axes):
+            refuse_code(flat(settings), path, code)
+    grid._parsers = tuple(code.get("parser") or ())
     return grid
 
 
@@ -231,7 +246,7 @@ def evaluated_on(grid: GridConfig) -> list[tuple[Benchmark, str | None]]:
     found = {}
     for part in grid.resolved():
         for name in part.benchmarks or ():
-            for benchmark, verbaliser in _evaluated(part, name):
+            for benchmark, verbaliser in _evaluated(grid, part, name):
                 found[benchmark.name, verbaliser] = benchmark
     return [(benchmark, verbaliser) for (_, verbaliser), benchmark in found.items()]
 
@@ -246,7 +261,7 @@ def _cells(
     grid: GridConfig, part: GridPart, prefix: str, fingerprints: Mapping[tuple[str, str | None], str]
 ) -> Iterator[tuple[Cell, _Where]]:
     seeds = part.seeds if isinstance(part.seeds, list) else range(part.seeds or 1)
-    evaluated = {name: _evaluated(part, name) for name in part.benchmarks or ()}
+    evaluated = {name: _evaluated(grid, part, name) for name in part.benchmarks or ()}
     variants = list(_variants(part))
     for seed, count, model, name in product(
         seeds, part.num_examples or [8], part.models or (), part.benchmarks or ()
@@ -315,11 +330,11 @@ def _essential(grid: GridConfig) -> dict[str, Any]:
     return {k: v for k, v in grid.model_options().items() if k not in ("device", "trust_remote_code")}
 
 
-def _evaluated(part: GridPart, name: str) -> tuple[tuple[Benchmark, str | None], ...]:
+def _evaluated(grid: GridConfig, part: GridPart, name: str) -> tuple[tuple[Benchmark, str | None], ...]:
     """The benchmark and, unless they are not wanted, its OOD partners."""
     from ia2.benchmarks import BENCHMARKS, load_benchmark
 
-    benchmark = load_benchmark(name)
+    benchmark = load_benchmark(name, grid._parsers)
     if benchmark.pool is None:
         trained = [b.name for b in map(load_benchmark, BENCHMARKS) if benchmark.name in b.ood]
         raise ConfigError(
@@ -329,7 +344,7 @@ def _evaluated(part: GridPart, name: str) -> tuple[tuple[Benchmark, str | None],
     asked = part.verbaliser.get(benchmark.name) if isinstance(part.verbaliser, dict) else part.verbaliser
     found = [(benchmark, _verbaliser(benchmark, asked, strict=isinstance(part.verbaliser, dict)))]
     if part.ood is not False:
-        for other in map(load_benchmark, benchmark.ood):
+        for other in (load_benchmark(o, grid._parsers) for o in benchmark.ood):
             found.append((other, _verbaliser(other, asked, strict=False)))
     return tuple(found)
 
@@ -342,7 +357,7 @@ def _check_verbalisers(grid: GridConfig) -> None:
     for part in grid.resolved():
         if part.verbaliser is None:
             continue
-        own = [load_benchmark(name) for name in part.benchmarks or ()]
+        own = [load_benchmark(name, grid._parsers) for name in part.benchmarks or ()]
         # several parts may have taken it from the grid
         for given, benchmarks in asked:
             if given == part.verbaliser:
