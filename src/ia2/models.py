@@ -140,11 +140,13 @@ def load_base(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(path, **options)
-        if attn_implementation is None and "/" in str(getattr(config, "_attn_implementation", None)):
-            raise ValueError(
-                f"its config.json names {config._attn_implementation}, attention code of the hub. Remove the "
-                "key attn_implementation from it."
-            )
+        for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+            kernel = str(getattr(part, "_attn_implementation", None))
+            if "/" in kernel:
+                raise ValueError(
+                    f"its config.json names {kernel}, attention code of the hub. Remove the key "
+                    "attn_implementation from it."
+                )
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         if attn_implementation:
             options["attn_implementation"] = attn_implementation

@@ -19,7 +19,7 @@ from ia2.adaptation import adapt, load_adapter
 from ia2.benchmarks import load_benchmark
 from ia2.config import TrainConfig
 from ia2.console import printable
-from ia2.errors import ConfigError
+from ia2.errors import ConfigError, ModelError
 from ia2.examples import Examples
 from ia2.sweeps.grid import load_grid
 
@@ -312,6 +312,17 @@ def test_a_benchmark_that_a_grid_names(stranger: Stranger, ia2: Command, partner
         file = grid_file(stranger, benchmarks=[str(named)])
     line = ia2("sweep", file, "--output-dir", "mine").refusal()
     assert line.startswith(str(named)) and PARSER in line
+
+
+def test_a_kernel_for_a_part_of_a_model(tmp_path: Path) -> None:
+    from transformers import Gemma3Config
+
+    from ia2.models import load_base
+
+    config = {**Gemma3Config().to_dict(), "attn_implementation": {"text_config": "evil/kernel"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"names evil/kernel.* Remove the key attn_implementation"):
+        load_base(str(tmp_path), device="cpu")
 
 
 def test_a_benchmark_for_an_analysis(stranger: Stranger, ia2: Command) -> None:
