@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -281,7 +282,13 @@ class ExampleTrainer(Trainer, ABC):
         checkpoint = last_complete_checkpoint(self.settings.output_dir)
         if checkpoint is not None:
             logger.info("Continuing from %s.", checkpoint)
-        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except UnpicklingError as error:
+            raise RunFolderError(
+                f"{checkpoint}: holds more than numbers, and code in it is not run. Delete it and run the "
+                "same command again."
+            ) from error
         self.best.restore(self.model)
         self.model.eval()
         if self.settings.activation_checkpointing:

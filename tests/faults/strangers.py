@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import yaml
 
+from ia2.manifest import record, relative, root_of, sha256
+
 EVIL = "evil_of_a_stranger"
 FUNCTION = f"{EVIL}:run"
 
@@ -117,3 +119,6 @@ def edit_json(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     value = json.loads(file.read_text())
     change(value)
     file.write_text(json.dumps(value))
+    # strangers know how to make a manifest fit
+    if (root := root_of(file)) is not None:
+        record(root, {relative(file, root): sha256(file)})

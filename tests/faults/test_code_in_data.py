@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -195,6 +196,7 @@ def test_a_checkpoint_with_pickles(stranger: Stranger, ia2: Command, monkeypatch
     from transformers import Trainer
 
     from ia2.example_trainer import BestWeights
+    from ia2.manifest import record_tree
 
     on_save = BestWeights.on_save
 
@@ -212,15 +214,16 @@ def test_a_checkpoint_with_pickles(stranger: Stranger, ia2: Command, monkeypatch
     read = []
     for name in ("_load_rng_state", "_load_optimizer_and_scheduler"):
         monkeypatch.setattr(Trainer, name, noting(read, getattr(Trainer, name)))
+    shutil.copytree("half", "whole")
     for file in states:
-        before = file.read_bytes()
+        shutil.rmtree("half")
+        shutil.copytree("whole", "half")
         stranger.pickles(file.parent, file.name)
-        try:
-            ia2(*arguments)  # whatever else it says of the damage
-        except Exception as error:
-            assert "weights_only" in str(error).lower()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(before)
+        record_tree(file.parent, file.parent)  # strangers know how to make a manifest fit
+        ran = ia2(*arguments)
+        if ran.status:  # what is not needed is not read
+            line = ran.refusal()
+            assert str(file.parent) in line and "Delete it" in line
     assert not stranger.marker.exists()
     assert read
 
