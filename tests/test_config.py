@@ -58,7 +58,7 @@ def test_a_dumped_configuration_reads_back(tmp_path: Path) -> None:
         ({"context_text": "a", "demo_order": "nearest"}, "demo_order do nothing beside context_text"),
         ({"thinking": True}, "thinking does nothing without chat"),
         ({"demo_search_orders": 4}, "demo_search_orders does nothing unless demo_order is search"),
-        ({"learning_rates": [1e-3, 0]}, "learning_rates: learning rates must be positive."),
+        ({"learning_rates": [1e-3, 0]}, "learning_rates.1: input should be greater than 0."),
         (
             {"recipe": "ia2sft"},
             "recipe: 'ia2sft' is not one of base, icl, sft, ia2, ia2-sft,",

@@ -15,11 +15,14 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ia2.config_reading import describe
 from ia2.config_sections import (
+    MAX_SEEDS,
     SECTIONS,
     AdapterConfig,
     AlignConfig,
     JointConfig,
+    Rate,
     Section,
+    Seed,
     SftConfig,
     SoftConfig,
     StageConfig,
@@ -42,7 +45,7 @@ class AdaptConfig(Section):
         description="Recipes of one's own: name → list of stages, each with the key `stage` (align, sft, "
         "joint or soft) and any settings of that stage.",
     )
-    seed: int = Field(0, ge=0, description="Seed of the draw, the orders, the initial weights.")
+    seed: Seed = Field(0, description="Seed of the draw, the orders, the initial weights.")
     num_examples: int | None = Field(
         None,
         description="Train on N rows drawn from the data, with N/2 more as dev. By default all rows are "
@@ -111,7 +114,7 @@ class AdaptConfig(Section):
         ge=1,
         description="Longest answer; by default 1 for one-token labels, 200 for free text.",
     )
-    learning_rates: list[float] | None = Field(
+    learning_rates: list[Rate] | None = Field(
         None,
         min_length=1,
         description="Rates to try; the best is chosen by dev loss. By default the adapter type's own rate.",
@@ -142,13 +145,6 @@ class AdaptConfig(Section):
     sft: SftConfig = Field(default_factory=SftConfig)
     joint: JointConfig = Field(default_factory=JointConfig)
     soft: SoftConfig = Field(default_factory=SoftConfig)
-
-    @field_validator("learning_rates")
-    @classmethod
-    def _positive(cls, value: list[float] | None) -> list[float] | None:
-        if any(rate <= 0 for rate in value or ()):
-            raise ValueError("learning rates must be positive")
-        return value
 
     @model_validator(mode="after")
     def _possible(self) -> AdaptConfig:
@@ -305,7 +301,9 @@ class CompareConfig(AdaptConfig, ModelOptions, DataOptions):
     objectives: list[str] = Field(
         [], description="Alignment objectives to compare, each with every recipe that aligns."
     )
-    seeds: int = Field(3, ge=1, description="Number of repetitions, with seeds seed, seed + 1, …")
+    seeds: int = Field(
+        3, ge=1, le=MAX_SEEDS, description="Number of repetitions, with seeds seed, seed + 1, …"
+    )
     folds: int = Field(3, ge=2, description="Cross-fitting folds when no test data is given.")
     max_test: int | None = Field(None, ge=1, description="Evaluate on at most this many test rows.")
     output_dir: str | None = Field(None, description="Folder for results and adapters.")
@@ -328,6 +326,8 @@ class CompareConfig(AdaptConfig, ModelOptions, DataOptions):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}: one of them is named twice")
+        if self.seed + self.seeds > 2**32:
+            raise ValueError(f"seeds: the last would be {self.seed + self.seeds - 1}, above {2**32 - 1}")
         return self
 
 

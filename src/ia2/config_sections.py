@@ -5,19 +5,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import math
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ia2.errors import suggest
 from ia2.recipes import ADAPTER_NAMES, OBJECTIVE_NAMES
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What numpy, and with it ``transformers.set_seed``, takes as a seed."""
+
+MAX_SEEDS = 10_000
+"""Of one comparison or grid."""
+
+Rate = Annotated[float, Field(gt=0)]
+
+Width = Annotated[int, Field(ge=1, le=2**16)]
+"""Of what an adapter adds to a model; more than any layer is wide."""
+
 
 class Section(BaseModel):
-    """Keys and values of a YAML file; unknown keys are refused."""
+    """Keys and values of a YAML file; unknown keys are refused, and so are numbers without end."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    @field_validator("*")
+    @classmethod
+    def _countable(cls, value: Any) -> Any:
+        """Every number is finite, also inside mappings that are handed on as they are, and can be counted."""
+        for place, number in _numbers(value):
+            if not -(2**63) <= number < 2**63:  # nor is nan
+                fault = "too large" if math.isfinite(number) else "not a finite number"
+                raise ValueError(f"{number} is {fault}" + (f" (at {place})" if place else ""))
+        return value
+
+
+def _numbers(value: Any, place: str = "") -> Iterator[tuple[str, int | float]]:
+    """Every whole number, and every other that is not finite, with its place inside ``value``."""
+    if isinstance(value, int) or (isinstance(value, float) and not math.isfinite(value)):
+        yield place, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(inner, f"{place}.{key}".lstrip("."))
+    elif isinstance(value, (list, tuple)):
+        for number, inner in enumerate(value):
+            yield from _numbers(inner, f"{place}[{number}]")
 
 
 def one_of(value: str, known: Sequence[str]) -> str:
@@ -44,7 +78,7 @@ class AdapterConfig(Section):
         "lora",
         description=f"Adapter type: {', '.join(ADAPTER_NAMES)} (every weight), unless `peft` is given.",
     )
-    rank: int | None = Field(None, ge=1, description="Rank r of lora, rslora, dora (8) and vera (256).")
+    rank: Width | None = Field(None, description="Rank r of lora, rslora, dora (8) and vera (256).")
     alpha: float | None = Field(
         None, gt=0, description="Alpha of lora, rslora and dora (8); the update is scaled by alpha/r."
     )
@@ -54,10 +88,10 @@ class AdapterConfig(Section):
         description="Modules to adapt; by default the query, key and output projections (bottleneck: the "
         "output projections of attention and MLP).",
     )
-    virtual_tokens: int | None = Field(
-        None, ge=1, description="Virtual tokens of prefix, prompt and p-tuning (16)."
+    virtual_tokens: Width | None = Field(
+        None, description="Virtual tokens of prefix, prompt and p-tuning (16)."
     )
-    bottleneck_size: int | None = Field(None, ge=1, description="Width of bottleneck adapters (16).")
+    bottleneck_size: Width | None = Field(None, description="Width of bottleneck adapters (16).")
     placement: Literal["houlsby", "pfeiffer"] | None = Field(
         None, description="Bottleneck adapters after attention and MLP (houlsby) or after the MLP (pfeiffer)."
     )
@@ -75,8 +109,8 @@ class StageConfig(Section):
     """One training stage."""
 
     epochs: int = Field(50, ge=1, description="Epochs at most.")
-    learning_rate: float | None = Field(
-        None, gt=0, description="This stage's own rate; by default the one being tried."
+    learning_rate: Rate | None = Field(
+        None, description="This stage's own rate; by default the one being tried."
     )
     eval_every: int | None = Field(
         None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -54,6 +55,8 @@ def sweep(
     if data_dir is not None:
         chosen = chosen.model_copy(update={"data_dir": str(data_dir)})
     folder = output_dir or Path("out") / grid.stem
+    if gpus_per_worker is not None and not math.isfinite(gpus_per_worker):
+        raise ConfigError(f"--gpus-per-worker: {gpus_per_worker} is not a finite number.")
     if ray is None and gpus_per_worker is not None:
         raise ConfigError("--gpus-per-worker does nothing without --ray.")
     if ray is not None and workers > 1 and ray != "local":

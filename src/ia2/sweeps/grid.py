@@ -18,7 +18,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from ia2.config import AdaptConfig
 from ia2.config_reading import load_config, refuse_code
-from ia2.config_sections import Section
+from ia2.config_sections import MAX_SEEDS, Section
 from ia2.errors import ConfigError, suggest
 from ia2.files import digest
 from ia2.recipes import RECIPES
@@ -63,8 +63,10 @@ class GridPart(Section):
     def _some(cls, value: int | list[int] | None) -> int | list[int] | None:
         if value == [] or (isinstance(value, int) and value < 1):
             raise ValueError("at least one seed is needed")
-        if isinstance(value, list) and min(value) < 0:
-            raise ValueError("seeds are 0 or greater")
+        if isinstance(value, int) and value > MAX_SEEDS:
+            raise ValueError(f"at most {MAX_SEEDS} seeds are possible")
+        if isinstance(value, list) and not 0 <= min(value) <= max(value) < 2**32:
+            raise ValueError(f"seeds are 0 or greater, up to {2**32 - 1}")
         return value
 
     @field_validator("num_examples")

@@ -1,0 +1,284 @@
+"""NaN and infinity: refused where they enter, named where they arise, and in no file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from command_line import Ran, run, tree, write_rows
+from safetensors.torch import load_file, save_file
+from sweeping import grid_of, write_grid
+from tiny_icl.tasks import sample_task
+
+from ia2.config import CompareConfig
+from ia2.files import read_json
+
+TASK = sample_task(0, num_classes=3)
+BRIEF = ["--align-epochs", 2, "--sft-epochs", 2, "--joint-epochs", 2]
+MAX_SEED = 2**32 - 1
+
+Command = Callable[..., Ran]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_icl_model_path: Path) -> Path:
+    """A working folder with labelled rows (rows.jsonl), the small model (model) and one of NaN (bad)."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", TASK.examples(12, seed=0))
+    write_rows(tmp_path / "test.jsonl", TASK.examples(6, seed=1))
+    (tmp_path / "model").symlink_to(tiny_icl_model_path)
+    return tmp_path
+
+
+@pytest.fixture
+def ia2(here: Path, capsys: pytest.CaptureFixture[str]) -> Command:
+    """``ia2`` on these rows and this model; later options win."""
+
+    def command(name: str, *options: Any) -> Ran:
+        common: list[Any] = []
+        if name in ("train", "compare", "probe"):
+            common = ["--model", "model", "--data", "rows.jsonl"]
+        if name in ("train", "compare"):
+            common += ["--output-dir", "out", *BRIEF]
+        return run(capsys, name, *common, *options)
+
+    return command
+
+
+def refused(ran: Ran) -> str:
+    """The one line of a mistake, whatever was logged before it."""
+    assert ran.status == 2, ran
+    assert "Traceback" not in ran.err
+    *_, last = ran.err.splitlines()
+    assert last.startswith("ia2: error: "), ran.err
+    assert len([line for line in ran.err.splitlines() if line.startswith("ia2: error: ")]) == 1
+    return last.removeprefix("ia2: error: ")
+
+
+def strict(text: str) -> Any:
+    """JSON as the standard has it: without NaN and Infinity."""
+
+    def refuse(name: str) -> Any:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def assert_finite(folder: Path) -> set[str]:
+    """Every file below a folder holds finite numbers only; gives the kinds of files that were read."""
+
+    def walk(value: Any, where: str) -> None:
+        if isinstance(value, float):
+            assert value == value and abs(value) != float("inf"), where
+        for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            walk(inner, where)
+
+    kinds = set()
+    for name, data in tree(folder).items():
+        kind = Path(name).suffix
+        kinds.add(kind)
+        if kind == ".json":
+            walk(strict(data.decode()), name)
+        elif kind == ".jsonl":
+            for line in data.decode().split("\n"):
+                if line.strip():
+                    walk(strict(line), name)
+        elif kind in (".yaml", ".yml"):
+            walk(yaml.safe_load(data), name)
+        elif kind == ".safetensors":
+            for tensor in load_file(folder / name).values():
+                assert torch.isfinite(tensor.float()).all(), name
+        elif kind in (".md", ".csv", ".html"):
+            text = data.decode().lower()
+            assert not [w for w in text.replace("|", " ").replace(",", " ").split() if w in ("nan", "inf")]
+    return kinds
+
+
+def damaged(source: Path, folder: Path, value: float = float("nan"), tensors: str = "") -> Path:
+    """A copy of a model or run folder some of whose weights are ``value``."""
+    shutil.copytree(source, folder)
+    for file in folder.glob("*.safetensors"):
+        state = load_file(file)
+        for name, tensor in state.items():
+            if tensors in name and tensor.is_floating_point():
+                state[name] = torch.full_like(tensor, value)
+        save_file(state, file, metadata={"format": "pt"})
+    return folder
+
+
+# ------------------------------------------------------------------------------ where settings enter
+
+
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [
+        (["--learning-rates", "nan"], "learning_rates.0"),
+        (["--learning-rates", "1e-3", "inf"], "learning_rates (at [1])"),
+        (["--learning-rates", "1e400"], "learning_rates inf"),
+        (["--learning-rates", "-inf"], "learning_rates.0"),
+        (["--learning-rates", "-0.0"], "learning_rates.0"),
+        (["--align-learning-rate", "nan"], "align.learning_rate"),
+        (["--align-temperature", "inf"], "align.temperature"),
+        (["--align-temperature", "0"], "align.temperature"),
+        (["--joint-betas", "nan"], "joint.betas (at [0])"),
+        (["--sft-ia2-weight", "inf"], "sft.ia2_weight"),
+        (["--adapter-alpha", "nan"], "adapter.alpha"),
+        (["--adapter-dropout", "nan"], "adapter.dropout"),
+        (
+            ["--adapter-peft", '{"peft_type": "LORA", "lora_alpha": NaN}'],
+            "adapter.peft (at lora_alpha)",
+        ),
+        (
+            ["--adapter-peft", '{"peft_type": "LORA", "x": {"y": [1, Infinity]}}'],
+            "adapter.peft (at x.y[1])",
+        ),
+        (
+            ["--activation-checkpointing-kwargs", '{"x": -Infinity}'],
+            "activation_checkpointing_kwargs (at x)",
+        ),
+        (
+            ["--schedules", '{"own": [{"stage": "sft", "ia2_weight": NaN}]}'],
+            "schedules (at own[0].ia2_weight)",
+        ),
+        # whole numbers that nothing can count or hold
+        (["--batch-size", 2**63], "batch_size"),
+        (["--max-context-tokens", 2**70], "max_context_tokens"),
+        (["--sft-epochs", 2**64], "sft.epochs"),
+        (["--adapter-rank", 10**12], "adapter.rank"),
+        (
+            ["--adapter-peft", f'{{"peft_type": "LORA", "r": {2**70}}}'],
+            "adapter.peft (at r)",
+        ),
+        (["--sft-patience", 0], "sft.patience"),
+        (["--seed", -1], "seed"),
+        (["--seed", 2**32], "seed"),
+        (["--seed", 2**63], "seed"),
+        (["--seed", 2**64], "seed"),
+    ],
+    ids=str,
+)
+def test_a_setting_is_refused_where_it_enters(options: list[Any], place: str, ia2: Command) -> None:
+    line = ia2("train", *options).refusal()
+    setting, _, inside = place.partition(" ")
+    assert line.startswith(f"{setting}: ") and inside in line
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("learning_rates: [.nan]", "learning_rates.0"),
+        ("learning_rates: [0.001, .inf]", "learning_rates (at [1])"),
+        ("learning_rates: [1e400]", "learning_rates inf"),
+        ("learning_rates: ['nan']", "learning_rates.0"),
+        ("align: {temperature: -.inf}", "align.temperature"),
+        ("batch_size: .inf", "batch_size"),
+        ("batch_size: 1.0e+300", "batch_size"),
+        ("max_answer_tokens: .nan", "max_answer_tokens"),
+        (
+            "schedules: {own: [{stage: sft, ia2_weight: .nan}]}",
+            "schedules (at own[0].ia2_weight)",
+        ),
+        ("schedules: {own: [{stage: sft, ia2_weight: 1e400}]}", "schedules.own.0 ia2_weight: inf"),
+        (
+            "activation_checkpointing_kwargs: {a: {b: .inf}}",
+            "activation_checkpointing_kwargs (at a.b)",
+        ),
+        ("adapter: {peft: {peft_type: LORA, r: .inf}}", "adapter.peft (at r)"),
+    ],
+)
+def test_a_setting_of_a_file_is_refused(text: str, place: str, ia2: Command, here: Path) -> None:
+    (here / "s.yaml").write_text(text)
+    line = ia2("train", "--config", "s.yaml").refusal()
+    setting, _, inside = place.partition(" ")
+    assert line.startswith("s.yaml: ") and f"{setting}: " in line and inside in line
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "place"),
+    [
+        ({"learning_rates": [float("inf")]}, "learning_rates"),
+        ({"learning_rates": {"sft": [float("nan")]}}, "learning_rates"),
+        ({"betas": [float("nan")]}, "betas nan"),
+        (
+            {"settings": {"align.temperature": float("inf")}},
+            "settings (at align.temperature)",
+        ),
+        (
+            {"axes": {"align.temperature": [1.0, float("nan")]}},
+            "axes (at align.temperature[1])",
+        ),
+        (
+            {"variants": {"hot": {"align": {"temperature": float("inf")}}}},
+            "variants (at hot.align.temperature)",
+        ),
+        (
+            {"parts": [{"settings": {"adapter.alpha": float("nan")}}]},
+            "parts.0.settings (at adapter.alpha)",
+        ),
+        ({"seeds": [0, 2**32]}, "seeds"),
+        ({"seeds": [2**64]}, "seeds"),
+        ({"seeds": [-1]}, "seeds"),
+        ({"seeds": 10**12}, "seeds"),
+        ({"max_test": 0}, "max_test"),
+        ({"num_examples": [2**70]}, "num_examples"),
+    ],
+    ids=str,
+)
+def test_a_grid_is_refused(
+    values: dict[str, Any], place: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_grid(tmp_path / "grid.yaml", grid_of(files, **values))
+    for options in ([], ["--dry-run"]):
+        line = run(capsys, "sweep", file, "--output-dir", tmp_path / "out", *options).refusal()
+        setting, _, inside = place.partition(" ")
+        assert line.startswith(f"{file}: ") and setting in line and inside in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_benchmark_of_ones_own_is_refused(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entry = yaml.safe_load((files / "two.yaml").read_text())
+    entry["pool"]["rows"] = float("inf")
+    own = files / "own.yaml"
+    own.write_text(yaml.safe_dump(entry))
+    assert "pool.rows" in run(capsys, "benchmarks", "show", own).refusal()
+
+
+@pytest.mark.parametrize("share", ["nan", "inf"])
+def test_an_option_that_is_no_setting(
+    share: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_grid(tmp_path / "grid.yaml", grid_of(files))
+    ran = run(
+        capsys, "sweep", file, "--output-dir", tmp_path / "out", "--ray", "local", "--gpus-per-worker", share
+    )
+    assert "--gpus-per-worker" in ran.refusal()
+    assert not (tmp_path / "out").exists()
+
+
+def test_seeds_of_a_comparison_end_where_seeds_end(ia2: Command) -> None:
+    line = ia2("compare", "--seed", MAX_SEED, "--seeds", 2).refusal()
+    assert "seeds" in line and str(MAX_SEED) in line
+    assert "seeds" in ia2("compare", "--seeds", 10**12).refusal()
+    assert CompareConfig(seed=MAX_SEED, seeds=1).seed == MAX_SEED
+
+
+def test_the_largest_seed_works(ia2: Command, here: Path) -> None:
+    for seed in (2**31, MAX_SEED):
+        assert ia2("train", "--seed", seed, "--overwrite", "--quiet").status == 0
+        assert read_json(here / "out" / "metrics.json")["learning_rate"] > 0
+    assert ia2("probe", "--seed", MAX_SEED, "--quiet").status == 0
+
+
+def test_large_but_possible_settings_work(ia2: Command, here: Path) -> None:
+    options = ["--batch-size", 2**62, "--sft-patience", 10**12, "--max-context-tokens", 2**40]
+    options += ["--checkpoint-every", 10**12, "--align-objective", "kl", "--align-temperature", "1e-300"]
+    assert ia2("train", *options, "--quiet").status == 0
+    assert_finite(here / "out")
