@@ -208,9 +208,10 @@ def read_adapter_state(
         What :func:`load_adapter_state` takes, and training goes on from exactly.
 
     Raises:
-        DataError: there are none, or a file is missing or broken.
+        DataError: there are none, a file is missing or broken, or a weight is not finite.
         RunFolderError: a file of a run is not as it was written.
     """
+    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -218,11 +219,14 @@ def read_adapter_state(
     for file in _weight_files(Path(folder), mend):
         check(file, mend=mend)
         try:
-            state.update(load_file(file))
+            found = load_file(file)
         except FileNotFoundError:
             raise DataError(f"{file}: no such file.") from None
         except (OSError, SafetensorError) as error:
             raise DataError(f"{file}: cannot be read ({error}).") from error
+        if bad := [name for name, tensor in found.items() if not bool(torch.isfinite(tensor).all())]:
+            raise DataError(f"{file}: {bad[0]} is not finite, so it is of no use. Train it again.")
+        state |= found
     return state
 
 

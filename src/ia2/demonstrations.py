@@ -20,7 +20,7 @@ from ia2.capture import unwrap
 from ia2.console import logger, progress
 from ia2.context import DemonstrationContexts, FixedOrders, Orders, pool_orders
 from ia2.examples import Example
-from ia2.inference import answer_pass
+from ia2.inference import answer_pass, check_finite
 from ia2.rendering import Rendering
 from ia2.tokens import Ids, encode_answer, pad_id, pad_rows
 from ia2.traits import evaluating
@@ -249,6 +249,7 @@ def embed(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequenc
         mask = mask.to(state.device)[:, :, None]
         # padding may hold anything, infinities too
         mean = state.masked_fill(mask == 0, 0).sum(1) / mask.sum(1)
+        check_finite(model, mean, "hidden states")
         return list(zip(members, mean.cpu().numpy(), strict=True))
 
     with evaluating(model), torch.no_grad(), progress("embedding prompts", len(prompts)) as bar:

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ia2.batching import in_halves, plan_batches, token_budget
+from ia2.capture import unwrap
 from ia2.console import progress
+from ia2.errors import ModelError
 from ia2.tokens import (
     Batch,
     Ids,
@@ -38,7 +40,7 @@ from ia2.traits import (
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
+    from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
     from ia2.capture import Capture
 
@@ -92,6 +94,7 @@ def answer_pass(
         One :class:`AnswerOutput` a pair, in the order in which batches finish (not of the input).
 
     Raises:
+        ModelError: logits or activations that are not finite.
         ValueError: a span that is longer than its row, or attention weights without spans.
     """
     import torch
@@ -157,7 +160,10 @@ def _run_batch(
         logits_to_keep=keep,
         **options,
     )
-    stacked = capture.at_answers(batch, spans).cpu() if capture is not None else None
+    stacked = None
+    if capture is not None:
+        stacked = capture.at_answers(batch, spans).cpu()
+        check_finite(model, stacked, "activations")
     scores = None
     if logits:
         index = answer_index(
@@ -167,6 +173,7 @@ def _run_batch(
             batch.input_ids.shape[1],
         )
         scores = output.logits[index[0].to(device), index[1].to(device)].float().cpu()
+        check_finite(model, scores.amax(-1), "logits")
     results = []
     start = 0
     for place, (member, g) in enumerate(zip(members, batch.answer_lengths, strict=True)):
@@ -183,6 +190,53 @@ def _run_batch(
         )
         start += g
     return results
+
+
+def check_finite(model: Any, values: torch.Tensor, name: str) -> None:
+    """Refuse what a pass gave if it is not finite; nothing made of it would mean anything.
+
+    Args:
+        model: that gave it.
+        values: any shape. Of logits the maxima: single tokens may be ruled out by -inf.
+        name: what they are: ``logits``, ``activations`` …
+
+    Raises:
+        ModelError: a value is not finite.
+    """
+    import torch
+
+    if bool(torch.isfinite(values).all()):
+        return
+    advice = half_precision(model)
+    if not advice:
+        adapted = hasattr(model, "disable_adapter") and not getattr(model, "_adapters_disabled", False)
+        advice = "Its weights are damaged: get them again."
+        if adapted:
+            advice = "The adapter on it is of no use: train it again, at lower learning rates."
+    config = unwrap(model).config
+    called = getattr(config, "_name_or_path", "") or type(unwrap(model)).__name__
+    dtype = str(next(iter(model.parameters())).dtype).removeprefix("torch.")
+    raise ModelError(f"{called}: its {name} are not finite in {dtype}. {advice}")
+
+
+def refusing_nan(model: Any) -> LogitsProcessorList:
+    """What ``generate`` is given to have :func:`check_finite` see every token's logits."""
+    from transformers import LogitsProcessorList
+
+    def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        check_finite(model, scores.amax(-1), "logits")
+        return scores
+
+    return LogitsProcessorList([process])
+
+
+def half_precision(model: Any) -> str:
+    """What to do about numbers that are not finite, where float16 is what makes them so; else empty."""
+    import torch
+
+    if next(iter(unwrap(model).parameters())).dtype != torch.float16:
+        return ""
+    return "float16 ends at 65504: load the model with --dtype bfloat16 or float32."
 
 
 @dataclass
@@ -219,6 +273,9 @@ def generate_answers(
 
     Returns:
         One :class:`Generated` a prompt, in input order.
+
+    Raises:
+        ModelError: logits that are not finite.
     """
     import torch
     from transformers import GenerationConfig
@@ -273,6 +330,7 @@ def generate_answers(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 generation_config=config,
+                logits_processor=refusing_nan(model),
                 **options,
             )
             return [

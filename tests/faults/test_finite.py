@@ -11,13 +11,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from benches import wordy_model
 from command_line import Ran, run, tree, write_rows
 from safetensors.torch import load_file, save_file
 from sweeping import grid_of, write_grid
 from tiny_icl.tasks import sample_task
+from words import make_word_tokenizer
 
+from ia2.analysis.diversity import diversity
+from ia2.analysis.patching import patched_log_probs
+from ia2.capture import ActivationCapture
 from ia2.config import CompareConfig
+from ia2.errors import ModelError
 from ia2.files import read_json
+from ia2.inference import answer_pass
 
 TASK = sample_task(0, num_classes=3)
 BRIEF = ["--align-epochs", 2, "--sft-epochs", 2, "--joint-epochs", 2]
@@ -282,3 +289,96 @@ def test_large_but_possible_settings_work(ia2: Command, here: Path) -> None:
     options += ["--checkpoint-every", 10**12, "--align-objective", "kl", "--align-temperature", "1e-300"]
     assert ia2("train", *options, "--quiet").status == 0
     assert_finite(here / "out")
+
+
+# ---------------------------------------------------------------------------------- predictions of NaN
+
+
+@pytest.fixture
+def bad(here: Path, tiny_icl_model_path: Path) -> Path:
+    """A model whose logits are NaN."""
+    return damaged(tiny_icl_model_path, here / "bad", tensors="norm")
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("probe", []),
+        ("probe", ["--task", "generation", "--max-answer-tokens", 3]),
+        ("train", []),
+        ("train", ["--task", "generation", "--max-answer-tokens", 3]),
+        ("train", ["--targets", "online"]),
+        ("train", ["--targets", "memory", "--recipe", "soft-sft"]),
+        ("train", ["--demo-order", "nearest"]),
+        ("train", ["--demo-order", "search"]),
+        ("compare", ["--recipes", "base", "--test-data", "test.jsonl"]),
+        ("compare", ["--recipes", "icl", "--test-data", "test.jsonl"]),
+    ],
+    ids=str,
+)
+def test_logits_that_are_nan_are_an_error(command: str, options: list[Any], ia2: Command, bad: Path) -> None:
+    line = refused(ia2(command, "--model", "bad", *options))
+    assert "bad" in line and "not finite" in line and "float32" in line
+    assert "chance" not in line
+
+
+def test_fine_tuning_a_model_of_nan_says_that_no_rate_helps(ia2: Command, bad: Path) -> None:
+    line = refused(ia2("train", "--model", "bad", "--recipe", "sft"))
+    assert "before the first step" in line
+
+
+@pytest.mark.parametrize("command", ["predict", "eval"])
+def test_an_adapter_of_nan_is_an_error(command: str, ia2: Command, here: Path) -> None:
+    assert ia2("train", "--quiet").status == 0
+    for name, value in (("nan", float("nan")), ("huge", 1e30)):
+        damaged(here / "out", here / name, value, tensors="lora_B")
+        line = refused(ia2(command, "--adapter", name, "--data", "test.jsonl", "--output", "found.jsonl"))
+        assert "not finite" in line and "rain it again" in line
+    assert not (here / "found.jsonl").exists()
+
+
+def test_half_precision_that_overflows_says_so(ia2: Command, here: Path, tiny_icl_model_path: Path) -> None:
+    shutil.copytree(tiny_icl_model_path, here / "large")
+    file = here / "large" / "model.safetensors"
+    state = load_file(file)
+    for name in state:
+        if "v_proj" in name or "o_proj" in name:
+            state[name] = state[name] * 2000  # fine in float32, beyond 65504 in half precision
+    save_file(state, file, metadata={"format": "pt"})
+    assert ia2("probe", "--model", "large", "--dtype", "float32", "--quiet").status == 0
+    for command, options in (("probe", []), ("train", []), ("train", ["--recipe", "sft", "--overwrite"])):
+        line = refused(ia2(command, "--model", "large", "--dtype", "float16", *options))
+        assert "float16" in line and "--dtype" in line and "bfloat16" in line and "float32" in line
+
+
+def test_activations_that_are_not_finite_are_an_error_without_logits_too(tmp_path: Path) -> None:
+    model, tokenizer = wordy_model(), make_word_tokenizer()
+    layer = model.model.layers[0].self_attn.o_proj
+    with torch.no_grad():
+        layer.weight.fill_(float("inf"))
+    with ActivationCapture(model) as capture, pytest.raises(ModelError, match="activations are not finite"):
+        list(answer_pass(model, tokenizer, [((5, 6), (7,))], capture=capture, logits=False))
+
+
+def test_logits_of_minus_infinity_are_fine(tmp_path: Path) -> None:
+    """Some models rule tokens out so."""
+    model, tokenizer = wordy_model(), make_word_tokenizer()
+
+    def ruled_out(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        output[..., 30:] = float("-inf")
+        return output
+
+    model.lm_head.register_forward_hook(ruled_out)
+    (output,) = answer_pass(model, tokenizer, [((5, 6), (7,))])
+    assert output.logits is not None and output.logits.isneginf().any()
+
+
+def test_patched_and_sampled_passes_are_checked(tmp_path: Path) -> None:
+    model, tokenizer = wordy_model(), make_word_tokenizer()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match="not finite"):
+        patched_log_probs(model, [(5, 6, 7)], [(8,)], [{}], [()])
+    with pytest.raises(ModelError, match="not finite"):
+        diversity(model, tokenizer, [(5, 6), (6, 7)], ["a"])

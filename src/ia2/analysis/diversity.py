@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ia2.console import progress
-from ia2.inference import answer_pass, cut_answer
+from ia2.inference import answer_pass, cut_answer, refusing_nan
 from ia2.tokens import Ids, encode_prompt, pad_id
 from ia2.traits import end_ids, evaluating, greedy, input_device
 
@@ -121,7 +121,10 @@ def _sampled(
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
                 torch.manual_seed(seed * 1_000_003 + start)
                 output = model.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    generation_config=config,
+                    logits_processor=refusing_nan(model),
                 )
             for row in output:
                 answer = cut_answer(tokenizer, row[ids.shape[1] :].tolist(), ends, (), max_new_tokens)

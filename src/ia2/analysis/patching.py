@@ -19,6 +19,7 @@ from ia2.batching import in_halves
 from ia2.capture import ActivationCapture, unwrap
 from ia2.console import progress
 from ia2.errors import ModelError
+from ia2.inference import check_finite
 from ia2.tokens import Ids
 from ia2.traits import evaluating
 
@@ -79,7 +80,8 @@ def patched_log_probs(
         ``[n, len(patches)]``, nats, summed over an answer's tokens.
 
     Raises:
-        ModelError: a site that the model does not have, or heads that its width does not divide into.
+        ModelError: a site that the model does not have, heads that its width does not divide into, or logits
+            that are not finite.
         ValueError: a source that does not fit its answer or the model, or an unknown unit.
     """
     import torch
@@ -102,6 +104,7 @@ def patched_log_probs(
             def run(members: list[int], layout: Any = layout, wanted: Any = wanted) -> list[Any]:
                 with patcher.patching([patches[j] for j in members]):
                     logits = layout.logits(len(members))
+                check_finite(model, logits.amax(-1), "logits")
                 log_p = logits.float().log_softmax(-1)
                 index = wanted.to(log_p.device).expand(len(members), -1, -1)
                 return list(zip(members, log_p.gather(-1, index).sum((1, 2)).tolist(), strict=True))
