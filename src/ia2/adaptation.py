@@ -208,6 +208,7 @@ def _metrics(bench: Workbench, trained: TrainedRecipe, base: BaseModel) -> dict[
         "learning_rate": trained.learning_rate,
         "selected_by": trained.selected_by,
         "dev_loss_by_learning_rate": trained.tried,
+        "diverged": trained.diverged,
         "beta": trained.beta,
         "seconds": {**teacher, **trained.seconds},
         "steps": {stage.name: stage.steps for stage in trained.stages},

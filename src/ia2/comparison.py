@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ia2.arms import Arm, arms, rivals
 from ia2.config import CompareConfig
 from ia2.console import logger
 from ia2.distributed import is_first, wait
-from ia2.errors import ConfigError
+from ia2.errors import ConfigError, DivergedError
 from ia2.evaluation.calibration import clustered_interval
 from ia2.evaluation.metrics import STATISTICS, Measured, RowMeasures, summarise
 from ia2.evaluation.scoring import write_predictions
@@ -26,7 +26,7 @@ from ia2.files import digest, read_json, write_json, write_text
 from ia2.models import BaseModel
 from ia2.recipes import is_trained
 from ia2.report.tables import comparison_markdown
-from ia2.rounds import Round, drawn_test, rounds_of
+from ia2.rounds import Round, drawn_test, place_of, rounds_of
 from ia2.runs import claimed, machine, versions
 from ia2.stages import TrainedRecipe
 from ia2.task import Task, make_task
@@ -47,6 +47,7 @@ class Outcome:
         learning_rate: chosen; None for recipes without training.
         beta: chosen; None for recipes without a joint stage.
         tokens_per_query: mean length of the prompts; None in files of older versions.
+        diverged: rates (and β) that did, in words.
     """
 
     places: list[int]
@@ -57,6 +58,7 @@ class Outcome:
     learning_rate: float | None
     beta: float | None = None
     tokens_per_query: float | None = None
+    diverged: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; floats survive exactly."""
@@ -67,7 +69,9 @@ class Outcome:
         """What :meth:`to_dict` gave."""
 
         def rows(scopes: dict[str, Any]) -> dict[str, RowMeasures]:
-            return {s: RowMeasures(**{k: np.array(v) for k, v in r.items()}) for s, r in scopes.items()}
+            return {
+                s: RowMeasures(**{k: np.array(v, float) for k, v in r.items()}) for s, r in scopes.items()
+            }
 
         measured = value["measured"]
         return cls(
@@ -163,6 +167,7 @@ def compare(
                 trial.close()
     with claimed(folder, "compare", settings, data, overwrite):
         outcomes: dict[str, dict[int, list[Outcome]]] = {arm.name: {} for arm in every}
+        diverged: dict[str, str] = {}
         for number, (bench, current) in enumerate(zip(benches, rounds, strict=True)):
             logger.info(
                 "Round %d of %d: seed %d, %d training, %d dev, %d test rows.",
@@ -173,9 +178,15 @@ def compare(
                 len(current.data.dev),
                 len(current.test),
             )
-            for name, outcome in _run_round(bench, every, current).items():
+            for name, outcome in _run_round(bench, every, current, diverged).items():
                 outcomes[name].setdefault(current.seed, []).append(outcome)
-        summary = _summary(base, task, config, every, examples, test, rounds, outcomes)
+        if len(diverged) == len(every):
+            found = "; ".join(f"{name}: {rates}" for name, rates in diverged.items())
+            raise ConfigError(
+                f"every recipe diverged at every learning rate ({found}). Lower learning_rates; in the same "
+                "output folder that needs --overwrite."
+            )
+        summary = _summary(base, task, config, every, examples, test, rounds, outcomes, diverged)
         if is_first():
             write_json(folder / "compare.json", summary)
             write_text(folder / "table.md", comparison_markdown(summary))
@@ -189,8 +200,13 @@ def _bench_of(bench: Workbench, arm: Arm) -> Workbench:
     return bench.with_config(config, arm.variant)
 
 
-def _run_round(bench: Workbench, every: Sequence[Arm], current: Round) -> dict[str, Outcome]:
-    """All arms on one training set; what an earlier start finished is read, not run."""
+def _run_round(
+    bench: Workbench, every: Sequence[Arm], current: Round, diverged: dict[str, str]
+) -> dict[str, Outcome]:
+    """All arms on one training set; what an earlier start finished is read, not run.
+
+    Arms that diverge at every rate are added to ``diverged``; those that are there already are left out.
+    """
     found: dict[str, Outcome] = {}
     files = {arm.name: current.folder / "evaluations" / f"{arm.name}.json" for arm in every}
     for name, file in files.items():
@@ -206,13 +222,17 @@ def _run_round(bench: Workbench, every: Sequence[Arm], current: Round) -> dict[s
     try:
         # arms of one adapter and objective one after the other, so that an adapter is put on once
         for arm in sorted(every, key=lambda arm: [a.variant for a in every].index(arm.variant)):
-            if arm.name in found:
+            if arm.name in found or arm.name in diverged:
                 continue
             if on is None or on.variant != arm.variant:
                 if on is not None:
                     _leave(on)
                 on = _bench_of(bench, arm)
-            trained = on.train(arm.recipe) if is_trained(arm.recipe) else None
+            try:
+                trained = on.train(arm.recipe) if is_trained(arm.recipe) else None
+            except DivergedError as error:
+                diverged[arm.name] = f"{place_of(current.seed, current.fold)}: {error.rates}"
+                continue
             if is_first():
                 if not referred and arm.recipe != "icl":
                     reference, referred = on.teaching.try_reference(current.test), True
@@ -223,7 +243,7 @@ def _run_round(bench: Workbench, every: Sequence[Arm], current: Round) -> dict[s
     finally:
         if on is not None:
             _leave(on)
-    return {arm.name: found[arm.name] for arm in every}
+    return {arm.name: found[arm.name] for arm in every if arm.name in found}
 
 
 def _leave(bench: Workbench) -> None:
@@ -263,6 +283,7 @@ def _evaluate(
         trained.learning_rate if trained is not None else None,
         trained.beta if trained is not None else None,
         evaluated.tokens_per_query,
+        [] if trained is None else [f"{rate} ({stage})" for rate, stage in trained.diverged.items()],
     )
 
 
@@ -278,12 +299,14 @@ def _summary(
     test: Examples | None,
     rounds: Sequence[Round],
     outcomes: dict[str, dict[int, list[Outcome]]],
+    diverged: dict[str, str],
 ) -> dict[str, Any]:
+    finished = [arm for arm in every if arm.name not in diverged]
     merged = {
-        name: [_merge(folds) for _, folds in sorted(by_seed.items())] for name, by_seed in outcomes.items()
+        arm.name: [_merge(folds) for _, folds in sorted(outcomes[arm.name].items())] for arm in finished
     }
     recipes = {}
-    for arm in every:
+    for arm in finished:
         by_seed = outcomes[arm.name]
         all_folds = [outcome for folds in by_seed.values() for outcome in folds]
         entry: dict[str, Any] = {
@@ -295,12 +318,14 @@ def _summary(
             "learning_rates": [outcome.learning_rate for outcome in all_folds],
             "betas": [outcome.beta for outcome in all_folds],
             "tokens_per_query": _mean_tokens(all_folds),
+            "diverged": list(dict.fromkeys(rate for outcome in all_folds for rate in outcome.diverged)),
         }
         if all(outcome.asim is not None for outcome in all_folds):
             entry["asim"] = _asim_interval(list(by_seed.values()))
             parts = [o.similarity for o in all_folds if o.similarity is not None]
             entry["similarity"] = {
-                key: np.mean([p[key] for p in parts], axis=0)
+                # null: of a single row there is no variance
+                key: np.mean([np.array(p[key], float) for p in parts], axis=0)
                 for key in (
                     "l2",
                     "variance_unexplained",
@@ -333,7 +358,8 @@ def _summary(
             "icl_demonstrations": _context_of(config),
         },
         "recipes": recipes,
-        "differences": _differences(every, merged),
+        "diverged": diverged,
+        "differences": _differences(finished, merged),
         "config": config.model_dump(exclude={"output_dir"}),
         "config_digest": digest(config.model_dump(exclude={"output_dir"})),
         "machine": machine(),

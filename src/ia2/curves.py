@@ -94,9 +94,13 @@ def _summary(found: dict[int, dict[str, Any]], config: CurveConfig) -> dict[str,
     first = found[config.sizes[0]]
     scope = "vocabulary" if first["design"]["task"] == "classification" else "answer"
     curves: dict[str, list[dict[str, Any]]] = {}
+    nothing = dict.fromkeys(("value", "low", "high"))
+    names = dict.fromkeys(name for s in found.values() for name in [*s["recipes"], *s["diverged"]])
     for size, summary in found.items():
-        for recipe, entry in summary["recipes"].items():
-            metrics = entry["metrics"][scope]
+        for recipe in names:
+            # a recipe that diverged at this size has no figures there
+            entry = summary["recipes"].get(recipe, {})
+            metrics = entry.get("metrics", {}).get(scope, {"accuracy": nothing, "ece": nothing})
             curves.setdefault(recipe, []).append(
                 {
                     "num_train": size,
@@ -116,6 +120,7 @@ def _summary(found: dict[int, dict[str, Any]], config: CurveConfig) -> dict[str,
         "differences": {
             str(size): summary["differences"].get("ia2-sft − sft") for size, summary in found.items()
         },
+        "diverged": {str(size): s["diverged"] for size, s in found.items() if s["diverged"]},
         "seeds": seeds,
         "machine": first["machine"],
         "versions": first["versions"],

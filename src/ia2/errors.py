@@ -25,6 +25,18 @@ class ConfigError(UserError):
     """A setting that is unknown, contradictory or impossible."""
 
 
+class DivergedError(ConfigError):
+    """Training diverged at every learning rate that was tried.
+
+    Attributes:
+        rates: what each came to, in words.
+    """
+
+    def __init__(self, message: str, rates: str) -> None:
+        super().__init__(message)
+        self.rates = rates
+
+
 class RunFolderError(UserError):
     """An output folder that holds something else, or a store that does not match."""
 

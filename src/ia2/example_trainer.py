@@ -7,6 +7,7 @@ batch 1 × accumulation 8, batch 8 × accumulation 1 and two processes follow th
 
 from __future__ import annotations
 
+import math
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -111,6 +112,7 @@ class ExampleTrainer(Trainer, ABC):
         self.settings = settings
         self._orders: dict[int, list[int]] = {}
         self.best = BestWeights(settings.patience, settings.restore_best)
+        self._loss_is_finite: torch.Tensor | None = None  # of this process, since the last step
         arguments = self._arguments(settings, len(train_dataset), next(model.parameters()).device)
         super().__init__(
             model=model,
@@ -187,8 +189,22 @@ class ExampleTrainer(Trainer, ABC):
         losses = self.example_losses(model, inputs)
         total = (losses * inputs["weights"].to(losses.device)).sum()
         count = num_items_in_batch if num_items_in_batch is not None else inputs["weights"].sum()
+        finite = torch.isfinite(total.detach())
+        self._loss_is_finite = finite if self._loss_is_finite is None else self._loss_is_finite & finite
         # gradients are averaged over processes afterwards, hence the factor
         return total / torch.as_tensor(count, device=total.device) * self.args.world_size
+
+    def step_is_finite(self) -> tuple[bool, bool]:
+        """Whether the loss of the last step, and the weights after it, are finite; alike everywhere."""
+        loss, self._loss_is_finite = self._loss_is_finite, None
+        assert loss is not None and self.optimizer is not None
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+        own = [w.to_local() if hasattr(w, "to_local") else w for w in weights]  # of a sharded weight
+        largest = torch.nn.utils.get_total_norm([w.detach() for w in own if w.numel()], float("inf"))
+        found = torch.stack([loss, torch.isfinite(largest).to(loss.device)]).int()
+        if self.args.world_size > 1:
+            found = self.accelerator.gather(found[None]).amin(0)
+        return bool(found[0]), bool(found[1])
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -229,7 +245,8 @@ class ExampleTrainer(Trainer, ABC):
 
             loss = float(broadcast(torch.tensor(loss, dtype=torch.float64, device=self.args.device)))
         metrics = {f"{metric_key_prefix}_loss": loss}
-        self.log(dict(metrics))
+        if math.isfinite(loss):
+            self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -272,9 +289,13 @@ class ExampleTrainer(Trainer, ABC):
         load_adapter_state(self.model, load_file(Path(resume_from_checkpoint) / _WEIGHTS))
 
     def fit(self) -> float:
-        """Train, from the last complete checkpoint if there is one; returns the best dev loss.
+        """Train, from the last complete checkpoint if there is one.
 
         Leaves the model with the weights that the settings ask for and no checkpoint behind.
+
+        Returns:
+            The best dev loss; NaN without dev rows, and where training diverged (``best.diverged``), which
+            leaves weights that are of no use.
         """
         if root_of(self.settings.output_dir / "any") is None and self.is_world_process_zero():
             begin(self.settings.output_dir)  # a checkpoint without digests cannot be trusted
@@ -303,9 +324,14 @@ class ExampleTrainer(Trainer, ABC):
 class BestWeights(TrainerCallback):
     """Keeps the adapter of the best dev loss, stops when it does not improve, evaluates at epoch ends.
 
+    Stops at once where the loss, the dev loss or the weights are not finite.
+
     Args:
         patience: evaluations without improvement before stopping.
         restore_best: whether :meth:`restore` does anything.
+
+    Attributes:
+        diverged: optimiser steps after which the loss or the weights were not finite; None: they always were.
     """
 
     def __init__(self, patience: int, restore_best: bool) -> None:
@@ -313,6 +339,7 @@ class BestWeights(TrainerCallback):
         self.loss = float("nan")
         self.step = 0
         self.waited = 0
+        self.diverged: int | None = None
         self.state_dict: dict[str, torch.Tensor] | None = None
         self.trainer: ExampleTrainer | None = None
 
@@ -327,8 +354,9 @@ class BestWeights(TrainerCallback):
         """Compare with the best so far."""
         assert self.trainer is not None
         loss = (metrics or {}).get("eval_loss", float("nan"))
-        # a diverged stage has a loss of nan, which is no improvement
-        if loss == loss and not loss >= self.loss:
+        if not math.isfinite(loss):
+            self._end(control, state.global_step)
+        elif not loss >= self.loss:
             self.loss, self.step, self.waited = loss, state.global_step, 0
             if self.restore_best:
                 self.state_dict = adapter_state(self.trainer.model)
@@ -339,6 +367,13 @@ class BestWeights(TrainerCallback):
                 # a stage resumed from here would not know that it is over, and train on
                 control.should_save = False
 
+    def _end(self, control: Any, steps: int) -> None:
+        """Training diverged; nothing of it is kept, logged or gone on from."""
+        self.diverged = steps
+        self.loss, self.step, self.state_dict = float("nan"), 0, None
+        control.should_training_stop = True
+        control.should_evaluate = control.should_save = control.should_log = False
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate after an epoch's last step too; without dev rows, never.
 
@@ -346,7 +381,11 @@ class BestWeights(TrainerCallback):
         evaluation, and a resumed stage would leave it out.
         """
         assert self.trainer is not None
-        if not len(self.trainer.eval_dataset):
+        loss, weights = self.trainer.step_is_finite()
+        if not (loss and weights):
+            # the loss of a step is that of the weights before it
+            self._end(control, state.global_step if loss else state.global_step - 1)
+        elif not len(self.trainer.eval_dataset):
             control.should_evaluate = False
         elif state.global_step % self.trainer.steps_per_epoch == 0:
             control.should_evaluate = True

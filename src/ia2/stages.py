@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -107,6 +108,7 @@ class StageResult:
         key: digest of everything it depends on.
         state: the weights.
         history: losses by step.
+        diverged: steps after which loss or weights were not finite, which leaves no weights; None: they were.
     """
 
     name: str
@@ -120,16 +122,26 @@ class StageResult:
     history: list[dict[str, Any]]
     beta: float | None = None
     selection_loss: float = float("nan")
+    diverged: int | None = None
 
 
 @dataclass
 class TrainedRecipe:
-    """A recipe's chosen adapter, and what each learning rate (and β) came to."""
+    """A recipe's chosen adapter, and what each learning rate (and β) came to.
+
+    Attributes:
+        recipe: its name.
+        stages: at the chosen rate.
+        tried: rate (and β) → the loss that it is chosen by; NaN without dev rows, and where it diverged.
+        selected_by: what chose.
+        diverged: rate (and β) → the stage that diverged, and after how many steps.
+    """
 
     recipe: str
     stages: list[StageResult]
     tried: dict[str, float]
     selected_by: str
+    diverged: dict[str, str] = field(default_factory=dict)
 
     @property
     def state(self) -> dict[str, torch.Tensor]:
@@ -202,7 +214,11 @@ def finished_stage(name: str, tried: float, folder: Path, key: str) -> StageResu
         raise RunFolderError(
             f"{folder} holds a stage trained with other settings or data. Choose another output folder."
         )
-    logger.info("Stage %s at rate %g: reusing %s.", name, tried, folder)
+    diverged = known["diverged_step"] if known.get("diverged") else None
+    if diverged is None:
+        logger.info("Stage %s at rate %g: reusing %s.", name, tried, folder)
+    else:
+        logger.warning("Stage %s at rate %g: it diverged at step %d before.", name, tried, diverged)
     return StageResult(
         name,
         tried,
@@ -211,10 +227,11 @@ def finished_stage(name: str, tried: float, folder: Path, key: str) -> StageResu
         known["seconds"],
         folder,
         key,
-        read_adapter_state(folder, mend),
+        read_adapter_state(folder, mend) if diverged is None else {},
         known["history"],
         known["beta"],
         _number(known["selection_loss"]),
+        diverged,
     )
 
 
@@ -245,10 +262,12 @@ def run_stage(model: Any, tokenizer: Any, config: AdaptConfig, job: StageJob) ->
         with space_needed(job.folder):  # for checkpoints
             dev_loss = trainer.fit()
     seconds = time.perf_counter() - began
+    steps, best_step, diverged = trainer.state.global_step, trainer.best.step, trainer.best.diverged
     selection_loss = dev_loss
-    if job.selection_rows is not None:
+    if job.selection_rows and diverged is None:
         selection_loss = _cross_entropy(model, tokenizer, config, job, partial)
-    steps, best_step = trainer.state.global_step, trainer.best.step
+        if not math.isfinite(selection_loss):
+            diverged, dev_loss = steps, float("nan")
     history = [
         {k: v for k, v in entry.items() if k in ("step", "epoch", "loss", "eval_loss")}
         for entry in trainer.state.log_history
@@ -256,7 +275,8 @@ def run_stage(model: Any, tokenizer: Any, config: AdaptConfig, job: StageJob) ->
     ]
     if is_first():
         with atomic_dir(job.folder) as temporary:
-            save_adapter(model, temporary)
+            if diverged is None:
+                save_adapter(model, temporary)
             write_json(
                 temporary / "stage.json",
                 {
@@ -266,6 +286,8 @@ def run_stage(model: Any, tokenizer: Any, config: AdaptConfig, job: StageJob) ->
                     "beta": job.beta,
                     "dev_loss": _or_none(dev_loss),
                     "selection_loss": _or_none(selection_loss),
+                    "diverged": diverged is not None,
+                    "diverged_step": diverged,
                     "best_step": best_step,
                     "steps": steps,
                     "seconds": seconds,
@@ -275,15 +297,11 @@ def run_stage(model: Any, tokenizer: Any, config: AdaptConfig, job: StageJob) ->
             )
         shutil.rmtree(partial, ignore_errors=True)
     wait()
-    logger.info(
-        "Stage %s at %s: %d steps, best dev loss %.4g at step %d, %.1f s.",
-        name,
-        what,
-        steps,
-        dev_loss,
-        best_step,
-        seconds,
-    )
+    if diverged is not None:
+        logger.warning("Stage %s at %s: diverged at step %d: the loss is not finite.", name, what, diverged)
+    else:
+        best = f", best dev loss {dev_loss:.4g} at step {best_step}" if math.isfinite(dev_loss) else ""
+        logger.info("Stage %s at %s: %d steps%s, %.1f s.", name, what, steps, best, seconds)
     return StageResult(
         name,
         job.tried,
@@ -292,10 +310,11 @@ def run_stage(model: Any, tokenizer: Any, config: AdaptConfig, job: StageJob) ->
         seconds,
         job.folder,
         job.key,
-        adapter_state(model),
+        adapter_state(model) if diverged is None else {},
         history,
         job.beta,
         selection_loss,
+        diverged,
     )
 
 
@@ -385,14 +404,12 @@ def _cross_entropy(model: Any, tokenizer: Any, config: AdaptConfig, job: StageJo
 
     rows = job.selection_rows
     assert rows is not None
-    if not len(rows):
-        return float("nan")
     settings = StageSettings(output_dir=partial, micro_batch_size=config.micro_batch_size)
     return float(SftTrainer(model, rows, rows, settings, tokenizer).evaluate()["eval_loss"])
 
 
 def _or_none(value: float) -> float | None:
-    return None if value != value else value
+    return value if math.isfinite(value) else None
 
 
 def _number(value: float | None) -> float:

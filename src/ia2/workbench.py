@@ -31,13 +31,13 @@ from ia2.capture import ActivationCapture
 from ia2.config import AdaptConfig
 from ia2.config_sections import AlignConfig, JointConfig, SftConfig, SoftConfig
 from ia2.context import Contexts
-from ia2.errors import DataError
+from ia2.errors import ConfigError, DataError, DivergedError
 from ia2.evaluation.metrics import Measured
 from ia2.evaluation.run import evaluate_prompts, fit_temperatures
 from ia2.evaluation.scoring import Prediction
 from ia2.examples import Example, FewShotSplit
 from ia2.files import digest
-from ia2.inference import AnswerOutput, answer_pass
+from ia2.inference import AnswerOutput, answer_pass, half_precision
 from ia2.layers import choose_layers
 from ia2.losses import OBJECTIVES
 from ia2.models import BaseModel
@@ -233,10 +233,16 @@ class Workbench:
         return self.config.learning_rates or [default_learning_rate(self.config.adapter)]
 
     def train(self, recipe: str) -> TrainedRecipe:
-        """Train a recipe at every learning rate (and β) and keep the one with the best dev loss."""
+        """Train a recipe at every learning rate (and β) and keep the one with the best dev loss.
+
+        Raises:
+            DivergedError: none of them is left.
+            ConfigError: a loss that is not finite before anything is trained.
+        """
         stages = plan(recipe, self.config)
         best: TrainedRecipe | None = None
         tried: dict[str, float] = {}
+        diverged: dict[str, str] = {}
         betas: list[float | None] = next((s.betas for s in stages if s.betas != [None]), [None])
         self._used = set()
         for rate, beta in product(self.learning_rates, betas):
@@ -248,18 +254,44 @@ class Workbench:
                 result = self._stage(stage, chain, rate, own_beta, beta, state, key)
                 done.append(result)
                 state, key = result.state, result.key
-            candidate = TrainedRecipe(recipe, done, tried, "dev loss")
+                if result.diverged is not None:
+                    break
             name = f"{rate:g}" if beta is None else f"{rate:g}, β {beta:g}"
-            loss = done[-1].selection_loss
-            tried[name] = loss
-            # nan: a rate that diverged, or no dev rows, where the first rate stays
-            if best is None or (loss == loss and not loss >= best.stages[-1].selection_loss):
-                best = candidate
-        assert best is not None
+            tried[name] = loss = done[-1].selection_loss
+            if (step := done[-1].diverged) is not None:
+                if step == 0 and len(done) == 1:
+                    raise ConfigError(self._senseless(recipe, stages[0]))
+                diverged[name] = f"{done[-1].name} at step {step}"
+            # without dev rows all are nan, and the first stays
+            elif best is None or loss < best.stages[-1].selection_loss:
+                best = TrainedRecipe(recipe, done, tried, "dev loss", diverged)
+        if best is None:
+            raise self._all_diverged(recipe, diverged)
         if not len(self.data.dev):
             best.selected_by = "given" if len(tried) == 1 else "first (no dev rows)"
         self.use(best.state)
         return best
+
+    def _all_diverged(self, recipe: str, diverged: dict[str, str]) -> DivergedError:
+        rates = ", ".join(f"{name} ({where})" for name, where in diverged.items())
+        own = [s for s in plan(recipe, self.config) if s.settings.learning_rate is not None]
+        lower = " and ".join(["learning_rates", *dict.fromkeys(f"{s.kind}.learning_rate" for s in own)])
+        usual = f" (usual here: {default_learning_rate(self.config.adapter):g})"
+        return DivergedError(
+            f"recipe '{recipe}' diverged at every learning rate: {rates}. Lower {lower}{usual}; in the same "
+            "output folder that needs --overwrite.",
+            rates,
+        )
+
+    def _senseless(self, recipe: str, stage: PlannedStage) -> str:
+        advice = half_precision(self.base.model) or (
+            f"Look at adapter.alpha, at the weights and temperatures of {stage.kind}, and at the model "
+            "itself (`ia2 probe`)."
+        )
+        return (
+            f"recipe '{recipe}': the loss of its stage {stage.kind} is not finite before the first step, "
+            f"so no rate helps. {advice}"
+        )
 
     @property
     def teacher_seconds(self) -> float:

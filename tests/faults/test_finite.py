@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,20 +12,23 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from benches import wordy_model
+from benches import base_of, bench_of, icl_examples, word_examples, wordy_model
 from command_line import Ran, run, tree, write_rows
 from safetensors.torch import load_file, save_file
-from sweeping import grid_of, write_grid
+from sweeping import grid_of, records, swept, write_grid
 from tiny_icl.tasks import sample_task
 from words import make_word_tokenizer
 
+from ia2.adaptation import adapt
 from ia2.analysis.diversity import diversity
 from ia2.analysis.patching import patched_log_probs
 from ia2.capture import ActivationCapture
-from ia2.config import CompareConfig
+from ia2.config import AdaptConfig, CompareConfig
 from ia2.errors import ModelError
+from ia2.examples import FewShotSplit
 from ia2.files import read_json
 from ia2.inference import answer_pass
+from ia2.trainer import SftTrainer, StageSettings
 
 TASK = sample_task(0, num_classes=3)
 BRIEF = ["--align-epochs", 2, "--sft-epochs", 2, "--joint-epochs", 2]
@@ -289,6 +293,201 @@ def test_large_but_possible_settings_work(ia2: Command, here: Path) -> None:
     options += ["--checkpoint-every", 10**12, "--align-objective", "kl", "--align-temperature", "1e-300"]
     assert ia2("train", *options, "--quiet").status == 0
     assert_finite(here / "out")
+
+
+# ------------------------------------------------------------------------------------- stages that diverge
+
+
+def test_a_rate_that_diverges_stands_beside_those_that_do_not(
+    ia2: Command, here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ran = ia2("train", "--learning-rates", "1e30", "1e-3", "1e29", "--test-data", "test.jsonl")
+    assert ran.status == 0, ran.err
+    assert "rate 1e+30: diverged at step 1" in ran.err
+    metrics = strict((here / "out" / "metrics.json").read_text())
+    assert metrics["learning_rate"] == 1e-3
+    tried = metrics["dev_loss_by_learning_rate"]
+    assert list(tried) == ["1e+30", "0.001", "1e+29"]
+    assert tried["1e+30"] is None and tried["1e+29"] is None and tried["0.001"] > 0
+    assert metrics["diverged"] == {"1e+30": "align at step 1", "1e+29": "align at step 1"}
+    # the stage by name; what follows is not trained, and its weights are not kept
+    stage = strict((here / "out" / "align" / "lr-1e+30" / "stage.json").read_text())
+    assert (stage["diverged"], stage["diverged_step"], stage["dev_loss"]) == (True, 1, None)
+    assert [path.name for path in (here / "out" / "align" / "lr-1e+30").iterdir()] == ["stage.json"]
+    assert not (here / "out" / "sft" / "lr-1e+30").exists()
+    good = strict((here / "out" / "sft" / "lr-0.001" / "stage.json").read_text())
+    assert (good["diverged"], good["diverged_step"]) == (False, None)
+    assert "1e+30" in (here / "out" / "README.md").read_text()
+    # what reads the run names it, and every file is finite
+    assert ia2("report", "out", "--output", "out/page.html").status == 0
+    assert "diverged" in (here / "out" / "page.html").read_text()
+    found = ia2("doctor", "out", "--json").json["runs"][0]["findings"]
+    (finding,) = [f for f in found if f["rule"] == "diverged"]
+    assert "1e+30" in finding["evidence"] and "nan" not in finding["evidence"]
+    assert ia2("predict", "--adapter", "out", "--data", "test.jsonl", "--output", "out/p.csv").status == 0
+    assert ia2("predict", "--adapter", "out", "--data", "test.jsonl", "--output", "out/p.jsonl").status == 0
+    assert ia2("eval", "--adapter", "out", "--data", "test.jsonl", "--output", "out/e.jsonl").status == 0
+    assert assert_finite(here / "out") >= {".json", ".jsonl", ".csv", ".yaml", ".safetensors", ".md", ".html"}
+
+
+def test_the_order_of_rates_does_not_matter_and_a_resume_reads_it(ia2: Command, here: Path) -> None:
+    options = ["--recipe", "sft", "--learning-rates", "1e-3", "1e30"]
+    assert ia2("train", *options, "--quiet").status == 0
+    before = tree(here / "out")
+    (here / "out" / "metrics.json").unlink()
+    ran = ia2("train", *options)
+    assert ran.status == 0 and "it diverged at step" in ran.err
+    after = tree(here / "out")
+    assert after.keys() == before.keys()
+    for name in ("adapter_model.safetensors", "sft/lr-1e+30/stage.json", "predictions.jsonl"):
+        assert after[name] == before[name]
+
+
+@pytest.mark.parametrize("recipe", ["sft", "ia2", "ia2-sft", "ia2+sft", "soft-sft"])
+def test_if_all_rates_diverge_one_line_says_so_at_once_and_again(
+    recipe: str, ia2: Command, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--recipe", recipe, "--learning-rates", "1e30", "1e29"]
+    line = refused(ia2("train", *options))
+    assert "1e+30" in line and "1e+29" in line and "diverged" in line
+    assert "learning_rates" in line and "--overwrite" in line
+    assert not (here / "out" / "metrics.json").exists()
+    assert not list((here / "out").rglob("adapter_model.safetensors"))
+    assert_finite(here / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("ia2.workbench.run_stage", None)  # nothing is trained again
+        assert refused(ia2("train", *options)) == line
+    # what it suggests is accepted
+    assert ia2("train", "--recipe", recipe, "--learning-rates", "1e-3", "--overwrite", "--quiet").status == 0
+    assert_finite(here / "out")
+
+
+def test_joint_training_over_betas(ia2: Command, here: Path) -> None:
+    options = ["--recipe", "ia2+sft", "--joint-betas", "0.2,0.8", "--learning-rates", "1e30", "1e-3"]
+    assert ia2("train", *options, "--quiet").status == 0
+    metrics = strict((here / "out" / "metrics.json").read_text())
+    assert list(metrics["diverged"]) == ["1e+30, β 0.2", "1e+30, β 0.8"]
+    assert metrics["learning_rate"] == 1e-3 and metrics["beta"] in (0.2, 0.8)
+    assert_finite(here / "out")
+
+
+def test_without_dev_rows_training_itself_tells(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = icl_examples(6)
+    config = AdaptConfig(learning_rates=[1e30, 1e-3, 1e29], recipe="sft", sft={"epochs": 2})
+    with caplog.at_level(logging.INFO, "ia2"):
+        found = adapt("model", FewShotSplit(rows, rows[:0]), config, output_dir="out")
+    assert "nan" not in caplog.text
+    metrics = strict((here / "out" / "metrics.json").read_text())
+    assert metrics["num_dev"] == 0 and found.metrics["learning_rate"] == 1e-3
+    assert metrics["learning_rate"] == 1e-3  # the first that did not diverge
+    assert list(metrics["diverged"]) == ["1e+30", "1e+29"]
+    assert_finite(here / "out")
+
+
+def test_a_rate_whose_last_stage_alone_diverges(ia2: Command, here: Path) -> None:
+    line = refused(ia2("train", "--sft-learning-rate", "1e30", "--learning-rates", "1e-3", "1e-2"))
+    assert "0.001 (sft at step 1)" in line and "0.01 (sft at step 1)" in line
+    assert "sft.learning_rate" in line
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_dev_loss_that_is_not_finite_ends_the_stage(bad: float, tmp_path: Path) -> None:
+    rows = word_examples(9)
+    bench = bench_of(base_of(wordy_model(), make_word_tokenizer()), rows[:6], rows[6:], tmp_path)
+    train, dev = bench.sft_rows()
+    settings = StageSettings(tmp_path / "stage", epochs=5, batch_size=2, eval_every=1, checkpoint_every=1)
+    trainer = SftTrainer(bench.model, train, dev, settings, bench.tokenizer)
+    scripted = iter([0.9, 0.8, bad, 0.1])
+    trainer._mean_loss = lambda dataset: next(scripted)  # type: ignore[method-assign]
+    assert str(trainer.fit()) == "nan"
+    assert trainer.best.diverged == 3
+    assert trainer.state.global_step == 3
+    logged = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert logged == [0.9, 0.8]
+
+
+def test_weights_that_are_not_finite_end_the_stage(tmp_path: Path) -> None:
+    rows = word_examples(6)
+    bench = bench_of(base_of(wordy_model(), make_word_tokenizer()), rows, rows[:0], tmp_path)
+    train, dev = bench.sft_rows()
+    trainer = SftTrainer(
+        bench.model, train, dev, StageSettings(tmp_path / "stage", epochs=5, batch_size=2), bench.tokenizer
+    )
+    step = trainer.training_step
+
+    def spoil(*args: Any, **kwargs: Any) -> Any:
+        loss = step(*args, **kwargs)
+        if trainer.state.global_step == 1:  # in the second step
+            next(p for p in bench.model.parameters() if p.requires_grad).grad.fill_(float("inf"))
+        return loss
+
+    trainer.training_step = spoil  # type: ignore[method-assign]
+    trainer.fit()
+    assert (trainer.best.diverged, trainer.state.global_step) == (2, 2)
+
+
+def test_a_loss_that_is_not_finite_before_any_step_is_not_the_rates_fault(ia2: Command, here: Path) -> None:
+    line = refused(ia2("train", "--recipe", "sft", "--adapter-alpha", "1e300", "--learning-rates", "1e-3"))
+    assert "before the first step" in line
+    assert "learning_rates" not in line
+    assert "adapter.alpha" in line
+
+
+def test_a_comparison_names_what_diverged(ia2: Command, here: Path) -> None:
+    options = ["--test-data", "test.jsonl", "--seeds", 2, "--recipes", "base,sft,ia2"]
+    (here / "c.yaml").write_text("align: {learning_rate: 1.0e+30}")
+    ran = ia2("compare", *options, "--config", "c.yaml", "--learning-rates", "1e30", "1e-3")
+    assert ran.status == 0, ran.err
+    summary = strict((here / "out" / "compare.json").read_text())
+    assert list(summary["recipes"]) == ["base", "sft"]
+    assert list(summary["diverged"]) == ["ia2"]
+    assert "seed-0: " in summary["diverged"]["ia2"]
+    assert summary["recipes"]["sft"]["diverged"] == ["1e+30 (sft at step 1)"]
+    assert summary["recipes"]["sft"]["learning_rates"] == [1e-3, 1e-3]
+    for text in (ran.out, (here / "out" / "table.md").read_text()):
+        assert "ia2 diverged at every learning rate" in text
+        assert "sft diverged at 1e+30" in text
+    # a resume reads what is there, and says the same
+    again = ia2("compare", *options, "--config", "c.yaml", "--learning-rates", "1e30", "1e-3", "--json")
+    assert again.json["diverged"] == summary["diverged"]
+    assert ia2("report", "out", "--output", "out/page.html").status == 0
+    assert "ia2 diverged at every learning rate" in (here / "out" / "page.html").read_text()
+    found = ia2("doctor", "out", "--json").json["runs"][0]
+    assert "diverged" in [f["rule"] for f in found["findings"]]
+    assert found["finished"] is True
+    assert_finite(here / "out")
+
+
+def test_a_comparison_in_which_all_diverges_is_one_line(ia2: Command, here: Path) -> None:
+    options = ["--test-data", "test.jsonl", "--seeds", 1, "--recipes", "sft", "--learning-rates", "1e30"]
+    line = refused(ia2("compare", *options))
+    assert "diverged" in line and "1e+30" in line
+    assert refused(ia2("compare", *options)) == line
+    assert_finite(here / "out")
+
+
+def test_a_curve_names_what_diverged(ia2: Command, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--model", "model", "--data", "rows.jsonl", "--test-data", "test.jsonl", "--output-dir", "out"]
+    options = ["--sizes", "2,4", "--seeds", 1, "--recipes", "base,sft", "--learning-rates", "1e30"]
+    ran = run(capsys, "curve", *common, *BRIEF, *options)
+    assert ran.status == 0, ran.err
+    assert "sft diverged at every learning rate" in (here / "out" / "table.md").read_text()
+    assert_finite(here / "out")
+    assert ia2("report", "out", "--output", "out/page.html").status == 0
+
+
+def test_a_cell_that_diverges_fails_by_name(files: Path, tmp_path: Path) -> None:
+    grid: dict[str, Any] = {"recipes": ["sft", "ia2-sft"], "learning_rates": [1e30, 1e-3]}
+    done = swept(files, tmp_path / "out", **grid)
+    assert (done.done, len(done.failed)) == (2, 2)
+    assert [record["spec"]["learning_rate"] for record in records(tmp_path / "out")] == [1e-3, 1e-3]
+    for failure in done.failed:
+        assert failure["spec"]["learning_rate"] == 1e30
+        assert "diverged" in failure["error"] and "Error:" not in failure["error"]
+        assert failure["traceback"] == ""
+    again = swept(files, tmp_path / "out", **grid)
+    assert [f["error"] for f in again.failed] == [f["error"] for f in done.failed]
+    assert_finite(tmp_path / "out")
 
 
 # ---------------------------------------------------------------------------------- predictions of NaN

@@ -39,6 +39,7 @@ class Stage:
         best_step: of the best dev loss; None before the first evaluation, or without dev rows.
         selection_loss: what rates are chosen by; None while it runs, without dev rows or where it diverged.
         layers: those that were aligned; None for all.
+        diverged: steps after which it did; None: it did not.
     """
 
     arms: tuple[str, ...]
@@ -56,6 +57,7 @@ class Stage:
     best_step: int | None = None
     selection_loss: float | None = None
     layers: tuple[int, ...] | None = None
+    diverged: int | None = None
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ def need_stage(facts: Facts, kinds: Iterable[str], what: str) -> None:
     if not planned & set(kinds):
         raise CannotTell(f"nothing is {what} here")
     stages = [s for current in facts.rounds for s in current.stages if s.kind in kinds]
-    if not any(stage.train or stage.dev for stage in stages):
+    if not any(stage.train or stage.dev or stage.diverged is not None for stage in stages):
         gone = "only its summary is there" if not facts.rounds else "no stage.json"
         raise CannotTell(gone if facts.finished else "no stage has logged a loss yet")
 

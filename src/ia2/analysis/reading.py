@@ -190,7 +190,8 @@ def _comparison(folder: Path, run: Mapping[str, Any] | None, part: str) -> Facts
             current = _round(folder, seed, fold, place, planned, splits.get((seed, fold)))
             if current.stages or current.evaluations or current.teacher:
                 rounds.append(current)
-            lacking = [arm.name for arm in every if arm.name not in current.evaluations]
+            done = {*current.evaluations, *summary.get("diverged", ())}
+            lacking = [arm.name for arm in every if arm.name not in done]
             if lacking:
                 missing.append(f"{place}: {', '.join(lacking)}")
         if not summary:
@@ -345,6 +346,7 @@ def _stage(
         known.get("best_step") if dev else None,
         known.get("selection_loss", known.get("dev_loss")),
         None if layers is None else tuple(layers),
+        known.get("diverged_step"),
     )
 
 

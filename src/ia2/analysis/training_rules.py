@@ -176,6 +176,8 @@ def diverged(facts: Facts) -> Iterable[Finding]:
     need_stage(facts, EVERY_STAGE, "trained")
 
     def test(stage: Stage) -> dict[str, float] | None:
+        if stage.diverged is not None:
+            return {"step": stage.diverged, "loss": float("nan")}
         losses = [*stage.train, *stage.dev]
         bad = [step for step, loss in losses if not math.isfinite(loss)]
         if bad:
@@ -192,10 +194,24 @@ def diverged(facts: Facts) -> Iterable[Finding]:
             "diverged",
             "problem",
             "Training diverged.",
-            f"at rate {rate:g} the loss is {loss:g} at step {step:.0f}",
+            f"at rate {rate:g} the loss is {loss:g} at step {step:.0f}"
+            if math.isfinite(loss)
+            else f"at rate {rate:g} the loss is not finite after step {step:.0f}",
             f"a tenth of the rate (--learning-rates {rate / 10:g}), or --dtype float32 where it is float16",
             where,
             {"rate": rate, **hits[0][1]},
+        )
+    every = [stage for current in facts.rounds for stage in current.stages]
+    if others := [stage for stage in every if stage.chosen is False and stage.diverged is not None]:
+        rates = ", ".join(dict.fromkeys(f"{stage.tried:g}" for stage in others))
+        yield Finding(
+            "diverged",
+            "note",
+            "A learning rate that was tried diverged; another was chosen.",
+            f"at {rates} the loss is not finite",
+            f"leave {rates} out of --learning-rates",
+            ", ".join(stage.place for stage in others[:3]) + (" …" if len(others) > 3 else ""),
+            {"stages": len(others)},
         )
 
 

@@ -22,7 +22,7 @@ _CARD = """\
 | recipe | `{recipe}` |
 | training examples | {train} (and {dev} dev rows) |
 | data (SHA-256, first 16 digits) | train `{train_hash}`, dev `{dev_hash}` |
-| learning rate | {rate:g}, chosen by {selected} |
+| learning rate | {rate:g}, chosen by {selected}{diverged} |
 | seed | {seed} |
 | answers | {answers} |
 
@@ -63,6 +63,7 @@ def model_card(metrics: dict[str, Any], facts: dict[str, Any], task: Task) -> st
         dev_hash=facts["data"]["dev"],
         rate=metrics["learning_rate"],
         selected=metrics["selected_by"],
+        diverged="; diverged: " + "; ".join(diverged) if (diverged := metrics.get("diverged")) else "",
         seed=config["seed"],
         answers=f"one of {labels}" if task.labels else f"free text, up to {task.max_answer_tokens} tokens",
         metrics=_metrics_table(metrics),

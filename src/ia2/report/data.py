@@ -60,6 +60,7 @@ class Stage:
         best_step: where it was.
         steps: taken.
         history: ``{"step", "loss"}`` and ``{"step", "eval_loss"}``, in turn.
+        diverged: it did, so that there is no dev loss.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Stage:
     best_step: int
     steps: int
     history: tuple[dict[str, float], ...] = field(repr=False)
+    diverged: bool = False
 
 
 @dataclass(frozen=True)
@@ -276,6 +278,7 @@ def _stages(folder: Path) -> list[Stage]:
                     int(value["best_step"]),
                     int(value["steps"]),
                     tuple(value["history"]),
+                    bool(value.get("diverged")),
                 )
             )
     return found

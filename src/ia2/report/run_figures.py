@@ -236,8 +236,8 @@ def training_figure(run: Run) -> Figure | None:
         return None
     names = list(dict.fromkeys(stage.name for stage in chosen))
     rows = [
-        [s.name, s.where or "–", s.rate, str(s.steps), str(s.best_step), _loss(s.dev_loss), _ends(s)]
-        for s in chosen
+        [s.name, s.where or "–", s.rate, str(s.steps), str(s.best_step), _loss(s), _ends(s)]
+        for s in [*chosen, *(s for s in run.stages if s.diverged and s not in chosen)]
     ]
     return Figure(
         "training",
@@ -269,7 +269,8 @@ def _best(stages: Sequence[Stage]) -> list[Stage]:
     found: dict[tuple[str, str], Stage] = {}
     for stage in stages:
         known = found.setdefault((stage.name, stage.where), stage)
-        if stage.dev_loss is not None and (known.dev_loss is None or stage.dev_loss < known.dev_loss):
+        lower = stage.dev_loss is not None and (known.dev_loss is None or stage.dev_loss < known.dev_loss)
+        if lower or (known.diverged and not stage.diverged):
             found[stage.name, stage.where] = stage
     return list(found.values())
 
@@ -278,8 +279,10 @@ def _series(stage: Stage, name: str) -> list[tuple[float, float]]:
     return [(h["step"], h[name]) for h in stage.history if h.get(name) is not None and "step" in h]
 
 
-def _loss(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+def _loss(stage: Stage) -> str:
+    if stage.dev_loss is None:
+        return "diverged" if stage.diverged else "–"
+    return f"{stage.dev_loss:.4g}"
 
 
 def _ends(stage: Stage) -> str:

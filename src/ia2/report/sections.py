@@ -123,7 +123,7 @@ def _comparison(run: Run, figures: list[Figure]) -> Section:
     config = summary["config"]
     recipes = [(name, entry.get("description", "")) for name, entry in summary["recipes"].items()]
     table = comparison_table(summary)
-    bare = Table(table.name, table.title, table.columns, table.rows, (comparison_lines(summary)[1],))
+    bare = Table(table.name, table.title, table.columns, table.rows, tuple(comparison_lines(summary)[1:]))
     return Section(
         run.name,
         "comparison of recipes",
@@ -169,6 +169,8 @@ def _training(run: Run, figures: list[Figure]) -> Section:
         f"training and {metrics['num_dev']} dev examples; learning rate {metrics['learning_rate']:g}, "
         f"{metrics['selected_by']}."
     )
+    if metrics.get("diverged"):
+        about += f" At {'; '.join(metrics['diverged'])} training diverged."
     if "similarity_to_icl" in metrics:
         about += f" asim to ICL {metrics['similarity_to_icl']['asim']:.3f}."
     return Section(

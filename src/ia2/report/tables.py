@@ -63,6 +63,18 @@ def comparison_lines(summary: dict[str, Any]) -> list[str]:
         f"{design['icl_demonstrations']}.",
         "Means over seeds, 95% bootstrap intervals over seeds and rows. ECE has an upward bias on few rows. "
         "Seconds of training are per seed and fold.",
+        *_diverged(summary.get("diverged", {})),
+        *(
+            f"{name} diverged at {', '.join(entry['diverged'])}; another rate is chosen."
+            for name, entry in summary["recipes"].items()
+            if entry.get("diverged")
+        ),
+    ]
+
+
+def _diverged(found: dict[str, str]) -> list[str]:
+    return [
+        f"{name} diverged at every learning rate ({rates}) and is left out." for name, rates in found.items()
     ]
 
 
@@ -186,7 +198,12 @@ def curve_markdown(summary: dict[str, Any]) -> str:
 
 
 def _curve_lines(summary: dict[str, Any]) -> list[str]:
-    return [
+    left_out = [
+        f"N = {size}: {line}"
+        for size, found in summary.get("diverged", {}).items()
+        for line in _diverged(found)
+    ]
+    return left_out + [
         f"N = {size}: ia2-sft − sft: accuracy {signed(found['accuracy'])}, ECE {signed(found['ece'])}"
         for size, found in summary["differences"].items()
         if found is not None

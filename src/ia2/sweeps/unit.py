@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ia2.benchmarks import Benchmark, BenchmarkData
 from ia2.config import AdaptConfig
-from ia2.errors import UserError
+from ia2.errors import DivergedError, UserError
 from ia2.evaluation.metrics import STATISTICS, Measured, RowMeasures
 from ia2.examples import Examples, FewShotSplit
 from ia2.files import digest, finite
@@ -87,7 +87,9 @@ def run_unit(unit: Unit, work: Path, *, keep: bool = False) -> Iterator[Event]:
                 yield Finished(cell.key, shared.run(cell))
             except Exception as error:  # whatever it is, it is reported with its cell, and the others go on
                 failed = True
-                yield Failed(cell.key, describe(error), traceback.format_exc())
+                # a rate that is too high is a result, not a fault to look for
+                trace = "" if isinstance(error, DivergedError) else traceback.format_exc()
+                yield Failed(cell.key, describe(error), trace)
                 if shared is not None:
                     shared.leave()
     finally:
