@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from ia2.evaluation.scoring import (
     score_labels,
 )
 from ia2.examples import Example, Examples
+from ia2.files import finite, json_lines
 from ia2.models import BaseModel
 from ia2.prompts import query_prompts
 from ia2.rendering import Rendering
@@ -116,9 +116,9 @@ def prediction_text(rows: Sequence[dict[str, Any]], suffix: str) -> str:
     In CSV a quote mark is put before a text that a spreadsheet would take for a formula.
     """
     if suffix == ".jsonl":
-        return escaped("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return escaped(json_lines(rows))
     flat = []
-    for row in rows:
+    for row in finite(rows):
         plain = {key: value for key, value in row.items() if key != "labels"}
         plain.update({f"p({name})": share for name, share in row.get("labels", {}).items()})
         flat.append({key: _no_formula(value) for key, value in plain.items()})

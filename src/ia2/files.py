@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -161,9 +161,8 @@ def write_text(path: Path, text: str, *, listed: bool = True) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, whole or not at all; NaN and infinities become null."""
-    text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
-    write_text(path, text + "\n")
+    """Write ``value`` as indented JSON (:func:`json_text`), whole or not at all."""
+    write_text(path, json_text(value, indent=2) + "\n")
 
 
 def read_json(path: Path, mend: str | None = None) -> Any:
@@ -309,6 +308,16 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(inner) for inner in value]
     return value
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """``value`` as JSON that every reader takes: NaN and infinities are null."""
+    return json.dumps(finite(value), **{"ensure_ascii": False, "default": _plain, **options})
+
+
+def json_lines(values: Iterable[Any]) -> str:
+    """JSON Lines of :func:`json_text`."""
+    return "".join(json_text(value) + "\n" for value in values)
 
 
 def digest(value: Any) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -22,12 +23,17 @@ from words import make_word_tokenizer
 from ia2.adaptation import adapt
 from ia2.analysis.diversity import diversity
 from ia2.analysis.patching import patched_log_probs
+from ia2.applying import prediction_text
 from ia2.capture import ActivationCapture
+from ia2.cli.output import print_json
 from ia2.config import AdaptConfig, CompareConfig
 from ia2.errors import ModelError
+from ia2.evaluation.metrics import measure_labels, summarise
+from ia2.evaluation.scoring import LabelScorer, Prediction, write_predictions
 from ia2.examples import FewShotSplit
 from ia2.files import read_json
-from ia2.inference import answer_pass
+from ia2.inference import AnswerOutput, answer_pass
+from ia2.task import Task
 from ia2.trainer import SftTrainer, StageSettings
 
 TASK = sample_task(0, num_classes=3)
@@ -581,3 +587,66 @@ def test_patched_and_sampled_passes_are_checked(tmp_path: Path) -> None:
         patched_log_probs(model, [(5, 6, 7)], [(8,)], [{}], [()])
     with pytest.raises(ModelError, match="not finite"):
         diversity(model, tokenizer, [(5, 6), (6, 7)], ["a"])
+
+
+# ------------------------------------------------------------------------------------------ measures
+
+
+def test_a_probability_never_exceeds_one_by_rounding() -> None:
+    """The terminators' probabilities are summed: in float32 that may give a little more than 1."""
+    terminators = tuple(range(6, 40))
+    task = Task(
+        "classification", labels=(" a", " a b"), label_ids=((4,), (4, 5)), names=("a", "a b"),
+        max_answer_tokens=2, terminators=terminators, index={" a": 0, " a b": 1},
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    draws = [torch.randn(len(terminators), generator=generator) for _ in range(50)]
+    sums = [float(draw.log_softmax(-1).logsumexp(0)) for draw in draws]
+    assert max(sums) > 0, "no draw shows the rounding"
+    logits = torch.full((2, 40), -1000.0)
+    logits[0, 4] = 0.0
+    logits[1, 6:] = draws[sums.index(max(sums))]
+    scorer = LabelScorer(task, 1)
+    scorer.add(AnswerOutput(0, logits, None))
+    scorer.add(AnswerOutput(1, torch.cat([logits, logits[1:]]), None))
+    measured = measure_labels(scorer.finish(), np.array([0]), [4, 4], None)
+    for rows in measured.plain.values():
+        assert ((rows.confidence >= 0) & (rows.confidence <= 1)).all()
+        assert (rows.brier >= 0).all() and np.isfinite(rows.nll).all()
+    summarise([measured])
+
+
+def test_a_label_that_the_model_rules_out_has_a_finite_loss() -> None:
+    labels = Task("classification", labels=(" a", " b"), label_ids=((0,), (1,)), names=("a", "b"),
+                  max_answer_tokens=1, index={" a": 0, " b": 1})  # fmt: skip
+    scorer = LabelScorer(labels, 1)
+    scorer.add(AnswerOutput(0, torch.tensor([[0.0, float("-inf"), 0.0]]), None))
+    measured = measure_labels(scorer.finish(), np.array([1]), [0, 1], None)
+    for rows in measured.plain.values():
+        assert all(np.isfinite(column).all() for column in rows.arrays())
+    assert summarise([measured])["vocabulary"]["nll"]["value"] > 700
+
+
+def test_one_test_row_has_no_variance_and_no_nan(ia2: Command, here: Path) -> None:
+    options = ["--test-data", "test.jsonl", "--max-test", 1, "--seeds", 1, "--recipes", "base,icl,sft"]
+    for _ in range(2):  # what is written is read back
+        ran = ia2("compare", *options)
+        assert ran.status == 0, ran.err
+        summary = strict((here / "out" / "compare.json").read_text())
+        assert summary["recipes"]["sft"]["similarity"]["variance_unexplained"] is None
+        (here / "out" / "compare.json").unlink()
+    assert ia2("compare", *options, "--quiet").status == 0
+    assert ia2("report", "out", "--output", "out/page.html").status == 0
+    assert ia2("doctor", "out", "--json").json["runs"]
+    assert_finite(here / "out")
+
+
+def test_every_writer_of_json_is_strict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = float("nan")
+    write_predictions(tmp_path / "p.jsonl", [Prediction("s", "q", "g", "p", True, bad, {"x": [bad]})])
+    assert strict((tmp_path / "p.jsonl").read_text())["confidence"] is None
+    rows = [{"source": "s", "label": "a", "confidence": bad, "labels": {"a": float("inf")}}]
+    assert strict(prediction_text(rows, ".jsonl"))["labels"] == {"a": None}
+    assert prediction_text(rows, ".csv").splitlines()[1] == "s,a,,"
+    print_json({"a": [bad]})
+    assert strict(capsys.readouterr().out) == {"a": [None]}

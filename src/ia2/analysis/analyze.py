@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from ia2.analysis.inside import Insides
 from ia2.analysis.subjects import Study, find_study
 from ia2.analysis.views import Look
 from ia2.errors import ConfigError, suggest
-from ia2.files import finite, write_text
+from ia2.files import finite, json_text, write_text
 from ia2.manifest import begin
 from ia2.runs import ANALYSIS_FILE, machine, versions
 from ia2.task import Task, make_task
@@ -135,7 +134,7 @@ def analyze(
     result |= {"seconds": seconds, "machine": machine(), "versions": versions()}
     if output_dir is not None:
         # one line: it is for programs, and would be 100,000 lines
-        text = json.dumps(_short(finite(result)), ensure_ascii=False, separators=(",", ":"))
+        text = json_text(_short(finite(result)), separators=(",", ":"))
         write_text(Path(output_dir) / ANALYSIS_FILE, text + "\n")
     return result
 

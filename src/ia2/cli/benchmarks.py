@@ -144,9 +144,7 @@ def _load_all(benchmark: Benchmark, data_dir: Path | None) -> dict[str, Benchmar
 
 def _write(loaded: dict[str, BenchmarkData], folder: Path) -> Iterator[Path]:
     """``SST2-words/pool.jsonl`` and ``test.jsonl``, for every verbaliser."""
-    import json
-
-    from ia2.files import write_text
+    from ia2.files import json_lines, write_text
 
     for name, data in loaded.items():
         for part, rows in (("pool", data.pool), ("test", data.test)):
@@ -154,8 +152,7 @@ def _write(loaded: dict[str, BenchmarkData], folder: Path) -> Iterator[Path]:
                 continue
             path = folder / f"{data.benchmark.name}-{name.replace(' ', '-')}" / f"{part}.jsonl"
             cells = [{"prompt": row.query, "completion": row.answer} for row in rows]
-            lines = [json.dumps(cell, ensure_ascii=False) for cell in cells]
-            write_text(path, "\n".join(lines) + "\n")
+            write_text(path, json_lines(cells))
             yield path
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from ia2.console import configure, escaped, terminal
-from ia2.files import finite
+from ia2.files import json_text
 
 
 def start(quiet: bool) -> None:
@@ -16,7 +15,7 @@ def start(quiet: bool) -> None:
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
-    print(escaped(json.dumps(finite(value), indent=2, ensure_ascii=False, default=str)))
+    print(escaped(json_text(value, indent=2, default=str)))
 
 
 def print_metrics(metrics: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from ia2.evaluation.calibration import (
 from ia2.evaluation.scoring import FreeAnswers, LabelScores
 
 _TINY = 1e-12
+_LEAST = float(np.log(np.finfo(float).tiny))
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class RowMeasures:
         confidence: of the prediction, ``[n]``.
         correct: 0 or 1, ``[n]``.
         brier: squared error of the distribution, ``[n]``.
-        nll: minus log-probability of the truth, in nats, ``[n]``.
+        nll: minus log-probability of the truth, in nats, ``[n]``; finite, since the least positive float
+            stands for a probability of 0.
     """
 
     confidence: np.ndarray
@@ -95,12 +97,12 @@ def label_rows(
     """
     n = np.arange(len(gold))
     log_p = scores.log_probability[:, :, t]
-    gold_log_p = log_p[n, gold]
+    gold_log_p = np.maximum(log_p[n, gold], _LEAST)
     if scores.single_token:
         vocabulary = RowMeasures(
             scores.top_probability[:, t],
             (scores.top_token == np.asarray(label_tokens)[gold]).astype(float),
-            scores.square_sum[:, t] - 2 * np.exp(gold_log_p) + 1,
+            _brier(scores.square_sum[:, t], gold_log_p),
             -gold_log_p,
         )
     else:
@@ -109,10 +111,15 @@ def label_rows(
         vocabulary = RowMeasures(
             np.exp(log_p[n, best]),
             (best == gold).astype(float),
-            scores.square_sum[:, t] - 2 * np.exp(gold_log_p) + 1,
+            _brier(scores.square_sum[:, t], gold_log_p),
             -gold_log_p,
         )
     return {"vocabulary": vocabulary, "labels": _label_set_rows(log_p, gold, 1.0)}
+
+
+def _brier(square_sum: np.ndarray, gold_log_p: np.ndarray) -> np.ndarray:
+    """From float32 sums, whose rounding must not make it negative."""
+    return np.maximum(square_sum - 2 * np.exp(gold_log_p) + 1, 0.0)
 
 
 def _label_set_rows(log_p: np.ndarray, gold: np.ndarray, temperature: float) -> RowMeasures:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ia2.examples import Example
-from ia2.files import write_text
+from ia2.files import json_lines, write_text
 from ia2.inference import AnswerOutput, answer_pass, generate_answers
 from ia2.task import Task
 from ia2.tokens import Ids, decode
@@ -87,7 +87,8 @@ class LabelScorer:
             total = float(log_p[steps, ids].sum())
             if self.task.terminators:
                 total += float(log_p[len(ids), list(self.task.terminators)].logsumexp(0))
-            self._log_p[query, label, t] = total
+            # rounding of the sum over terminators may lift it above log 1
+            self._log_p[query, label, t] = min(total, 0.0)
             if label == 0:
                 self._top[query, t] = float(log_p[0].max().exp())
         if label == 0:
@@ -278,7 +279,4 @@ def free_predictions(task: Task, examples: Sequence[Example], answers: FreeAnswe
 
 def write_predictions(path: Path, rows: Iterable[Prediction], *, listed: bool = True) -> None:
     """Rows as JSON lines, whole or not at all; ``listed`` as in :func:`ia2.files.write_bytes`."""
-    import json
-
-    text = "".join(json.dumps(row.to_dict(), ensure_ascii=False) + "\n" for row in rows)
-    write_text(path, text, listed=listed)
+    write_text(path, json_lines(row.to_dict() for row in rows), listed=listed)

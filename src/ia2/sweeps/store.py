@@ -6,7 +6,6 @@ end they are one JSON Lines file in the grid's order, which is small enough to b
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from ia2.console import logger
 from ia2.errors import RunFolderError
-from ia2.files import digest, finite, only_one, parsed_lines, read_json, write_json, write_text
+from ia2.files import digest, finite, json_lines, only_one, parsed_lines, read_json, write_json, write_text
 from ia2.manifest import MANIFEST, begin, check, clean, compact, is_ours
 from ia2.runs import RUN_FILE
 from ia2.sweeps.grid import Cell
@@ -161,7 +160,4 @@ def read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    lines = []
-    for record in map(finite, records):
-        lines.append(json.dumps({**record, "sha256": digest(record)}, ensure_ascii=False, allow_nan=False))
-    write_text(path, "".join(line + "\n" for line in lines))
+    write_text(path, json_lines({**record, "sha256": digest(record)} for record in map(finite, records)))
