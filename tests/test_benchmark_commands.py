@@ -84,13 +84,10 @@ def test_prepare_writes_rows_for_other_commands(capsys: pytest.CaptureFixture[st
     assert facts["files"] == [str(out / "Intents-words" / f"{part}.jsonl") for part in ("pool", "test")]
 
 
-def test_prepare_fills_the_cache(
-    capsys: pytest.CaptureFixture[str], offline: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prepare_reads_a_folder_in_hub_layout(capsys: pytest.CaptureFixture[str], offline: Path) -> None:
     mirror(offline / "rows", train=some_rows(0, 30), test=some_rows(30, 20))
     entry = own(offline / "own.yaml", path=None, hub="rows")
     assert "20 test rows" in run(capsys, "benchmarks", "prepare", entry).out
-    assert list((offline / "cache").rglob("*.arrow"))
 
 
 def test_prepare_reads_what_it_can(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -106,7 +103,7 @@ def test_prepare_reads_what_it_can(capsys: pytest.CaptureFixture[str], tmp_path:
     ("arguments", "message"),
     [
         (["show", "sst2"], "unknown benchmark 'sst2'. Did you mean 'SST2'?"),
-        (["show", "none.yaml"], "none.yaml: no such file."),
+        (["show", "none.yaml"], "none.yaml: no such file"),
         (["show", "SST2", "--data-dir", "nowhere"], "SST2: no folder nowhere."),
         (["prepare", "SST2", "--data-dir", "nowhere"], "SST2: no folder nowhere."),
         (["prepare", "Intent"], "Did you mean 'Intents'?"),

@@ -97,7 +97,7 @@ def test_the_hub_and_a_mirror_are_read_alike(offline: Path) -> None:
     mirrored = BENCHMARKS["SST2"].load(offline / "mirrors")
     assert hub.fingerprint == mirrored.fingerprint
     assert [e.source.rsplit(":")[-1] for e in hub.test] == [e.source.rsplit(":")[-1] for e in mirrored.test]
-    assert hub.test[0].source.startswith("hub[validation]:")
+    assert hub.test[0].source.startswith("hub/data/validation-00000-of-00001.parquet:")
 
 
 def test_data_sets_that_are_scripts(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:

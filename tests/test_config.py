@@ -86,7 +86,7 @@ def test_reentrant_false_and_online_samples_are_fine() -> None:
 def test_a_file_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         load_config(TrainConfig, tmp_path / "none.yaml", {})
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="is a folder, not a file"):
         load_config(TrainConfig, tmp_path, {})
     with pytest.raises(ConfigError, match="found str"):
         load_config(TrainConfig, settings_file(tmp_path, "seed"), {})

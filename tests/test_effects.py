@@ -403,7 +403,7 @@ def test_texts_of_ones_own(tmp_path: Path) -> None:
     [
         ("a.txt", b" \n\n", "there is no text in it"),
         ("a.txt", b"caf\xe9", "not UTF-8 text"),
-        ("a.jsonl", b'{"text": "one"}\n{"txt": "two"}', "a.jsonl:2: no column 'text'; there are txt"),
+        ("a.jsonl", b'{"text": "one"}\n{"txt": "two"}', "a.jsonl:2: no column 'text'; there are 'txt'"),
         ("a.jsonl", b'{"text": "  "}', "a.jsonl:1: 'text' is empty"),
         ("a.jsonl", b'{"text": null}\n[1]', "'text' is null; a.jsonl:2: not an object"),
         ("a.jsonl", b"{", "a.jsonl:1: invalid JSON"),

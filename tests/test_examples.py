@@ -229,7 +229,7 @@ def test_without_templates_the_message_shows_the_flags() -> None:
     assert "--prompt-template" not in message
     assert "--completion-template ' {zahl}'" in message
     message = refuse({"x": "text"}, format=RowFormat())
-    assert r"--prompt-template 'X: {x}\nLabel:' --completion-template ' {label}'" in message
+    assert message.endswith(r"for example --prompt-template 'X: {x}\nLabel:'")
 
 
 def test_the_flags_shown_work(tmp_path: Path) -> None:
@@ -248,8 +248,9 @@ def test_messages_stay_on_one_line(tmp_path: Path) -> None:
     row = {"the\ntext": "a", "the\nlabel": "b"}
     message = refuse(row, format=RowFormat())
     assert r"--prompt-template 'The\ntext: {the\ntext}\nLabel:'" in message
-    assert "Did you mean" in refuse(row, format=RowFormat("{the text}", "{the\nlabel}"))
-    assert "Did you mean" in refuse(row, {"the text": "a"}, format=RowFormat("{the text}", "{the\nlabel}"))
+    # a name that one line cannot show is not suggested
+    assert "Did you mean" not in refuse(row, format=RowFormat("{the text}", "{the\nlabel}"))
+    refuse(row, {"the text": "a"}, format=RowFormat("{the text}", "{the\nlabel}"))
     assert "not in the label map" in refuse(
         {"prompt": "p", "completion": "a\nb"}, format=RowFormat(label_map={"a b\n": "x"})
     )

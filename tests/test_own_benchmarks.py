@@ -117,7 +117,9 @@ def test_files_that_are_wrong(tmp_path: Path) -> None:
     filtered = own(entry, pool=None, filter={"label": [5]})
     with pytest.raises(DataError, match=r"Own \(test\): none of 4 rows passes the filter"):
         load_benchmark(filtered).load()
-    with pytest.raises(DataError, match="filters by the column 'lable'; there are text, label"):
+    with pytest.raises(
+        DataError, match=r"4 bad rows: test\.jsonl:1: Own filters by the column 'lable'; there are 't"
+    ):
         load_benchmark(own(entry, pool=None, filter={"lable": [1]})).load()
 
 

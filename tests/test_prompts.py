@@ -248,7 +248,7 @@ def test_context_files_that_cannot_be_read(word_tokenizer: PreTrainedTokenizerFa
 
     assert "no such file" in refused("missing.txt", None)
     assert "is empty" in refused("empty.txt", b" \n")
-    assert "is no UTF-8 text (byte 3)" in refused("latin.txt", b"ab\xe4c")
+    assert "line 1 is not UTF-8 text" in refused("latin.txt", b"ab\xe4c")
     assert "is a folder" in refused("", None)
 
 
@@ -326,11 +326,12 @@ def test_a_missing_column(word_tokenizer: PreTrainedTokenizerFast) -> None:
     prompts = made(word_tokenizer, [row(0, "fine"), row(1, "fine")], context_column="hints")
     with pytest.raises(DataError) as caught:
         prompts.train_contexts  # noqa: B018
+    reason = "no column 'hints' for the context; there are 'text', 'hint'. Did you mean 'hint'?"
     assert str(caught.value) == (
-        "reviews.jsonl:1: no column 'hints' for the context; there are 'text', 'hint'. Did you mean 'hint'?"
+        f"the context: 2 bad rows: reviews.jsonl:1: {reason}; reviews.jsonl:2: {reason}"
     )
     bare = made(word_tokenizer, rows(2), context_column="hint")
-    with pytest.raises(DataError, match="row 0: no column 'hint' for the context; the row has no columns"):
+    with pytest.raises(DataError, match="2 bad rows: row 0: no column 'hint' for the context; the row has"):
         bare.train_contexts  # noqa: B018
 
 

@@ -118,10 +118,7 @@ def adapt(
     base = load_base_of(model, config)
     every = examples if isinstance(examples, Examples) else _joined(data)
     template = getattr(config, "prompt_template", None)
-    task = make_task(every, config, base.tokenizer, template)
-    if test is not None and task.kind == "classification":
-        for example in test:
-            task.label_of(example)
+    task = make_task(every, config, base.tokenizer, template, test)
     rows = test if test is not None else data.dev
     logger.info("Examples: %d to train on, %d dev rows.", len(data.train), len(data.dev))
     if not len(data.dev):
@@ -262,6 +259,23 @@ def load_examples(config: Any, *, labelled: bool = True) -> Examples:
         format=row_format(config),
         labelled=labelled,
     )
+
+
+def load_both(config: Any) -> tuple[Examples, Examples | None]:
+    """The rows of ``config.data`` and of ``config.test_data``; what is wrong with either is told at once.
+
+    Raises:
+        UserError: no data were named, or rows cannot be read.
+    """
+    try:
+        rows = load_examples(config)
+    except DataError as error:
+        try:
+            load_test_examples(config)
+        except DataError as other:
+            raise DataError(f"{str(error).rstrip('.')}; and {other}") from None
+        raise
+    return rows, load_test_examples(config)
 
 
 def load_test_examples(config: Any) -> Examples | None:

@@ -48,9 +48,7 @@ def evaluate_adapter(
     """
     rows = _read(folder, data, split, code, labelled=True)
     result, base = load_adapter(folder, device, code=code)
-    if result.task.kind == "classification":
-        for row in rows:
-            result.task.label_of(row)
+    result.task.check_labels(rows)
     prompts = _prompts(result, base, rows)
     temperatures = result._facts.get("temperatures") or None
     predictions, measured = evaluate_prompts(

@@ -143,10 +143,7 @@ def compare(
             config.seeds,
         )
     base = load_base_of(model, config)
-    task = make_task(examples, config, base.tokenizer, config.prompt_template)
-    for row in test or ():
-        if task.kind == "classification":
-            task.label_of(row)
+    task = make_task(examples, config, base.tokenizer, config.prompt_template, test)
     data = {"data": examples.fingerprint, "test": test.fingerprint if test is not None else ""}
     settings = {**config.model_dump(), "model": base.name, "output_dir": None}
     every = arms(config)

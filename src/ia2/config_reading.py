@@ -10,7 +10,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ia2.errors import ConfigError, DataError, suggest
+from ia2.errors import ConfigError, suggest
+from ia2.user_files import read_text
+from ia2.yaml_reading import load_yaml
 
 
 def load_config(
@@ -94,18 +96,11 @@ def validate(kind: type[BaseModel], values: Mapping[str, Any], where: str | None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
+    text = read_text(path)
     try:
-        text = path.expanduser().read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}).") from None
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        values = load_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if values is None:  # nothing but comments
         return {}
     if not isinstance(values, dict):

@@ -41,9 +41,16 @@ class RunFolderError(UserError):
     """An output folder that holds something else, or a store that does not match."""
 
 
+# Names are compared letter by letter: more or longer ones would take minutes.
+_COMPARED = 2000
+_LONGEST_NAME = 200
+
+
 def suggest(name: str, known: Sequence[str]) -> str:
-    """`` Did you mean 'x'?`` for the closest known name, else an empty string."""
+    """`` Did you mean 'x'?`` for the closest of the first 2000 known names, else an empty string."""
     import difflib
 
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if len(name) > _LONGEST_NAME:
+        return ""
+    close = difflib.get_close_matches(name, known[:_COMPARED], n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""

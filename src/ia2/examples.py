@@ -18,30 +18,29 @@ from pathlib import Path
 from typing import Any, overload
 
 from ia2.errors import ConfigError, DataError
+from ia2.hub import numbered, read_folder, read_hub
+from ia2.readers import READERS, Read, read_file
 from ia2.rows import (
     AS_IS,
-    READERS,
     SHOWN_ROWS,
     BadCell,
-    Read,
     RowFormat,
     Template,
+    bad_rows,
     check_columns,
-    flat,
-    load_split,
-    no_such_file,
-    one_line,
-    quoted,
-    type_name,
     unescape,
-    user_path,
+    with_messages,
 )
-from ia2.wording import counted
+from ia2.user_files import no_such_file, user_path
+from ia2.wording import quoted, type_name
 
 __all__ = ["Example", "Examples", "FewShotSplit", "RowFormat", "unescape"]
 
 MAX_DEV = 48
 """No more rows than this are held out when a number of examples is asked for (METHOD.md §3)."""
+
+# On so many rows templates are tried before a message suggests them.
+_TRIED_ROWS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,7 @@ class Example:
     answer: str | None
     """The rendered completion, verbatim, a leading space included. ``None``: not labelled."""
     source: str
-    """``reviews.jsonl:12`` or, from the hub, ``owner/name[train]:12``. The first row is 1."""
+    """``reviews.jsonl:12`` (the line; of Parquet and JSON arrays, the row) or ``owner/name[train]:12``."""
     fields: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """The row as it was read."""
 
@@ -173,25 +172,15 @@ class Examples(Sequence[Example]):
 
     @classmethod
     def from_file(cls, path: str | Path, *, format: RowFormat = AS_IS, labelled: bool = True) -> Examples:
-        """Read ``.jsonl``, ``.ndjson`` or ``.json`` (an object a line), ``.csv``, ``.tsv``
-        (with a header) or ``.parquet``.
+        """Read ``.jsonl``, ``.ndjson`` or ``.json`` (an object a line, or an array of objects),
+        ``.csv``, ``.tsv`` (with a header) or ``.parquet``.
 
         Raises:
-            DataError: The file is missing, unreadable, of another type, or empty; a column is
-                missing, or rows are bad (all are named).
+            DataError: The file is missing, no regular file, unreadable, of another type, or empty;
+                a column is missing, or rows are bad (all are named).
         """
         path = user_path(path)
-        reader = READERS.get(path.suffix.lower())
-        if not path.exists():
-            raise DataError(no_such_file(path))
-        if not path.is_file():
-            raise DataError(f"{path} is a folder, not a file")
-        if reader is None:
-            raise DataError(f"{path}: cannot read files of type '{path.suffix}', only {', '.join(READERS)}")
-        try:
-            return cls._render(reader(path), path.name, str(path), format, labelled)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+        return cls._render(read_file(path), path.name, str(path), format, labelled)
 
     @classmethod
     def from_hub(
@@ -205,6 +194,8 @@ class Examples(Sequence[Example]):
         labelled: bool = True,
     ) -> Examples:
         """Read a data set of the Hugging Face hub, or a local folder that is laid out like one.
+
+        A folder's files are read as :meth:`from_file` reads them, and sources name the file.
 
         Args:
             source: ``owner/name``, or a folder with ``train.jsonl``, ``data/train-*.parquet``, ….
@@ -220,23 +211,16 @@ class Examples(Sequence[Example]):
             ConfigError: A revision of a local folder was asked for.
         """
         folder = user_path(source)
-        is_folder = folder.is_dir()
-        if is_folder and revision is not None:
-            raise ConfigError(f"{source} is a local folder: it has no revision '{revision}'")
-        # Absolute, because `datasets` takes a folder called "json" or "csv" for one of its loaders.
-        path = str(folder.resolve()) if is_folder else str(source)
-        name = folder.resolve().name if is_folder else path
-        split, rows = load_split(path, str(source), split, config, revision)
+        if folder.is_dir():
+            if revision is not None:
+                raise ConfigError(f"{source} is a local folder: it has no revision '{revision}'")
+            folder = folder.absolute()
+            split, read = read_folder(folder, str(source), split, config)
+            return cls._render(read, folder.name, f"{folder.name}[{split}]", format, labelled)
+        name = str(source)
+        split, rows = read_hub(name, split, config, revision)
         place = f"{name}[{split}]"
-
-        def read() -> Iterator[Read]:
-            try:
-                for number, row in enumerate(rows, 1):
-                    yield f"{place}:{number}", row, None
-            except Exception as error:  # decoding a column can fail in any library
-                raise DataError(f"{place}: cannot be read ({one_line(error)})") from error
-
-        return cls._render(read(), name, place, format, labelled)
+        return cls._render(numbered(place, rows), name, place, format, labelled)
 
     @classmethod
     def load(
@@ -256,7 +240,7 @@ class Examples(Sequence[Example]):
             ConfigError: A split, configuration or revision of a single file was asked for.
         """
         path = user_path(source)
-        if path.is_file():
+        if path.exists() and not path.is_dir():
             for option, value in (("split", split), ("config", config), ("revision", revision)):
                 if value is not None:
                     raise ConfigError(
@@ -399,35 +383,43 @@ class Examples(Sequence[Example]):
         labels = None
         if format.label_map:
             labels = {str(raw): str(text) for raw, text in format.label_map.items()}
+        wanted = [*prompt.columns, *(completion.columns if completion else ())]
         examples: list[Example] = []
         bad: list[str] = []
         columns: dict[str, None] = {}  # of all rows, in order of appearance
+        seen: list[Mapping[str, Any]] = []
         for source, row, problem in read:
-            reasons = [problem] if problem else []
+            reasons: list[BadCell | str] = [problem] if problem else []
             query, answer = "", None
             if not problem and not isinstance(row, Mapping):
                 reasons.append(f"not an object with columns but {type_name(row)}")
             elif not problem:
+                try:
+                    row = with_messages(row, wanted)
+                except BadCell as cell:
+                    reasons.append(cell)
+                    columns.update(dict.fromkeys(wanted))
                 columns.update(dict.fromkeys(map(str, row)))
+                seen += [row] if len(seen) < _TRIED_ROWS else []
+            if not reasons:
                 try:
                     query = prompt.render(row, "prompt", None)
                 except BadCell as cell:
-                    reasons.append(str(cell))
+                    reasons.append(cell)
                 try:
                     answer = completion.render(row, "completion", labels) if completion else None
                 except BadCell as cell:
-                    reasons.append(str(cell))
-            if reasons:
-                bad.append(f"{source}: {' and '.join(reasons)}")
-            else:
+                    reasons.append(cell)
+            if not reasons:
                 examples.append(Example(query, answer, source, dict(row)))
+            elif len(bad) < SHOWN_ROWS:
+                bad.append(f"{source}: {' and '.join(map(str, reasons))}")
+            else:
+                bad.append(source)
         if columns:
-            check_columns(place, list(columns), format, prompt, completion)
+            check_columns(place, list(columns), format, prompt, completion, seen)
         if bad:
-            more = [f"and {len(bad) - SHOWN_ROWS} more"] if len(bad) > SHOWN_ROWS else []
-            raise DataError(
-                flat(f"{place}: {counted(len(bad), 'bad row')}: " + "; ".join(bad[:SHOWN_ROWS] + more))
-            )
+            raise bad_rows(place, bad)
         if not examples:
             raise DataError(f"{place} is empty: there is not a single row in it")
         verbatim = format.completion_template is None and labels is None

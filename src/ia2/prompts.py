@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import numpy as np
@@ -31,8 +30,10 @@ from ia2.demonstrations import Balanced, Embedder, Nearest, Search, SearchedOrde
 from ia2.errors import ConfigError, DataError, UserError, suggest
 from ia2.examples import Example
 from ia2.rendering import Rendering
-from ia2.rows import type_name
+from ia2.rows import bad_rows
 from ia2.tokens import Ids
+from ia2.user_files import read_text
+from ia2.wording import type_name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -245,6 +246,7 @@ class Prompts:
             same = Given(self._text)
             given = _Lazy(len(queries), lambda i: same)
         elif column := self.config.context_column:
+            _check_column(queries, column)
             given = _Lazy(len(queries), lambda i: _from_column(queries[i], column))
         else:
             function = self._function
@@ -308,20 +310,13 @@ def _text(config: AdaptConfig) -> str | None:
     """
     if not config.context_file:
         return config.context_text or None
-    path = Path(config.context_file).expanduser()
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"context_file: no such file: {path}.") from None
-    except IsADirectoryError:
-        raise DataError(f"context_file: {path} is a folder, not a text file.") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"context_file: {path} is no UTF-8 text (byte {error.start + 1}).") from None
-    except OSError as error:
-        raise DataError(f"context_file: {path} cannot be read ({error.strerror or error}).") from None
+        text = read_text(config.context_file)
+    except DataError as error:
+        raise DataError(f"context_file: {error}") from None
     text = text.rstrip("\n")  # the one at the end of every file; the separator follows
     if not text.strip():
-        raise DataError(f"context_file: {path} is empty. Give a file with text in it.")
+        raise DataError(f"context_file: {config.context_file} is empty. Give a file with text in it.")
     return text
 
 
@@ -354,6 +349,24 @@ def load_function(spec: str) -> ContextFunction:
             f"{suggest(function_name, known)}"
         )
     return function  # type: ignore[no-any-return]
+
+
+def _check_column(queries: Sequence[Example], column: str) -> None:
+    """That every row's own context can be read.
+
+    Raises:
+        DataError: some cannot (all are counted, the first are named).
+    """
+    bad = []
+    for query in queries:
+        try:
+            _from_column(query, column)
+        except DataError as error:
+            bad.append(str(error))
+    if len(bad) == 1:
+        raise DataError(bad[0])
+    if bad:
+        raise bad_rows("the context", bad)
 
 
 def _from_column(example: Example, column: str) -> Given:

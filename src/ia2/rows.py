@@ -1,33 +1,31 @@
-"""Rows as they are read: files and hub data sets, templates, and what is wrong with a row.
-
-Every reader yields each row with its source and, where it is bad, the reason; nothing raises at the
-first bad row, so that all are reported together.
-"""
+"""Rows become prompts and answers: templates, cells, label maps, chat messages; what is wrong with a row."""
 
 from __future__ import annotations
 
-import csv
 import datetime
-import json
 import numbers
 import re
+import shlex
 import string
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from itertools import islice
 from typing import Any
 
 from ia2.errors import DataError, suggest
+from ia2.wording import counted, flat, names_of, one_line, quoted, type_name
 
 SHOWN_ROWS = 20
-_SHOWN_COLUMNS = 30
 # Only for the example in an error message: which columns look like an answer, which like a text.
 _ANSWER_NAMES = ("label", "labels", "answer", "completion", "target", "output", "response", "class")
 _TEXT_NAMES = ("text", "sentence", "question", "prompt", "input", "query", "content", "review")
 _COUNTER_NAMES = ("", "id", "idx", "index")
-
-# Source, the row as read, and what is wrong with it (None: nothing so far).
-Read = tuple[str, Any, "str | None"]
+# So many columns are tried for it.
+_TRIED_COLUMNS = 200
+# So many are looked at for a close name.
+_COMPARED_COLUMNS = 2000
+_SEPARATORS = ";,|\t"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +72,17 @@ def unescape(template: str) -> str:
 
 
 class BadCell(Exception):
-    """Why a row cannot be rendered; collected, never seen by a caller."""
+    """Why a row cannot be rendered; collected, never seen by a caller.
+
+    The words are found when they are shown: close names take long to find, for a million rows.
+    """
+
+    def __init__(self, say: Callable[[], str]) -> None:
+        super().__init__()
+        self._say = say
+
+    def __str__(self) -> str:
+        return self._say()
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,21 +122,38 @@ class Template:
         texts: dict[str, str] = {}
         for column in self.columns:
             if column not in row:
-                near = suggest(column, [str(name) for name in row]).strip()
-                raise BadCell(f"no column {column!r}" + (f" ({near})" if near else ""))
+                raise BadCell(partial(_no_column, column, row))
             texts[column] = _cell_text(row[column], column)
         if not any(text.strip() for text in texts.values()):
-            raise BadCell(f"empty {what} ({_names(self.columns)})")
+            raise BadCell(lambda: f"empty {what} ({names_of(self.columns)})")
         if labels is not None:
             for column in self.columns:
                 texts[column] = _mapped(row[column], texts[column], column, labels)
         rendered = "".join(literal + (texts[column] if column else "") for literal, column in self.parts)
         if not rendered.strip():
-            raise BadCell(f"the {what} is empty after rendering")
+            raise BadCell(lambda: f"the {what} is empty after rendering")
         # JSON can spell half a surrogate pair, and no tokenizer takes it.
         if re.search("[\ud800-\udfff]", rendered):
-            raise BadCell(f"the {what} holds a surrogate, which is not a character")
+            raise BadCell(lambda: f"the {what} holds a surrogate, which is not a character")
         return rendered
+
+
+def _no_column(column: str, row: Mapping[str, Any]) -> str:
+    near = suggest(column, _nameable(row)).strip()
+    return f"no column {column!r}" + (f" ({near})" if near else "")
+
+
+def _nameable(columns: Iterable[Any]) -> list[str]:
+    """Those of the first columns that a template can name, and a message show."""
+    first = map(str, islice(columns, _COMPARED_COLUMNS))
+    return [name for name in first if flat(name) == name and _can_name(name)]
+
+
+def _can_name(column: str) -> bool:
+    try:
+        return Template.parse(f"{{{column}}}", "template").columns == (column,)
+    except DataError:
+        return False
 
 
 def _cell_text(value: Any, column: str) -> str:
@@ -136,9 +161,11 @@ def _cell_text(value: Any, column: str) -> str:
         value = value.item()  # rows of a data frame hold numpy scalars
     # Data frames write a missing value as NaN.
     if value is None or (isinstance(value, float) and value != value):
-        raise BadCell(f"column {column!r} is missing (null)")
+        raise BadCell(lambda: f"column {column!r} is missing (null)")
+    if isinstance(value, Exception):  # a reader's, of a value that Python lacks
+        raise BadCell(lambda: f"column {column!r} cannot be read ({one_line(value)})")
     if not isinstance(value, (str, numbers.Number, datetime.date, datetime.time)):
-        raise BadCell(f"column {column!r} is {type_name(value)}, not text")
+        raise BadCell(lambda: f"column {column!r} is {type_name(value)}, not text")
     return str(value)
 
 
@@ -147,11 +174,61 @@ def _mapped(value: Any, text: str, column: str, labels: dict[str, str]) -> str:
         return labels[text]
     if text in ("True", "False") and not isinstance(value, str) and text.lower() in labels:
         return labels[text.lower()]
-    known = list(labels)
-    raise BadCell(
-        f"column {column!r} has the label {quoted(text)}, which is not in the label map "
-        f"({_names(known)}).{suggest(text, known)}".removesuffix(".")
-    )
+
+    def unknown() -> str:
+        known = list(labels)
+        return (
+            f"column {column!r} has the label {quoted(text)}, which is not in the label map "
+            f"({names_of(known)}).{suggest(text, [k for k in known if flat(k) == k])}".removesuffix(".")
+        )
+
+    raise BadCell(unknown)
+
+
+# Chat messages
+
+
+def with_messages(row: Mapping[str, Any], columns: Iterable[str]) -> Mapping[str, Any]:
+    """A row of chat data with its question as the column ``prompt``, its answer as ``completion``.
+
+    Only where these columns are wanted and the row has none of the two, but ``messages``.
+
+    Raises:
+        BadCell: the messages are not one of the user and, after it, one of the assistant.
+    """
+    own = ("prompt", "completion")
+    if "messages" not in row or any(name in row for name in own) or not any(n in columns for n in own):
+        return row
+    messages = row["messages"]
+    turns = messages if isinstance(messages, (list, tuple)) else []
+    roles = [turn.get("role") if isinstance(turn, Mapping) else None for turn in turns]
+    if roles not in (["user"], ["user", "assistant"]):
+        shown = ", ".join(map(str, roles[:6])) or "none"
+        raise BadCell(
+            lambda: (
+                "'messages' must be one of the user and one of the assistant after it (roles: "
+                f"{shown}); write other chats as the columns 'prompt' and 'completion'"
+            )
+        )
+    texts = [turn.get("content") for turn in turns]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadCell(lambda: "'messages': the content of a message is not text")
+    return {**row, **dict(zip(own, texts, strict=False))}
+
+
+# Reports
+
+
+def bad_rows(place: str, reasons: Sequence[str]) -> DataError:
+    """The error that counts bad rows and names the first twenty.
+
+    Args:
+        place: what was read.
+        reasons: of every bad row, its source and what is wrong; only the first twenty are shown.
+    """
+    more = [f"and {len(reasons) - SHOWN_ROWS} more"] if len(reasons) > SHOWN_ROWS else []
+    shown = "; ".join([*reasons[:SHOWN_ROWS], *more])
+    return DataError(flat(f"{place}: {counted(len(reasons), 'bad row')}: {shown}"))
 
 
 def check_columns(
@@ -160,239 +237,103 @@ def check_columns(
     format: RowFormat,
     prompt: Template,
     completion: Template | None,
+    rows: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Columns that no row has: the format is wrong, not the rows."""
-    missing_defaults, examples = [], []
-    # As a shell would have it typed; `unescape` undoes it.
-    typed = [column.replace("\\", r"\\").replace("\n", r"\n") for column in columns]
-    text, answer = _guess_columns(typed)
-    shown_prompt = f"{text.capitalize()}: {{{text}}}\\nLabel:"
-    roles = [("prompt", format.prompt_template, prompt, shown_prompt)]
+    """Columns that no row has: the format is wrong, not the rows.
+
+    Args:
+        place: what was read.
+        columns: of all rows.
+        format: what was asked for.
+        prompt: its template, or the default.
+        completion: the same; None for rows without answers.
+        rows: some of the rows, on which a template is tried before it is suggested.
+
+    Raises:
+        DataError: a column is missing; a template that can be used in its place is shown.
+    """
+    there = f"there are {names_of(columns)}"
+    uncut = len(columns) == 1 and any(mark in columns[0] for mark in _SEPARATORS)
+    if uncut:
+        there += " (one column: cells are separated by commas in .csv files, by tabs in .tsv files)"
+    roles = [("prompt", format.prompt_template, prompt)]
     if completion is not None:
-        roles.append(("completion", format.completion_template, completion, f" {{{answer}}}"))
-    for role, given, template, example in roles:
+        roles.append(("completion", format.completion_template, completion))
+    missing = []
+    for role, given, template in roles:
         for column in template.columns:
             if column in columns:
                 continue
             if given is not None:
-                near = suggest(column, columns)
+                near = "" if uncut else suggest(column, _nameable(columns))
                 raise DataError(
-                    f"{place}: the {role} template {given!r} names the column {column!r}; "
-                    f"there are {_names(columns)}" + (flat(f".{near}") if near else "")
+                    flat(f"{place}: the {role} template {given!r} names the column {column!r}; {there}")
+                    + (flat(f".{near}") if near else "")
                 )
-            missing_defaults.append(column)
-            examples.append(f"--{role}-template '{example}'")
-    if missing_defaults:
-        raise DataError(
-            f"{place}: no column {' or '.join(map(repr, missing_defaults))}; there are "
-            f"{_names(columns)}: say what to make them of, for example {' '.join(examples)}"
+            missing.append(role)
+    if not missing:
+        return
+    used = [column for role, _, template in roles if role not in missing for column in template.columns]
+    flags = _example(missing, [column for column in columns if column not in used], rows)
+    message = f"{place}: no column {' or '.join(map(repr, missing))}; {flat(there)}: say what to make them of"
+    if flags:
+        raise DataError(f"{message}, for example {flags}")
+    message += ", with " + " and ".join(f"--{role}-template" for role in missing)
+    unusable = [column for column in columns[:_TRIED_COLUMNS] if not _can_name(column)]
+    if unusable:
+        message += (
+            f" (no template can name {flat(names_of(unusable))}: rename columns with any of . : ! [ ] {{ }})"
         )
+    elif unfit := [column for column in columns[:_TRIED_COLUMNS] if not _holds_text(column, rows)]:
+        message += f" (not text in every row: {flat(names_of(unfit))})"
+    raise DataError(message)
 
 
-def _guess_columns(columns: list[str]) -> tuple[str, str]:
-    """The columns an example in a message may show as the text and as the answer."""
+def _example(missing: list[str], columns: list[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Flags that make up for missing columns, as a shell takes them; only what has been tried."""
     lower = {column.lower(): column for column in reversed(columns)}
-    answer = next((lower[name] for name in _ANSWER_NAMES if name in lower), columns[-1])
-    others = [column for column in columns if column != answer]
-    others = [column for column in others if column.lower() not in _COUNTER_NAMES] or others
-    text = next((lower[name] for name in _TEXT_NAMES if lower.get(name) in others), None)
-    if text is None and not others:
-        return answer, "label"  # a single column: it is the text, and the answers are elsewhere
-    return text or others[0], answer
+    known = {
+        "prompt": [lower[name] for name in _TEXT_NAMES if name in lower],
+        "completion": [lower[name] for name in _ANSWER_NAMES if name in lower],
+    }
+    order = {
+        "prompt": [*(c for c in columns if c.lower() not in _COUNTER_NAMES), *columns],
+        "completion": columns[::-1],
+    }
+    flags: list[str] = []
+    taken: list[str] = []
+    # The answer first: it is the rarer name, and the text may be any other column.
+    for role in sorted(missing):
+        tried = [c for c in [*known[role], *order[role][:_TRIED_COLUMNS]] if c not in taken]
+        for column in tried:
+            if _holds_text(column, rows) and (flag := _flag(role, column)):
+                flags.append(flag)
+                taken.append(column)
+                break
+    if len(missing) > len(flags) == 1:  # one column alone is of use: it is the text
+        return _flag("prompt", taken[0]) or ""
+    return " ".join(flags[::-1])
 
 
-# Files
-
-
-def _read_json_lines(path: Path) -> Iterator[Read]:
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            source = f"{path.name}:{number}"
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")  # Windows editors put this mark first
-                if path.suffix.lower() == ".json" and raw.lstrip().startswith(b"["):
-                    raise DataError(
-                        f"{path}: a JSON array, where one object a line is wanted; convert it with "
-                        f"jq -c '.[]' {path.name} > {path.stem}.jsonl"
-                    )
-            if not raw.strip():
-                continue
-            try:
-                yield source, json.loads(raw.decode("utf-8")), None
-            except UnicodeDecodeError as error:
-                yield source, None, f"not UTF-8 text (byte {error.start + 1} of the line)"
-            except json.JSONDecodeError as error:
-                yield source, None, f"invalid JSON at column {error.colno} ({error.msg})"
-            except (ValueError, RecursionError) as error:  # absurdly long numbers, deep nesting
-                yield source, None, f"invalid JSON ({one_line(error)})"
-
-
-def _read_csv(path: Path) -> Iterator[Read]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    header: list[str] | None = None
-    # Bytes that are no UTF-8 come through as surrogates, so that one bad row stays one bad row.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        # Strict, because the lenient reader drops quotes and swallows rows in silence.
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        while True:
-            source = f"{path.name}:{reader.line_num + 1}"  # a quoted cell may span lines
-            problem = None
-            cells: list[str] = []
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                closed = "unexpected end" not in str(error)
-                problem = f"invalid CSV ({error})" if closed else "a quote is never closed"
-            if not cells and not problem:
-                continue
-            if re.search("[\udc80-\udcff]", "".join(cells)):
-                problem = "not UTF-8 text"
-            if header is None:
-                twice = sorted({cell for cell in cells if cells.count(cell) > 1})
-                problem = problem or (f"column {_names(twice)} is there twice" if twice else None)
-                if problem:
-                    raise DataError(f"{source}: the header: {problem}")
-                header = cells
-                continue
-            if not problem and len(cells) != len(header):
-                problem = f"{len(cells)} values for the {len(header)} columns {_names(header)}"
-            yield source, dict(zip(header, cells, strict=False)), problem
-
-
-def _read_parquet(path: Path) -> Iterator[Read]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
+def _holds_text(column: str, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a column is there and is text in every one of the rows."""
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=4096):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path.name}:{number}", row, None
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        after = f" after row {number}" if number else ""
-        raise DataError(f"{path}: not a sound Parquet file{after} ({one_line(error)})") from error
+        return bool(rows) and all(_cell_text(row.get(column), column).strip() for row in rows)
+    except BadCell:
+        return False
 
 
-READERS: dict[str, Callable[[Path], Iterator[Read]]] = {
-    ".jsonl": _read_json_lines,
-    ".ndjson": _read_json_lines,
-    ".json": _read_json_lines,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": _read_parquet,
-}
-
-
-def user_path(path: str | Path) -> Path:
-    try:
-        path = Path(path).expanduser()
-        path.exists()
-    except RuntimeError:  # "~nobody": then it is a name like any other
-        path = Path(path)
-    except OSError as error:  # too long, or in a folder that may not be looked into
-        raise DataError(f"{quoted(str(path))}: cannot be opened ({error.strerror})") from error
-    return path
-
-
-def no_such_file(path: Path, hint: str = "") -> str:
-    if not path.parent.is_dir():
-        return f"no such file: {path} (there is no folder {path.parent} either){hint}"
-    return f"no such file: {path}{hint}{_similar(path)}"
-
-
-def _similar(path: Path) -> str:
-    try:
-        near = suggest(path.name, sorted(other.name for other in path.parent.iterdir()))
-    except OSError:
-        return ""
-    return "." + near if near else ""
-
-
-# The hub
-
-
-def load_split(
-    path: str, source: str, split: str | None, config: str | None, revision: str | None
-) -> tuple[str, Iterable[Any]]:
-    """The name of the split and its rows."""
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(path, config, split=split, revision=revision)
-    except Exception as error:  # a dozen unrelated types, those of the HTTP client among them
-        known: list[str] = []
-        if split is not None and "split" in str(error).lower():
-            try:
-                known = datasets.get_dataset_split_names(path, config, revision=revision)
-            except Exception:  # then the first error has to do
-                known = []
-        if known:
-            near = suggest(split or "", known)
-            message = f"{source}: no split {split!r}; there are {_names(known)}"
-            raise DataError(f"{message}.{near}" if near else message) from error
-        raise DataError(f"{source}: {_hub_trouble(error, path)}") from error
-    if split is not None:
-        return split, loaded
-    splits = [str(name) for name in loaded]
-    if "train" not in splits and len(splits) != 1:
-        raise DataError(f"{source}: say which split to read; there are {_names(splits)}")
-    chosen = "train" if "train" in splits else splits[0]
-    return chosen, loaded[chosen]
-
-
-def _hub_trouble(error: Exception, path: str) -> str:
-    """What happened, and what to do about it."""
-    import datasets.exceptions
-
-    folder = Path(path)
-    said = one_line(error.__cause__ or error)
-    if folder.is_dir():
-        names = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*.*"))]
-        files = [name for name in names if Path(name).suffix.lower() in READERS]
-        if not files:
-            return f"no file in this folder can be read, only {', '.join(READERS)} ({said})"
-        return f"cannot be read as a data set ({said}); give one file, such as {files[0]}, instead"
-    said = one_line(error)
-    if isinstance(error, ConnectionError) or "offline" in said.lower():
-        return (
-            f"the hub cannot be reached ({said}); check the network and HF_HUB_OFFLINE, or give a "
-            f"local file{_similar(folder)}"
-        )
-    if isinstance(error, datasets.exceptions.DatasetNotFoundError):
-        return (
-            f"no such file, folder or data set of the hub ({said}); check the spelling, or log in "
-            f"with `hf auth login` if it is private or gated{_similar(folder)}"
-        )
-    return f"cannot be loaded from the hub ({said})"
-
-
-# Words for messages
-
-
-def flat(text: str) -> str:
-    return " ".join(text.splitlines())  # names of columns may hold line breaks
-
-
-def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:299] + "…"
-
-
-def quoted(value: str) -> str:
-    return repr(value if len(value) <= 60 else value[:59] + "…")
-
-
-def _names(names: Sequence[str]) -> str:
-    more = f", … ({len(names)} in all)" if len(names) > _SHOWN_COLUMNS else ""
-    return ", ".join(map(quoted, names[:_SHOWN_COLUMNS])) + more
-
-
-def type_name(value: Any) -> str:
-    if value is None:
-        return "null"
-    kind = "dict" if isinstance(value, Mapping) else type(value).__name__
-    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+def _flag(role: str, column: str) -> str | None:
+    """``--prompt-template 'Text: {text}\\nLabel:'``, if the shell and the template's reader take it back."""
+    # As a shell would have it typed; `unescape` undoes it.
+    typed = column.replace("\\", r"\\").replace("\n", r"\n")
+    for text in (f"{typed.capitalize()}: {{{typed}}}\\nLabel:", f"Text: {{{typed}}}\\nLabel:"):
+        template = text if role == "prompt" else f" {{{typed}}}"
+        flag = f"--{role}-template {shlex.quote(template)}"
+        try:
+            read = Template.parse(unescape(shlex.split(flat(flag))[1]), "template")
+        except (DataError, ValueError, IndexError):
+            continue
+        if read.columns == (column,):
+            return flag
+    return None

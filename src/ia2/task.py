@@ -13,7 +13,9 @@ from ia2.errors import ConfigError, DataError
 from ia2.evaluation.answers import load_parser
 from ia2.examples import Example, Examples
 from ia2.rendering import Rendering
+from ia2.rows import bad_rows
 from ia2.tokens import Ids, decode, encode_answer
+from ia2.wording import flat, names_of, quoted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,13 +77,32 @@ class Task:
         Raises:
             DataError: its answer is not among the labels.
         """
-        try:
-            return self.index[example.answer or ""]
-        except KeyError:
-            raise DataError(
-                f"{example.source}: the completion {example.answer!r} is not one of the labels "
-                f"{', '.join(repr(label) for label in self.labels[:10])}."
-            ) from None
+        self.check_labels([example])
+        return self.index[example.answer or ""]
+
+    def check_labels(self, *parts: Sequence[Example]) -> None:
+        """That the answers of rows are labels, where the task has labels.
+
+        Raises:
+            DataError: some are not (all are counted, the first are named).
+        """
+        if self.kind != "classification":
+            return
+        bad = [[row for row in rows if (row.answer or "") not in self.index] for rows in parts]
+        reasons = [
+            f"{row.source}: the completion {quoted(row.answer or '')} is not one of the labels"
+            for rows in bad
+            for row in rows
+        ]
+        if not reasons:
+            return
+        shown = names_of(self.labels[:10])
+        if len(self.labels) > 10:
+            shown += f", … ({len(self.labels)} in all)"
+        if len(reasons) == 1:
+            raise DataError(flat(f"{reasons[0]} {shown}."))
+        places = [getattr(rows, "name", "rows") for rows, of in zip(parts, bad, strict=True) if of]
+        raise DataError(flat(f"{bad_rows(' and '.join(places), reasons)}. The labels are {shown}."))
 
     def target_ids(self, tokenizer: PreTrainedTokenizerBase, example: Example) -> Ids:
         """Ids of the ground-truth answer as it is trained on.
@@ -107,8 +128,16 @@ def make_task(
     config: AdaptConfig,
     tokenizer: PreTrainedTokenizerBase,
     prompt_template: str | None = None,
+    test: Sequence[Example] | None = None,
 ) -> Task:
     """Settle what kind of task the labelled rows are, and say so.
+
+    Args:
+        examples: the rows to learn from, with those held out.
+        config: settings.
+        tokenizer: the model's.
+        prompt_template: what the prompts were made with, if it is known.
+        test: rows that are only evaluated on; their labels are checked too.
 
     Raises:
         ConfigError: labels that contradict the settings.
@@ -188,8 +217,7 @@ def make_task(
         trimmed=chat,
         index={label: i for i, label in enumerate(labels)},
     )
-    for example in examples:
-        task.label_of(example)
+    task.check_labels(examples, test or ())
     shown = ", ".join(repr(label) for label in labels[:8]) + (" …" if len(labels) > 8 else "")
     size = "one token each" if not several else f"up to {longest} tokens, scored by summed log-probability"
     logger.info("Task: %d labels (%s), %s.", len(labels), shown, size)

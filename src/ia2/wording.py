@@ -1,6 +1,11 @@
-"""Numbers as sentences have them: counts of things, and durations."""
+"""Words of messages: counts of things, durations, names and reasons, each on one line."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_SHOWN_NAMES = 30
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
@@ -14,3 +19,33 @@ def in_words(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def flat(text: str) -> str:
+    """``text`` without line breaks, which names of columns may hold."""
+    return " ".join(text.splitlines())
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line of at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:299] + "…"
+
+
+def quoted(value: str) -> str:
+    """``value`` in quotation marks, cut to 60 characters."""
+    return repr(value if len(value) <= 60 else value[:59] + "…")
+
+
+def names_of(names: Sequence[str]) -> str:
+    """``'a', 'b'``; of more than thirty the first, and how many there are."""
+    more = f", … ({len(names)} in all)" if len(names) > _SHOWN_NAMES else ""
+    return ", ".join(map(quoted, names[:_SHOWN_NAMES])) + more
+
+
+def type_name(value: Any) -> str:
+    """``a list``, ``an int``, ``null``."""
+    if value is None:
+        return "null"
+    kind = "dict" if isinstance(value, Mapping) else type(value).__name__
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"

@@ -94,7 +94,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_icl_model_path: Path
 
 def test_missing_file(refused: Refused) -> None:
     line = refused(data="rws.jsonl")
-    assert "no such file: rws.jsonl" in line
+    assert "rws.jsonl: no such file" in line
     assert "Did you mean 'rows.jsonl'?" in line
 
 

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ia2.errors import DataError
-from ia2.rows import READERS, SHOWN_ROWS, Read, no_such_file, type_name, user_path
+from ia2.readers import READERS, Read, read_file
+from ia2.rows import bad_rows
+from ia2.user_files import read_text, user_path
+from ia2.wording import names_of, type_name
 
 COLUMN = "text"
 
@@ -27,17 +30,8 @@ def plain_texts(path: str | Path | None = None) -> list[str]:
     if path is None:
         return _paragraphs((files("ia2") / "data" / "plain_text.txt").read_text(encoding="utf-8"))
     file = user_path(path)
-    if not file.is_file():
-        raise DataError(no_such_file(file))
-    try:
-        if file.suffix.lower() in READERS:
-            texts = _column(file, READERS[file.suffix.lower()](file))
-        else:
-            texts = _paragraphs(file.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text (byte {error.start + 1}). Convert it.") from error
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}).") from error
+    of_rows = file.suffix.lower() in READERS
+    texts = _column(file, read_file(file)) if of_rows else _paragraphs(read_text(file))
     if not texts:
         raise DataError(f"{file}: there is no text in it. Write texts with a blank line between them.")
     return texts
@@ -56,8 +50,7 @@ def _column(file: Path, read: Iterable[Read]) -> list[str]:
         else:
             bad.append(f"{source}: {problem}")
     if bad:
-        more = [f"and {len(bad) - SHOWN_ROWS} more"] if len(bad) > SHOWN_ROWS else []
-        raise DataError(f"{file}: bad rows: " + "; ".join(bad[:SHOWN_ROWS] + more))
+        raise bad_rows(str(file), bad)
     return texts
 
 
@@ -65,7 +58,7 @@ def _problem(row: Any) -> str | None:
     if not isinstance(row, dict):
         return f"not an object with columns but {type_name(row)}"
     if COLUMN not in row:
-        return f"no column '{COLUMN}'; there are {', '.join(map(str, row)) or 'none'}"
+        return f"no column '{COLUMN}'; there are {names_of(list(map(str, row))) or 'none'}"
     value = row[COLUMN]
     if not isinstance(value, str) or not value.strip():
         return f"'{COLUMN}' is {'empty' if isinstance(value, str) else type_name(value)}"

@@ -404,4 +404,5 @@ def gold_of(task: Task, queries: Sequence[Example]) -> list[int] | None:
     """Index of each query's label; None for free text."""
     if task.kind != "classification":
         return None
+    task.check_labels(queries)
     return [task.label_of(row) for row in queries]

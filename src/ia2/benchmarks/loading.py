@@ -15,18 +15,12 @@ from typing import Any
 from ia2.benchmarks.entry import NOT_EMPTY, Benchmark, Choices, label_key
 from ia2.errors import DataError
 from ia2.examples import Examples
-from ia2.rows import (
-    READERS,
-    SHOWN_ROWS,
-    BadCell,
-    Read,
-    Template,
-    load_split,
-    type_name,
-    user_path,
-)
+from ia2.hub import numbered, read_folder, read_hub
+from ia2.readers import READERS, Read, read_file
+from ia2.rows import BadCell, Template, bad_rows
 from ia2.task import FREE_TEXT_TOKENS
-from ia2.wording import counted
+from ia2.user_files import user_path
+from ia2.wording import names_of, type_name
 
 DATA_DIR = "IA2_DATA_DIR"
 
@@ -139,7 +133,7 @@ def _rows(benchmark: Benchmark, split: str, mirrors: Path | None) -> tuple[list[
     every = _sound(f"{benchmark.name} ({split})", read, _shortened(benchmark))
     rows, failed = [], Counter[str]()
     for source, row in every:
-        column = _fails(benchmark, row, source)
+        column = _fails(benchmark, row)
         if column is None:
             rows.append((source, row))
         else:
@@ -164,32 +158,32 @@ def _sound(place: str, read: Iterable[Read], change: Callable[[dict[str, Any]], 
     """
     rows: list[Row] = []
     bad: list[str] = []
-    try:
-        for source, row, problem in read:
-            if problem is None and not isinstance(row, Mapping):
-                problem = f"not an object with columns but {type_name(row)}"
-            if problem is None:
-                try:
-                    rows.append((source, change(dict(row))))
-                except DataError as error:
-                    problem = str(error)
-            if problem is not None:
-                bad.append(f"{source}: {problem}")
-    except OSError as error:
-        raise DataError(f"{place}: cannot be read ({error})") from error
+    for source, row, problem in read:
+        if problem is None and not isinstance(row, Mapping):
+            problem = f"not an object with columns but {type_name(row)}"
+        if problem is None:
+            try:
+                rows.append((source, change(dict(row))))
+            except DataError as error:
+                problem = str(error)
+        if problem is not None:
+            bad.append(f"{source}: {problem}")
     if bad:
-        more = [f"and {len(bad) - SHOWN_ROWS} more"] if len(bad) > SHOWN_ROWS else []
-        raise DataError(f"{place}: {counted(len(bad), 'bad row')}: " + "; ".join(bad[:SHOWN_ROWS] + more))
+        raise bad_rows(place, bad)
     if not rows:
         raise DataError(f"{place}: there is not a single row.")
     return rows
 
 
 def _own_file(benchmark: Benchmark, folder: Path, split: str) -> Iterable[Read]:
-    for suffix, reader in READERS.items():
-        file = folder / f"{split}{suffix}"
-        if file.is_file():
-            return reader(file)
+    files = [file for suffix in READERS if (file := folder / f"{split}{suffix}").exists()]
+    if len(files) > 1:
+        raise DataError(
+            f"{benchmark.name}: the split {split} is there twice, as {' and '.join(map(str, files))}. Remove "
+            "one of them."
+        )
+    if files:
+        return read_file(files[0])
     raise DataError(
         f"{benchmark.name}: no file {split}.jsonl in {folder}. Each split is a file there, of the types "
         f"{', '.join(READERS)}."
@@ -198,20 +192,21 @@ def _own_file(benchmark: Benchmark, folder: Path, split: str) -> Iterable[Read]:
 
 def _mirror_file(benchmark: Benchmark, mirrors: Path, split: str) -> Iterable[Read]:
     file = mirrors / (benchmark.mirror or "") / f"{split}.jsonl"
-    if not file.is_file():
+    if not file.exists():
         raise DataError(
             f"{benchmark.name}: no file {file}. Put the rows of {benchmark.source} there, one JSON object a "
             f"line, or leave --data-dir and {DATA_DIR} out to read them from the hub."
         )
-    return READERS[".jsonl"](file)
+    return read_file(file)
 
 
 def _hub(benchmark: Benchmark, split: str) -> Iterable[Read]:
-    folder = user_path(benchmark.hub or "")
-    # Absolute, because `datasets` takes a folder called "json" for one of its loaders.
-    path = str(folder.resolve()) if folder.is_dir() else str(benchmark.hub)
+    path = str(benchmark.hub)
+    folder = user_path(path)
+    if folder.is_dir():
+        return read_folder(folder.absolute(), path, split, benchmark.config)[1]
     try:
-        _, rows = load_split(path, str(benchmark.hub), split, benchmark.config, benchmark.revision)
+        _, rows = read_hub(path, split, benchmark.config, benchmark.revision)
     except DataError as error:
         converted = _converted(path, split, benchmark, error)
         if converted is None:
@@ -220,8 +215,7 @@ def _hub(benchmark: Benchmark, split: str) -> Iterable[Read]:
                 f"--data-dir or {DATA_DIR}: {benchmark.mirror}/{split}.jsonl in it is read."
             ) from error
         rows = converted
-    place = f"{benchmark.hub}[{split}]"
-    return ((f"{place}:{number}", row, None) for number, row in enumerate(rows, 1))
+    return numbered(f"{benchmark.hub}[{split}]", rows)
 
 
 def _converted(path: str, split: str, benchmark: Benchmark, error: DataError) -> Iterable[Any] | None:
@@ -232,7 +226,7 @@ def _converted(path: str, split: str, benchmark: Benchmark, error: DataError) ->
     import datasets
 
     signs = ("scripts are no longer supported", "cannot be reached", "Couldn't find cache")
-    if Path(path).is_dir() or benchmark.revision or not any(sign in str(error) for sign in signs):
+    if benchmark.revision or not any(sign in str(error) for sign in signs):
         return None
     try:
         rows: Iterable[Any] = datasets.load_dataset(
@@ -275,13 +269,9 @@ def mirror_notes(mirrors: Path, folder: str) -> list[str]:
 # Which rows count, and what is made of them
 
 
-def _fails(benchmark: Benchmark, row: Mapping[str, Any], source: str) -> str | None:
+def _fails(benchmark: Benchmark, row: Mapping[str, Any]) -> str | None:
     """The first column of the filter that a row does not pass."""
     for column, wanted in benchmark.filter.items():
-        if column not in row:
-            raise DataError(
-                f"{source}: {benchmark.name} filters by the column '{column}'; there are {', '.join(row)}."
-            )
         value = row[column]
         if wanted == NOT_EMPTY:
             if value is None or not str(value).strip():
@@ -293,6 +283,11 @@ def _fails(benchmark: Benchmark, row: Mapping[str, Any], source: str) -> str | N
 
 def _shortened(benchmark: Benchmark) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def shorten(row: dict[str, Any]) -> dict[str, Any]:
+        for column in benchmark.filter:
+            if column not in row:
+                raise DataError(
+                    f"{benchmark.name} filters by the column '{column}'; there are {names_of(list(row))}"
+                )
         for column, characters in benchmark.shorten.items():
             text = str(_reach(row, column))
             if len(text) > characters:

@@ -21,10 +21,9 @@ def compare(
     start(quiet)
     if not config.output_dir:
         raise ConfigError("no output folder given. Name one with --output-dir.")
-    from ia2.adaptation import load_examples, load_test_examples
+    from ia2.adaptation import load_both
 
-    examples = load_examples(config)
-    run_comparison(config, examples, load_test_examples(config), json=json, overwrite=overwrite)
+    run_comparison(config, *load_both(config), json=json, overwrite=overwrite)
 
 
 def run_comparison(

@@ -21,12 +21,11 @@ def curve(
     if not config.output_dir:
         raise ConfigError("no output folder given. Name one with --output-dir.")
     from ia2 import curves
-    from ia2.adaptation import load_examples, load_test_examples
+    from ia2.adaptation import load_both
     from ia2.distributed import is_first
     from ia2.report.figures import try_curve_figure
 
-    examples = load_examples(config)
-    test = load_test_examples(config)
+    examples, test = load_both(config)
     if test is None:
         raise DataError("no test data given. A curve needs the same test rows at every size: --test-data.")
     result = curves.curve(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import types
 import typing
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from ia2.config import AdaptConfig, DataOptions, ModelOptions
 from ia2.config_reading import load_config
 from ia2.errors import ConfigError
 from ia2.examples import unescape
+from ia2.user_files import strict_json
 
 _SECTIONS = {
     "adapter": "Adapter",
@@ -157,7 +157,7 @@ def _read_mapping(dotted: str, value: str) -> dict[str, Any]:
     """``0=negative,1=positive`` or a JSON object."""
     if value.lstrip().startswith("{"):
         try:
-            return dict(json.loads(value))
+            return dict(strict_json(value))
         except ValueError as error:
             raise ConfigError(f"--{dotted.replace('_', '-')}: not a JSON object: {error}") from None
     pairs = [part.split("=", 1) for part in value.split(",")]
@@ -172,7 +172,7 @@ def _read_list(dotted: str, value: str) -> list[Any]:
     """Comma-separated, or a JSON list."""
     if value.lstrip().startswith("["):
         try:
-            return list(json.loads(value))
+            return list(strict_json(value))
         except ValueError as error:
             raise ConfigError(f"--{dotted.replace('_', '-')}: not a JSON list: {error}") from None
     return [part.strip() for part in value.split(",") if part.strip()]

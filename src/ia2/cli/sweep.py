@@ -49,6 +49,7 @@ def sweep(
     from ia2.cli.output import print_json, start
     from ia2.errors import ConfigError
     from ia2.sweeps.grid import load_grid
+    from ia2.user_files import read_text
 
     start(quiet)
     chosen = load_grid(grid, named_code(trust_remote_code, parser, context_function))
@@ -82,8 +83,7 @@ def sweep(
             return ways.processes(work, workers, keep=keep_work)
         return ways.in_process(work, keep=keep_work)
 
-    text = grid.read_text(encoding="utf-8")
-    done = run.sweep(chosen, folder, text=text, limit=limit, run=way)
+    done = run.sweep(chosen, folder, text=read_text(grid), limit=limit, run=way)
     if json:
         print_json(
             {

@@ -22,14 +22,14 @@ def train(
     start(quiet)
     if not config.output_dir:
         raise ConfigError("no output folder given. Name one with --output-dir.")
-    from ia2.adaptation import adapt, load_examples, load_test_examples
+    from ia2.adaptation import adapt, load_both
 
-    examples = load_examples(config)
+    examples, test = load_both(config)
     result = adapt(
         config.model,
         examples,
         config,
-        test=load_test_examples(config),
+        test=test,
         output_dir=config.output_dir,
         overwrite=overwrite,
     )

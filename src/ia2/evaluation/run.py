@@ -105,6 +105,7 @@ def evaluate_prompts(
 
 
 def _gold(task: Task, examples: Sequence[Example]) -> np.ndarray:
+    task.check_labels(examples)
     return np.array([task.label_of(example) for example in examples])
 
 
