@@ -7,9 +7,7 @@ line that names file, line and reason.
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
-import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
+from ia2.drawing import MAX_DEV, deal_folds, draw
 from ia2.errors import ConfigError, DataError
 from ia2.hub import numbered, read_folder, read_hub
 from ia2.readers import READERS, Read, read_file
@@ -28,16 +27,14 @@ from ia2.rows import (
     Template,
     bad_rows,
     check_columns,
+    text_labels,
     unescape,
     with_messages,
 )
 from ia2.user_files import no_such_file, user_path
-from ia2.wording import quoted, type_name
+from ia2.wording import type_name
 
-__all__ = ["Example", "Examples", "FewShotSplit", "RowFormat", "unescape"]
-
-MAX_DEV = 48
-"""No more rows than this are held out when a number of examples is asked for (METHOD.md §3)."""
+__all__ = ["MAX_DEV", "Example", "Examples", "FewShotSplit", "RowFormat", "unescape"]
 
 # On so many rows templates are tried before a message suggests them.
 _TRIED_ROWS = 50
@@ -273,27 +270,8 @@ class Examples(Sequence[Example]):
             DataError: There are too few rows, or too few of some answer.
             ConfigError: ``num_examples`` is below two, or missing with ``balanced``.
         """
-        rng = random.Random(seed)
-        order = list(range(len(self)))
-        rng.shuffle(order)
-        pools = self._by_answer(order)
-        rng.shuffle(pools)  # which answers get the odd row out is drawn, too
-        if num_examples is None:
-            if balanced:
-                raise ConfigError("a balanced draw needs num_examples: else every row is used")
-            dev_rows = _stratified_third(pools)
-            train_rows = set(order) - dev_rows
-        else:
-            wanted_dev = self._check_draw(num_examples)
-            if balanced:
-                train_rows, dev_rows = self._balanced_draw(pools, num_examples, wanted_dev)
-            else:
-                train_rows = set(order[:num_examples])
-                dev_rows = set(order[num_examples : num_examples + wanted_dev])
-        return FewShotSplit(
-            train=self._pick([row for row in order if row in train_rows]),
-            dev=self._pick([row for row in order if row in dev_rows]),
-        )
+        train, dev = draw(self._answers_or_none(), self.name, num_examples, seed, balanced)
+        return FewShotSplit(train=self._pick(train), dev=self._pick(dev))
 
     def folds(self, k: int, seed: int) -> list[tuple[Examples, Examples]]:
         """``k`` pairs (the rest, the held out); every row is held out once.
@@ -304,73 +282,16 @@ class Examples(Sequence[Example]):
             DataError: There are fewer rows than folds.
             ConfigError: ``k`` is below two.
         """
-        if k < 2:
-            raise ConfigError(f"{k} folds were asked for: at least 2 are needed")
-        if len(self) < k:
-            raise DataError(f"{self.name}: {k} folds need at least {k} rows, there are {len(self)}")
-        order = list(range(len(self)))
-        random.Random(seed).shuffle(order)
-        pools = self._by_answer(order)
-        # Unique answers, as one pool, go last: dealt in turn, every pool is spread evenly.
-        dealt = [row for pool in pools if len(pool) > 1 for row in pool]
-        dealt += [row for pool in pools if len(pool) == 1 for row in pool]
-        fold_of = {row: position % k for position, row in enumerate(dealt)}
-        return [
-            (
-                self._pick([row for row in order if fold_of[row] != fold]),
-                self._pick([row for row in order if fold_of[row] == fold]),
-            )
-            for fold in range(k)
-        ]
+        parts = deal_folds(self._answers_or_none(), self.name, k, seed)
+        return [(self._pick(rest), self._pick(held)) for rest, held in parts]
+
+    def _answers_or_none(self) -> list[str | None]:
+        return [example.answer for example in self]
 
     def _pick(self, rows: Iterable[int]) -> Examples:
         return Examples(
             (self._examples[row] for row in rows), name=self.name, label_column=self._label_column
         )
-
-    def _by_answer(self, order: Iterable[int]) -> list[list[int]]:
-        pools: dict[str | None, list[int]] = {}
-        for row in order:
-            pools.setdefault(self._examples[row].answer, []).append(row)
-        return list(pools.values())
-
-    def _check_draw(self, num_examples: int) -> int:
-        """How many rows are held out beside `num_examples`, if there are enough of both."""
-        if num_examples < 2:
-            raise ConfigError(
-                f"num_examples is {num_examples}: at least 2 are needed, because each example "
-                "is shown the others as demonstrations"
-            )
-        dev = min(num_examples // 2, MAX_DEV)
-        needed, rows = num_examples + dev, len(self)
-        if needed > rows:
-            fits = max((n for n in range(2, rows) if n + min(n // 2, MAX_DEV) <= rows), default=0)
-            way_out = f"ask for at most {fits}, or leave" if fits else "leave"
-            raise DataError(
-                f"{self.name}: asked for {num_examples} examples, the data has {rows} rows; "
-                f"{needed} are needed, as {dev} more are held out for dev: {way_out} the number "
-                "out to use every row"
-            )
-        return dev
-
-    def _balanced_draw(
-        self, pools: list[list[int]], num_examples: int, wanted_dev: int
-    ) -> tuple[set[int], set[int]]:
-        counts = _deal([len(pool) for pool in pools], num_examples)
-        if max(counts) - min(counts) > 1:
-            scarce = min(pools, key=len)
-            fits = len(pools) * len(scarce) + sum(len(pool) > len(scarce) for pool in pools)
-            answer = quoted(self._examples[scarce[0]].answer or "")
-            raise DataError(
-                f"{self.name}: a balanced draw of {num_examples} over {len(pools)} answers takes "
-                f"up to {-(-num_examples // len(pools))} rows of each, but {answer} has only "
-                f"{len(scarce)}: ask for at most {fits}, or for a draw that is not balanced"
-            )
-        train = {row for pool, count in zip(pools, counts, strict=True) for row in pool[:count]}
-        # Backwards, so that the odd row of dev goes to an answer that got none of train.
-        left = [pool[count:] for pool, count in zip(pools, counts, strict=True)][::-1]
-        counts = _deal([len(pool) for pool in left], wanted_dev)
-        return train, {row for pool, n in zip(left, counts, strict=True) for row in pool[:n]}
 
     @classmethod
     def _render(
@@ -380,9 +301,7 @@ class Examples(Sequence[Example]):
         completion = None
         if labelled:
             completion = Template.parse(format.completion_template or "{completion}", "completion template")
-        labels = None
-        if format.label_map:
-            labels = {str(raw): str(text) for raw, text in format.label_map.items()}
+        labels = text_labels(format.label_map)
         wanted = [*prompt.columns, *(completion.columns if completion else ())]
         examples: list[Example] = []
         bad: list[str] = []
@@ -439,43 +358,3 @@ class FewShotSplit:
         """Those of the examples it was drawn from that are in neither part."""
         used = {id(example) for part in (self.train, self.dev) for example in part}
         return [example for example in examples if id(example) not in used]
-
-
-# Drawing
-
-
-def _deal(sizes: Sequence[int], total: int) -> list[int]:
-    """How many come from each pool if one is taken from each in turn, passing over empty ones."""
-    counts = [0] * len(sizes)
-    left = min(total, sum(sizes))
-    while left:
-        for pool, size in enumerate(sizes):
-            if left and counts[pool] < size:
-                counts[pool] += 1
-                left -= 1
-    return counts
-
-
-def _stratified_third(pools: list[list[int]]) -> set[int]:
-    """A third of the rows, in proportion to the pools, with one of each repeated answer first."""
-    repeated = [pool for pool in pools if len(pool) > 1]
-    unique = [row for pool in pools if len(pool) == 1 for row in pool]
-    strata = [*repeated, unique]
-    rows = sum(map(len, strata))
-    wanted = rows - (2 * rows + 1) // 3  # the rest is two thirds, rounded, and never nothing
-    # A repeated answer keeps a row in train; unique ones may all go either way.
-    most = [len(pool) - 1 for pool in repeated] + [len(unique)]
-    counts = [int(len(repeated) <= wanted)] * len(repeated) + [0]
-    # The stratum furthest below its share is served next; ties fall to the drawn order.
-    queue = [
-        (counts[i] - len(pool) * wanted / max(rows, 1), i)
-        for i, pool in enumerate(strata)
-        if counts[i] < most[i]
-    ]
-    heapq.heapify(queue)
-    for _ in range(wanted - sum(counts)):
-        surplus, i = heapq.heappop(queue)
-        counts[i] += 1
-        if counts[i] < most[i]:
-            heapq.heappush(queue, (surplus + 1, i))
-    return {row for pool, count in zip(strata, counts, strict=True) for row in pool[:count]}

@@ -169,6 +169,11 @@ def _cell_text(value: Any, column: str) -> str:
     return str(value)
 
 
+def text_labels(label_map: Mapping[Any, Any] | None) -> dict[str, str] | None:
+    """A label map between texts; None if there is none."""
+    return {str(raw): str(text) for raw, text in label_map.items()} if label_map else None
+
+
 def _mapped(value: Any, text: str, column: str, labels: dict[str, str]) -> str:
     if text in labels:
         return labels[text]
@@ -274,7 +279,7 @@ def check_columns(
     if not missing:
         return
     used = [column for role, _, template in roles if role not in missing for column in template.columns]
-    flags = _example(missing, [column for column in columns if column not in used], rows)
+    flags = _example(missing, [column for column in columns if column not in used], rows, format.label_map)
     message = f"{place}: no column {' or '.join(map(repr, missing))}; {flat(there)}: say what to make them of"
     if flags:
         raise DataError(f"{message}, for example {flags}")
@@ -284,12 +289,17 @@ def check_columns(
         message += (
             f" (no template can name {flat(names_of(unusable))}: rename columns with any of . : ! [ ] {{ }})"
         )
-    elif unfit := [column for column in columns[:_TRIED_COLUMNS] if not _holds_text(column, rows)]:
+    elif unfit := [column for column in columns[:_TRIED_COLUMNS] if not _fits(column, rows, None)]:
         message += f" (not text in every row: {flat(names_of(unfit))})"
     raise DataError(message)
 
 
-def _example(missing: list[str], columns: list[str], rows: Sequence[Mapping[str, Any]]) -> str:
+def _example(
+    missing: list[str],
+    columns: list[str],
+    rows: Sequence[Mapping[str, Any]],
+    label_map: Mapping[str, str] | None,
+) -> str:
     """Flags that make up for missing columns, as a shell takes them; only what has been tried."""
     lower = {column.lower(): column for column in reversed(columns)}
     known = {
@@ -305,8 +315,9 @@ def _example(missing: list[str], columns: list[str], rows: Sequence[Mapping[str,
     # The answer first: it is the rarer name, and the text may be any other column.
     for role in sorted(missing):
         tried = [c for c in [*known[role], *order[role][:_TRIED_COLUMNS]] if c not in taken]
+        labels = text_labels(label_map) if role == "completion" else None
         for column in tried:
-            if _holds_text(column, rows) and (flag := _flag(role, column)):
+            if _fits(column, rows, labels) and (flag := _flag(role, column)):
                 flags.append(flag)
                 taken.append(column)
                 break
@@ -315,12 +326,15 @@ def _example(missing: list[str], columns: list[str], rows: Sequence[Mapping[str,
     return " ".join(flags[::-1])
 
 
-def _holds_text(column: str, rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a column is there and is text in every one of the rows."""
+def _fits(column: str, rows: Sequence[Mapping[str, Any]], labels: dict[str, str] | None) -> bool:
+    """Whether a template of a column alone renders every one of the rows."""
     try:
-        return bool(rows) and all(_cell_text(row.get(column), column).strip() for row in rows)
-    except BadCell:
+        template = Template.parse(f"{{{column}}}", "template")
+        for row in rows:
+            template.render(row, column, labels)
+    except (BadCell, DataError):
         return False
+    return template.columns == (column,) and bool(rows)
 
 
 def _flag(role: str, column: str) -> str | None:

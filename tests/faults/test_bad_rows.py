@@ -172,6 +172,14 @@ def test_templates_that_are_suggested_work(row: dict[str, Any], suggests: bool) 
     assert accepted(refuse(row, format=RowFormat()), [row]) == suggests
 
 
+def test_a_suggested_answer_is_in_the_label_map() -> None:
+    rows = [{"note": "b", "label": "x", "stars": 1}]
+    message = refuse(*rows, format=RowFormat(label_map={"1": "bad"}))
+    assert message.endswith("--prompt-template 'Note: {note}\\nLabel:' --completion-template ' {stars}'")
+    message = refuse(*rows, format=RowFormat(label_map={"2": "bad"}))
+    assert "--completion-template" not in message
+
+
 values = st.one_of(
     st.text("ab ", min_size=1).filter(str.strip),
     st.integers(),
