@@ -161,7 +161,7 @@ def test_peft_dictionaries_that_do_not_fit(tiny_llama: PreTrainedModel) -> None:
         configure(r=3)
     with pytest.raises(ConfigError, match="PEFT does not take this configuration"):
         configure(peft_type="LORA", ranks=3)
-    with pytest.raises(ConfigError, match="PEFT does not take this configuration"):
+    with pytest.raises(ConfigError, match=r"PEFT has no peft_type 'LORE'\. Did you mean 'LORA'"):
         configure(peft_type="LORE")
     with pytest.raises(ConfigError, match="the adapter does not fit LlamaForCausalLM"):
         attach(tiny_llama, configure(peft_type="LORA", target_modules=["query"]), seed=0)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ia2.adapter_trials import embedding_problem, keeps_keys_and_values
+from ia2.adapter_trials import embedding_problem, is_out_of_memory, trial
+from ia2.adapter_weights import attach, detach, virtual_tokens_of
 from ia2.adapters import ADAPTERS, CACHE_TYPES, peft_config
 from ia2.capture import unwrap
 from ia2.config_sections import AdapterConfig
-from ia2.errors import ConfigError, ModelError, suggest
+from ia2.errors import ConfigError, ModelError, UserError, suggest
+from ia2.traits import keeps_keys_and_values
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def check_adapter(model: Any, config: AdapterConfig, *, activation_checkpointing: bool = False) -> None:
+def check_adapter(model: Any, config: AdapterConfig, *, activation_checkpointing: bool = False) -> int:
     """Refuse an adapter that cannot work, before anything is computed with it.
 
     What a model does with embeddings or a KV cache is tried out on a few tokens.
@@ -23,6 +26,9 @@ def check_adapter(model: Any, config: AdapterConfig, *, activation_checkpointing
         model: the base model.
         config: settings of the adapter.
         activation_checkpointing: whether activations are going to be recomputed.
+
+    Returns:
+        The tokens of the context window that it takes before every prompt.
 
     Raises:
         ConfigError: a setting that the type has not, or things that exclude each other.
@@ -43,13 +49,16 @@ def check_adapter(model: Any, config: AdapterConfig, *, activation_checkpointing
             "ones. Choose another adapter, such as prompt or lora."
         )
     if config.peft is None and config.target_modules:
-        _check_targets(model, config.target_modules)
+        _check_targets(model, config.target_modules, "adapter.target_modules")
     made = peft_config(model, config)
     _check_quantized(model, made)
+    if config.peft is not None:
+        _check_peft(model, config.peft, made)
     if made.is_prompt_learning and made.peft_type not in CACHE_TYPES:
         problem = embedding_problem(model)
         if problem:
             raise ModelError(f"{kind} {problem}. Choose another adapter, such as lora.")
+    return virtual_tokens_of(made)
 
 
 def _check_settings(config: AdapterConfig) -> None:
@@ -74,15 +83,63 @@ def _check_settings(config: AdapterConfig) -> None:
         raise ConfigError("adapter.placement does nothing beside adapter.target_modules. Leave one out.")
 
 
-def _check_targets(model: nn.Module, wanted: list[str]) -> None:
+def _check_peft(model: Any, given: Mapping[str, Any], made: Any) -> None:
+    """Refuse what PEFT takes, and then trains nothing, another model than the adapter, or breaks."""
+    for key in ("target_modules", "feedforward_modules", "modules_to_save"):
+        if isinstance(wanted := given.get(key), (list, tuple)):
+            _check_targets(model, wanted, f"adapter.peft.{key}")
+    start = given.get("init_lora_weights", True)
+    if not (isinstance(start, bool) or start in ("gaussian", "orthogonal")):
+        raise ConfigError(
+            f"adapter.peft: init_lora_weights {start!r} needs data or changes the base model, which is the "
+            "teacher. Leave it out, or set it to gaussian or orthogonal."
+        )
+    if given.get("layer_replication") or made.is_adaption_prompt:
+        what = "layer_replication" if given.get("layer_replication") else made.peft_type.value
+        raise ConfigError(
+            f"adapter.peft: {what} cannot be taken off the base model again, which is the teacher. Choose "
+            "another adapter, such as LORA."
+        )
+    _try_out(model, made)
+
+
+def _try_out(model: Any, made: Any) -> None:
+    own = {id(parameter) for parameter in model.parameters()}
+    adapted = None
+    try:
+        adapted = attach(model, made, 0)
+        trained = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
+        if not trained:
+            raise ConfigError("adapter.peft: this adapter has nothing to train.")
+        for name, parameter in trained:
+            if id(parameter) in own:
+                raise ConfigError(
+                    f"adapter.peft: {name} of the base model would be trained, which is the teacher. Leave "
+                    "out what asks for it, such as bias."
+                )
+        trial(model, adapted)
+    except UserError:
+        raise
+    except Exception as error:  # whatever such an adapter raises
+        if is_out_of_memory(error):
+            raise
+        said = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"adapter.peft: {made.peft_type.value} does not work with {type(unwrap(model)).__name__}: {said}"
+        ) from error
+    finally:
+        if adapted is not None:
+            detach(adapted)
+
+
+def _check_targets(model: nn.Module, wanted: Sequence[str], place: str) -> None:
     inner = unwrap(model)
     names = [name for name, _ in inner.named_modules() if name]
     for target in wanted:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             leaves = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
             raise ConfigError(
-                f"adapter.target_modules: {type(inner).__name__} has no module named '{target}'."
-                f"{suggest(target, leaves)}"
+                f"{place}: {type(inner).__name__} has no module named '{target}'.{suggest(target, leaves)}"
             )
 
 

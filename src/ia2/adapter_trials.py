@@ -15,14 +15,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def keeps_keys_and_values(model: Any) -> bool:
-    """Whether a KV cache is all that a model keeps of what it has read."""
-    if getattr(unwrap(model), "_is_stateful", False):
-        return False
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
-    return all("attention" in kind and "linear" not in kind for kind in kinds)
-
-
 def cache_sizes(model: Any) -> tuple[int, int, int]:
     """Layers, heads and width of a head of the KV cache, as one token leaves it.
 
@@ -51,7 +43,6 @@ def cache_sizes(model: Any) -> tuple[int, int, int]:
 def embedding_problem(model: Any) -> str | None:
     """Why a model cannot read virtual tokens, which are embeddings without ids; None if it can."""
     import torch
-    from accelerate.utils.memory import should_reduce_batch_size
 
     if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None):
         return "looks ids up in a table of every layer, and virtual tokens have no ids"
@@ -62,8 +53,7 @@ def embedding_problem(model: Any) -> str | None:
         try:
             start = model(inputs_embeds=embed(ids[:, :-1]), use_cache=True)
         except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
-            # out of memory, an accelerator's or a CPU's, says nothing about the model
-            if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
+            if is_out_of_memory(error):
                 raise
             # what a model raises that wants ids: each family another one of these
             return f"takes no embeddings instead of ids ({' '.join(str(error).split())[:100]})"
@@ -81,6 +71,28 @@ def embedding_problem(model: Any) -> str | None:
             if not _alike(found, model(**step, past_key_values=second, position_ids=place).logits):
                 return "counts positions anew at every step of an answer unless it is told them"
     return None
+
+
+def trial(model: Any, adapted: Any) -> None:
+    """Read a few tokens with an adapter on, whatever it raises.
+
+    Args:
+        model: the base model.
+        adapted: the same with the adapter.
+    """
+    import torch
+
+    ids = torch.arange(9, device=model.get_input_embeddings().weight.device)[None]
+    with _trying(adapted):
+        adapted(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1, use_cache=False)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """An accelerator's or a CPU's, which says nothing about the model."""
+    import torch
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:

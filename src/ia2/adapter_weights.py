@@ -49,7 +49,10 @@ def attach(model: Any, config: PeftConfig | FullConfig, seed: int) -> PeftModel 
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
         try:
             adapted = get_peft_model(model, config)
-        except ValueError as error:
+        except Exception as error:
+            _put_back(model, whole=False)  # it may have come half-way
+            if not isinstance(error, ValueError):
+                raise
             message = " ".join(str(error).split())
             if "trust_remote_code" in message:
                 raise ConfigError(
@@ -71,11 +74,30 @@ def detach(model: PeftModel | FullModel) -> Any:
         # PEFT's generate leaves it there, and with it a reference from the model to itself
         base.__dict__.pop("prepare_inputs_for_generation", None)
     else:
+        _put_back(model, whole=True)
         base = model.unload()
     # PEFT marks the base; without this the next attach warns of a second adapter
     if hasattr(base, "peft_config"):
         del base.peft_config
     return base.requires_grad_(False)
+
+
+def _put_back(model: Any, *, whole: bool) -> None:
+    """Put back what PEFT has wrapped.
+
+    Args:
+        model: base or PEFT model.
+        whole: only modules with a trained copy, which ``unload`` would leave in the base.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    for name, module in list(model.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if isinstance(module, ModulesToSaveWrapper):
+            setattr(model.get_submodule(parent), child, module.original_module)
+        elif not whole and isinstance(module, BaseTunerLayer):
+            setattr(model.get_submodule(parent), child, module.get_base_layer())
 
 
 @contextmanager
@@ -102,7 +124,11 @@ def base_weights(model: nn.Module) -> Iterator[None]:
 
 def virtual_tokens(model: Any) -> int:
     """Tokens of the context window that the attached adapter takes before every prompt."""
-    config = getattr(getattr(model, "module", model), "active_peft_config", None)
+    return virtual_tokens_of(getattr(getattr(model, "module", model), "active_peft_config", None))
+
+
+def virtual_tokens_of(config: Any) -> int:
+    """The same of a PEFT configuration, before the adapter is put on."""
     if not getattr(config, "is_prompt_learning", False):
         return 0
     return int(getattr(config, "num_virtual_tokens", 0))

@@ -7,7 +7,7 @@ configuration can also be given as it is (``AdapterConfig(peft={...})`` or a ``p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from ia2.adapter_targets import attention_projections, output_projections
 from ia2.adapter_trials import cache_sizes
 from ia2.capture import unwrap
 from ia2.config_sections import AdapterConfig
-from ia2.errors import ConfigError
+from ia2.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -163,6 +163,11 @@ ADAPTERS: dict[str, AdapterType] = {
     "full": AdapterType(_full, 3e-5, (), "every weight of the model"),
 }
 
+# What an adapter_config.json says beside what the adapter is: of whom it was, and that it was finished.
+_OF_A_FILE = (
+    *("task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping"),
+)
+
 _PEFT_NAMES = {
     "LORA": "lora",
     "VERA": "vera",
@@ -200,19 +205,43 @@ def peft_config(model: nn.Module, config: AdapterConfig) -> Any:
     else:
         from peft import get_peft_config
 
-        given = {"task_type": "CAUSAL_LM", **config.peft}
-        if "peft_type" not in given:
-            raise ConfigError("adapter.peft needs the key peft_type, for example IA3 or PROMPT_TUNING.")
-        if given["peft_type"] == "BOTTLENECK":
-            import ia2.bottleneck  # noqa: F401 - makes the type known to PEFT
-
+        given = _what_is_made(config.peft)
         try:
             made = get_peft_config(given)
-        except (TypeError, ValueError, KeyError) as error:
-            raise ConfigError(f"adapter.peft: PEFT does not take this configuration: {error}") from error
+        except Exception as error:  # whatever the checks of this type raise
+            said = " ".join(str(error).split())[:400]
+            raise ConfigError(f"adapter.peft: PEFT does not take this configuration: {said}") from error
+        tokens = getattr(made, "num_virtual_tokens", None)
+        if made.is_prompt_learning and (not isinstance(tokens, int) or tokens < 1):
+            raise ConfigError("adapter.peft: num_virtual_tokens must be a whole number of at least 1.")
     if made.is_prompt_learning:
         _fill_sizes(model, made)
     return made
+
+
+def _what_is_made(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a PEFT dictionary that say what adapter it is, of a causal model.
+
+    Raises:
+        ConfigError: it is of another kind of model, or of a type that PEFT has not.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    if "peft_type" not in given:
+        raise ConfigError("adapter.peft needs the key peft_type, for example IA3 or PROMPT_TUNING.")
+    kind, task = given["peft_type"], given.get("task_type")
+    if kind == "BOTTLENECK":
+        import ia2.bottleneck  # noqa: F401 - makes the type known to PEFT
+
+    known = [getattr(name, "value", name) for name in PEFT_TYPE_TO_CONFIG_MAPPING]
+    if kind not in known:
+        raise ConfigError(f"adapter.peft: PEFT has no peft_type {kind!r}.{suggest(str(kind), known)}")
+    if task not in (None, "CAUSAL_LM"):
+        raise ConfigError(
+            f"adapter.peft: task_type is {task!r}, and only causal models are trained here. Set it to "
+            "CAUSAL_LM, or leave it out."
+        )
+    return {"task_type": "CAUSAL_LM", **{k: v for k, v in given.items() if k not in _OF_A_FILE}}
 
 
 def _fill_sizes(model: Any, config: Any) -> None:

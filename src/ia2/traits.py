@@ -29,14 +29,17 @@ def layer_kinds(model: Any) -> list[str]:
     return list(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or [])
 
 
+def keeps_keys_and_values(model: Any) -> bool:
+    """Whether keys and values are all that a model keeps of what it has read."""
+    if getattr(unwrap(model), "_is_stateful", False):
+        return False  # recurrent or hybrid: the cache holds more
+    return all(kind in _KEYS_AND_VALUES for kind in layer_kinds(model))
+
+
 def takes_cache(model: Any) -> bool:
     """Whether a plain KV cache carries the whole state of a prefix."""
-    if getattr(unwrap(model), "_is_stateful", False):
-        return False  # recurrent or hybrid: the cache holds more than keys and values
-    if any(kind not in _KEYS_AND_VALUES for kind in layer_kinds(model)):
-        return False
     # virtual tokens would come between the cached prefix and the query
-    return not has_virtual_tokens(model)
+    return keeps_keys_and_values(model) and not has_virtual_tokens(model)
 
 
 def has_virtual_tokens(model: Any) -> bool:

@@ -347,6 +347,14 @@ def _evaluated(grid: GridConfig, part: GridPart, name: str) -> tuple[tuple[Bench
     found = [(benchmark, _verbaliser(benchmark, asked, strict=isinstance(part.verbaliser, dict)))]
     if part.ood is not False:
         for other in (load_benchmark(o, grid._parsers) for o in benchmark.ood):
+            if other.kind != benchmark.kind:
+                # temperatures and measures of labels are none of free text
+                words = {"classification": "labels", "generation": "free text"}
+                raise ConfigError(
+                    f"benchmarks: the answers of {benchmark.name} are {words[benchmark.kind]}, those of its "
+                    f"OOD partner {other.name} are {words[other.kind]}. Take {other.name} out of its ood, or "
+                    "set ood: false."
+                )
             found.append((other, _verbaliser(other, asked, strict=False)))
     return tuple(found)
 
