@@ -25,7 +25,7 @@ from ia2.prompts import ContextFunction
 from ia2.recipes import TRAINED, is_trained
 from ia2.report.card import model_card
 from ia2.runs import REMADE, add_facts, check_outputs, claimed, load_run, machine, task_facts
-from ia2.stages import TrainedRecipe, plan
+from ia2.stages import TrainedRecipe
 from ia2.task import Task, make_task
 from ia2.workbench import Workbench
 
@@ -144,8 +144,6 @@ def adapt(
 
 def _run(bench: Workbench, test: Examples | None, facts: dict[str, Any], *, keep: bool) -> AdaptResult:
     base, data, task, config, folder = bench.base, bench.data, bench.task, bench.config, bench.folder
-    if any(stage.teacher_answers for stage in plan(config.recipe, config)):
-        warn_if_icl_fails(bench)  # after the teacher pass, before the user pays for training
     trained = bench.train(config.recipe)
     result = AdaptResult(
         bench.model, base.tokenizer, config, task, {}, folder=folder if keep else None, _facts=facts
@@ -177,24 +175,6 @@ def _run(bench: Workbench, test: Examples | None, facts: dict[str, Any], *, keep
         write_outputs(folder, result)
     wait()
     return result
-
-
-def warn_if_icl_fails(bench: Workbench) -> None:
-    """When ICL is no better than chance, alignment cannot help; say so before training is paid for."""
-    if bench.task.kind != "classification":
-        return
-    right, count = len(bench.teaching.correct()[0]), len(bench.data.train)
-    answers = bench.data.train.answers
-    frequent = max(answers.count(label) for label in set(answers))
-    logger.info("In context, the base model answers %d of %d training examples rightly.", right, count)
-    if right <= frequent:
-        logger.warning(
-            "In context it is right on %d of %d, no better than always giving the most frequent label (%d): "
-            "alignment is unlikely to help. `ia2 probe` tells more.",
-            right,
-            count,
-            frequent,
-        )
 
 
 def _metrics(bench: Workbench, trained: TrainedRecipe, base: BaseModel) -> dict[str, Any]:

@@ -147,5 +147,5 @@ def _read(
 def _prompts(result: AdaptResult, base: BaseModel, rows: Sequence[Example]) -> Sequence[Ids]:
     config = result.config
     rendering = Rendering(result.tokenizer, config.separator, config.chat, config.thinking)
-    window = base.max_length - virtual_tokens(result.model)
-    return query_prompts(rendering, rows, window, result.task.reserve)
+    reserve, virtual = result.task.reserve, virtual_tokens(result.model)
+    return query_prompts(rendering, rows, base.max_length, reserve, virtual)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,8 +127,18 @@ def compare(
     Raises:
         UserError: a mistake in data, settings or model.
     """
-    config = config or CompareConfig()
-    folder = Path(output_dir)
+    return prepare(model, examples, config or CompareConfig(), test, Path(output_dir), overwrite)()
+
+
+def prepare(
+    model: str | BaseModel,
+    examples: Examples,
+    config: CompareConfig,
+    test: Examples | None,
+    folder: Path,
+    overwrite: bool,
+) -> Callable[[], Comparison]:
+    """Refuse what cannot work; returns what does the rest of :func:`compare`, which has the arguments."""
     if test is None and config.max_test:
         raise ConfigError("max_test needs test data; with cross-fitting every row is a test row.")
     if test is not None and config.max_test and config.max_test < len(test):
@@ -153,42 +163,61 @@ def compare(
     ]
     # what cannot work is refused before anything is written, or anything of another run deleted
     for bench, current in zip(benches, rounds, strict=True):
-        for arm in every:
-            _bench_of(bench, arm).check([arm.recipe], current.test)
-    for arm in every:
-        if is_trained(arm.recipe):
-            trial = _bench_of(benches[0], arm)
-            try:
-                trial.model  # noqa: B018 - an adapter that does not fit is refused when it is put on
-            finally:
-                trial.close()
-    with claimed(folder, "compare", settings, data, overwrite):
-        outcomes: dict[str, dict[int, list[Outcome]]] = {arm.name: {} for arm in every}
-        diverged: dict[str, str] = {}
-        for number, (bench, current) in enumerate(zip(benches, rounds, strict=True)):
-            logger.info(
-                "Round %d of %d: seed %d, %d training, %d dev, %d test rows.",
-                number + 1,
-                len(rounds),
-                current.seed,
-                len(current.data.train),
-                len(current.data.dev),
-                len(current.test),
-            )
-            for name, outcome in _run_round(bench, every, current, diverged).items():
-                outcomes[name].setdefault(current.seed, []).append(outcome)
-        if len(diverged) == len(every):
-            found = "; ".join(f"{name}: {rates}" for name, rates in diverged.items())
-            raise ConfigError(
-                f"every recipe diverged at every learning rate ({found}). Lower learning_rates; in the same "
-                "output folder that needs --overwrite."
-            )
-        summary = _summary(base, task, config, every, examples, test, rounds, outcomes, diverged)
-        if is_first():
-            write_json(folder / "compare.json", summary)
-            write_text(folder / "table.md", comparison_markdown(summary))
-        wait()
-        return Comparison(summary, folder)
+        for variant, arm in {arm.variant: arm for arm in every}.items():
+            recipes = [other.recipe for other in every if other.variant == variant]
+            _bench_of(bench, arm).check(recipes, current.test)
+    for arm in {arm.variant: arm for arm in every if is_trained(arm.recipe)}.values():
+        trial = _bench_of(benches[0], arm)
+        try:
+            trial.model  # noqa: B018 - an adapter that does not fit is refused when it is put on
+        finally:
+            trial.close()
+
+    def run() -> Comparison:
+        with claimed(folder, "compare", settings, data, overwrite):
+            return _run(base, task, config, every, examples, test, rounds, benches, folder)
+
+    return run
+
+
+def _run(
+    base: BaseModel,
+    task: Task,
+    config: CompareConfig,
+    every: Sequence[Arm],
+    examples: Examples,
+    test: Examples | None,
+    rounds: Sequence[Round],
+    benches: Sequence[Workbench],
+    folder: Path,
+) -> Comparison:
+    """All rounds, and the summary of them."""
+    outcomes: dict[str, dict[int, list[Outcome]]] = {arm.name: {} for arm in every}
+    diverged: dict[str, str] = {}
+    for number, (bench, current) in enumerate(zip(benches, rounds, strict=True)):
+        logger.info(
+            "Round %d of %d: seed %d, %d training, %d dev, %d test rows.",
+            number + 1,
+            len(rounds),
+            current.seed,
+            len(current.data.train),
+            len(current.data.dev),
+            len(current.test),
+        )
+        for name, outcome in _run_round(bench, every, current, diverged).items():
+            outcomes[name].setdefault(current.seed, []).append(outcome)
+    if len(diverged) == len(every):
+        found = "; ".join(f"{name}: {rates}" for name, rates in diverged.items())
+        raise ConfigError(
+            f"every recipe diverged at every learning rate ({found}). Lower learning_rates; in the same "
+            "output folder that needs --overwrite."
+        )
+    summary = _summary(base, task, config, every, examples, test, rounds, outcomes, diverged)
+    if is_first():
+        write_json(folder / "compare.json", summary)
+        write_text(folder / "table.md", comparison_markdown(summary))
+    wait()
+    return Comparison(summary, folder)
 
 
 def _bench_of(bench: Workbench, arm: Arm) -> Workbench:

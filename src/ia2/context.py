@@ -534,7 +534,7 @@ class GivenContexts(Contexts):
 
 
 def bare_lengths(
-    rendering: Rendering, queries: Sequence[Example], max_length: int, reserve: int
+    rendering: Rendering, queries: Sequence[Example], max_length: int, reserve: int, virtual: int = 0
 ) -> np.ndarray:
     """Tokens of each query on its own, ``[n]``.
 
@@ -542,11 +542,12 @@ def bare_lengths(
         DataError: one is longer than the window.
     """
     lengths = rendering.lengths((rendering.prompt_text((), query), query.source) for query in queries)
-    for i in np.flatnonzero(lengths > max_length - reserve)[:1].tolist():
+    for i in np.flatnonzero(lengths > max_length - reserve - virtual)[:1].tolist():
+        taken = f" and {virtual} taken by the adapter's virtual tokens" if virtual else ""
         raise DataError(
             f"{queries[i].source}: the prompt has {lengths[i]} tokens; the context window holds "
-            f"{max_length}, of which {reserve} are kept for the answer. Shorten the row or take a model with "
-            "a longer window."
+            f"{max_length}, of which {reserve} are kept for the answer{taken}. Shorten the row or take a "
+            "model with a longer window."
         )
     return lengths
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ia2.adaptation import load_base_of
-from ia2.comparison import compare
+from ia2.comparison import prepare
 from ia2.config import CompareConfig, CurveConfig
 from ia2.console import logger
 from ia2.distributed import is_first, wait
@@ -73,15 +73,16 @@ def curve(
     shared = {name: getattr(config, name) for name in CompareConfig.model_fields}
     data = {"data": examples.fingerprint, "test": test.fingerprint}
     settings = {**config.model_dump(), "model": base.name, "output_dir": None}
+    # what cannot work at one size is refused before anything is written or trained
+    runs = {}
+    for size in config.sizes:
+        sized = CompareConfig(**{**shared, "num_examples": size, "output_dir": None})
+        runs[size] = prepare(base, examples, sized, test, folder / f"n-{size}", overwrite)
     found = {}
     with claimed(folder, "curve", settings, data, overwrite):
-        for size in config.sizes:
+        for size, run in runs.items():
             logger.info("Size %d of %s.", size, ", ".join(map(str, config.sizes)))
-            sized = CompareConfig(**{**shared, "num_examples": size, "output_dir": None})
-            where = folder / f"n-{size}"
-            found[size] = compare(
-                base, examples, sized, test=test, output_dir=where, overwrite=overwrite
-            ).summary
+            found[size] = run().summary
         summary = _summary(found, config)
         if is_first():
             write_json(folder / "curve.json", summary)

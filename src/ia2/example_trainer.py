@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -107,6 +108,7 @@ class ExampleTrainer(Trainer, ABC):
         tokenizer: Any,
         progress: Progress | None = None,
     ) -> None:
+        self._began = time.perf_counter()
         if settings.activation_checkpointing_kwargs.get("use_reentrant"):
             raise ConfigError(REENTRANT + ".")
         self.settings = settings
@@ -127,6 +129,11 @@ class ExampleTrainer(Trainer, ABC):
         self.model_accepts_loss_kwargs = True
         if settings.activation_checkpointing:
             _enable_checkpointing(self.model, settings.activation_checkpointing_kwargs)
+
+    @property
+    def seconds(self) -> float:
+        """Spent so far, by earlier starts up to the checkpoint that this one went on from too."""
+        return self.best.seconds_before + time.perf_counter() - self._began
 
     def _arguments(self, settings: StageSettings, count: int, device: torch.device) -> TrainingArguments:
         on_cpu = device.type == "cpu"
@@ -340,6 +347,7 @@ class BestWeights(TrainerCallback):
         self.step = 0
         self.waited = 0
         self.diverged: int | None = None
+        self.seconds_before = 0.0
         self.state_dict: dict[str, torch.Tensor] | None = None
         self.trainer: ExampleTrainer | None = None
 
@@ -395,6 +403,7 @@ class BestWeights(TrainerCallback):
         wait()  # each process has written a file of its own
         if not state.is_world_process_zero:
             return
+        assert self.trainer is not None
         from safetensors.torch import save_file
 
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -407,6 +416,7 @@ class BestWeights(TrainerCallback):
                 "loss": None if self.loss != self.loss else self.loss,
                 "step": self.step,
                 "waited": self.waited,
+                "seconds": self.trainer.seconds,
             },
         )
 
@@ -420,6 +430,7 @@ class BestWeights(TrainerCallback):
         known = read_json(folder / "complete.json")
         self.loss = float("nan") if known["loss"] is None else known["loss"]
         self.step, self.waited = known["step"], known["waited"]
+        self.seconds_before = known.get("seconds", 0.0)
         if (folder / "best.safetensors").is_file():
             self.state_dict = load_file(folder / "best.safetensors")
 

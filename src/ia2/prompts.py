@@ -78,7 +78,8 @@ class Prompts:
         self._text, self._function = _text(config), function
         self._embedder = Embedder(self.rendering, model)
         self._model = model
-        self._pools: dict[tuple[tuple[Example, ...], int], Contexts] = {}
+        self._fresh: dict[tuple[tuple[Example, ...], int], Contexts] = {}
+        self._pools: dict[tuple[tuple[Example, ...], int, int], Contexts] = {}
         if function is None and config.context_function:
             self._function = load_function(config.context_function)
         self._demonstrations = not (self._text or self._function or config.context_column)
@@ -127,48 +128,61 @@ class Prompts:
         orders = self._orders(self.config.demo_permutations, leave_one_out=True)
         return self._behind(self.train, orders, "teacher contexts")
 
-    def pool_contexts(self, queries: Sequence[Example], permutations: int = 1) -> Contexts:
+    def pool_contexts(
+        self, queries: Sequence[Example], permutations: int = 1, reserve: int | None = None
+    ) -> Contexts:
         """Queries behind the training examples, or in the context that the settings give them.
 
         Args:
             queries: dev or test examples.
             permutations: orders of the demonstrations; a context of another kind is always one.
+            reserve: tokens of the window kept for the answer, where these queries need others.
 
         Raises:
             DataError: see :attr:`train_contexts`.
         """
-        key = (tuple(queries), permutations)
+        reserve = reserve or self.reserve
+        key = (tuple(queries), permutations, reserve)
         # kept, so that what was checked is what is used, and what does not fit is reported once
         if key not in self._pools:
             if self._demonstrations:
                 orders = self._orders(permutations, queries=queries)
-                self._pools[key] = self._behind(queries, orders, "ICL prompts")
+                self._pools[key] = self._behind(queries, orders, "ICL prompts", reserve)
             else:
-                self._pools[key] = self._given(queries, lambda i: self.train, "ICL prompts")
+                self._pools[key] = self._given(queries, lambda i: self.train, "ICL prompts", reserve)
         return self._pools[key]
 
-    def fresh_contexts(self, queries: Sequence[Example], pool: Sequence[Example]) -> Contexts:
+    def fresh_contexts(
+        self, queries: Sequence[Example], pool: Sequence[Example], reserve: int | None = None
+    ) -> Contexts:
         """Queries behind as many demonstrations as there are training examples, drawn for each from a pool.
+
+        The pool of one set of training examples is always the same.
 
         Raises:
             DataError: the pool is smaller than that; see :attr:`train_contexts`.
         """
+        reserve = reserve or self.reserve
+        key = (tuple(queries), reserve)
+        if key in self._fresh:
+            return self._fresh[key]
         count = min(len(self.train), self.config.max_demonstrations or len(self.train))
         if len(pool) < count:
             raise DataError(
                 f"icl_demonstrations fresh draws {count} demonstrations for each query from rows that are in "
                 f"no split; there are {len(pool)}. Give more rows, or set num_examples, or leave it out."
             )
-        return DemonstrationContexts(
+        self._fresh[key] = DemonstrationContexts(
             self.rendering,
             queries,
             pool,
             FreshOrders(len(pool), self.config.seed),
             self.window,
-            self.reserve,
+            reserve,
             "ICL prompts",
             count,
         )
+        return self._fresh[key]
 
     def query_prompts(self, examples: Sequence[Example]) -> Sequence[Ids]:
         """Bare prompts, tokenised when they are asked for.
@@ -184,14 +198,16 @@ class Prompts:
     def _lengths(self) -> np.ndarray:
         return self.rendering.demonstration_lengths(self.train)
 
-    def _behind(self, queries: Sequence[Example], orders: Orders, what: str) -> DemonstrationContexts:
+    def _behind(
+        self, queries: Sequence[Example], orders: Orders, what: str, reserve: int | None = None
+    ) -> DemonstrationContexts:
         return DemonstrationContexts(
             self.rendering,
             queries,
             self.train,
             orders,
             self.window,
-            self.reserve,
+            reserve or self.reserve,
             what,
             self.config.max_demonstrations,
             self._lengths,
@@ -239,7 +255,11 @@ class Prompts:
     # ------------------------------------------------------------------------- other contexts
 
     def _given(
-        self, queries: Sequence[Example], others: Callable[[int], Sequence[Example]], what: str
+        self,
+        queries: Sequence[Example],
+        others: Callable[[int], Sequence[Example]],
+        what: str,
+        reserve: int | None = None,
     ) -> Contexts:
         given: Sequence[Given]
         if self._text is not None:
@@ -253,11 +273,11 @@ class Prompts:
             assert function is not None
             # kept: it may be slow, or draw at random
             given = [_from_function(function, query, others(i)) for i, query in enumerate(queries)]
-        return GivenContexts(self.rendering, queries, given, self.window, self.reserve, what)
+        return GivenContexts(self.rendering, queries, given, self.window, reserve or self.reserve, what)
 
 
 def query_prompts(
-    rendering: Rendering, examples: Sequence[Example], window: int, reserve: int
+    rendering: Rendering, examples: Sequence[Example], window: int, reserve: int, virtual: int = 0
 ) -> Sequence[Ids]:
     """Bare prompts, tokenised when they are asked for.
 
@@ -266,11 +286,12 @@ def query_prompts(
         examples: the queries.
         window: tokens of the context window.
         reserve: tokens of it kept for the answer.
+        virtual: tokens of it that an adapter's virtual tokens take.
 
     Raises:
         DataError: one is longer than the context window.
     """
-    bare_lengths(rendering, examples, window, reserve)
+    bare_lengths(rendering, examples, window, reserve, virtual)
     return _Lazy(len(examples), lambda i: rendering.query_ids(examples[i]))
 
 

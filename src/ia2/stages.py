@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -78,15 +77,24 @@ def plan(recipe: str, config: AdaptConfig) -> list[PlannedStage]:
     return stages
 
 
-def stage_place(chain: Sequence[str], tried: float, beta: float | None, *, alone: bool) -> Path:
+def stage_place(stages: Sequence[PlannedStage], tried: float, beta: float | None, *, alone: bool) -> Path:
     """Where a stage lies below its run's folder and variant.
 
+    A rate or β that neither it nor a stage before it depends on is no part of the place: otherwise the
+    same stage would be trained for each.
+
     Args:
-        chain: labels of the stages up to this one.
+        stages: those up to this one.
         tried: the recipe's rate.
         beta: the recipe's β.
         alone: the run has a single recipe, whose stages are then simply named.
     """
+    chain = [stage.label for stage in stages]
+    own = [stage.settings.learning_rate for stage in stages if stage.settings.learning_rate is not None]
+    if len(own) == len(stages):
+        tried = own[-1]
+    if all(stage.betas == [None] for stage in stages):
+        beta = None
     name = chain[-1] if alone and len(set(chain)) == len(chain) else "-".join(chain)
     return Path(name) / (f"lr-{tried:g}" if beta is None else f"lr-{tried:g}-beta-{beta:g}")
 
@@ -103,7 +111,7 @@ class StageResult:
         selection_loss: what rates and β are chosen by; the dev loss, but for the joint stage, whose
             losses of different β cannot be compared: there the cross-entropy on dev.
         steps: optimiser steps taken.
-        seconds: of training.
+        seconds: of training, over all starts.
         folder: where it lies.
         key: digest of everything it depends on.
         state: the weights.
@@ -250,7 +258,6 @@ def run_stage(model: Any, tokenizer: Any, config: AdaptConfig, job: StageJob) ->
     settings, (train, _) = job.stage.settings, job.rows
     partial = job.folder.with_name(f".{job.folder.name}.{job.key}")
     steps = settings.epochs * -(-len(train) // min(config.batch_size, len(train)))
-    began = time.perf_counter()
     name = job.stage.kind
     what = f"rate {job.rate:g}" + ("" if job.beta is None else f", β {job.beta:g}")
     weights = job.how is not None and job.how.site == "weights"
@@ -261,7 +268,7 @@ def run_stage(model: Any, tokenizer: Any, config: AdaptConfig, job: StageJob) ->
         trainer = _trainer(model, tokenizer, config, job, partial, bar)
         with space_needed(job.folder):  # for checkpoints
             dev_loss = trainer.fit()
-    seconds = time.perf_counter() - began
+    seconds = trainer.seconds
     steps, best_step, diverged = trainer.state.global_step, trainer.best.step, trainer.best.diverged
     selection_loss = dev_loss
     if job.selection_rows and diverged is None:

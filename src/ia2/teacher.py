@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 # Examples whose prompts (and, while they are averaged, whose permutations) are in memory together.
 _CHUNK = 256
 
+ANSWERS = "answers"
+"""The site of a teacher of which only the answers are wanted."""
+
 
 class _Sink(Protocol):
     def add(self, index: int, permutation: int, activations: torch.Tensor) -> None: ...
@@ -59,7 +62,7 @@ class Teacher:
             kept.
         end_id: id that ends an answer, where it is not the tokenizer's (a chat model's end of turn).
         site: which activations are the targets (see :class:`~ia2.capture.ActivationCapture`), or
-            ``soft``: its token distributions.
+            ``soft``: its token distributions, or ``answers``: there are none.
         top_k: of token distributions, keep the k most probable; None keeps all.
     """
 
@@ -144,7 +147,7 @@ class Teacher:
     def watching(self) -> Iterator[ActivationCapture | None]:
         """Adapter off, hooks in place."""
         with base_weights(self.model):
-            if self.site == "soft":
+            if self.site in ("soft", ANSWERS):
                 yield None
                 return
             with ActivationCapture(self.model, self.attention_modules, site=self.site) as capture:
@@ -175,7 +178,8 @@ class Teacher:
                 continue
             else:
                 found = self._generated(contexts, members, capture, text)
-            self._feed(contexts, members, found, capture, sink, text)
+            if self.site != ANSWERS:
+                self._feed(contexts, members, found, capture, sink, text)
             answers += found
             give_back_memory()
         return answers
@@ -257,7 +261,7 @@ class Teacher:
                 if self.site == "soft":
                     assert output.logits is not None
                     gather(i, k, output.logits.softmax(-1)[None])
-                else:
+                elif self.site != ANSWERS:
                     assert output.activations is not None
                     gather(i, k, output.activations)
                 if on_output is not None:

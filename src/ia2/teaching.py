@@ -30,7 +30,7 @@ from ia2.models import BaseModel
 from ia2.prompts import ContextFunction, Prompts
 from ia2.targets import MemoryTargets, Targets, TeacherAnswer
 from ia2.task import Task
-from ia2.teacher import Teacher
+from ia2.teacher import ANSWERS, Teacher
 
 FORMAT = 2  # of target stores and stage folders; bump when their meaning changes
 
@@ -39,6 +39,11 @@ SIMILARITY_QUERIES = 100
 
 # Training examples that a layer's shift under ICL is measured on.
 _SHIFT_EXAMPLES = 256
+
+
+def pass_name(site: str, top_k: int | None) -> str:
+    """Of a teacher pass."""
+    return site if top_k is None else f"{site}-{top_k}"
 
 
 @dataclass
@@ -62,7 +67,7 @@ class Teaching:
 
     Attributes:
         adapted: the base model with an adapter, while one is on it.
-        seconds: cost of each teacher pass, by kind.
+        seconds: cost of each teacher pass, by name.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class Teaching:
         self.adapted: Any = None
         self.seconds: dict[str, float] = {}
         self._targets: dict[tuple[str, int | None], tuple[Targets, Targets]] = {}
+        self._judged = False
         window = base.max_length
         if config.max_context_tokens:
             window = min(window, config.max_context_tokens)
@@ -124,7 +130,9 @@ class Teaching:
 
         config = self.base.model.config.get_text_config()
         size = torch.finfo(self.base.model.dtype).bits // 8
-        if site == "soft":
+        if site == ANSWERS:
+            per_token = 0
+        elif site == "soft":
             per_token = 4 * (2 * top_k if top_k else int(config.vocab_size))
         else:
             layers = len(ActivationCapture(self.model, self.config.attention_modules).layers)
@@ -162,7 +170,8 @@ class Teaching:
         """The teacher's targets of the training and of the dev examples.
 
         Args:
-            site: ``output``, ``heads``, ``residual``, ``weights``, or ``soft`` for token distributions.
+            site: ``output``, ``heads``, ``residual``, ``weights``, ``soft`` for token distributions, or
+                ``answers`` for no targets at all.
             top_k: of token distributions.
 
         Raises:
@@ -175,8 +184,6 @@ class Teaching:
         return self._targets[key]
 
     def _compute(self, site: str, top_k: int | None) -> tuple[Targets, Targets]:
-        start = time.perf_counter()
-        name = site if top_k is None else f"{site}-{top_k}"
         mode = self.mode(site, top_k)
         first = next(iter(self._targets.values()), None)
         with eager_attention(self.model) if site == "weights" else nullcontext():
@@ -184,18 +191,18 @@ class Teaching:
             dev: Targets = MemoryTargets([], 1)
             if len(self.data.dev):
                 dev = self._part("dev", self.dev_contexts, site, top_k, mode, first and first[1].answers)
-        file = self.folder / "teacher" / f"{name}.seconds.json"
-        if is_first() and not file.exists():
-            write_json(file, time.perf_counter() - start)
         wait()
-        # a reused pass cost what it cost when it was made
-        self.seconds[name] = float(read_json(file))
+        self.seconds[pass_name(site, top_k)] = self.known_seconds(site, top_k)
         return train, dev
 
-    def known_seconds(self, name: str) -> float:
+    def known_seconds(self, site: str, top_k: int | None = None) -> float:
         """What a teacher pass cost, also one that an earlier start has made; 0 if there was none."""
-        file = self.folder / "teacher" / f"{name}.seconds.json"
-        return self.seconds.get(name) or (float(read_json(file)) if file.is_file() else 0.0)
+        files = [self._place(part, site, top_k, ".seconds.json") for part in ("train", "dev")]
+        return sum(float(read_json(file)) for file in files if file.is_file())
+
+    def _place(self, part: str, site: str, top_k: int | None, suffix: str = "") -> Path:
+        name = part if site == "output" else f"{part}-{pass_name(site, top_k)}"
+        return self.folder / "teacher" / f"{name}{suffix}"
 
     def _part(
         self,
@@ -208,17 +215,24 @@ class Teaching:
     ) -> Targets:
         what = "" if site == "output" else f", {site}"
         options: dict[str, Any] = {"answers": answers, "description": f"teacher pass ({part}{what})"}
+        began = time.perf_counter()
         # ways to choose demonstrations that need the model must not run through the teacher's hooks
         contexts.prepare()
         teacher = self.teacher(site, top_k)
+        targets: Targets
         if mode == "store":
-            name = site if top_k is None else f"{site}-{top_k}"
-            folder = self.folder / "teacher" / (part if site == "output" else f"{part}-{name}")
+            folder = self._place(part, site, top_k)
             fingerprint = self.fingerprint(contexts, site, top_k)
-            return first_then_all(lambda: teacher.to_store(contexts, folder, fingerprint, **options))
-        if mode == "memory":
-            return teacher.to_memory(contexts, **options)
-        return teacher.scales(contexts, **options)
+            targets = first_then_all(lambda: teacher.to_store(contexts, folder, fingerprint, **options))
+        elif mode == "memory":
+            targets = teacher.to_memory(contexts, **options)
+        else:
+            targets = teacher.scales(contexts, **options)
+        file = self._place(part, site, top_k, ".seconds.json")
+        # what an earlier start made costs what it cost then
+        if is_first() and not file.exists():
+            write_json(file, time.perf_counter() - began)
+        return targets
 
     def fingerprint(self, contexts: Contexts, site: str, top_k: int | None = None) -> dict[str, Any]:
         """Everything that targets depend on."""
@@ -238,8 +252,8 @@ class Teaching:
     # --------------------------------------------------------------------- what the teacher said
 
     def answers(self) -> tuple[list[TeacherAnswer], list[TeacherAnswer]]:
-        """The teacher's answers to the training and to the dev examples."""
-        train, dev = next(iter(self._targets.values()), None) or self.targets()
+        """The teacher's answers to the training and to the dev examples, from whichever pass ran."""
+        train, dev = next(iter(self._targets.values()), None) or self.targets(ANSWERS)
         return train.answers, dev.answers
 
     def correct(self) -> tuple[list[int], list[int]]:
@@ -249,6 +263,24 @@ class Teaching:
             [i for i, example in enumerate(self.data.train) if self._is_right(example, train[i])],
             [i for i, example in enumerate(self.data.dev) if self._is_right(example, dev[i])],
         )
+
+    def warn_if_icl_fails(self) -> None:
+        """When ICL is no better than chance, alignment cannot help; said once, before training."""
+        if self.task.kind != "classification" or self._judged:
+            return
+        self._judged = True
+        right, count = len(self.correct()[0]), len(self.data.train)
+        answers = self.data.train.answers
+        frequent = max(answers.count(label) for label in set(answers))
+        logger.info("In context, the base model answers %d of %d training examples rightly.", right, count)
+        if right <= frequent:
+            logger.warning(
+                "In context it is right on %d of %d, no better than always giving the most frequent label "
+                "(%d): alignment is unlikely to help. `ia2 probe` tells more.",
+                right,
+                count,
+                frequent,
+            )
 
     def _is_right(self, example: Example, answer: TeacherAnswer) -> bool:
         if self.task.kind == "classification":

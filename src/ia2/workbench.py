@@ -23,7 +23,6 @@ from ia2.adapter_weights import (
     base_weights,
     detach,
     load_adapter_state,
-    virtual_tokens,
 )
 from ia2.adapters import default_learning_rate, peft_config
 from ia2.analysis.similarity import Similarity, SimilarityMeter
@@ -55,7 +54,7 @@ from ia2.stages import (
 )
 from ia2.targets import Targets
 from ia2.task import Task
-from ia2.teacher import span
+from ia2.teacher import ANSWERS, span
 from ia2.teaching import FORMAT, SIMILARITY_QUERIES, IclReference, Teaching
 from ia2.tokens import Ids
 
@@ -64,6 +63,35 @@ if TYPE_CHECKING:
 
     from ia2.alignment import AlignmentSettings
     from ia2.batches import AnswerDataset, Row
+
+
+Pass = tuple[str, "int | None"]
+"""Site and top k of a teacher pass (see :class:`ia2.teaching.Teaching`)."""
+
+
+def teacher_passes(stages: Sequence[PlannedStage], config: AdaptConfig) -> list[Pass | None]:
+    """The teacher pass that each stage of a recipe learns from; None where it learns nothing from it.
+
+    A stage that needs answers alone takes them from a pass that another stage needs anyway.
+    """
+    own = [_own_pass(stage, config) for stage in stages]
+    shared = next((each for each in own if each not in (None, (ANSWERS, None))), (ANSWERS, None))
+    return [shared if each == (ANSWERS, None) else each for each in own]
+
+
+def _own_pass(stage: PlannedStage, config: AdaptConfig) -> Pass | None:
+    if not stage.teacher_answers:
+        return None
+    if isinstance(stage.settings, SoftConfig):
+        return "soft", stage.settings.top_k
+    if not stage.aligns:
+        return ANSWERS, None
+    return OBJECTIVES[_alignment_section(stage, config).objective].site, None
+
+
+def _alignment_section(stage: PlannedStage, config: AdaptConfig) -> AlignConfig:
+    # a kept alignment term of the supervised stage is measured as the alignment stage measures it
+    return stage.settings if isinstance(stage.settings, AlignConfig) else config.align
 
 
 @dataclass
@@ -107,9 +135,7 @@ class Workbench:
     unused: Sequence[Example] = ()
     variant: str = ""
     by_content: bool = False
-    _used: set[str] = field(default_factory=set)
-    _test: Sequence[Example] = ()
-    _fresh: dict[tuple[Example, ...], Contexts] = field(default_factory=dict)
+    _used: set[Pass] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         if len(self.data.train) < 2:
@@ -137,22 +163,8 @@ class Workbench:
     def model(self) -> Any:
         """The base model with a fresh adapter, which is put on when it is first asked for."""
         configuration = peft_config(self.base.model, self.config.adapter)
-        adapted = attach(self.base.model, configuration, self.config.seed)
-        self.teaching.adapted = adapted
-        try:
-            self._check_virtual_tokens(virtual_tokens(adapted))
-        except DataError:
-            detach(adapted)
-            self.teaching.adapted = None
-            raise
-        return adapted
-
-    def _check_virtual_tokens(self, count: int) -> None:
-        """Prompts without context must leave room for virtual tokens; the base model does not use them."""
-        if count:
-            teaching = self.teaching
-            rows = [*self.data.train, *self.data.dev, *self._test]
-            query_prompts(teaching.prompts.rendering, rows, teaching.window - count, teaching.reserve)
+        self.teaching.adapted = attach(self.base.model, configuration, self.config.seed)
+        return self.teaching.adapted
 
     @cached_property
     def _initial(self) -> dict[str, torch.Tensor]:
@@ -166,22 +178,28 @@ class Workbench:
             self.__dict__.pop("_initial", None)
             self.teaching.adapted = None
 
-    def check(self, recipes: Sequence[str], test: Sequence[Example]) -> None:
+    def check(
+        self,
+        recipes: Sequence[str],
+        test: Sequence[Example],
+        elsewhere: Sequence[tuple[Task, Sequence[Example]]] = (),
+    ) -> None:
         """Refuse what cannot work, before anything is trained or written.
 
         Args:
             recipes: those to be trained or evaluated.
             test: the rows they will be evaluated on.
+            elsewhere: rows of other tasks that they will be evaluated on.
 
         Raises:
             DataError: a prompt or all demonstrations of one do not fit the context window.
             ConfigError: an adapter that is unknown or cannot work, layers that are not there.
             ModelError: attention modules that are not found.
         """
-        self._test = test
         stages = [stage for recipe in recipes for stage in plan(recipe, self.config)]
+        virtual = 0
         if stages:
-            check_adapter(
+            virtual = check_adapter(
                 self.base.model,
                 self.config.adapter,
                 activation_checkpointing=self.config.activation_checkpointing,
@@ -199,18 +217,27 @@ class Workbench:
             for rows in (train, dev):
                 for place in range(len(rows)):
                     rows.row(place)
-            self.prompts(self.data.train)
-        for rows_of in (self.data.dev, test):
+            self._check_bare(self.data.train, self.task, virtual)
+        for task, rows_of in ((self.task, self.data.dev), (self.task, test), *elsewhere):
             if any(recipe != "icl" for recipe in recipes):
-                self.prompts(rows_of)
+                self._check_bare(rows_of, task, virtual)
             if "icl" in recipes:
-                self._icl_contexts(rows_of)
-        compared = test[:SIMILARITY_QUERIES]
-        if any(recipe != "icl" for recipe in recipes) and self.teaching.has_context(compared):
+                self._icl_contexts(rows_of, task)
+        compared = test[:SIMILARITY_QUERIES] if any(recipe != "icl" for recipe in recipes) else ()
+        if len(compared) and self.teaching.has_context(compared):
             self.teaching.prompts.pool_contexts(compared)
 
+    def _check_bare(self, rows: Sequence[Example], task: Task, virtual: int) -> None:
+        """Prompts without context must leave room for an adapter's virtual tokens."""
+        prompts = self.teaching.prompts
+        query_prompts(prompts.rendering, rows, self.teaching.window, self._reserve(task), virtual)
+
+    def _reserve(self, task: Task) -> int:
+        # answers to rows of another task may be longer
+        return max(self.teaching.reserve, task.reserve)
+
     def _check_alignment(self, stage: PlannedStage, capture: ActivationCapture) -> None:
-        settings = self._alignment_section(stage)
+        settings = _alignment_section(stage, self.config)
         site = OBJECTIVES[settings.objective].site
         ActivationCapture(self.base.model, self.config.attention_modules, site=site)
         # the real shift is known only after the teacher pass; any will do to see whether it is asked for
@@ -245,13 +272,14 @@ class Workbench:
         diverged: dict[str, str] = {}
         betas: list[float | None] = next((s.betas for s in stages if s.betas != [None]), [None])
         self._used = set()
+        passes = teacher_passes(stages, self.config)
         for rate, beta in product(self.learning_rates, betas):
             state, key, done = self._initial, "", []
             for place, stage in enumerate(stages):
                 # `align` is the same stage in `ia2` and in `ia2-sft`: the folder names what came before
-                chain = [s.label for s in stages[: place + 1]]
+                chain = stages[: place + 1]
                 own_beta = beta if stage.betas != [None] else None
-                result = self._stage(stage, chain, rate, own_beta, beta, state, key)
+                result = self._stage(stage, chain, rate, own_beta, beta, state, key, passes[place])
                 done.append(result)
                 state, key = result.state, result.key
                 if result.diverged is not None:
@@ -296,30 +324,34 @@ class Workbench:
     @property
     def teacher_seconds(self) -> float:
         """What the teacher passes cost that the last trained recipe used."""
-        return sum(self.teaching.known_seconds(name) for name in self._used)
+        return sum(self.teaching.known_seconds(*each) for each in sorted(self._used, key=str))
 
     def use(self, state: dict[str, torch.Tensor]) -> None:
         """Put these adapter weights on the model."""
         load_adapter_state(self.model, state)
 
-    def stage_folder(self, chain: Sequence[str], rate: float, beta: float | None = None) -> Path:
-        """Where a stage's result lies; ``chain`` names the stages up to this one."""
+    def stage_folder(self, chain: Sequence[PlannedStage], rate: float, beta: float | None = None) -> Path:
+        """Where a stage's result lies; ``chain``: the stages up to this one."""
         return self.folder / self.variant / stage_place(chain, rate, beta, alone=self.one_recipe)
 
     def _stage(
         self,
         stage: PlannedStage,
-        chain: Sequence[str],
+        chain: Sequence[PlannedStage],
         tried: float,
         beta: float | None,
         chain_beta: float | None,
         start: dict[str, torch.Tensor],
         parent: str,
+        needed: Pass | None,
     ) -> StageResult:
         settings = stage.settings
         rate = settings.learning_rate or tried
         folder = self.stage_folder(chain, tried, chain_beta)
-        self._used |= self._passes(stage)
+        if needed is not None:
+            self._used.add(needed)
+            if stage.aligns and "top-" in str(_alignment_section(stage, self.config).layers):
+                self._used.add(("output", None))  # what the layers' shift is measured on
         key = digest(
             {
                 "format": FORMAT,
@@ -347,30 +379,17 @@ class Workbench:
         if (folder / "stage.json").is_file():
             return finished_stage(stage.kind, tried, folder, key)
         how = self._how(stage) if stage.aligns else None
-        rows = self._rows(stage, how)
+        rows = self._rows(stage, how, needed)
         selection = self.sft_rows()[1] if beta is not None else None
         facts = {"layers": list(how.layers)} if how is not None and how.layers is not None else {}
         self.use(start)
         job = StageJob(stage, rate, tried, beta, rows, folder, key, how, selection, facts)
         return run_stage(self.model, self.tokenizer, self.config, job)
 
-    def _alignment_section(self, stage: PlannedStage) -> AlignConfig:
-        # a kept alignment term of the supervised stage is measured as the alignment stage measures it
-        return stage.settings if isinstance(stage.settings, AlignConfig) else self.config.align
-
-    def _passes(self, stage: PlannedStage) -> set[str]:
-        """Names of the teacher passes that a stage uses."""
-        if not stage.teacher_answers:
-            return set()
-        if isinstance(stage.settings, SoftConfig):
-            top_k = stage.settings.top_k
-            return {"soft" if top_k is None else f"soft-{top_k}"}
-        return {OBJECTIVES[self._alignment_section(stage).objective].site if stage.aligns else "output"}
-
     def _how(self, stage: PlannedStage) -> AlignmentSettings:
         from ia2.alignment import AlignmentSettings
 
-        section = self._alignment_section(stage)
+        section = _alignment_section(stage, self.config)
         layers = None
         if section.layers != "all":
             capture = ActivationCapture(self.base.model, self.config.attention_modules)
@@ -384,22 +403,24 @@ class Workbench:
         )
 
     def _rows(
-        self, stage: PlannedStage, how: AlignmentSettings | None
+        self, stage: PlannedStage, how: AlignmentSettings | None, needed: Pass | None = None
     ) -> tuple[AnswerDataset, AnswerDataset]:
-        """Training and dev rows of a stage."""
-        if not stage.teacher_answers:
+        """Training and dev rows of a stage; ``needed``: the teacher pass, by default the stage's own."""
+        needed = needed or _own_pass(stage, self.config)
+        if needed is None:
             return self.sft_rows()
         settings = stage.settings
+        given = self.teaching.targets(*needed)
+        if self.one_recipe:
+            self.teaching.warn_if_icl_fails()
         if isinstance(settings, SoftConfig):
-            train, dev = self.teaching.targets("soft", settings.top_k)
-            return self.teacher_rows(soft=(train, dev), only_correct=settings.only_correct)
-        targets = self.teaching.targets(how.site) if how is not None else None
+            return self.teacher_rows(soft=given, only_correct=settings.only_correct)
         assert isinstance(settings, (AlignConfig, SftConfig))
         own = "icl_responses"
         if isinstance(settings, (JointConfig, SftConfig)):
             own = settings.answers
         return self.teacher_rows(
-            targets=targets,
+            targets=given if how is not None else None,
             true_answers=own == "ground_truth",
             only_correct=settings.only_correct,
             spans=how is not None and how.site == "weights",
@@ -496,21 +517,26 @@ class Workbench:
 
     # ------------------------------------------------------------------------------ evaluation
 
-    def prompts(self, examples: Sequence[Example], *, demonstrations: bool = False) -> Sequence[Ids]:
-        """Prompt ids, with the context (demonstrations, as `icl` shows them) or without."""
+    def prompts(
+        self, examples: Sequence[Example], *, demonstrations: bool = False, task: Task | None = None
+    ) -> Sequence[Ids]:
+        """Prompt ids, with the context (demonstrations, as `icl` shows them) or without.
+
+        Args:
+            examples: the queries.
+            demonstrations: with the context.
+            task: of the queries, where it is another one.
+        """
         if demonstrations:
-            contexts = self._icl_contexts(examples)
+            contexts = self._icl_contexts(examples, task or self.task)
             return [contexts.context_ids(i) for i in range(len(examples))]
         return self.teaching.prompts.query_prompts(examples)
 
-    def _icl_contexts(self, examples: Sequence[Example]) -> Contexts:
-        key = tuple(examples)
+    def _icl_contexts(self, examples: Sequence[Example], task: Task) -> Contexts:
+        reserve = self._reserve(task)
         if self.config.icl_demonstrations == "fresh":
-            # kept, so that what was checked is what is used, and what does not fit is reported once
-            if key not in self._fresh:
-                self._fresh[key] = self.teaching.prompts.fresh_contexts(examples, self.unused)
-            return self._fresh[key]
-        return self.teaching.prompts.pool_contexts(examples)
+            return self.teaching.prompts.fresh_contexts(examples, self.unused, reserve)
+        return self.teaching.prompts.pool_contexts(examples, reserve=reserve)
 
     def evaluate(
         self,
@@ -518,6 +544,7 @@ class Workbench:
         test: Sequence[Example],
         reference: IclReference | None = None,
         task: Task | None = None,
+        temperatures: dict[str, float] | None = None,
     ) -> Evaluated:
         """Evaluate what the model is now: ``base`` and ``icl`` switch the adapter off.
 
@@ -526,6 +553,7 @@ class Workbench:
             test: labelled rows.
             reference: measure similarity to these activations too (not for ``icl`` itself).
             task: of the test rows, where they are of another distribution with other labels.
+            temperatures: fitted on the dev rows before; None fits them here.
         """
         task = task or self.task
         began = time.perf_counter()
@@ -542,11 +570,10 @@ class Workbench:
             if meter is not None and reference is not None and output.index < reference.count:
                 _compare(meter, output, reference)
 
-        test_prompts = self.prompts(test, demonstrations=in_context)
-        dev_prompts = self.prompts(self.data.dev, demonstrations=in_context)
+        test_prompts = self.prompts(test, demonstrations=in_context, task=task)
         with off:
-            temperatures = None
-            if len(self.data.dev):
+            if temperatures is None and len(self.data.dev):
+                dev_prompts = self.prompts(self.data.dev, demonstrations=in_context)
                 temperatures = fit_temperatures(model, self.tokenizer, self.task, self.data.dev, dev_prompts)
             with capture or nullcontext():
                 predictions, measured = evaluate_prompts(
@@ -566,6 +593,12 @@ class Workbench:
                 similarity = self._similarity(model, recipe, test, reference)
         tokens = sum(len(prompt) for prompt in test_prompts) / len(test_prompts)
         return Evaluated(predictions, measured, similarity, seconds, tokens)
+
+    def base_similarity(self, test: Sequence[Example], reference: IclReference) -> Similarity:
+        """Of the base model without demonstrations; nothing else is evaluated."""
+        model = self.teaching.model
+        with base_weights(model):
+            return self._similarity(model, "base", test, reference)
 
     def _similarity(
         self, model: Any, recipe: str, test: Sequence[Example], reference: IclReference

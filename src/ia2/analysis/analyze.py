@@ -159,7 +159,7 @@ def _looked(
         parsers=settings.code.get("parser") or (),
     )
     if "effects" in settings.parts:
-        effects.prepare(looks[0])
+        effects.prepare(looks)
     for look in looks:
         try:
             with _timed(seconds, "views"):

@@ -149,18 +149,22 @@ class SideEffects:
         self._texts = plain_texts(self.text)
         self._elsewhere: dict[str, tuple[Task, Examples]] = {}
 
-    def prepare(self, look: Look) -> None:
+    def prepare(self, looks: Sequence[Look]) -> None:
         """Read the other benchmarks, before anything is run.
 
         Raises:
             ConfigError: one is unknown.
-            DataError: its rows cannot be had, or the model cannot tell its labels apart.
+            DataError: its rows cannot be had or do not fit the context window, or the model cannot tell its
+                labels apart.
         """
-        rendering = look.teaching.prompts.rendering
+        rendering = looks[0].teaching.prompts.rendering
         for name in self.benchmarks:
             self._elsewhere[Path(name).stem] = effects.other_benchmark(
                 name, rendering, data_dir=self.data_dir, max_test=self.max_test, parsers=self.parsers
             )
+        for task, rows in self._elsewhere.values():
+            for look in looks:
+                look.check_bare(rows, task.reserve)
 
     def look(self, look: Look, subjects: Sequence[Subject]) -> None:
         """One trial: the base model and each adapter."""

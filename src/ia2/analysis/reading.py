@@ -293,14 +293,16 @@ def _stages(
     for arm, stages in planned:
         betas: list[float | None] = next((s.betas for s in stages if s.betas != [None]), [None])
         for place, stage in enumerate(stages):
-            chain = [s.label for s in stages[: place + 1]]
+            chain = stages[: place + 1]
             for rate, beta in product(arm.rates, betas):
                 folder = where / arm.variant / stage_place(chain, rate, beta, alone=single)
                 mine = chosen.get(arm.name)
                 kept = None if mine is None else mine[0] == rate and mine[1] in (None, beta)
                 if (known := found.get(folder)) is not None:
                     kept = known.chosen if kept is None else kept or bool(known.chosen)
-                    found[folder] = replace(known, arms=(*known.arms, arm.name), chosen=kept)
+                    found[folder] = replace(
+                        known, arms=tuple(dict.fromkeys((*known.arms, arm.name))), chosen=kept
+                    )
                 elif (read := _stage(run, folder, stage, arm, rate, beta, kept)) is not None:
                     found[folder] = read
     return tuple(found.values())

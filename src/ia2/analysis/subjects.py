@@ -180,7 +180,8 @@ def _of_training(run: Path, facts: dict[str, Any]) -> tuple[TrainConfig, Example
     for number in range(1, len(stages)):
         # what the stages before the last one left: whether the last one undid it
         chain = [stage.label for stage in stages[:number]]
-        folder = run / stage_place(chain, metrics["learning_rate"], metrics.get("beta"), alone=True)
+        place = stage_place(stages[:number], metrics["learning_rate"], metrics.get("beta"), alone=True)
+        folder = run / place
         if (folder / "stage.json").is_file():
             name = f"{config.recipe}:{'-'.join(chain)}"
             subjects.insert(number - 1, Subject(name, config.recipe, config.seed, config, folder))
@@ -250,8 +251,7 @@ def _arms_of(folder: Path, config: CompareConfig, seed: int) -> Iterator[Subject
                 f"{folder}: {arm.name} has not been evaluated yet; start the same comparison again to go on."
             )
         outcome = read_json(file)
-        chain = [stage.label for stage in stages]
-        place = stage_place(chain, outcome["learning_rate"], outcome.get("beta"), alone=False)
+        place = stage_place(stages, outcome["learning_rate"], outcome.get("beta"), alone=False)
         weights = folder / arm.variant / place
         if not (weights / "stage.json").is_file():
             # a comparison does not keep fully fine-tuned models

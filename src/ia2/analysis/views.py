@@ -15,7 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ia2.adapter_weights import base_weights, load_adapter_state, read_adapter_state, virtual_tokens
+from ia2.adapter_weights import (
+    base_weights,
+    load_adapter_state,
+    read_adapter_state,
+    virtual_tokens,
+    virtual_tokens_of,
+)
+from ia2.adapters import peft_config
 from ia2.analysis.sites import SiteCapture
 from ia2.analysis.subjects import Subject, Trial
 from ia2.batching import give_back_memory
@@ -24,7 +31,7 @@ from ia2.examples import Example, Examples
 from ia2.files import digest
 from ia2.inference import answer_pass, generate_answers
 from ia2.models import BaseModel
-from ia2.prompts import Prompts
+from ia2.prompts import Prompts, query_prompts
 from ia2.task import Task
 from ia2.tokens import Ids
 from ia2.workbench import Workbench
@@ -173,10 +180,16 @@ class Look:
     def check(self, controls: bool) -> None:
         """Refuse prompts that do not fit and labels that are none, before anything is run."""
         gold_of(self.task, self.trial.queries)
-        self.prompts()
+        self.check_bare(self.trial.queries, self.teaching.reserve)
         self._contexts("own").prepare()
         if controls and self.others is not None:
             self._contexts("other").prepare()
+
+    def check_bare(self, rows: Sequence[Example], reserve: int) -> None:
+        """Refuse rows that the virtual tokens of an adapter leave no room for."""
+        made = [peft_config(self.base.model, s.config.adapter) for s in self.trial.subjects]
+        virtual = max(map(virtual_tokens_of, made), default=0)
+        query_prompts(self.teaching.prompts.rendering, rows, self.teaching.window, reserve, virtual)
 
     # ------------------------------------------------------------------------------------- runs
 

@@ -10,11 +10,10 @@ from typing import Any
 
 from ia2.benchmarks import BenchmarkData
 from ia2.config import AdaptConfig
-from ia2.config_sections import AlignConfig, JointConfig, SftConfig, SoftConfig
+from ia2.config_sections import JointConfig, SftConfig
 from ia2.examples import Examples, FewShotSplit
 from ia2.files import digest
 from ia2.inference import MIN_SHARED_PREFIX
-from ia2.losses import OBJECTIVES
 from ia2.models import BaseModel
 from ia2.recipes import ALIGN
 from ia2.stages import PlannedStage, plan
@@ -24,7 +23,7 @@ from ia2.task import Task
 from ia2.teaching import SIMILARITY_QUERIES
 from ia2.tokens import common_prefix
 from ia2.traits import takes_cache
-from ia2.workbench import Workbench
+from ia2.workbench import Pass, Workbench, teacher_passes
 
 # Rows of a benchmark whose tokens are counted, and training examples whose contexts are.
 _ROWS, _CONTEXTS = 100, 8
@@ -34,9 +33,6 @@ _CHECKPOINTS = 9
 
 # A record: its settings and curves, and each test row's correctness and confidence.
 _RECORD_BYTES, _ROW_BYTES = 4000, 10
-
-Pass = tuple[str, "int | None"]
-"""Site and top k of a teacher pass (see :class:`ia2.teaching.Teaching`)."""
 
 
 @dataclass(frozen=True)
@@ -343,13 +339,13 @@ class UnitCosts:
         recipe, cost = cell.spec["recipe"], Cost()
         adapter = adapter_of(cell)
         chain = adapter
-        for stage in plan(recipe, cell.config):
+        stages = plan(recipe, cell.config)
+        for stage, needed in zip(stages, teacher_passes(stages, cell.config), strict=True):
             rate = stage.settings.learning_rate or cell.spec["learning_rate"]
             beta = cell.spec["beta"] if stage.betas != [None] else None
             kept = cell.config.align.model_dump() if stage.aligns and stage.kind != ALIGN else None
             facts = [stage.kind, stage.settings.model_dump(), kept, rate, beta, cell.config.batch_size]
             chain = digest([chain, facts])
-            needed = teacher_pass(stage, cell.config)
             if needed is not None and needed not in self._passes:
                 cost.teacher += self._teacher(needed, cell.config)
             if chain not in self._stages:
@@ -416,15 +412,12 @@ class UnitCosts:
 
     def _evaluation(self, recipe: str) -> float:
         seconds, behind = 0.0, recipe == "icl"
-        # temperatures are fitted on dev for each set of rows
+        seconds += self._answered(self._some(self.shape.dev), behind=behind)  # for temperatures
         for queries in self.shape.evaluated:
-            seconds += self._answered(self._some(self.shape.dev), behind=behind)
             seconds += self._answered(queries, behind=behind)
-        if recipe == "icl":  # the base model's similarity to it, the null baseline
-            for count in (self.shape.dev, self._compared):
-                seconds += self._answered(self._some(count), behind=False)
         own = self.shape.evaluated[0]
-        if recipe != "base" and own.limit > 1:  # else the evaluation itself gives the activations
+        # of icl, the base model's similarity to it; of single tokens the evaluation gives the activations
+        if recipe == "icl" or (recipe != "base" and own.limit > 1):
             seconds += self._compared * (own.tokens + own.limit - 1) / self.speed.bare
         return seconds
 
@@ -463,16 +456,3 @@ def adapter_of(cell: Cell) -> str:
     """Digest of a cell's adapter and of what else its training steps depend on."""
     names = ("adapter", "micro_batch_size", "activation_checkpointing", "activation_checkpointing_kwargs")
     return digest(cell.config.model_dump(include=set(names)))
-
-
-def teacher_pass(stage: PlannedStage, config: AdaptConfig) -> Pass | None:
-    """The teacher pass that a stage learns from, if any."""
-    settings = stage.settings
-    if not stage.teacher_answers:
-        return None
-    if isinstance(settings, SoftConfig):
-        return "soft", settings.top_k
-    if not stage.aligns:
-        return "output", None
-    section = settings if isinstance(settings, AlignConfig) else config.align
-    return OBJECTIVES[section.objective].site, None

@@ -191,17 +191,19 @@ class _Shared:
         """A cell's record."""
         recipe, test = cell.spec["recipe"], self.rows[0].test
         bench = self._bench(cell)
-        bench.check([recipe], test)
+        elsewhere = [(t, rows.test) for t, rows in zip(self.tasks[1:], self.rows[1:], strict=True)]
+        bench.check([recipe], test, elsewhere)
         trained = bench.train(recipe) if is_trained(recipe) else None
         reference = None if recipe in ("base", "icl") else self.reference()
         seconds: dict[str, float] = {}
         if trained is not None:
             seconds = {"teacher": bench.teacher_seconds, **trained.seconds}
         evaluations: dict[str, Any] = {}
-        similarity = None
+        similarity = temperatures = None
         began = time.perf_counter()
         for place, (rows, task) in enumerate(zip(self.rows, self.tasks, strict=True)):
-            found = bench.evaluate(recipe, rows.test, None if place else reference, task)
+            found = bench.evaluate(recipe, rows.test, None if place else reference, task, temperatures)
+            temperatures = found.measured.temperatures or None
             role = "ood" if place else "id"
             evaluations[rows.benchmark.name] = _evaluation(rows, task, found, role)
             similarity = similarity or found.similarity
@@ -265,9 +267,7 @@ class _Shared:
     def _baseline(self, bench: Workbench, test: Examples) -> Any:
         """The null baseline of every similarity: the base model without demonstrations (METHOD: fairness)."""
         reference = self.reference()
-        if reference is None:
-            return None
-        return bench.evaluate("base", test[:SIMILARITY_QUERIES], reference).similarity
+        return None if reference is None else bench.base_similarity(test[:SIMILARITY_QUERIES], reference)
 
 
 def _training(trained: TrainedRecipe) -> dict[str, Any]:

@@ -1,0 +1,98 @@
+"""Published seconds are those of the whole work, however often it was started."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benches import bench_of, clone, icl_base, icl_examples
+from sweeping import records, swept
+
+from ia2 import teaching
+from ia2.adaptation import adapt
+from ia2.config import AdaptConfig
+from ia2.files import read_json
+from ia2.models import BaseModel
+from ia2.trainer import SftTrainer
+
+ROWS = icl_examples(12)
+STEP = 0.1
+
+
+@pytest.fixture(scope="module")
+def base(tiny_icl_model_path: Path) -> BaseModel:
+    return icl_base(tiny_icl_model_path)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Every optimiser step of fine-tuning takes a while; at step ``stop`` the run is killed."""
+    when = {"stop": -1}
+    step = SftTrainer.training_step
+
+    def slowly(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == when["stop"]:
+            raise KeyboardInterrupt
+        time.sleep(STEP)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(SftTrainer, "training_step", slowly)
+    return when
+
+
+SETTINGS: dict[str, Any] = {"checkpoint_every": 5, "sft": {"epochs": 10, "patience": 99}}
+
+
+@pytest.mark.parametrize("stops", [[18], [8, 13, 18]])
+def test_of_a_stage_over_all_starts(
+    stops: list[int], base: BaseModel, tmp_path: Path, slow: dict[str, int]
+) -> None:
+    config = AdaptConfig(recipe="sft", **SETTINGS)
+    for stop in stops:
+        slow["stop"] = stop
+        with pytest.raises(KeyboardInterrupt):
+            adapt(clone(base), ROWS, config, output_dir=tmp_path / "out")
+    slow["stop"] = -1
+    metrics = adapt(clone(base), ROWS, config, output_dir=tmp_path / "out").metrics
+    assert metrics["steps"]["sft"] == 20
+    assert metrics["seconds"]["sft"] >= 20 * STEP
+    (stage,) = (tmp_path / "out").glob("sft/lr-*/stage.json")
+    assert read_json(stage)["seconds"] == metrics["seconds"]["sft"]
+
+
+def test_of_a_cell_over_all_starts(files: Path, tmp_path: Path, slow: dict[str, int]) -> None:
+    settings = {**SETTINGS, "sft": {"epochs": 30, "patience": 99}}
+    slow["stop"] = 28
+    with pytest.raises(KeyboardInterrupt):
+        swept(files, tmp_path / "out", settings=settings)
+    slow["stop"] = -1
+    assert swept(files, tmp_path / "out", settings=settings).done == 1
+    (record,) = records(tmp_path / "out")
+    assert record["training"]["stages"][0]["steps"] == 30
+    assert record["cost"]["seconds"]["sft"] >= 30 * STEP
+
+
+@pytest.mark.parametrize("targets", ["store", "memory", "online"])
+def test_of_a_teacher_pass_that_was_killed_between_its_parts(
+    targets: str, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = {"store": "to_store", "memory": "to_memory", "online": "scales"}[targets]
+    run = getattr(teaching.Teacher, kind)
+    killed = True
+
+    def slowly(self: Any, *args: Any, description: str, **kwargs: Any) -> Any:
+        if "dev" in description and killed:
+            raise KeyboardInterrupt
+        if "train" in description and killed:
+            time.sleep(0.3)
+        return run(self, *args, description=description, **kwargs)
+
+    monkeypatch.setattr(teaching.Teacher, kind, slowly)
+    with pytest.raises(KeyboardInterrupt):
+        bench_of(clone(base), ROWS[:8], ROWS[8:], tmp_path, targets=targets).teaching.targets()
+    killed = False
+    again = bench_of(clone(base), ROWS[:8], ROWS[8:], tmp_path, targets=targets).teaching
+    again.targets()
+    assert again.seconds["output"] >= 0.3

@@ -1,0 +1,265 @@
+"""Nothing is computed that nothing uses, and nothing twice."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benches import base_of, bench_of, clone, icl_base, icl_examples, word_examples, wordy_model
+from command_line import run, write_rows
+from sweeping import grid_of, records
+
+from ia2 import prompts, teacher, workbench
+from ia2.adaptation import AdaptResult, adapt
+from ia2.analysis.reading import read_facts
+from ia2.analysis.subjects import find_study
+from ia2.comparison import compare
+from ia2.config import AdaptConfig, CompareConfig
+from ia2.example_trainer import ExampleTrainer
+from ia2.files import digest, finite
+from ia2.models import BaseModel
+from ia2.sweeps.grid import GridConfig
+from ia2.sweeps.run import sweep
+
+ROWS = icl_examples(12)
+BRIEF: dict[str, Any] = {name: {"epochs": 1} for name in ("align", "sft", "joint", "soft")}
+
+
+@pytest.fixture(scope="module")
+def base(tiny_icl_model_path: Path) -> BaseModel:
+    return icl_base(tiny_icl_model_path)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The site of every teacher pass, and whatever else runs a teacher, in order."""
+    ran: list[str] = []
+    run = teacher.Teacher._run
+
+    def counting(self: Any, contexts: Any, capture: Any, sink: Any, description: str, known: Any) -> Any:
+        ran.append(self.site if description.startswith("teacher pass") else description)
+        return run(self, contexts, capture, sink, description, known)
+
+    monkeypatch.setattr(teacher.Teacher, "_run", counting)
+    return ran
+
+
+@pytest.fixture
+def fits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Trained stages, in order."""
+    trained: list[str] = []
+    fit = ExampleTrainer.fit
+
+    def counting(self: Any) -> float:
+        trained.append(type(self).__name__)
+        return fit(self)
+
+    monkeypatch.setattr(ExampleTrainer, "fit", counting)
+    return trained
+
+
+def adapted(base: BaseModel, folder: Path, **settings: Any) -> AdaptResult:
+    changed = {**BRIEF, **{k: {**BRIEF.get(k, {}), **v} if k in BRIEF else v for k, v in settings.items()}}
+    return adapt(clone(base), ROWS, AdaptConfig(**changed), output_dir=folder)
+
+
+# ------------------------------------------------------------------------------------ teacher passes
+
+
+@pytest.mark.parametrize(
+    ("settings", "sites"),
+    [
+        ({"recipe": "soft-sft"}, ["soft"]),
+        ({"recipe": "soft-sft", "soft": {"top_k": 3, "only_correct": True}}, ["soft"]),
+        ({"recipe": "ia2-sft", "align": {"objective": "heads"}}, ["heads"]),
+        ({"recipe": "ia2", "align": {"objective": "residual", "only_correct": True}}, ["residual"]),
+        ({"recipe": "ia2+sft", "joint": {"objective": "attention"}}, ["weights"]),
+        ({"recipe": "ia2", "align": {"objective": "cosine"}}, ["output"]),
+        # the shift is that of attention outputs
+        ({"recipe": "ia2", "align": {"objective": "heads", "layers": "top-2"}}, ["output", "heads"]),
+        # where only answers are learnt from, only they are computed
+        ({"recipe": "sft", "sft": {"answers": "icl_responses"}}, ["answers"]),
+        ({"recipe": "ia2-sft", "sft": {"answers": "icl_responses"}}, ["output"]),
+        (
+            {
+                "recipe": "mine",
+                "schedules": {"mine": [{"stage": "sft", "answers": "icl_responses"}, {"stage": "soft"}]},
+            },
+            ["soft"],
+        ),
+        ({"recipe": "sft"}, []),
+    ],
+)
+def test_only_the_passes_that_a_recipe_learns_from(
+    settings: dict[str, Any], sites: list[str], base: BaseModel, tmp_path: Path, passes: list[str]
+) -> None:
+    result = adapted(base, tmp_path / "out", **settings)
+    ran = [site for site in passes if site != "ICL reference"]
+    assert sorted(ran) == sorted([*sites, *sites])  # training and dev examples
+    stores = {path.parent.name for path in (tmp_path / "out").glob("teacher/*/index.json")}
+    assert len(stores) == 2 * len(sites)
+    # and what they cost is what is told
+    assert ("teacher" in result.metrics["seconds"]) == bool(sites)
+
+
+def test_answers_alone_leave_no_activations(base: BaseModel, tmp_path: Path) -> None:
+    adapted(base, tmp_path / "out", recipe="sft", sft={"answers": "icl_responses"})
+    assert not list((tmp_path / "out" / "teacher").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("site", ["answers", "output", "soft"])
+def test_answers_are_generated_once(
+    site: str, tmp_path: Path, word_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever pass comes first: the second knows the answers."""
+    rows = word_examples(8, label_words=3)
+    free = {"task": "generation", "max_answer_tokens": 5, "targets": "memory"}
+    base = base_of(wordy_model(), word_tokenizer)
+    bench = bench_of(base, rows[:6], rows[6:], tmp_path, **free)
+    first = bench.teaching.targets(site)
+    monkeypatch.setattr(teacher, "generate_answers", None)
+    for other in ("output", "soft", "answers"):
+        second = bench.teaching.targets(other)
+        assert [part.answers for part in second] == [part.answers for part in first]
+    assert [len(part) for part in bench.teaching.answers()] == [6, 2]
+
+
+# --------------------------------------------------------------------------------------- re-opening
+
+
+@pytest.mark.parametrize("targets", ["memory", "store", "online"])
+@pytest.mark.parametrize("recipe", ["ia2-sft", "soft-sft", "ia2+sft"])
+def test_a_finished_run_opens_without_the_teacher(
+    recipe: str, targets: str, base: BaseModel, tmp_path: Path, passes: list[str], fits: list[str]
+) -> None:
+    first = adapted(base, tmp_path / "out", recipe=recipe, targets=targets)
+    assert passes and fits
+    passes.clear()
+    fits.clear()
+    again = adapted(base, tmp_path / "out", recipe=recipe, targets=targets)
+    assert (passes, fits) == ([], [])
+    assert again.metrics == first.metrics
+
+
+def test_a_stage_that_learns_nothing_from_the_teacher_goes_on_without_it(
+    base: BaseModel, tmp_path: Path, passes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the alignment stage, whose targets were in memory."""
+    fit = ExampleTrainer.fit
+
+    def stopped(self: Any) -> float:
+        if type(self).__name__ == "SftTrainer":
+            raise KeyboardInterrupt
+        return fit(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ExampleTrainer, "fit", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            adapted(base, tmp_path / "out", targets="memory")
+    assert passes == ["output", "output"]
+    passes.clear()
+    result = adapted(base, tmp_path / "out", targets="memory")
+    assert [site for site in passes if site != "ICL reference"] == []
+    assert result.metrics["seconds"]["teacher"] > 0
+
+
+def test_a_finished_comparison_opens_without_the_teacher(
+    base: BaseModel, tmp_path: Path, passes: list[str], fits: list[str]
+) -> None:
+    config = CompareConfig(
+        **BRIEF, targets="memory", seeds=1, folds=2, recipes=["base", "icl", "ia2-sft", "soft-sft"]
+    )
+    first = compare(clone(base), ROWS, config, output_dir=tmp_path / "out")
+    assert set(passes) == {"output", "soft", "ICL reference"}
+    passes.clear()
+    fits.clear()
+    again = compare(clone(base), ROWS, config, output_dir=tmp_path / "out")
+    assert (passes, fits) == ([], [])
+    assert digest(finite(again.summary)) == digest(finite(first.summary))
+
+
+# -------------------------------------------------------------------------------------- temperatures
+
+
+def test_temperatures_are_fitted_once_for_each_cell(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not again for every set of rows, nor where only a similarity is wanted."""
+    fitted: list[int] = []
+    fit = workbench.fit_temperatures
+
+    def counting(model: Any, tokenizer: Any, task: Any, examples: Any, prompts: Any) -> Any:
+        fitted.append(len(examples))
+        return fit(model, tokenizer, task, examples, prompts)
+
+    monkeypatch.setattr(workbench, "fit_temperatures", counting)
+    grid = GridConfig(**grid_of(files, recipes=["icl", "sft"], ood=True))
+    assert sweep(grid, tmp_path / "out").done == 2
+    assert fitted == [2, 2]
+    for record in records(tmp_path / "out"):
+        assert set(record["evaluations"]) == {"Two", "Three"}
+        assert all("scaled" in found["metrics"] for found in record["evaluations"].values())
+        assert record["similarity"] is not None
+
+
+# ------------------------------------------------------------------------------------------ stages
+
+
+def test_a_stage_with_a_rate_of_its_own_is_trained_once(
+    base: BaseModel, tmp_path: Path, fits: list[str]
+) -> None:
+    """Whatever rates are tried for the others; and it is found again, to be looked at and to go on from."""
+    rates = {"learning_rates": [1e-3, 3e-3, 1e-2], "align": {"learning_rate": 2e-3}}
+    first = adapted(base, tmp_path / "out", **rates)
+    assert fits == ["AlignTrainer"] + ["SftTrainer"] * 3
+    assert {str(path.parent.relative_to(tmp_path / "out")) for path in tmp_path.rglob("stage.json")} == {
+        "align/lr-0.002",
+        *(f"sft/lr-{rate:g}" for rate in (1e-3, 3e-3, 1e-2)),
+    }
+    fits.clear()
+    (tmp_path / "out" / "metrics.json").unlink()
+    shutil.rmtree(tmp_path / "out" / "sft")
+    again = adapted(base, tmp_path / "out", **rates)
+    assert fits == ["SftTrainer"] * 3
+    assert again.metrics["dev_loss_by_learning_rate"] == first.metrics["dev_loss_by_learning_rate"]
+
+
+def test_a_stage_before_the_joint_one_is_trained_once(
+    base: BaseModel, tmp_path: Path, fits: list[str]
+) -> None:
+    stages = [{"stage": "align"}, {"stage": "joint", "betas": [0.2, 0.5, 0.8]}, {"stage": "sft"}]
+    adapted(base, tmp_path / "out", recipe="mine", schedules={"mine": stages}, learning_rates=[1e-3])
+    assert sorted(fits) == ["AlignTrainer"] + ["MixedTrainer"] * 3 + ["SftTrainer"] * 3
+
+
+def test_a_shared_stage_is_read_once(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [(row.query, row.answer or "") for row in word_examples(12)])
+    brief = ("--align-epochs", 1, "--sft-epochs", 1, "--align-learning-rate", 2e-3, "--device", "cpu")
+    trained = run(
+        capsys, "train", "--model", files / "model", "--data", rows, "--learning-rates", 1e-3, 1e-2, *brief,
+        "--output-dir", tmp_path / "out", "--quiet",
+    )  # fmt: skip
+    assert trained.status == 0, trained
+    (read,) = read_facts(tmp_path / "out").rounds
+    stages = [(stage.kind, stage.arms) for stage in read.stages]
+    assert stages == [("align", ("ia2-sft",)), ("sft", ("ia2-sft",)), ("sft", ("ia2-sft",))]
+    assert find_study([tmp_path / "out"]).names == ["ia2-sft:align", "ia2-sft"]
+
+
+def test_fresh_demonstrations_are_drawn_once(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was checked is what is used."""
+    made: list[int] = []
+    contexts = prompts.FreshOrders
+
+    def counting(pool: int, seed: int) -> Any:
+        made.append(pool)
+        return contexts(pool, seed)
+
+    monkeypatch.setattr(prompts, "FreshOrders", counting)
+    config = CompareConfig(**BRIEF, seeds=1, num_examples=4, recipes=["icl"], icl_demonstrations="fresh")
+    compare(clone(base), ROWS, config, test=icl_examples(5, seed=4), output_dir=tmp_path / "out")
+    assert made == [6, 6]  # of the test and of the dev rows
