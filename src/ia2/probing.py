@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import tempfile
 import time
@@ -15,18 +16,20 @@ import numpy as np
 
 from ia2.adaptation import load_base_of
 from ia2.adapter_weights import base_weights
+from ia2.arms import METHOD
 from ia2.config import ProbeConfig
 from ia2.console import logger
 from ia2.context import Contexts, DemonstrationContexts
 from ia2.errors import DataError
 from ia2.evaluation.run import evaluate_prompts
-from ia2.examples import Examples, FewShotSplit
+from ia2.examples import MAX_DEV, Examples, FewShotSplit
 from ia2.manifest import begin
 from ia2.models import BaseModel
 from ia2.runs import machine
+from ia2.stages import plan
 from ia2.task import Task, make_task
 from ia2.tokens import Ids
-from ia2.workbench import Workbench
+from ia2.workbench import Workbench, teacher_passes
 
 # ICL must beat guessing and the base at this level (one-sided) before help is called likely.
 SIGNIFICANCE = 0.05
@@ -85,6 +88,7 @@ def probe(model: str | BaseModel, examples: Examples, config: ProbeConfig | None
         begin(Path(scratch))
         bench = Workbench(base, FewShotSplit(train=rows, dev=nothing), task, config, Path(scratch))
         try:
+            bench.check([METHOD], nothing)
             return _probe(bench, rows, len(examples))
         finally:
             bench.close()
@@ -106,7 +110,7 @@ def _probe(bench: Workbench, rows: Examples, available: int) -> Probe:
         seconds_icl = seconds_prepare + time.perf_counter() - began
         zero, zero_in_set = _right(bench, rows, bare, "base")
     guess = _majority(rows) if task.kind == "classification" else np.zeros(len(rows))
-    step = _training_step_seconds(bench)
+    step, evaluated = _training_seconds(bench)
     facts = {
         "rows": len(rows),
         "demonstrations": len(contexts.chosen(0)) if isinstance(contexts, DemonstrationContexts) else 0,
@@ -119,7 +123,7 @@ def _probe(bench: Workbench, rows: Examples, available: int) -> Probe:
             "most_frequent_label": float(guess.mean()),
         },
         "chance": 1 / len(task.labels) if task.labels else 0.0,
-        "cost": _cost(bench, seconds_icl, step, available),
+        "cost": _cost(bench, seconds_icl, step, evaluated, available),
         "machine": machine(),
     }
     verdict, reason = judge(icl, zero, guess, task, in_label_set=icl_in_set, demonstrations=demonstrations)
@@ -228,8 +232,8 @@ def _majority(rows: Examples) -> np.ndarray:
     return np.array([float(answer == guess) for answer in rows.answers])
 
 
-def _training_step_seconds(bench: Workbench) -> float:
-    """Seconds of one optimiser step's forward and backward pass, measured on the longest rows."""
+def _training_seconds(bench: Workbench) -> tuple[float, float]:
+    """Seconds of an optimiser step's forward and backward pass, and of a dev row, of the longest rows."""
     from ia2.trainer import SftTrainer, StageSettings
 
     rows, nothing = bench.sft_rows()
@@ -240,29 +244,44 @@ def _training_step_seconds(bench: Workbench) -> float:
         trainer = SftTrainer(bench.model, rows, nothing, settings, bench.tokenizer)
         trainer.model.to(trainer.args.device)
         batch = trainer._prepare_inputs(trainer.data_collator([rows[i] for i in order]))
-        times = []
+        times, forward = [], []
         for _ in range(3):
             began = time.perf_counter()
-            trainer.example_losses(bench.model, batch).sum().backward()
+            losses = trainer.example_losses(bench.model, batch).sum()
+            forward.append(time.perf_counter() - began)
+            losses.backward()
             times.append(time.perf_counter() - began)
             bench.model.zero_grad()
-    return min(times)
+    return min(times), min(forward) / count
 
 
-def _cost(bench: Workbench, seconds_icl: float, step: float, available: int) -> dict[str, Any]:
+def _cost(
+    bench: Workbench, seconds_icl: float, step: float, dev_row: float, available: int
+) -> dict[str, Any]:
     config = bench.config
     train = config.num_examples or max(2, available - available // 3)
-    dev = train // 2 if config.num_examples else available // 3
+    dev = min(train // 2, MAX_DEV) if config.num_examples else available - train
+    stages = plan(METHOD, config)
+    needed = next(each for each in teacher_passes(stages, config) if each is not None)
     per_query = seconds_icl / len(bench.data.train)
     # one order is one pass; generated answers are part of what was timed
     teacher = per_query * (train + dev) * config.demo_permutations
-    steps_an_epoch = -(-train // config.batch_size)
-    rates = len(bench.learning_rates)
+    per_epoch = -(-train // config.batch_size)
+    most, training = 0, 0.0
+    for stage in stages:
+        steps = per_epoch * stage.settings.epochs
+        every = stage.settings.eval_every or max(2, -(-per_epoch // 4))
+        # every few steps, and at the end of each epoch
+        evaluations = steps // every + steps // per_epoch - steps // math.lcm(every, per_epoch)
+        most = max(most, steps)
+        training += steps * step + evaluations * dev * dev_row
     return {
         "num_train": train,
+        "num_dev": dev,
         "teacher_seconds": teacher,
         "step_seconds": step,
-        "max_steps_a_stage": steps_an_epoch * config.align.epochs,
-        "training_seconds_at_most": 2 * rates * step * steps_an_epoch * config.align.epochs,
-        "target_bytes": bench.teaching.target_bytes() // max(1, len(bench.data.train)) * (train + dev),
+        "evaluation_seconds": dev * dev_row,
+        "max_steps_a_stage": most,
+        "training_seconds_at_most": len(bench.learning_rates) * training,
+        "target_bytes": bench.teaching.target_bytes(*needed) // len(bench.data.train) * (train + dev),
     }

@@ -12,9 +12,10 @@ from sweeping import records, swept
 
 from ia2 import teaching
 from ia2.adaptation import adapt
-from ia2.config import AdaptConfig
+from ia2.config import AdaptConfig, ProbeConfig
 from ia2.files import read_json
 from ia2.models import BaseModel
+from ia2.probing import probe
 from ia2.trainer import SftTrainer
 
 ROWS = icl_examples(12)
@@ -96,3 +97,42 @@ def test_of_a_teacher_pass_that_was_killed_between_its_parts(
     again = bench_of(clone(base), ROWS[:8], ROWS[8:], tmp_path, targets=targets).teaching
     again.targets()
     assert again.seconds["output"] >= 0.3
+
+
+# ---------------------------------------------------------------------------------- what is foretold
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings"),
+    [
+        (170, {"num_examples": 110}),  # 48 dev rows, not 55
+        (30, {"num_examples": 20}),
+        (30, {"num_examples": 3}),
+        (31, {}),
+        (3, {}),
+        (30, {"demo_permutations": 3, "align": {"objective": "residual"}}),
+        (30, {"align": {"epochs": 3}, "sft": {"epochs": 7}, "learning_rates": [1e-3, 1e-2], "batch_size": 7}),
+    ],
+)
+def test_a_probe_counts_the_rows_and_steps_of_the_run(
+    rows: int, settings: dict[str, Any], base: BaseModel
+) -> None:
+    examples = icl_examples(rows)
+    probed = ProbeConfig(**{"max_queries": 4, **settings})
+    cost = probe(base, examples, probed).facts["cost"]
+    split = examples.split(num_examples=probed.num_examples, seed=0, balanced=False)
+    train, dev = len(split.train), len(split.dev)
+    assert (cost["num_train"], cost["num_dev"]) == (train, dev)
+    per_row = 4 * 64 * 4  # layers, width, bytes
+    assert cost["target_bytes"] == per_row * (train + dev)
+    per_epoch = -(-train // min(probed.batch_size, train))
+    every = max(2, -(-per_epoch // 4))
+    steps, seconds = [], 0.0
+    for section in (probed.align, probed.sft):
+        steps.append(per_epoch * section.epochs)
+        done = range(1, steps[-1] + 1)
+        evaluations = sum(step % every == 0 or step % per_epoch == 0 for step in done) if dev else 0
+        seconds += cost["step_seconds"] * steps[-1] + cost["evaluation_seconds"] * evaluations
+    assert cost["max_steps_a_stage"] == max(steps)
+    rates = len(probed.learning_rates or [0])
+    assert cost["training_seconds_at_most"] == pytest.approx(seconds * rates)
