@@ -10,8 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES, HYBRIDS
 
 from ia2.config import AdaptConfig
+from ia2.evaluation.calibration import TEMPERATURES as TEMPERATURES_TRIED
+from ia2.evaluation.metrics import fit_label_temperatures
+from ia2.evaluation.run import fit_temperatures
 from ia2.evaluation.scoring import (
     LabelScorer,
     LabelScores,
@@ -22,11 +26,12 @@ from ia2.evaluation.scoring import (
     write_predictions,
 )
 from ia2.examples import Example, Examples
-from ia2.inference import AnswerOutput
+from ia2.inference import AnswerOutput, answer_pass
 from ia2.task import Task, make_task
 from ia2.tokens import Ids, encode_prompt
 
 TEMPERATURES = (1.0, 0.5, 3.0)
+MANY = (" good film", " good food", " good day song", " bad", " red fish song", " red fish day")
 
 
 def task_of(tokenizer: Any, *labels: str, **settings: Any) -> Task:
@@ -106,6 +111,74 @@ def test_labels_of_several_tokens_are_summed(
             assert scores.square_sum[i, t] == pytest.approx((p**2).sum() + (1 - p.sum()) ** 2, abs=1e-5)
 
 
+LONG = [
+    "a b c d e f g h the film was fine",
+    "one two three the food was bad",
+    "a b c d e f g h a song and a day",
+]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "qwen3_next"])
+@pytest.mark.parametrize("labels", [MANY, (*MANY, " good", " film food", " film food song and")])
+def test_labels_that_share_beginnings_and_prompts_score_as_each_alone(
+    name: str, labels: tuple[str, ...], word_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against one row a label, a softmax at every temperature; one batch or many, equal lengths or not."""
+    model: Any = {**FAMILIES, **HYBRIDS}[name]().double()
+    task = task_of(word_tokenizer, *labels, labels=list(labels), task="classification")
+    assert bool(task.terminators) == (" good" in labels)
+    texts = [f"Text: {'the night was ' * 5}{text}\nLabel:" for text in LONG]
+    prompts = [encode_prompt(word_tokenizer, text) for text in texts]
+    ends = (0,) if task.terminators else ()
+    pairs = [(prompt, (*ids, *ends)) for prompt in prompts for ids in task.label_ids]
+    expected = np.zeros((len(prompts), len(labels), len(TEMPERATURES)))
+    for output in answer_pass(model, word_tokenizer, pairs, share_prefix=False):
+        query, label = divmod(output.index, len(labels))
+        ids = task.label_ids[label]
+        assert output.logits is not None
+        for t, temperature in enumerate(TEMPERATURES):
+            log_p = (output.logits.double() / temperature).log_softmax(-1)
+            expected[query, label, t] = log_p[range(len(ids)), ids].sum()
+            if ends:
+                expected[query, label, t] += log_p[len(ids), list(task.terminators)].logsumexp(0)
+    for budget in (4096, 12):
+        monkeypatch.setattr("ia2.inference.token_budget", lambda *_, budget=budget: budget)
+        found = score_labels(model, word_tokenizer, task, prompts, temperatures=TEMPERATURES)
+        np.testing.assert_allclose(found.log_probability, expected, atol=1e-6)
+    # where only the truth is asked for beside temperature 1, the rest is not computed
+    truth = np.array([2, 0, 5])
+    some = score_labels(model, word_tokenizer, task, prompts, temperatures=TEMPERATURES, truth=truth)
+    rows = np.arange(len(truth))
+    np.testing.assert_allclose(some.log_probability[rows, truth], expected[rows, truth], atol=1e-6)
+    np.testing.assert_allclose(some.log_probability[:, :, 0], expected[:, :, 0], atol=1e-6)
+    np.testing.assert_allclose(some.top_probability, found.top_probability, atol=1e-6)
+    assert np.isnan(some.log_probability[:, :, 1:]).sum() == 3 * (len(labels) - 1) * 2
+
+
+def test_temperatures_cost_no_passes_and_labels_no_prompts(tiny_llama: Any, word_tokenizer: Any) -> None:
+    """Ids that are fed: each prompt once, and of each label only what no other label's row has."""
+    words = ["a", "b", "c", "d", "e", "f", "g", "h", "cat", "dog", "bird", "fish", "sun"]
+    labels = [f" {a} {b}" for a in words for b in words if a != b][:150]
+    task = task_of(word_tokenizer, *labels, labels=labels, task="classification")
+    rows = [
+        Example(f"Text: {'the night was ' * 9}{w}\nLabel:", labels[i], "") for i, w in enumerate(words[:4])
+    ]
+    prompts = [encode_prompt(word_tokenizer, row.query) for row in rows]
+    fed: list[int] = []
+    hook = tiny_llama.register_forward_pre_hook(
+        lambda _module, _given, named: fed.append(named["input_ids"].numel()), with_kwargs=True
+    )
+    found = fit_temperatures(tiny_llama, word_tokenizer, task, rows, prompts)
+    # a label's first token is fed behind the prompt's last
+    assert sum(fed) <= sum(map(len, prompts)) + len(rows) * 2 * len(words)
+    hook.remove()
+    grid = [float(t) for t in TEMPERATURES_TRIED]
+    scores = score_labels(tiny_llama, word_tokenizer, task, prompts, temperatures=grid)
+    gold = np.array([task.label_of(row) for row in rows])
+    expected = fit_label_temperatures(scores, gold)
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
 def test_scores_do_not_depend_on_the_company(
     tiny_llama: Any, word_tokenizer: Any, prompts: list[Ids]
 ) -> None:
@@ -133,10 +206,9 @@ def test_the_shorter_of_nested_labels_does_not_always_win(word_tokenizer: Any) -
 
         steps = [logits(good=1.0), logits(film=goes_on, end=1 - goes_on), logits(end=1.0)]
         scorer = LabelScorer(task, 1)
-        pairs = scorer.pairs([(1, 2)])
-        assert [len(answer) for _, answer in pairs] == [2, 3]
-        for label, (_, answer) in enumerate(pairs):
-            scorer.add(AnswerOutput(label, torch.tensor(steps[: len(answer)]), None))
+        # the longer label's row holds the shorter one
+        assert [len(answer) for answer in scorer.answers] == [3]
+        scorer.add(AnswerOutput(0, torch.tensor(steps), None))
         return np.exp(scorer.finish().log_probability[0, :, 0])
 
     np.testing.assert_allclose(scores(0.9), [0.1, 0.9], atol=1e-6)

@@ -1,9 +1,10 @@
 """Forward passes and generation for many prompts: the one place where batches are made.
 
 :func:`answer_pass` gives logits and activations at answer positions; the teacher's targets, the
-scoring of labels and the similarity measures are all made of it. :func:`generate_answers` writes
-answers greedily. Both sort by length, share a common prefix through the KV cache, choose a batch size
-that fits in memory and halve it when it does not.
+scoring of labels and the similarity measures are all made of it. :func:`answers_pass` gives the logits of
+many short answers behind each prompt. :func:`generate_answers` writes answers greedily. All sort by
+length, share a common prefix through the KV cache, choose a batch size that fits in memory and halve it
+when it does not.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from ia2.batching import in_halves, plan_batches, token_budget
+from ia2.batching import MAX_LOGITS, in_halves, plan_batches, token_budget
 from ia2.capture import unwrap
 from ia2.console import progress
 from ia2.errors import ModelError
@@ -111,7 +113,7 @@ def answer_pass(
         if shared < MIN_SHARED_PREFIX:
             shared = 0
     suffixes = [row[shared:] for row in rows]
-    vocabulary = model.get_output_embeddings().weight.shape[0] if logits else 0  # type: ignore[operator]
+    vocabulary = _vocabulary(model) if logits else 0
     # attention weights of all layers are held until the pass is over
     keys = max(map(len, rows), default=0) if capture is not None and capture.site == "weights" else 0
     budget = batch_tokens or token_budget(model, keys)
@@ -126,7 +128,77 @@ def answer_pass(
             # Not inference_mode: its tensors cannot be targets of a loss.
             own = [spans[i] for i in members] if spans is not None else None
             with torch.no_grad():
-                return _run_batch(model, batch, members, prefix, shared, capture, own, logits)
+                cache = _repeated(prefix, len(members))
+                return _run_batch(model, batch, members, cache, shared, capture, own, logits)
+
+        yield from in_halves(plan, run, bar)
+
+
+def answers_pass(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Ids],
+    answers: Sequence[Ids],
+    *,
+    description: str = "forward",
+    batch_tokens: int | None = None,
+) -> Iterator[AnswerOutput]:
+    """Logits of every answer behind every prompt, as from :func:`answer_pass`, but a prompt is computed once.
+
+    Args:
+        model: causal model, bare or PEFT; put in evaluation mode for the duration.
+        tokenizer: gives the padding id.
+        prompts: ids of n prompts.
+        answers: ids of C answers; of each all but the last are fed.
+        description: text of the progress bar.
+        batch_tokens: tokens of one batch; None chooses from the free memory.
+
+    Yields:
+        n · C outputs in the order in which batches finish; ``index`` is prompt · C + answer.
+    """
+    import torch
+
+    shortest, count = min(map(len, prompts), default=0), len(answers)
+    if count < 2 or shortest <= MIN_SHARED_PREFIX or not takes_cache(model):
+        pairs = [(prompt, answer) for prompt in prompts for answer in answers]
+        yield from answer_pass(model, tokenizer, pairs, description=description, batch_tokens=batch_tokens)
+        return
+    # the last id of a prompt is fed with the answers: its logits are wanted
+    shared = min(common_prefix(prompts), shortest - 1) if len(prompts) > 1 else 0
+    if shared < MIN_SHARED_PREFIX:
+        shared = 0
+    width = max(map(len, answers))
+    budget = batch_tokens or token_budget(model)
+    rows = max(1, min(budget // width, MAX_LOGITS // (width * _vocabulary(model))))
+    plan: list[list[int]] = []
+    # prompts of one length at a time: padding behind a prompt would move its answers
+    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    for length, same in groupby(longest_first, key=lambda i: len(prompts[i])):
+        many = max(1, min(rows // count, budget // max(1, length - 1 - shared)))
+        members = [i * count + j for i in same for j in range(count)]
+        size = many * count if many * count <= rows else rows
+        plan += [members[start : start + size] for start in range(0, len(members), size)]
+
+    with evaluating(model), progress(description, len(prompts) * count) as bar:
+        prefix = _prefill(model, prompts[0][:shared], None) if shared else None
+
+        def run(members: list[int]) -> list[AnswerOutput]:
+            asked = list(dict.fromkeys(member // count for member in members))
+            own = [prompts[i][shared:-1] for i in asked]
+            length = shared + len(own[0])
+            batch = pad_rows(
+                [fed_ids(prompts[m // count][-1:], answers[m % count]) for m in members],
+                [len(answers[m % count]) for m in members],
+                pad_id(tokenizer),
+            )
+            with torch.no_grad():
+                cache = _repeated(prefix, len(asked))
+                if own[0]:
+                    cache = _prefill(model, own, None, cache, shared)
+                places = {i: place for place, i in enumerate(asked)}
+                chosen = torch.tensor([places[m // count] for m in members], device=input_device(model))
+                cache.batch_select_indices(chosen)
+                return _run_batch(model, batch, members, cache, length, None, None, True)
 
         yield from in_halves(plan, run, bar)
 
@@ -135,7 +207,7 @@ def _run_batch(
     model: nn.Module,
     batch: Batch,
     members: list[int],
-    prefix: Any,
+    cache: Any,
     shared: int,
     capture: Capture | None,
     spans: list[int] | None,
@@ -146,9 +218,7 @@ def _run_batch(
     device = input_device(model)
     options: dict[str, Any] = {"use_cache": False}
     mask = batch.attention_mask
-    if prefix is not None:
-        cache = copy.deepcopy(prefix)
-        cache.batch_repeat_interleave(len(members))
+    if cache is not None:
         options = {"use_cache": True, "past_key_values": cache}
         mask = torch.cat([torch.ones(len(members), shared, dtype=mask.dtype), mask], dim=1)
     keep = batch.keep() if logits else 1
@@ -322,8 +392,7 @@ def generate_answers(
                 ids[row, width - rest :], mask[row, width - rest :] = prompt[shared:], 1
             options: dict[str, Any] = {}
             if prefix is not None:
-                options["past_key_values"] = copy.deepcopy(prefix)
-                options["past_key_values"].batch_repeat_interleave(len(members))
+                options["past_key_values"] = _repeated(prefix, len(members))
             if stop_texts:
                 options["stopping_criteria"] = [_StopAtText(tokenizer, stop_texts, width)]
             output = model.generate(  # type: ignore[operator]
@@ -403,21 +472,42 @@ class _StopAtText:
 # ----------------------------------------------------------------------------------- shared prefix
 
 
-def _prefill(model: Any, prefix: Ids, capture: Capture | None) -> Any:
-    """KV cache of a prefix, batch 1. It is copied for every batch and never rewound."""
+def _prefill(
+    model: Any, prefix: Ids | Sequence[Ids], capture: Capture | None, cache: Any = None, cached: int = 0
+) -> Any:
+    """KV cache of a prefix, batch 1, or of prefixes of one length behind what ``cache`` holds already.
+
+    The cache of a prefix that rows share is copied for every batch (:func:`_repeated`) and never rewound.
+    """
     import torch
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=model.config)
     device = input_device(model)
+    ids = torch.tensor(prefix, device=device)
+    ids = ids[None] if ids.ndim == 1 else ids
+    if cache is None:
+        cache = DynamicCache(config=model.config)
     if capture is not None:
         capture.disarm()  # nothing before the queries is an answer position
     with torch.no_grad():
         model(
-            input_ids=torch.tensor([prefix], device=device),
-            attention_mask=torch.ones(1, len(prefix), dtype=torch.long, device=device),
+            input_ids=ids,
+            attention_mask=torch.ones(len(ids), cached + ids.shape[1], dtype=torch.long, device=device),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
     return cache
+
+
+def _repeated(prefix: Any, count: int) -> Any:
+    """A copy of the cache of a shared prefix for so many rows; None of none."""
+    if prefix is None:
+        return None
+    cache = copy.deepcopy(prefix)
+    cache.batch_repeat_interleave(count)
+    return cache
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.get_output_embeddings().weight.shape[0])

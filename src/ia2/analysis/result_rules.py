@@ -252,7 +252,7 @@ def labels_of_several_tokens(facts: Facts) -> Iterable[Finding]:
     yield Finding(
         "labels-of-several-tokens",
         "note",
-        "Labels have several tokens: scoring costs a pass a label, and confidences are of whole labels.",
+        "Labels have several tokens: scoring takes longer, and confidences are of whole labels.",
         f"{len(facts.labels)} labels {tokens} ({shown})",
         "words of one token with --label-map; ECE is not comparable with that of one-token labels",
         numbers={"labels": len(facts.labels), "longest": max(lengths, default=None)},

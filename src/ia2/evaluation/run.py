@@ -47,8 +47,11 @@ def fit_temperatures(
     description = "fitting temperature"
     if task.kind == "classification":
         grid = [float(t) for t in TEMPERATURES]
-        scores = score_labels(model, tokenizer, task, prompts, temperatures=grid, description=description)
-        return fit_label_temperatures(scores, _gold(task, examples))
+        gold = _gold(task, examples)
+        scores = score_labels(
+            model, tokenizer, task, prompts, temperatures=grid, truth=gold, description=description
+        )
+        return fit_label_temperatures(scores, gold)
     answers = answer_freely(model, tokenizer, task, prompts, description=description)
     return fit_free_temperatures(answers, _right(task, examples, answers))
 
@@ -74,8 +77,8 @@ def evaluate_prompts(
         examples: labelled rows.
         prompts: what the model is asked for each, with or without demonstrations.
         temperatures: from :func:`fit_temperatures`; None leaves scaled metrics out.
-        capture: for labels, an entered capture whose activations ``on_output`` gets.
-        on_output: called with every row's output, for labels.
+        capture: for labels of one token, an entered capture whose activations ``on_output`` gets.
+        on_output: called with every row's output, for labels of one token.
         description: text of the progress bar.
 
     Raises:

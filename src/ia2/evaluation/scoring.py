@@ -11,7 +11,7 @@ import numpy as np
 
 from ia2.examples import Example
 from ia2.files import json_lines, write_text
-from ia2.inference import AnswerOutput, answer_pass, generate_answers
+from ia2.inference import AnswerOutput, answer_pass, answers_pass, generate_answers
 from ia2.task import Task
 from ia2.tokens import Ids, decode
 
@@ -28,7 +28,7 @@ class LabelScores:
 
     Attributes:
         temperatures: ``[T]``; the first is 1.
-        log_probability: of each whole label, ``[n, C, T]``.
+        log_probability: of each whole label, ``[n, C, T]``; NaN where only the true label was asked for.
         top_probability: of the most probable first token over the vocabulary, ``[n, T]``.
         top_token: that token, ``[n]``.
         square_sum: sum of squared probabilities over the vocabulary (for the Brier score), ``[n, T]``;
@@ -48,28 +48,58 @@ class LabelScores:
 
 
 class LabelScorer:
-    """Collects :class:`LabelScores` from the outputs of an ``answer_pass``.
+    """Collects :class:`LabelScores` from the outputs of a pass over every prompt and :attr:`answers`.
 
-    Labels of one token need one row a query; otherwise there is a row for each query and label, and
-    the terminator is scored where one label begins another.
+    Labels of one token need one row a query. Of several tokens, labels that begin alike share what is fed
+    and its logits: a row ends before the last token of a label, and stands for all labels and beginnings
+    of labels that it contains. Where one label begins another, the terminator is scored too.
+
+    Args:
+        task: what counts as an answer.
+        count: number of queries.
+        temperatures: of the logits.
+        truth: the true label of each query; then others are scored at temperature 1 only.
     """
 
-    def __init__(self, task: Task, count: int, temperatures: Sequence[float] = (1.0,)) -> None:
-        self.task = task
+    def __init__(
+        self,
+        task: Task,
+        count: int,
+        temperatures: Sequence[float] = (1.0,),
+        truth: Sequence[int] | np.ndarray | None = None,
+    ) -> None:
+        self.task, self.truth = task, truth
         self.temperatures = np.asarray(temperatures, dtype=float)
         shape = (count, len(task.labels), len(self.temperatures))
         self._log_p = np.full(shape, np.nan)
         self._top = np.full((count, len(self.temperatures)), np.nan)
         self._token = np.zeros(count, dtype=int)
         self._squares = np.full((count, len(self.temperatures)), np.nan)
+        self.answers: list[Ids] = [task.label_ids[0]]
+        if not task.single_token:
+            self._log_p[:] = 0
+            if truth is not None:
+                self._log_p[:, :, self.temperatures != 1] = np.nan
+                self._log_p[np.arange(count), truth] = 0
+            self._plan()
 
-    def pairs(self, prompts: Sequence[Ids]) -> list[tuple[Ids, Ids]]:
-        """What to feed: (prompt, answer) for each query, or for each query and label."""
-        if self.task.single_token:
-            return [(prompt, self.task.label_ids[0]) for prompt in prompts]
-        # a last id that is only predicted, never fed, asks for the terminator's probability
-        end = (0,) if self.task.terminators else ()
-        return [(prompt, (*ids, *end)) for prompt in prompts for ids in self.task.label_ids]
+    def _plan(self) -> None:
+        """The rows, and for each the steps of labels that are read off it."""
+        ids, ends = self.task.label_ids, bool(self.task.terminators)
+        # a label is a path of tokens; the distribution behind each of its beginnings is needed
+        fed = {label if ends else label[:-1] for label in ids}
+        inside = {row[:k] for row in fed for k in range(len(row))}
+        rows = sorted(fed - inside)
+        owner = {
+            row[:k]: place for place, row in reversed(list(enumerate(rows))) for k in range(len(row) + 1)
+        }
+        # the last id is only predicted, never fed
+        self.answers = [(*row, 0) for row in rows]
+        # of each row: position, token (−1: any terminator), label
+        self._steps: list[list[tuple[int, int, int]]] = [[] for _ in rows]
+        for place, label in enumerate(ids):
+            for k, token in enumerate((*label, -1) if ends else label):
+                self._steps[owner[label[:k]]].append((k, token, place))
 
     def add(self, output: AnswerOutput) -> None:
         """Take one row's output."""
@@ -77,22 +107,28 @@ class LabelScorer:
         if self.task.single_token:
             self._add_single(output.index, output.logits[0])
             return
-        import torch
-
-        query, label = divmod(output.index, len(self.task.labels))
-        ids = torch.tensor(self.task.label_ids[label])
-        steps = torch.arange(len(ids))
+        query, row = divmod(output.index, len(self.answers))
+        steps = np.array(self._steps[row])
+        logits = output.logits.double()
+        if (steps[:, 0] == 0).any():
+            self._token[query] = int(logits[0].argmax())
         for t, temperature in enumerate(self.temperatures):
-            log_p = (output.logits / temperature).log_softmax(-1)
-            total = float(log_p[steps, ids].sum())
-            if self.task.terminators:
-                total += float(log_p[len(ids), list(self.task.terminators)].logsumexp(0))
+            mine = steps
+            if self.truth is not None and temperature != 1:
+                mine = steps[steps[:, 2] == self.truth[query]]
+            if not len(mine):
+                continue
+            positions, places = np.unique(mine[:, 0], return_inverse=True)
+            scaled = logits[positions] / temperature
+            total = scaled.logsumexp(-1).numpy()
+            ending = scaled[:, list(self.task.terminators)].logsumexp(-1).numpy()
+            stepped = scaled.numpy()[places, mine[:, 1]]
+            log_p = np.where(mine[:, 1] < 0, ending[places], stepped) - total[places]
+            np.add.at(self._log_p[query, :, t], mine[:, 2], log_p)
             # rounding of the sum over terminators may lift it above log 1
-            self._log_p[query, label, t] = min(total, 0.0)
-            if label == 0:
-                self._top[query, t] = float(log_p[0].max().exp())
-        if label == 0:
-            self._token[query] = int(output.logits[0].argmax())
+            np.minimum(self._log_p[query, :, t], 0.0, out=self._log_p[query, :, t])
+            if positions[0] == 0:
+                self._top[query, t] = float((scaled[0].max() - total[0]).exp())
 
     def _add_single(self, query: int, logits: Any) -> None:
         import torch
@@ -129,13 +165,30 @@ def score_labels(
     prompts: Sequence[Ids],
     *,
     temperatures: Sequence[float] = (1.0,),
+    truth: Sequence[int] | np.ndarray | None = None,
     capture: ActivationCapture | None = None,
     on_output: Callable[[AnswerOutput], None] | None = None,
     description: str = "evaluating",
 ) -> LabelScores:
-    """Score every label of every prompt; ``on_output`` sees each row's output as it comes."""
-    scorer = LabelScorer(task, len(prompts), temperatures)
-    pairs = scorer.pairs(prompts)
+    """Score every label of every prompt (see :class:`LabelScorer`).
+
+    Args:
+        model: as it is to be evaluated.
+        tokenizer: its tokenizer.
+        task: labels.
+        prompts: ids of n prompts.
+        temperatures: of the logits.
+        truth: the true label of each prompt, where only it is wanted at temperatures other than 1.
+        capture: for labels of one token, an entered capture whose activations ``on_output`` gets.
+        on_output: for labels of one token, called with each prompt's output as it comes.
+        description: text of the progress bar.
+    """
+    scorer = LabelScorer(task, len(prompts), temperatures, truth)
+    if not task.single_token:
+        for output in answers_pass(model, tokenizer, prompts, scorer.answers, description=description):
+            scorer.add(output)
+        return scorer.finish()
+    pairs = [(prompt, scorer.answers[0]) for prompt in prompts]
     for output in answer_pass(model, tokenizer, pairs, capture=capture, description=description):
         scorer.add(output)
         if on_output is not None:
