@@ -57,7 +57,8 @@ class AdaptConfig(Section):
     )
     labels: list[str] | None = Field(
         None,
-        description="The label set, as completions; by default the distinct completions in the data.",
+        description="The label set, as completions, in which blanks count; by default the distinct "
+        "completions in the data.",
     )
     parser: str = Field(
         "text",
@@ -279,7 +280,9 @@ class DataOptions(Section):
         None, description="For example ' {label}'; by default the column `completion`."
     )
     label_map: dict[str, str] | None = Field(
-        None, description="Texts for raw labels: 0=negative,1=positive, or a JSON object."
+        None,
+        description="Texts for raw labels: 0=negative,1=positive, or a JSON object. Texts are verbatim: "
+        "'0 = negative' gives ' negative'.",
     )
 
 

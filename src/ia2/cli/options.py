@@ -165,7 +165,16 @@ def _read_mapping(dotted: str, value: str) -> dict[str, Any]:
         raise ConfigError(
             f"--{dotted.replace('_', '-')}: expected 0=negative,1=positive or a JSON object, got {value!r}."
         )
-    return {raw.strip(): text for raw, text in pairs}
+    # raw labels without blanks around them, texts verbatim: they are (parts of) completions
+    return _each_once(dotted, [(raw.strip(), unescape(text)) for raw, text in pairs])
+
+
+def _each_once(dotted: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
+        raise ConfigError(f"--{dotted.replace('_', '-')}: {twice!r} is there twice. Leave one of them out.")
+    return found
 
 
 def _read_list(dotted: str, value: str) -> list[Any]:
@@ -175,7 +184,9 @@ def _read_list(dotted: str, value: str) -> list[Any]:
             return list(strict_json(value))
         except ValueError as error:
             raise ConfigError(f"--{dotted.replace('_', '-')}: not a JSON list: {error}") from None
-    return [part.strip() for part in value.split(",") if part.strip()]
+    parts = [part for part in value.split(",") if part.strip()]
+    # labels are completions, in which blanks count
+    return [unescape(part) if dotted == "labels" else part.strip() for part in parts]
 
 
 def list_flags(*kinds: type[AdaptConfig]) -> set[str]:
