@@ -62,6 +62,7 @@ def _reset_logging() -> None:
     console.logger.disabled = False  # as logging.config leaves loggers that it does not know
     console.logger.setLevel(logging.NOTSET)
     logging.disable(logging.NOTSET)
+    console.warn_once.cache_clear()
 
 
 @pytest.fixture(scope="session")

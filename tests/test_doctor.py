@@ -521,6 +521,20 @@ def test_label_missing(trained: Path) -> None:
     assert found[0].evidence == "no train row has ' L6'" and "--balanced" in found[0].advice
 
 
+@pytest.mark.parametrize("kind", ["train", "compare"])
+def test_texts_hardly_read(trained: Path, compared: Path, kind: str) -> None:
+    """What the run said when it began."""
+    folder, name, part = (
+        (trained, "ia2_run.json", "task") if kind == "train" else (compared, "compare.json", "design")
+    )
+    said = ["Some labels differ only by case", "' L1', ' l1'", "write them alike"]
+    edit(folder / name, lambda value: value[part].update(advice=[said]))
+    found = fired(folder, "texts-hardly-read")
+    assert (found.message, found.evidence, found.advice) == (f"{said[0]}.", said[1], said[2])
+    edit(folder / name, lambda value: value[part].pop("advice"))
+    assert "texts-hardly-read" in diagnose(folder).untold
+
+
 def test_repeated_rows(trained: Path) -> None:
     tested = json.loads((trained / "predictions.jsonl").read_text().splitlines()[0])["query"]
     put_rows(trained, lambda rows: rows[0].update(prompt=tested))

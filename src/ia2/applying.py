@@ -48,7 +48,7 @@ def evaluate_adapter(
     """
     rows = _read(folder, data, split, code, labelled=True)
     result, base = load_adapter(folder, device, code=code)
-    result.task.check_labels(rows)
+    result.task.check(result.tokenizer, rows, trained=False)
     prompts = _prompts(result, base, rows)
     temperatures = result._facts.get("temperatures") or None
     predictions, measured = evaluate_prompts(

@@ -154,6 +154,7 @@ def prepare(
         )
     base = load_base_of(model, config)
     task = make_task(examples, config, base.tokenizer, config.prompt_template, test)
+    task.check(base.tokenizer, test or (), trained=False)
     data = {"data": examples.fingerprint, "test": test.fingerprint if test is not None else ""}
     settings = {**config.model_dump(), "model": base.name, "output_dir": None}
     every = arms(config)
@@ -378,6 +379,7 @@ def _summary(
             "seeds": list(range(config.seed, config.seed + config.seeds)),
             "task": task.kind,
             "labels": list(task.labels),
+            "advice": [list(each) for each in task.advice],
             "single_token": task.single_token,
             "learning_rates": _rates(every),
             "selected_by": "dev loss",

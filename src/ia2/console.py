@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -97,7 +98,14 @@ def configure(*, quiet: bool = False) -> None:
     logger.propagate = False
     level = logging.WARNING if quiet else logging.INFO
     logger.setLevel(level if first_process else logging.ERROR)
+    warn_once.cache_clear()
     _quiet_dependencies()
+
+
+@lru_cache(maxsize=256)
+def warn_once(message: str) -> None:
+    """Log a warning that a command of several parts would give for each of them."""
+    logger.warning("%s", message)
 
 
 def _quiet_dependencies() -> None:

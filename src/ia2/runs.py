@@ -213,6 +213,8 @@ def _run_of(
         stop_texts=tuple(given["stop_texts"]),
         parser=given["parser"],
         separator=given["separator"],
+        stop_tokens=given.get("stop_tokens", 0),
+        advice=tuple((what, evidence, way_out) for what, evidence, way_out in given.get("advice", ())),
         index={label: i for i, label in enumerate(labels)},
     )
     return config, task, facts

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from ia2.answer_checks import (
+    Advice,
+    check_labels,
+    check_names,
+    kept_escapes,
+    listed,
+    near_key,
+    near_labels,
+    unlikely_joints,
+    unreachable,
+)
 from ia2.config import AdaptConfig
-from ia2.console import logger
+from ia2.console import logger, warn_once
 from ia2.errors import ConfigError, DataError
 from ia2.evaluation.answers import load_parser
 from ia2.examples import Example, Examples
@@ -25,6 +36,9 @@ FREE_TEXT_TOKENS = 200
 
 # Ids a generated label may run on for before the stop text is due.
 _LABEL_SLACK = 8
+
+# Ids that a prompt leaves free behind the answer, unless a stop text needs more.
+_RESERVE = 16
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,8 @@ class Task:
         parser: how a free-form answer is read.
         separator: text between demonstrations.
         trimmed: answers are trained on without leading white space, as chat templates render them.
+        stop_tokens: of the longest stop text.
+        advice: what is unwise about labels, prompts and answers; said once.
     """
 
     kind: str
@@ -56,6 +72,8 @@ class Task:
     parser: str = "text"
     separator: str = "\n\n"
     trimmed: bool = False
+    stop_tokens: int = 0
+    advice: tuple[Advice, ...] = ()
     index: dict[str, int] = field(default_factory=dict, compare=False)
 
     @property
@@ -67,9 +85,12 @@ class Task:
     def reserve(self) -> int:
         """Tokens of the context window that a prompt leaves free.
 
-        Room for the answer, an end-of-sequence id and a stop text that is looked out for.
+        Room for the answer, an end-of-sequence id and a stop text that is looked out for. A label of one
+        token is scored, not generated.
         """
-        return 1 if self.single_token else self.max_answer_tokens + 16
+        if self.single_token and self.kind == "classification":
+            return 1
+        return self.max_answer_tokens + max(_RESERVE, self.stop_tokens + 1)
 
     def label_of(self, example: Example) -> int:
         """Index of an example's label.
@@ -90,7 +111,7 @@ class Task:
             return
         bad = [[row for row in rows if (row.answer or "") not in self.index] for rows in parts]
         reasons = [
-            f"{row.source}: the completion {quoted(row.answer or '')} is not one of the labels"
+            f"{row.source}: the completion {quoted(row.answer or '')} {self._no_label(row)}"
             for rows in bad
             for row in rows
         ]
@@ -103,6 +124,49 @@ class Task:
             raise DataError(flat(f"{reasons[0]} {shown}."))
         places = [getattr(rows, "name", "rows") for rows, of in zip(parts, bad, strict=True) if of]
         raise DataError(flat(f"{bad_rows(' and '.join(places), reasons)}. The labels are {shown}."))
+
+    def _no_label(self, example: Example) -> str:
+        key = near_key(example.answer or "")
+        near = next((label for label in self.labels if near_key(label) == key), None)
+        if near is None:
+            return "is not one of the labels"
+        return f"differs from the label {quoted(near)} only by case, blanks or look-alike characters"
+
+    def label_said(self, ids: Ids) -> int | None:
+        """Index of the label that generated ids begin with, the longest where labels begin alike; or None."""
+        begun = [i for i, label in enumerate(self.label_ids) if ids[: len(label)] == label]
+        return max(begun, key=lambda i: len(self.label_ids[i]), default=None)
+
+    def check(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], *, trained: bool) -> None:
+        """Refuse answers that are no label, or free ones that no model can give or that never match.
+
+        Of rows that are only evaluated on such free answers are said instead: they count as wrong.
+
+        Args:
+            tokenizer: of the model.
+            rows: labelled.
+            trained: whether they are learnt from.
+
+        Raises:
+            DataError: naming the first rows, and how many there are.
+        """
+        if self.kind == "classification":
+            self.check_labels(rows)
+            return
+        if not (found := unreachable(self, tokenizer, rows, trained=trained)):
+            return
+        if not trained:
+            warn_once(
+                f"{len(found)} of {len(rows)} rows to evaluate on count as wrong whatever the model answers: "
+                f"{listed(found)}. Mend them, raise max_answer_tokens or choose another parser."
+            )
+            return
+        texts = [row.answer for row, _ in found if row.answer and row.answer.strip()]
+        longest = max((len(encode_answer(tokenizer, text)) for text in texts), default=0)
+        way_out = "Mend or leave out these rows, or choose another separator or parser."
+        if longest > self.max_answer_tokens:
+            way_out = f"Raise max_answer_tokens to at least {longest}, or mend these rows."
+        raise DataError(f"{listed(found)}: such an answer can never be given or matched. {way_out}")
 
     def target_ids(self, tokenizer: PreTrainedTokenizerBase, example: Example) -> Ids:
         """Ids of the ground-truth answer as it is trained on.
@@ -151,6 +215,7 @@ def make_task(
     stop = stop_text(examples, config.separator, prompt_template)
     rendering = Rendering(tokenizer, config.separator, config.chat, config.thinking)
     end, chat = rendering.end_id, config.chat != "off"
+    stop_tokens = 0 if chat else len(encode_answer(tokenizer, stop, "separator"))
     if kind == "generation":
         if config.labels:
             raise ConfigError("labels are given, but task is generation. Leave one of them out.")
@@ -169,22 +234,18 @@ def make_task(
             parser=config.parser,
             separator=config.separator,
             trimmed=chat,
+            stop_tokens=stop_tokens,
         )
-        too_long = []
-        for example in examples:
-            try:
-                task.target_ids(tokenizer, example)
-            except DataError as error:
-                too_long.append(str(error))
-        if too_long:
-            more = f" … and {len(too_long) - 5} more rows" if len(too_long) > 5 else ""
-            raise DataError(" ".join(too_long[:5]) + more)
-        return task
+        task.check(tokenizer, examples, trained=True)
+        return _advised(task, tokenizer, examples, config, prompt_template)
     labels = tuple(sorted(config.labels)) if config.labels else examples.label_set()
     if len(labels) < 2:
         raise DataError(
             f"{examples.name}: all rows have the completion {labels[0]!r}; at least two labels are needed."
         )
+    raw = examples.raw_labels
+    names = tuple(raw.get(label, label.strip()) for label in labels)
+    check_names(labels, names, examples, bool(config.labels))
     ids = tuple(encode_answer(tokenizer, rendering.as_answer(label)) for label in labels)
     twins = [label for label, count in Counter(ids).items() if count > 1]
     if twins:
@@ -201,13 +262,12 @@ def make_task(
             f"({[decode(tokenizer, [t]) for t in ids[labels.index(label)]]}). Raise it, leave it out, or "
             "choose one-token texts with --label-map."
         )
-    raw = examples.raw_labels
     several = longest > 1
     task = Task(
         "classification",
         labels=labels,
         label_ids=ids,
-        names=tuple(raw.get(label, label.strip()) for label in labels),
+        names=names,
         max_answer_tokens=limit,
         append_end=end if several else None,
         terminators=_terminators(tokenizer, stop, end) if _nested(ids) else (),
@@ -215,13 +275,36 @@ def make_task(
         parser="text",
         separator=config.separator,
         trimmed=chat,
+        stop_tokens=stop_tokens,
         index={label: i for i, label in enumerate(labels)},
     )
+    check_labels(task, tokenizer)
     task.check_labels(examples, test or ())
     shown = ", ".join(repr(label) for label in labels[:8]) + (" …" if len(labels) > 8 else "")
     size = "one token each" if not several else f"up to {longest} tokens, scored by summed log-probability"
     logger.info("Task: %d labels (%s), %s.", len(labels), shown, size)
-    return task
+    return _advised(task, tokenizer, examples, config, prompt_template)
+
+
+def _advised(
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Examples,
+    config: AdaptConfig,
+    prompt_template: str | None,
+) -> Task:
+    """The task with what is unwise about it, which is said in one warning."""
+    texts = [prompt_template or "", config.separator, config.context_text or "", *task.labels]
+    for columns in ([e.query for e in examples], examples.answers):
+        if len(set(columns)) > 1:  # what all have in common comes from a template
+            texts += [common_beginning(columns), common_beginning([text[::-1] for text in columns])[::-1]]
+    advice = near_labels(task.labels, task.names) + kept_escapes(texts)
+    if config.chat == "off":
+        advice += unlikely_joints(tokenizer, examples)
+    if advice:
+        sentences = (f"{what}: {evidence}; {way_out}." for what, evidence, way_out in advice)
+        warn_once(f"{examples.name}: {' '.join(sentences)}")
+    return replace(task, advice=tuple(advice))
 
 
 def stop_text(examples: Sequence[Example], separator: str, prompt_template: str | None) -> str:

@@ -284,8 +284,7 @@ class Teaching:
 
     def _is_right(self, example: Example, answer: TeacherAnswer) -> bool:
         if self.task.kind == "classification":
-            gold = self.task.label_ids[self.task.label_of(example)]
-            return answer.ids[: len(gold)] == gold
+            return self.task.label_said(answer.ids) == self.task.label_of(example)
         parse = load_parser(self.task.parser)
         return exact_match(parse(answer.text), parse(example.answer or ""))
 

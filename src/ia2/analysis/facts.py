@@ -167,6 +167,8 @@ class Facts:
         rounds: that have begun.
         differences: the method less the others, paired, of ``compare.json``.
         no_rows: why the training rows could not be read again; None where they were.
+        advice: what was said of labels, prompts and answers when the run began: what, evidence, way out; None
+            while the run has not recorded it.
     """
 
     folder: Path
@@ -184,6 +186,7 @@ class Facts:
     rounds: tuple[Round, ...]
     differences: Mapping[str, Any]
     no_rows: str | None
+    advice: tuple[tuple[str, str, str], ...] | None = None
 
     @property
     def scope(self) -> str:

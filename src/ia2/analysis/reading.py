@@ -122,6 +122,7 @@ def _training(folder: Path, run: Mapping[str, Any]) -> Facts:
         (only,),
         {},
         no_rows,
+        _advice(task),
     )
 
 
@@ -214,6 +215,7 @@ def _comparison(folder: Path, run: Mapping[str, Any] | None, part: str) -> Facts
         tuple(rounds),
         {} if part else summary.get("differences", {}),
         no_rows,
+        _advice(design),
     )
 
 
@@ -424,6 +426,12 @@ def _teacher(folder: Path) -> tuple[tuple[str, bool], ...]:
         if file.is_file():
             return tuple((answer["text"], answer["ended"]) for answer in read_json(file)["answers"])
     return ()
+
+
+def _advice(recorded: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...] | None:
+    if "advice" not in recorded:
+        return None
+    return tuple((what, evidence, way_out) for what, evidence, way_out in recorded["advice"])
 
 
 def _texts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

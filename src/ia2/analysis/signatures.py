@@ -122,6 +122,7 @@ RULES: dict[str, Rule] = {
     "worse-than-guessing": result_rules.worse_than_guessing,
     "worse-than-sft": result_rules.worse_than_sft,
     "label-missing": training_rules.label_missing,
+    "texts-hardly-read": training_rules.texts_hardly_read,
     "repeated-rows": training_rules.repeated_rows,
     "evaluated-on-dev": training_rules.evaluated_on_dev,
     "few-test-rows": training_rules.few_test_rows,

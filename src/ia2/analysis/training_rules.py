@@ -98,7 +98,10 @@ def _teacher_score(facts: Facts) -> tuple[float, float, int, float, str]:
         answers = [answer for _, answer in current.train or ()]
         frequent = Counter(answers).most_common(1)[0][0]
         for (text, _), answer in zip(current.teacher, answers, strict=False):
-            right.append(float(_says(text, answer, facts.single_token)))
+            # one label may begin another
+            longer = [la for la in facts.labels if len(la.strip()) > len(answer.strip())]
+            says_more = any(_says(text, label, facts.single_token) for label in longer)
+            right.append(float(_says(text, answer, facts.single_token) and not says_more))
             guesses.append(float(answer == frequent))
     interval = difference_interval([[np.array(right)]])
     assert interval is not None
@@ -480,6 +483,14 @@ def label_missing(facts: Facts) -> Iterable[Finding]:
                 f"{part} rows",
                 {"labels": sorted(lacking)},
             )
+
+
+def texts_hardly_read(facts: Facts) -> Iterable[Finding]:
+    """Labels that nearly match, prompts and answers that meet oddly: what the run said when it began."""
+    if facts.advice is None:
+        raise not_yet(facts, "what was said of labels and prompts")
+    for message, evidence, way_out in facts.advice:
+        yield Finding("texts-hardly-read", "warning", f"{message}.", evidence, way_out, "labels and prompts")
 
 
 def repeated_rows(facts: Facts) -> Iterable[Finding]:

@@ -49,7 +49,7 @@ def parse_last_number(text: str) -> str | None:
     ``\frac{3}{4}``) and thousands (``1,234``; in ``1,2,3`` the last number is 3). A minus between
     two numbers is a subtraction. Digits inside a word, as in H2O, do not count.
     """
-    text = _LATEX_FRACTION.sub(r"\1/\2", text.translate(_CHARACTERS))
+    text = _LATEX_FRACTION.sub(r"\1/\2", text.translate(CHARACTERS))
     # LaTeX's thousands: 15,\!000 and 15{,}000.
     text = text.replace(",\\!", ",").replace("{,}", ",")
     found = list(_NUMBER.finditer(text))
@@ -205,7 +205,7 @@ def _last_box(text: str) -> str | None:
 # --- comparison --------------------------------------------------------------------------------
 
 # Signs that look alike but differ in code, and those that cannot be seen.
-_CHARACTERS = str.maketrans(
+CHARACTERS = str.maketrans(
     {
         "−": "-",
         "‐": "-",
@@ -307,7 +307,7 @@ def _split(answer: str) -> _Answer:
 
 
 def _clean(answer: str) -> str:
-    text = " ".join(answer.translate(_CHARACTERS).casefold().split())
+    text = " ".join(answer.translate(CHARACTERS).casefold().split())
     text = _LATEX_NO_SPACE.sub("", text)
     text = text.replace("{,}", ",")
     text = _MATH_MARKS.sub("", _LATEX_SPACE.sub(" ", text))
