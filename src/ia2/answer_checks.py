@@ -220,7 +220,8 @@ def kept_escapes(texts: Iterable[str]) -> list[Advice]:
     bad = [text for text in dict.fromkeys(texts) if re.search(r"\\[nt]", text)]
     if not bad:
         return []
-    shown = ", ".join(text if len(text) < 60 else f"{text[:30]} … {text[-30:]}" for text in bad[:3])
+    flat = [" ".join(text.splitlines()) for text in bad[:3]]
+    shown = ", ".join(text if len(text) < 60 else f"{text[:30]} … {text[-30:]}" for text in flat)
     return [
         (
             r"Prompts or answers hold a backslash with an n or a t, not a line break or a tab",

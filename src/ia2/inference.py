@@ -169,35 +169,39 @@ def answers_pass(
         shared = 0
     width = max(map(len, answers))
     budget = batch_tokens or token_budget(model)
-    rows = max(1, min(budget // width, MAX_LOGITS // (width * _vocabulary(model))))
     plan: list[list[int]] = []
     # prompts of one length at a time: padding behind a prompt would move its answers
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for length, same in groupby(longest_first, key=lambda i: len(prompts[i])):
-        many = max(1, min(rows // count, budget // max(1, length - 1 - shared)))
+        # every row holds a copy of its prompt's keys and values
+        rows = max(1, min(budget // (length + width), MAX_LOGITS // (width * _vocabulary(model))))
         members = [i * count + j for i in same for j in range(count)]
-        size = many * count if many * count <= rows else rows
+        size = rows // count * count or rows
         plan += [members[start : start + size] for start in range(0, len(members), size)]
 
     with evaluating(model), progress(description, len(prompts) * count) as bar:
         prefix = _prefill(model, prompts[0][:shared], None) if shared else None
+        held: dict[tuple[int, ...], Any] = {}  # the last prompts; their answers may take several batches
+
+        def prefilled(asked: tuple[int, ...]) -> Any:
+            if asked not in held:
+                held.clear()
+                cache, own = _repeated(prefix, len(asked)), [prompts[i][shared:-1] for i in asked]
+                held[asked] = _prefill(model, own, None, cache, shared) if own[0] else cache
+            return copy.deepcopy(held[asked])
 
         def run(members: list[int]) -> list[AnswerOutput]:
-            asked = list(dict.fromkeys(member // count for member in members))
-            own = [prompts[i][shared:-1] for i in asked]
-            length = shared + len(own[0])
+            asked = tuple(dict.fromkeys(member // count for member in members))
             batch = pad_rows(
                 [fed_ids(prompts[m // count][-1:], answers[m % count]) for m in members],
                 [len(answers[m % count]) for m in members],
                 pad_id(tokenizer),
             )
             with torch.no_grad():
-                cache = _repeated(prefix, len(asked))
-                if own[0]:
-                    cache = _prefill(model, own, None, cache, shared)
-                places = {i: place for place, i in enumerate(asked)}
-                chosen = torch.tensor([places[m // count] for m in members], device=input_device(model))
-                cache.batch_select_indices(chosen)
+                cache = prefilled(asked)
+                chosen = [asked.index(member // count) for member in members]
+                cache.batch_select_indices(torch.tensor(chosen, device=input_device(model)))
+                length = len(prompts[asked[0]]) - 1
                 return _run_batch(model, batch, members, cache, length, None, None, True)
 
         yield from in_halves(plan, run, bar)

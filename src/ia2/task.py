@@ -215,7 +215,9 @@ def make_task(
     stop = stop_text(examples, config.separator, prompt_template)
     rendering = Rendering(tokenizer, config.separator, config.chat, config.thinking)
     end, chat = rendering.end_id, config.chat != "off"
-    stop_tokens = 0 if chat else len(encode_answer(tokenizer, stop, "separator"))
+    # without separator and opening literal nothing but the end of sequence ends an answer
+    stops = (stop,) if stop and not chat else ()
+    stop_tokens = max((len(encode_answer(tokenizer, text, "separator")) for text in stops), default=0)
     if kind == "generation":
         if config.labels:
             raise ConfigError("labels are given, but task is generation. Leave one of them out.")
@@ -230,7 +232,7 @@ def make_task(
             max_answer_tokens=limit,
             append_end=None if limit == 1 else end,
             # a chat model ends its turn
-            stop_texts=() if chat else (stop,),
+            stop_texts=stops,
             parser=config.parser,
             separator=config.separator,
             trimmed=chat,
@@ -271,7 +273,7 @@ def make_task(
         max_answer_tokens=limit,
         append_end=end if several else None,
         terminators=_terminators(tokenizer, stop, end) if _nested(ids) else (),
-        stop_texts=() if chat else (stop,),
+        stop_texts=stops,
         parser="text",
         separator=config.separator,
         trimmed=chat,
@@ -348,7 +350,7 @@ def _nested(ids: Sequence[Ids]) -> bool:
 
 def _terminators(tokenizer: PreTrainedTokenizerBase, stop: str, end: int | None) -> tuple[int, ...]:
     """Ids that can follow a finished label: the end of sequence, or the start of what comes after."""
-    found = {encode_answer(tokenizer, stop)[0]}
+    found = {encode_answer(tokenizer, stop)[0]} if stop else set()
     if stripped := stop.rstrip():
         found.add(encode_answer(tokenizer, stop[: len(stop) - len(stripped.lstrip())] or stripped)[0])
     if end is not None:

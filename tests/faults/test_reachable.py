@@ -95,6 +95,15 @@ def _with(tokenizer: Any, *words: str) -> Any:
     return more
 
 
+def test_without_a_separator_nothing_cuts_an_answer(word_tokenizer: Any) -> None:
+    """The empty text is found in every answer, and each was cut to nothing."""
+    rows = Examples([Example(f"{w}\nLabel:", f" {w} day", w) for w in WORDS], name="rows")
+    assert make(word_tokenizer, rows, separator="").stop_texts == ()
+    nested = Examples([Example(r.query, (" a", " a b")[i % 2], r.source) for i, r in enumerate(rows)])
+    task = make(word_tokenizer, nested, separator="", task="classification")
+    assert task.terminators == (word_tokenizer.eos_token_id,)
+
+
 def test_many_rows_are_counted(word_tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"rows:5: .*; and 15 more rows: such an answer can never be given"):
         make(word_tokenizer, rows_of(*[" a\n\nText: b"] * 20))
