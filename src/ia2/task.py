@@ -121,7 +121,8 @@ class Task:
         if len(self.labels) > 10:
             shown += f", … ({len(self.labels)} in all)"
         if len(reasons) == 1:
-            raise DataError(flat(f"{reasons[0]} {shown}."))
+            joint = " " if reasons[0].endswith("not one of the labels") else ". The labels are "
+            raise DataError(flat(f"{reasons[0]}{joint}{shown}."))
         places = [getattr(rows, "name", "rows") for rows, of in zip(parts, bad, strict=True) if of]
         raise DataError(flat(f"{bad_rows(' and '.join(places), reasons)}. The labels are {shown}."))
 
@@ -280,8 +281,8 @@ def make_task(
         stop_tokens=stop_tokens,
         index={label: i for i, label in enumerate(labels)},
     )
-    check_labels(task, tokenizer)
     task.check_labels(examples, test or ())
+    check_labels(task, tokenizer)
     shown = ", ".join(repr(label) for label in labels[:8]) + (" …" if len(labels) > 8 else "")
     size = "one token each" if not several else f"up to {longest} tokens, scored by summed log-probability"
     logger.info("Task: %d labels (%s), %s.", len(labels), shown, size)
