@@ -126,10 +126,9 @@ def check_labels(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def near_labels(labels: Sequence[str], names: Sequence[Any]) -> list[Advice]:
     """Labels that differ by what is easily overlooked."""
-    groups = [group for _, group in _groups(labels, near_key)]
-    groups += [
-        group for _, group in _groups([str(n) for n in names], near_key) if not _groups(labels, near_key)
-    ]
+    alike = dict(_groups(labels, near_key))
+    others = [str(name) for la, name in zip(labels, names, strict=True) if near_key(la) not in alike]
+    groups = [*alike.values(), *dict(_groups(others, near_key)).values()]
     found: list[Advice] = []
     if groups:
         shown = "; ".join(", ".join(map(ascii_shown, group)) for group in groups[:_SHOWN])

@@ -159,6 +159,17 @@ def test_labels_that_nearly_match_are_said(byte_tokenizer: Any, one: str, other:
     assert other.isascii() or ascii(other) in told  # what cannot be seen is spelt
 
 
+def test_raw_labels_that_nearly_match_are_said(byte_tokenizer: Any) -> None:
+    """They name columns and keys, whatever the model writes for them."""
+    rows = Examples.from_rows(
+        [{"text": w, "label": ("yes", "Yes", "no")[i % 3]} for i, w in enumerate(WORDS)],
+        format=RowFormat("Text: {text}", " {label}", {"yes": "good", "Yes": "fine", "no": "bad"}),
+    )
+    task = make(byte_tokenizer, rows, task="classification")
+    assert sorted(task.names) == ["Yes", "no", "yes"]
+    assert "'Yes', 'yes'" in said(task)
+
+
 @pytest.mark.parametrize(
     "labels",
     [
