@@ -204,9 +204,7 @@ def test_a_completion_that_is_nearly_a_label(word_tokenizer: Any) -> None:
     with pytest.raises(DataError) as caught:
         make(word_tokenizer, rows, labels=[" positive", " negative"])
     line = str(caught.value)
-    assert (
-        "rows:3: the completion 'positive' is not one of the labels but differs from ' positive' only" in line
-    )
+    assert "rows:3: the completion 'positive' differs from the label ' positive' only by case" in line
     assert "rows:4: the completion ' Positive'" in line
     assert "rows:5: the completion ' red' is not one of the labels ' negative', ' positive'" in line
 
@@ -310,7 +308,7 @@ def test_flags_are_unescaped_alike() -> None:
 
 @pytest.mark.parametrize("written", ["0=a,1=b,0=c", '{"0": "a", "1": "b", "0": "c"}', "0=a, 0 =b"])
 def test_a_raw_label_that_is_mapped_twice(written: str) -> None:
-    with pytest.raises(ConfigError, match="--label-map: '0' is there twice"):
+    with pytest.raises(ConfigError, match="--label-map: .*'0' is there twice"):
         flag("label_map", written)
 
 
@@ -418,8 +416,7 @@ def test_labels_with_blanks_on_the_command_line(ia2: Command, tmp_path: Path) ->
     assert recorded == sorted(TASK.answers)
     line = ia2("train", "--labels", *[a.strip() for a in TASK.answers], "--overwrite").refusal()
     assert "only by case, blanks" in line
-    assert line.count("rows.jsonl:") == 5
-    assert "and 7 more rows" in line
+    assert line.startswith("rows.jsonl: 12 bad rows: ")
 
 
 def test_labels_in_test_rows_and_in_eval_are_named_at_once(ia2: Command, tmp_path: Path, capsys: Any) -> None:
