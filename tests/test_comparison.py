@@ -16,6 +16,7 @@ from ia2.config import CompareConfig
 from ia2.errors import DataError, RunFolderError
 from ia2.evaluation.metrics import Measured, RowMeasures
 from ia2.examples import Example, Examples
+from ia2.files import LOCK
 from ia2.models import BaseModel
 from ia2.rounds import rounds_of
 
@@ -135,7 +136,7 @@ def test_cross_fitted_files(crossed: Comparison) -> None:
                     assert sum(row["labels"].values()) == pytest.approx(1)
             assert sorted(sources) == sorted(example.source for example in ROWS)
     assert not list(folder.rglob("checkpoint-*"))
-    assert not list(folder.rglob(".*"))
+    assert [path.name for path in folder.rglob(".*")] == [LOCK]
 
 
 def test_metrics_are_those_of_the_predictions(crossed: Comparison) -> None:

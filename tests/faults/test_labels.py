@@ -206,7 +206,10 @@ def test_a_completion_that_is_nearly_a_label(word_tokenizer: Any) -> None:
     line = str(caught.value)
     assert "rows:3: the completion 'positive' differs from the label ' positive' only by case" in line
     assert "rows:4: the completion ' Positive'" in line
-    assert "rows:5: the completion ' red' is not one of the labels ' negative', ' positive'" in line
+    assert (
+        "rows:5: the completion ' red' is not one of the labels. The labels are ' negative', ' positive'"
+        in line
+    )
 
 
 def test_of_labels_that_begin_alike_the_teacher_says_the_longest(word_tokenizer: Any) -> None:
@@ -308,7 +311,7 @@ def test_flags_are_unescaped_alike() -> None:
 
 @pytest.mark.parametrize("written", ["0=a,1=b,0=c", '{"0": "a", "1": "b", "0": "c"}', "0=a, 0 =b"])
 def test_a_raw_label_that_is_mapped_twice(written: str) -> None:
-    with pytest.raises(ConfigError, match="--label-map: .*'0' is there twice"):
+    with pytest.raises(ConfigError, match=r"--label-map: .*'0' is there twice"):
         flag("label_map", written)
 
 

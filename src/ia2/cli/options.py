@@ -103,7 +103,7 @@ def _options(kind: type[AdaptConfig], leave_out: tuple[str, ...]) -> dict[str, _
 
 
 def _annotation(dotted: str, field: pydantic.fields.FieldInfo, panel: str) -> Any:
-    flag = "--" + dotted.replace(".", "-").replace("_", "-")
+    flag = flag_of(dotted)
     plain = _plain_type(field.annotation)
     default = field.get_default(call_default_factory=True)
     note = ""
@@ -125,6 +125,8 @@ def _plain_type(annotation: Any) -> type:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         options = [a for a in typing.get_args(annotation) if a is not type(None)]
     kind = options[0]
+    if typing.get_origin(kind) is Annotated:  # a number with its bounds
+        kind = typing.get_args(kind)[0]
     if kind in (bool, int, float):
         return typing.cast(type, kind)
     return str
@@ -153,17 +155,22 @@ def _kinds(field: pydantic.fields.FieldInfo) -> set[Any]:
     return {typing.get_origin(annotation) or annotation}
 
 
+def flag_of(dotted: str) -> str:
+    """The option of a setting: ``--adapter-peft`` of ``adapter.peft``."""
+    return "--" + dotted.replace(".", "-").replace("_", "-")
+
+
 def _read_mapping(dotted: str, value: str) -> dict[str, Any]:
     """``0=negative,1=positive`` or a JSON object."""
     if value.lstrip().startswith("{"):
         try:
             return dict(strict_json(value))
         except ValueError as error:
-            raise ConfigError(f"--{dotted.replace('_', '-')}: not a JSON object: {error}") from None
+            raise ConfigError(f"{flag_of(dotted)}: not a JSON object: {error}") from None
     pairs = [part.split("=", 1) for part in value.split(",")]
     if any(len(pair) != 2 for pair in pairs):
         raise ConfigError(
-            f"--{dotted.replace('_', '-')}: expected 0=negative,1=positive or a JSON object, got {value!r}."
+            f"{flag_of(dotted)}: expected 0=negative,1=positive or a JSON object, got {value!r}."
         )
     # raw labels without blanks around them, texts verbatim: they are (parts of) completions
     return _each_once(dotted, [(raw.strip(), unescape(text)) for raw, text in pairs])
@@ -173,7 +180,7 @@ def _each_once(dotted: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
-        raise ConfigError(f"--{dotted.replace('_', '-')}: {twice!r} is there twice. Leave one of them out.")
+        raise ConfigError(f"{flag_of(dotted)}: {twice!r} is there twice. Leave one of them out.")
     return found
 
 
@@ -183,7 +190,7 @@ def _read_list(dotted: str, value: str) -> list[Any]:
         try:
             return list(strict_json(value))
         except ValueError as error:
-            raise ConfigError(f"--{dotted.replace('_', '-')}: not a JSON list: {error}") from None
+            raise ConfigError(f"{flag_of(dotted)}: not a JSON list: {error}") from None
     parts = [part for part in value.split(",") if part.strip()]
     # labels are completions, in which blanks count
     return [unescape(part) if dotted == "labels" else part.strip() for part in parts]
@@ -195,7 +202,7 @@ def list_flags(*kinds: type[AdaptConfig]) -> set[str]:
     for kind in kinds:
         for dotted, field, _ in _options(kind, ()).values():
             if list in _kinds(field):
-                flags.add("--" + dotted.replace(".", "-").replace("_", "-"))
+                flags.add(flag_of(dotted))
     return flags
 
 
