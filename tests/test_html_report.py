@@ -477,7 +477,7 @@ def test_refusals(comparison: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "empty").mkdir()
     assert "no run of ia2 there" in refusal(tmp_path / "empty")
     assert "--sizes is about sweeps" in refusal(comparison, "--sizes", "8")
-    assert "is a folder. Name a file" in refusal(comparison, "--output", tmp_path)
+    assert "it is a folder" in refusal(comparison, "--output", tmp_path)
     write_json(started / "compare.json", {"design": {}})
     assert "damaged or of another version" in refusal(started)
     shutil.copy(comparison / "compare.json", started)

@@ -32,12 +32,20 @@ _FULL_DISK = (
 )
 
 
+def expanded(name: str | Path) -> Path:
+    """A path as the user wrote it, without ``~``; ``~nobody`` is a name like any other."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
 def cache_dir() -> Path:
     """The user's cache folder for converted models (``IA2_CACHE_DIR``, else the XDG one)."""
     if given := os.environ.get("IA2_CACHE_DIR"):
-        return Path(given).expanduser()
+        return expanded(given)
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "ia2"
+    return (expanded(base) if base else Path.home() / ".cache") / "ia2"
 
 
 def no_space_left(error: BaseException) -> bool:
@@ -45,6 +53,40 @@ def no_space_left(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return any(text in str(error) for text in _FULL_DISK)
+
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
+
+
+def memory_exhausted(error: BaseException) -> bool:
+    """Whether what went wrong is that memory ran out, on the CPU or an accelerator."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)
+
+
+_WAYS_OUT = {
+    errno.EACCES: "Choose another place, or change its permissions",
+    errno.EPERM: "Choose another place, or change its permissions",
+    errno.EROFS: "Choose another place",
+    errno.ENOENT: "Check the name",
+    errno.ENOTDIR: "A file is in the way of a folder; choose another name",
+    errno.EEXIST: "A file of that name is in the way; choose another name",
+    errno.EISDIR: "Name a file in it",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.ELOOP: "Name the file that the links should lead to",
+    errno.EMFILE: "Raise the limit (ulimit -n)",
+    errno.ENFILE: "End other programs",
+}
+
+
+def system_trouble(error: OSError, place: object = None) -> str:
+    """An error of the operating system as one line: its file (or ``place``), what is wrong, the way out."""
+    place = place or error.filename
+    place = os.fsdecode(place) if isinstance(place, bytes) else place
+    said = error.strerror.lower() if error.strerror else " ".join(str(error).split()).rstrip(".")
+    way_out = _WAYS_OUT.get(error.errno or 0, "Mend that and run the same command again")
+    return f"{f'{place}: ' if place else ''}{said or type(error).__name__}. {way_out}."
 
 
 @contextmanager
@@ -76,7 +118,48 @@ def _writing(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST):
             raise RunFolderError(f"{path}: a file of that name is in the way.") from error
+        if error.errno in (errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.EMFILE):
+            raise RunFolderError(system_trouble(error, path)) from error
         raise
+
+
+# Bytes of a file's name: 255 are allowed, and what it is called while it is written has some more.
+_LONGEST_NAME = 230
+
+
+def check_writable(path: Path, *, folder: bool = False) -> None:
+    """Refuse a file or folder that cannot be written, before anything is computed for it; leave no trace.
+
+    Args:
+        path: the file, or the folder; neither need exist.
+        folder: whether it is to be a folder.
+
+    Raises:
+        RunFolderError: something else has that name, the name is too long, or nothing can be written there.
+    """
+    try:
+        made = [] if folder else [path.name]
+        above = path if folder else path.parent
+        while not above.exists():
+            if above.is_symlink():
+                raise OSError(errno.ENOENT, f"{above} is a link that leads nowhere")
+            made.append(above.name)
+            above = above.parent
+        if (longest := max((len(os.fsencode(name)) for name in made), default=0)) > _LONGEST_NAME:
+            raise OSError(errno.ENAMETOOLONG, f"a name of {longest} bytes is too long")
+        if not above.is_dir():
+            raise OSError(errno.ENOTDIR, f"{above} is a file")
+        if not folder and path.is_dir():
+            raise OSError(errno.EISDIR, "it is a folder")
+        if not folder and path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is no regular file")  # a device would be replaced by a file
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        kind = "folder" if folder else "file"
+        raise RunFolderError(
+            f"{path}: cannot be written ({error.strerror}). Choose another {kind}."
+        ) from error
 
 
 @contextmanager
@@ -118,7 +201,7 @@ def atomic_files(folder: Path) -> Iterator[Path]:
 def _scratch(path: Path) -> Iterator[Path]:
     """An empty folder beside ``path`` for the time of the block."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:64]}{manifest.TEMPORARY}", dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:32]}{manifest.TEMPORARY}", dir=path.parent))
     try:
         temporary.chmod(0o755)
         yield temporary
@@ -138,8 +221,10 @@ def write_bytes(path: Path, data: bytes, *, listed: bool = True) -> None:
         RunFolderError: nothing can be written there, or a file that is not ours is in the way.
     """
     with _writing(path):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise RunFolderError(f"{path}: no regular file. Choose another name.")  # a device, say
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:64]}{manifest.TEMPORARY}", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:32]}{manifest.TEMPORARY}", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)

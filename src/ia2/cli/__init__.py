@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -22,16 +23,17 @@ from ia2.cli import (
     sweep,
     train,
 )
+from ia2.cli.boundary import DEBUG, bug, give_up, in_words, open_streams, say
 from ia2.cli.options import gather_lists, list_flags
 from ia2.config import CurveConfig, ProbeConfig, TrainConfig
 from ia2.console import printable
 from ia2.errors import UserError, suggest
-from ia2.files import no_space_left
 
 # Old typer raises click's exceptions, new typer its own copies of them; both export this one below them.
 _UsageError, _ClickException = typer.BadParameter.__mro__[1:3]
 
 _INTERRUPTED = 130
+_LONGEST_LINE = 1600  # characters
 
 app = typer.Typer(
     name="ia2",
@@ -70,30 +72,38 @@ def _version(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; a user's mistake is one line on stderr and exit code 2."""
+    """Run a command.
+
+    A mistake of the user, or of the machine, is one line on stderr and exit code 2; a mistake of ours is one
+    line, exit code 1 and a file with its traceback (with ``IA2_DEBUG=1`` the traceback itself).
+    """
     given = sys.argv[1:] if arguments is None else arguments
     lists = list_flags(TrainConfig, CurveConfig, ProbeConfig)
     try:
+        open_streams()
         # not standalone: typer would draw a box of several lines around its own errors
         status = app(gather_lists(given or ["--help"], lists), prog_name="ia2", standalone_mode=False)
+        sys.stdout.flush()
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt:
         status = _INTERRUPTED
     except BrokenPipeError:
         # the reader of a pipe has gone (`ia2 … | head`); nothing to say to it
-        sys.stderr.close()
+        give_up(sys.stdout)
         sys.exit(1)
     except Exception as error:
         if isinstance(error, _ClickException):
             _fail(_usage_line(error))
-        if not no_space_left(error):
+        if os.environ.get(DEBUG):
             raise
-        place = getattr(error, "filename", None) or "disk"
-        _fail(f"{place}: no space left on the device. Free some and run the same command again.")
+        if (message := in_words(error)) is not None:
+            _fail(message)
+        say(f"ia2: bug: {bug(error)}")
+        sys.exit(1)
     # typer turns an interrupt into this status
     if status == _INTERRUPTED:
-        print("\nia2: interrupted; start the same command again to continue.", file=sys.stderr)
+        say("\nia2: interrupted; start the same command again to continue.")
     if status:
         sys.exit(status)
 
@@ -115,5 +125,8 @@ def _usage_line(error: Any) -> str:
 
 
 def _fail(message: str) -> NoReturn:
-    print("ia2: error: " + printable(" ".join(message.splitlines())), file=sys.stderr)
+    line = " ".join(message.splitlines())
+    if len(line) > _LONGEST_LINE:  # the place is at its beginning, the way out at its end
+        line = f"{line[: _LONGEST_LINE // 2]} … {line[-_LONGEST_LINE // 2 :]}"
+    say(f"ia2: error: {printable(line)}")
     sys.exit(2)

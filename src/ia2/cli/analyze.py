@@ -94,7 +94,7 @@ def analyze(
     """What happened inside trained adapters: activations, weights, heads and neurons against ICL's."""
     from ia2.cli.output import print_json, start
 
-    start(quiet)
+    start(quiet, folders=[output_dir, figures])
     from ia2.analysis.analyze import DEFAULT_PARTS, PARTS, AnalysisSettings
     from ia2.analysis.analyze import analyze as run
     from ia2.console import logger
@@ -120,7 +120,6 @@ def analyze(
     if figures is not None and not matplotlib_is_there():
         logger.info("No figures: %s", NO_MATPLOTLIB)
     elif figures is not None:
-        figures.mkdir(parents=True, exist_ok=True)
         files += [figure.save(figures / f"{figure.name}.svg") for figure in analysis_figures(result)]
     if json:
         print_json(result)

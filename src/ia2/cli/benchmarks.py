@@ -103,7 +103,7 @@ def prepare(
     from ia2.cli.output import print_json, start
     from ia2.errors import DataError
 
-    start(quiet)
+    start(quiet, folders=[output_dir])
     chosen = [load_benchmark(name, parser or ()) for name in names or BENCHMARKS]
     found: list[dict[str, Any]] = []
     failed: dict[str, DataError] = {}

@@ -18,7 +18,7 @@ def compare(
     from ia2.cli.output import start
     from ia2.errors import ConfigError
 
-    start(quiet)
+    start(quiet, folders=[config.output_dir])
     if not config.output_dir:
         raise ConfigError("no output folder given. Name one with --output-dir.")
     from ia2.adaptation import load_both

@@ -17,7 +17,7 @@ def curve(
     from ia2.cli.output import print_json, start
     from ia2.errors import ConfigError, DataError
 
-    start(quiet)
+    start(quiet, folders=[config.output_dir])
     if not config.output_dir:
         raise ConfigError("no output folder given. Name one with --output-dir.")
     from ia2 import curves

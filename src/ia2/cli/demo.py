@@ -21,7 +21,7 @@ def demo(
     """See it work: a real model, real data, no network. A few minutes on two cores."""
     from ia2.cli.output import start
 
-    start(quiet)
+    start(quiet, folders=[output_dir])
     from ia2.adaptation import load_examples, load_test_examples
     from ia2.cli.compare import run_comparison
     from ia2.demo import demo_config, demo_data

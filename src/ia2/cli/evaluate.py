@@ -26,7 +26,7 @@ def evaluate(
     """Measure a trained adapter on labelled rows: accuracy and calibration, with intervals."""
     from ia2.cli.output import print_json, print_metrics, start
 
-    start(quiet)
+    start(quiet, files=[output])
     from ia2.files import output_file
 
     if output is not None:

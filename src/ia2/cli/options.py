@@ -165,7 +165,7 @@ def _read_mapping(dotted: str, value: str) -> dict[str, Any]:
     if value.lstrip().startswith("{"):
         try:
             return dict(strict_json(value))
-        except ValueError as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ConfigError(f"{flag_of(dotted)}: not a JSON object: {error}") from None
     pairs = [part.split("=", 1) for part in value.split(",")]
     if any(len(pair) != 2 for pair in pairs):
@@ -189,7 +189,7 @@ def _read_list(dotted: str, value: str) -> list[Any]:
     if value.lstrip().startswith("["):
         try:
             return list(strict_json(value))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{flag_of(dotted)}: not a JSON list: {error}") from None
     parts = [part for part in value.split(",") if part.strip()]
     # labels are completions, in which blanks count

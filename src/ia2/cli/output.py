@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ia2.console import configure, escaped, terminal
-from ia2.files import json_text
+from ia2.files import check_writable, json_text
 
 
-def start(quiet: bool) -> None:
-    """Set up log lines and progress bars for this command."""
+def start(
+    quiet: bool, *, files: Sequence[Path | None] = (), folders: Sequence[str | Path | None] = ()
+) -> None:
+    """Set up log lines and progress bars for this command, and see to it that its outputs can be written.
+
+    Raises:
+        RunFolderError: one of these files or folders cannot.
+    """
     configure(quiet=quiet)
+    for file in files:
+        if file is not None:
+            check_writable(file)
+    for folder in folders:
+        if folder is not None:
+            check_writable(Path(folder), folder=True)
 
 
 def print_json(value: Any) -> None:

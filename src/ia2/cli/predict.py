@@ -29,7 +29,7 @@ def predict(
     from ia2.errors import ConfigError
     from ia2.files import output_file, write_text
 
-    start(quiet)
+    start(quiet, files=[output])
     code = {"trust_remote_code": trust_remote_code, "parser": parser}
     if output is not None and output.suffix not in (".jsonl", ".csv"):
         raise ConfigError(f"{output}: predictions are written to a .jsonl or a .csv file.")

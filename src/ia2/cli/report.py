@@ -74,7 +74,7 @@ def report(
     """Show what came out: one HTML file of runs; tables and figures of runs and sweeps. No model, no data."""
     from ia2.cli.output import print_json, start
 
-    start(quiet)
+    start(quiet, files=[output], folders=[output_dir, figures])
     from ia2.report import printing
     from ia2.report.html import write_report
 
@@ -98,7 +98,7 @@ def report(
         output = folders[0] / "report.html"
     files: list[Path] = []
     if output is not None:
-        files.append(write_report(runs, printed, printing.check_output(output)))
+        files.append(write_report(runs, printed, output))
     formats = [name for name, asked in (("markdown", markdown or not latex), ("latex", latex)) if asked]
     if output_dir is not None:
         files += printing.write_tables(runs, output_dir, formats)

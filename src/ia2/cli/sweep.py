@@ -51,7 +51,7 @@ def sweep(
     from ia2.sweeps.grid import load_grid
     from ia2.user_files import read_text
 
-    start(quiet)
+    start(quiet, folders=[None if dry_run else output_dir])
     chosen = load_grid(grid, named_code(trust_remote_code, parser, context_function))
     if data_dir is not None:
         chosen = chosen.model_copy(update={"data_dir": str(data_dir)})

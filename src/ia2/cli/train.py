@@ -19,7 +19,7 @@ def train(
     from ia2.distributed import is_first
     from ia2.errors import ConfigError
 
-    start(quiet)
+    start(quiet, folders=[config.output_dir])
     if not config.output_dir:
         raise ConfigError("no output folder given. Name one with --output-dir.")
     from ia2.adaptation import adapt, load_both

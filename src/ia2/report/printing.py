@@ -112,7 +112,6 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
 
     drawn = []
     for run, place in _places(runs, folder):
-        place.mkdir(parents=True, exist_ok=True)
         found = read_analysis(run.folder)
         figures = run_figures(run) + ([] if found is None else analysis_figures(found))
         drawn += [figure.save(place / f"{figure.name}.svg") for figure in figures]

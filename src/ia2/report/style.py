@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from ia2.files import write_bytes
 from ia2.recipes import RECIPES
 from ia2.sweeps.tables import Column, Entry, Table
 
@@ -174,7 +175,10 @@ def canvas(
             axis.spines[["top", "right"]].set_visible(False)
         kind = target.suffix.removeprefix(".") if isinstance(target, Path) else "svg"
         metadata = {"Date": None} if kind == "svg" else None
-        figure.savefig(target, format=kind, metadata=metadata, dpi=150)
+        drawn = target if isinstance(target, BytesIO) else BytesIO()
+        figure.savefig(drawn, format=kind, metadata=metadata, dpi=150)
+        if isinstance(target, Path):
+            write_bytes(target, drawn.getvalue())
 
 
 def legend(figure: Any, axis: Any, columns: int) -> None:

@@ -31,7 +31,6 @@ def try_figures(report: Report, folder: Path) -> list[Path]:
     if not matplotlib_is_there():
         logger.info("No figures: %s", NO_MATPLOTLIB)
         return []
-    folder.mkdir(parents=True, exist_ok=True)
     return [figure.save(folder / f"{figure.name}.svg") for figure in sweep_figures(report)]
 
 
