@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ia2.errors import ConfigError, DataError, RunFolderError
+from ia2.files import memory_exhausted
 from ia2.manifest import check
 
 if TYPE_CHECKING:
@@ -49,9 +50,9 @@ def attach(model: Any, config: PeftConfig | FullConfig, seed: int) -> PeftModel 
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
         try:
             adapted = get_peft_model(model, config)
-        except Exception as error:
+        except Exception as error:  # settings of a wrong type lead PEFT to errors of any kind
             _put_back(model, whole=False)  # it may have come half-way
-            if not isinstance(error, ValueError):
+            if memory_exhausted(error):
                 raise
             message = " ".join(str(error).split())
             if "trust_remote_code" in message:

@@ -269,7 +269,9 @@ class DataOptions(Section):
         None,
         description="JSONL, CSV or Parquet file, a folder in hub layout, or a hub data set id.",
     )
-    test_data: str | None = Field(None, description="Labelled rows to evaluate on, read the same way.")
+    test_data: str | None = Field(
+        None, min_length=1, description="Labelled rows to evaluate on, read the same way."
+    )
     split: str | None = Field(None, description="Split of a hub data set or folder.")
     test_split: str | None = Field(None, description="Split of the test data.")
     data_config: str | None = Field(None, description="Configuration (subset) of a hub data set.")

@@ -87,7 +87,7 @@ def validate(kind: type[BaseModel], values: Mapping[str, Any], where: str | None
         ConfigError: an unknown key (with a suggestion) or a value that is not allowed.
     """
     try:
-        return kind(**values)
+        return kind.model_validate(dict(values))  # keys that are no texts are refused there
     except ValidationError as error:
         lines = [describe(kind, problem) for problem in error.errors()]
         prefix = f"{where}: " if where else ""

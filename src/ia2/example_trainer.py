@@ -72,6 +72,20 @@ class StageSettings:
     report_to: list[str] = field(default_factory=list)
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that transformers does not know, or whose package is not installed.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    from transformers.integrations import get_available_reporting_integrations
+
+    known = ["all", "none", *get_available_reporting_integrations()]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"report_to: '{name}' is not installed. There are {', '.join(known)}.")
+
+
 class ExampleTrainer(Trainer, ABC):
     """A Trainer whose unit is the example; subclasses say what one example's loss is.
 

@@ -17,6 +17,7 @@ from typing import Any
 from ia2 import manifest
 from ia2.console import logger
 from ia2.errors import ConfigError, RunFolderError
+from ia2.user_files import user_path
 
 # Held by the process that works in a run's folder, and who that is.
 LOCK = ".ia2.lock"
@@ -32,20 +33,12 @@ _FULL_DISK = (
 )
 
 
-def expanded(name: str | Path) -> Path:
-    """A path as the user wrote it, without ``~``; ``~nobody`` is a name like any other."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:
-        return Path(name)
-
-
 def cache_dir() -> Path:
     """The user's cache folder for converted models (``IA2_CACHE_DIR``, else the XDG one)."""
     if given := os.environ.get("IA2_CACHE_DIR"):
-        return expanded(given)
+        return user_path(given)
     base = os.environ.get("XDG_CACHE_HOME")
-    return (expanded(base) if base else Path.home() / ".cache") / "ia2"
+    return (user_path(base) if base else Path.home() / ".cache") / "ia2"
 
 
 def no_space_left(error: BaseException) -> bool:

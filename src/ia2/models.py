@@ -6,19 +6,22 @@ reading a GGUF tokenizer takes 20–50 s.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import logging
 import shutil
 import tempfile
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ia2.console import logger
 from ia2.distributed import process_state
-from ia2.errors import ConfigError, ModelError, suggest
-from ia2.files import atomic_dir, cache_dir, digest, write_json
+from ia2.errors import ConfigError, ModelError, RunFolderError, suggest
+from ia2.files import atomic_dir, cache_dir, check_writable, digest, memory_exhausted, write_json
+from ia2.user_files import user_path
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +132,6 @@ def load_base(
     """
     path = resolve(name)
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     target = _device(device)
@@ -156,8 +158,11 @@ def load_base(
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), use_safetensors=True, **options
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # files that are no model's lead their readers to errors of any kind
+        if memory_exhausted(error):
+            raise
         raise ModelError(_explain(name, path, error)) from error
+    _check_vocabulary(model, tokenizer, name)
     if quantization is None:  # else it was put there while it was read, and refuses to move
         torch.nn.Module.to(model, target)
     if quantization == "4bit":
@@ -183,7 +188,7 @@ def resolve(name: str) -> str:
     """
     if name in DEMO_MODELS:
         return str(_demo_folder(name))
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(
@@ -209,9 +214,11 @@ def _device(device: str | None) -> torch.device:
     if device is None:
         return torch.device(process_state().device)
     try:
-        target = torch.device(device)
-        torch.empty(1, device=target)
-    except (RuntimeError, AssertionError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, on names of devices that it no longer has
+            target = torch.device(device)
+            torch.ones(1, device=target).add(1).item()  # devices without memory ("meta") fail only here
+    except Exception as error:  # of any kind: each backend has its own
         raise ConfigError(f"device '{device}' is not available on this machine. Try --device cpu.") from error
     process_state(on_cpu=target.type == "cpu")
     return target
@@ -298,6 +305,39 @@ def _check_dequantised(model: PreTrainedModel, name: str) -> None:
             )
 
 
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Every token that a text can have needs a row of the embedding; rows without a token do no harm.
+
+    A marker that was added for other models of a family (Gemma 3 has one for images) is let pass until a
+    prompt has it.
+
+    Raises:
+        ModelError: the tokenizer and the model do not belong together.
+    """
+    embedding = model.get_input_embeddings()
+    rows = int(embedding.weight.shape[0])  # type: ignore[union-attr, index, arg-type]
+    beyond = [token for token, place in tokenizer.get_vocab().items() if place >= rows]
+    if not beyond:
+        return
+    markers = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    used = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    if wanted := [token for token in beyond if token not in markers or token in used]:
+        raise ModelError(
+            f"model {name}: its tokenizer has {len(tokenizer)} tokens, its embedding {rows} rows: none for "
+            f"{wanted[0]!r} and {len(wanted) - 1} more. Take the tokenizer that the model was trained with, "
+            "or enlarge the embedding (resize_token_embeddings) and save the model."
+        )
+    embedding.register_forward_pre_hook(functools.partial(_check_ids, rows, name))
+
+
+def _check_ids(rows: int, name: str, embedding: Any, given: tuple[Any, ...]) -> None:
+    if given and (highest := int(given[0].max())) >= rows:
+        raise ModelError(
+            f"model {name}: a prompt has token {highest}, and the embedding has only {rows} rows. Take the "
+            "text of this token out of the prompts."
+        )
+
+
 def _explain(name: str, path: str, error: Exception) -> str:
     first = " ".join(str(error).split())
     if "trust_remote_code" in first:
@@ -368,8 +408,14 @@ def _convert(parts: list[Path], label: str) -> Path:
 
     stamp = [_file_stamp(part) for part in parts]
     folder = cache_dir() / "models" / f"{label}-{digest([_CONVERSION, stamp])}"
-    if folder.is_dir():
-        return folder
+    try:
+        if folder.is_dir():
+            return folder
+        check_writable(folder, folder=True)
+    except (OSError, RunFolderError) as error:
+        raise ModelError(
+            f"the converted model cannot be kept: {error} Set IA2_CACHE_DIR to a folder that can be written."
+        ) from error
     folder.parent.mkdir(parents=True, exist_ok=True)
     # two processes of one launch must not both spend a minute on this
     with FileLock(folder.parent / f".{folder.name}.lock"):

@@ -199,6 +199,9 @@ class Workbench:
         stages = [stage for recipe in recipes for stage in plan(recipe, self.config)]
         virtual = 0
         if stages:
+            from ia2.example_trainer import check_trackers
+
+            check_trackers(self.config.report_to)
             virtual = check_adapter(
                 self.base.model,
                 self.config.adapter,

@@ -27,6 +27,7 @@ from ia2.recipes import RECIPES
 from ia2.rounds import draws, place_of, places
 from ia2.runs import RUN_FILE
 from ia2.stages import PlannedStage, plan, stage_place
+from ia2.user_files import user_path
 
 # ------------------------------------------------------------------------------------ where runs lie
 
@@ -53,9 +54,9 @@ def find_runs(folder: Path) -> list[tuple[Path, str]]:
     here = folder.resolve()
     for depth, pattern in ((1, r"seed-\d+"), (2, r"seed-\d+/fold-\d+")):
         part = "/".join(here.parts[-depth:])
-        above = here.parents[depth - 1]
-        if re.fullmatch(pattern, part) and (above / RUN_FILE).is_file():
-            return [(above, part)]
+        # `/` has no folder above it
+        if re.fullmatch(pattern, part) and (here.parents[depth - 1] / RUN_FILE).is_file():
+            return [(here.parents[depth - 1], part)]
     raise RunFolderError(f"{folder}: no ia2 run there. Give a folder of `ia2 train` or `ia2 compare`.")
 
 
@@ -401,7 +402,7 @@ def _examples(config: TrainConfig | CompareConfig) -> tuple[Examples | None, str
     if not config.data:
         return None, "the rows were given in memory, and no file is named"
     # the hub is not asked: this must work offline, and at once
-    if not Path(config.data).expanduser().exists():
+    if not user_path(config.data).exists():
         return None, f"{config.data} is not there (a relative path counts from where the run was started)"
     format = RowFormat(config.prompt_template, config.completion_template, config.label_map)
     options: dict[str, Any] = {"split": config.split, "config": config.data_config, "format": format}

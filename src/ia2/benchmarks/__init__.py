@@ -14,6 +14,7 @@ from ia2.benchmarks.loading import DATA_DIR, BenchmarkData
 from ia2.config_reading import load_config
 from ia2.errors import ConfigError, suggest
 from ia2.evaluation.answers import load_parser
+from ia2.user_files import user_path
 
 __all__ = ["BENCHMARKS", "DATA_DIR", "Benchmark", "BenchmarkData", "load_benchmark"]
 
@@ -37,7 +38,7 @@ def _read(file: Path, parsers: Sequence[str] = ()) -> Benchmark:
     if benchmark.parser:
         load_parser(benchmark.parser)  # one that is not there is refused now, not after the training
     ood = tuple(str(file.parent / name) if _is_file(name) else name for name in benchmark.ood)
-    path = benchmark.path and (file.parent / benchmark.path.expanduser()).resolve()
+    path = benchmark.path and (file.parent / user_path(benchmark.path)).resolve()
     return benchmark.model_copy(update={"ood": ood, "path": path})
 
 
@@ -64,7 +65,7 @@ def load_benchmark(name: str | Path, parsers: Sequence[str] = ()) -> Benchmark:
         return BENCHMARKS[text]
     if not _is_file(text):
         raise ConfigError(_unknown(text) + " One's own is the path of a YAML file.")
-    benchmark = _read(Path(text).expanduser(), parsers)
+    benchmark = _read(user_path(text), parsers)
     for other in benchmark.ood:
         if not _is_file(other) and other not in BENCHMARKS:
             raise ConfigError(f"{text}: ood: {_unknown(other)}")
