@@ -17,7 +17,6 @@ from typing import Any
 from ia2 import manifest
 from ia2.console import logger
 from ia2.errors import ConfigError, RunFolderError
-from ia2.user_files import user_path
 
 # Held by the process that works in a run's folder, and who that is.
 LOCK = ".ia2.lock"
@@ -36,9 +35,9 @@ _FULL_DISK = (
 def cache_dir() -> Path:
     """The user's cache folder for converted models (``IA2_CACHE_DIR``, else the XDG one)."""
     if given := os.environ.get("IA2_CACHE_DIR"):
-        return user_path(given)
+        return Path(os.path.expanduser(given))  # noqa: PTH111 - it leaves "~nobody" as it is
     base = os.environ.get("XDG_CACHE_HOME")
-    return (user_path(base) if base else Path.home() / ".cache") / "ia2"
+    return Path(os.path.expanduser(base or "~/.cache")) / "ia2"  # noqa: PTH111
 
 
 def no_space_left(error: BaseException) -> bool:

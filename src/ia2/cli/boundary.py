@@ -112,4 +112,4 @@ def bug(error: Exception) -> str:
 
 def _first_line(error: BaseException) -> str:
     line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= _LONGEST_WORDS else line[:_TRACEBACK_LIMIT] + "…"
+    return line if len(line) <= _LONGEST_WORDS else line[:_LONGEST_WORDS] + "…"
