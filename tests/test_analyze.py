@@ -26,6 +26,7 @@ from ia2.comparison import compare
 from ia2.config import CompareConfig, TrainConfig
 from ia2.errors import ConfigError, DataError, RunFolderError
 from ia2.examples import Example, Examples
+from ia2.files import write_json
 from ia2.models import BaseModel
 from ia2.report.analysis import analysis_figures, analysis_tables, analysis_verdict
 from ia2.task import Task, make_task
@@ -446,7 +447,7 @@ def test_changed_rows_are_refused(runs: dict[str, Path], tmp_path: Path) -> None
     moved = Path(shutil.copytree(runs["compare"], tmp_path / "moved"))
     facts = json.loads((moved / "ia2_run.json").read_text())
     facts["config"]["data"] = saved(tmp_path / "changed.jsonl", icl_examples(30, seed=5))
-    (moved / "ia2_run.json").write_text(json.dumps(facts))
+    write_json(moved / "ia2_run.json", facts)
     with pytest.raises(DataError, match="have changed since"):
         find_study([moved])
 
@@ -455,7 +456,14 @@ def test_other_models_are_refused(runs: dict[str, Path], tmp_path: Path) -> None
     other = Path(shutil.copytree(runs["sft"], tmp_path / "other"))
     facts = json.loads((other / "ia2_run.json").read_text())
     facts["config"]["model"] = "owner/other"
-    (other / "ia2_run.json").write_text(json.dumps(facts))
+    write_json(other / "ia2_run.json", facts)
+    assert "sft@other" in find_study([runs["sft"], other]).names  # another name of the same content
+    facts["data"]["model"]["weights"] = "another digest"
+    write_json(other / "ia2_run.json", facts)
+    with pytest.raises(ConfigError, match=r"model is 'owner/other', .*; these differ: weights\."):
+        find_study([runs["sft"], other])
+    del facts["data"]["model"]  # of an older version: names are all there is
+    write_json(other / "ia2_run.json", facts)
     with pytest.raises(ConfigError, match="model is 'owner/other'"):
         find_study([runs["sft"], other])
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from ia2.adapter_weights import attach, load_adapter_state, read_adapter_state, save_adapter
 from ia2.adapters import peft_config
-from ia2.config import AdaptConfig, TrainConfig
+from ia2.config import AdaptConfig, CompareConfig, TrainConfig
 from ia2.console import logger
 from ia2.distributed import is_first, wait
-from ia2.errors import ConfigError, DataError, RunFolderError
+from ia2.errors import ConfigError, DataError, ModelError, RunFolderError
 from ia2.evaluation.metrics import summarise
 from ia2.evaluation.scoring import Prediction, write_predictions
 from ia2.examples import Examples, FewShotSplit, RowFormat
@@ -24,7 +24,17 @@ from ia2.models import BaseModel, load_base
 from ia2.prompts import ContextFunction
 from ia2.recipes import TRAINED, is_trained
 from ia2.report.card import model_card
-from ia2.runs import REMADE, add_facts, check_outputs, claimed, load_run, machine, task_facts
+from ia2.runs import (
+    REMADE,
+    add_facts,
+    check_outputs,
+    claimed,
+    content_facts,
+    load_run,
+    machine,
+    stored_settings,
+    task_facts,
+)
 from ia2.stages import TrainedRecipe
 from ia2.task import Task, make_task
 from ia2.workbench import Workbench
@@ -107,15 +117,16 @@ def adapt(
         data = examples
     else:
         data = examples.split(num_examples=config.num_examples, seed=config.seed, balanced=config.balanced)
+    base = load_base_of(model, config)
     facts = {
-        "config": _settings(model, config),
+        "config": _settings(base, config),
         "data": {
             "train": data.train.fingerprint,
             "dev": data.dev.fingerprint,
             "test": test.fingerprint if test is not None else "",
+            **content_facts(base, config),
         },
     }
-    base = load_base_of(model, config)
     every = examples if isinstance(examples, Examples) else _joined(data)
     template = getattr(config, "prompt_template", None)
     task = make_task(every, config, base.tokenizer, template, test)
@@ -220,6 +231,52 @@ def load_base_of(model: str | BaseModel, config: AdaptConfig) -> BaseModel:
     return load_base(model, **options)
 
 
+def load_base_of_run(
+    folder: Path,
+    config: TrainConfig | CompareConfig,
+    identity: Mapping[str, Any] | None,
+    base: str | BaseModel | None = None,
+) -> BaseModel:
+    """The base model that a run was made with, in the type that it had then.
+
+    Args:
+        folder: the run's, for messages.
+        config: its settings.
+        identity: what its base model is; None of a run of an older version, which cannot be checked.
+        base: where it lies now, or the loaded model; by default where it lay.
+
+    Raises:
+        ModelError: it is not there any more, or what is there is another model; says what differs.
+    """
+    if identity is not None and "dtype" in identity:
+        # `auto` may be another type here than where the run was made
+        held = {name: identity.get(name) for name in ("dtype", "quantization")}
+        config = config.model_copy(update=held)
+    if base is not None:
+        config = config.model_copy(update={"revision": None})
+    try:
+        loaded = load_base_of(config.model if base is None else base, config)
+    except ModelError as error:
+        if base is not None:
+            raise
+        raise ModelError(f"{folder}: its base model: {error} Say with --model where it lies now.") from error
+    if identity is None:
+        logger.warning(
+            "%s: made by an older ia2, which did not note what its base model is. It cannot be checked that "
+            "%s is the same.",
+            folder,
+            loaded.source,
+        )
+        return loaded
+    if differing := loaded.differs_from(identity):
+        known = "" if loaded.source == config.model else f", {config.model}"
+        raise ModelError(
+            f"{loaded.source} is not the base model that {folder} was trained on{known}; these differ: "
+            f"{', '.join(differing)}. Say with --model where that one lies now."
+        )
+    return loaded
+
+
 def row_format(config: TrainConfig) -> RowFormat:
     """How rows become examples, from the data options."""
     return RowFormat(config.prompt_template, config.completion_template, config.label_map)
@@ -273,40 +330,44 @@ def load_test_examples(config: Any) -> Examples | None:
 
 
 def load_adapter(
-    folder: str | Path, device: str | None = None, *, code: Mapping[str, Any] | None = None
+    folder: str | Path,
+    device: str | None = None,
+    *,
+    base: str | BaseModel | None = None,
+    code: Mapping[str, Any] | None = None,
 ) -> tuple[AdaptResult, BaseModel]:
     """A finished run's model, ready to use.
 
     Args:
         folder: of the run.
         device: instead of the run's own.
+        base: where the base model lies now, or the loaded model; by default where it lay.
         code: ``trust_remote_code`` and ``parser``, where the run was trained with them and they are trusted:
             a folder is data, and runs no code by itself.
 
     Raises:
         DataError: the folder holds no finished run.
         ConfigError: it names code that ``code`` does not.
-        ModelError: its base model cannot be loaded.
+        ModelError: its base model cannot be loaded, or is another one than the adapter was trained on.
     """
     folder = Path(folder)
     config, task, facts = load_run(folder, code)
     if device is not None:
         config = config.model_copy(update={"device": device})
     state = read_adapter_state(folder, REMADE)
-    base = load_base_of(config.model, config)
-    model = attach(base.model, peft_config(base.model, config.adapter), config.seed)
+    loaded = load_base_of_run(folder, config, facts["data"].get("model"), base)
+    model = attach(loaded.model, peft_config(loaded.model, config.adapter), config.seed)
     load_adapter_state(model, state)
     metrics = read_json(folder / "metrics.json", REMADE)
-    return AdaptResult(model, base.tokenizer, config, task, metrics, folder=folder, _facts=facts), base
+    return AdaptResult(model, loaded.tokenizer, config, task, metrics, folder=folder, _facts=facts), loaded
 
 
-def _settings(model: str | BaseModel, config: AdaptConfig) -> dict[str, Any]:
+def _settings(base: BaseModel, config: AdaptConfig) -> dict[str, Any]:
     """All settings as a flat YAML-able mapping, of a TrainConfig whatever was given."""
-    name = model.name if isinstance(model, BaseModel) else model
     values = config.model_dump()
     known = TrainConfig.model_fields
     settings = {**TrainConfig().model_dump(), **{k: v for k, v in values.items() if k in known}}
-    return {**settings, "model": name, "output_dir": None}
+    return stored_settings(settings, base)
 
 
 def _joined(data: FewShotSplit) -> Examples:

@@ -36,20 +36,21 @@ def evaluate_adapter(
     *,
     split: str | None = None,
     device: str | None = None,
+    base: str | BaseModel | None = None,
     code: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], list[Prediction]]:
     """Metrics of a trained adapter on labelled rows, and its predictions.
 
-    Temperatures are those fitted on the training run's dev rows. ``code``: see
+    Temperatures are those fitted on the training run's dev rows. ``base`` and ``code``: see
     :func:`ia2.adaptation.load_adapter`.
 
     Raises:
-        UserError: no finished run, or rows that cannot be read.
+        UserError: no finished run, another base model than its own, or rows that cannot be read.
     """
     rows = _read(folder, data, split, code, labelled=True)
-    result, base = load_adapter(folder, device, code=code)
+    result, loaded = load_adapter(folder, device, base=base, code=code)
     result.task.check(result.tokenizer, rows, trained=False)
-    prompts = _prompts(result, base, rows)
+    prompts = _prompts(result, loaded, rows)
     temperatures = result._facts.get("temperatures") or None
     predictions, measured = evaluate_prompts(
         result.model, result.tokenizer, result.task, rows, prompts, temperatures
@@ -69,18 +70,19 @@ def predict_rows(
     *,
     split: str | None = None,
     device: str | None = None,
+    base: str | BaseModel | None = None,
     code: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Label, confidence and label distribution of each row; for free text, answer and confidence.
 
-    ``code``: see :func:`ia2.adaptation.load_adapter`.
+    ``base`` and ``code``: see :func:`ia2.adaptation.load_adapter`.
 
     Raises:
-        UserError: no finished run, or rows that cannot be read.
+        UserError: no finished run, another base model than its own, or rows that cannot be read.
     """
     rows = _read(folder, data, split, code, labelled=False)
-    result, base = load_adapter(folder, device, code=code)
-    prompts = _prompts(result, base, rows)
+    result, loaded = load_adapter(folder, device, base=base, code=code)
+    prompts = _prompts(result, loaded, rows)
     model, tokenizer, task = result.model, result.tokenizer, result.task
     if task.kind == "classification":
         scores = score_labels(model, tokenizer, task, prompts, description="predicting")

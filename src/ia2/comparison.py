@@ -27,7 +27,7 @@ from ia2.models import BaseModel
 from ia2.recipes import is_trained
 from ia2.report.tables import comparison_markdown
 from ia2.rounds import Round, drawn_test, place_of, rounds_of
-from ia2.runs import claimed, machine, versions
+from ia2.runs import claimed, content_facts, machine, stored_settings, versions
 from ia2.stages import TrainedRecipe
 from ia2.task import Task, make_task
 from ia2.teaching import IclReference
@@ -155,8 +155,12 @@ def prepare(
     base = load_base_of(model, config)
     task = make_task(examples, config, base.tokenizer, config.prompt_template, test)
     task.check(base.tokenizer, test or (), trained=False)
-    data = {"data": examples.fingerprint, "test": test.fingerprint if test is not None else ""}
-    settings = {**config.model_dump(), "model": base.name, "output_dir": None}
+    data = {
+        "data": examples.fingerprint,
+        "test": test.fingerprint if test is not None else "",
+        **content_facts(base, config),
+    }
+    settings = stored_settings(config.model_dump(), base)
     every = arms(config)
     benches = [
         Workbench(base, r.data, task, config.model_copy(update={"seed": r.seed}), r.folder, unused=r.unused)

@@ -16,7 +16,7 @@ from ia2.examples import MAX_DEV, Examples
 from ia2.files import write_json, write_text
 from ia2.models import BaseModel
 from ia2.report.tables import curve_markdown
-from ia2.runs import claimed
+from ia2.runs import claimed, content_facts, stored_settings
 from ia2.wording import counted
 
 
@@ -71,8 +71,8 @@ def curve(
     folder = Path(output_dir)
     base = load_base_of(model, config)
     shared = {name: getattr(config, name) for name in CompareConfig.model_fields}
-    data = {"data": examples.fingerprint, "test": test.fingerprint}
-    settings = {**config.model_dump(), "model": base.name, "output_dir": None}
+    data = {"data": examples.fingerprint, "test": test.fingerprint, **content_facts(base, config)}
+    settings = stored_settings(config.model_dump(), base)
     # what cannot work at one size is refused before anything is written or trained
     runs = {}
     for size in config.sizes:

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ia2.config import TrainConfig
+from ia2.config import AdaptConfig, CompareConfig, TrainConfig
 from ia2.config_reading import refuse_code, validate
 from ia2.console import logger
 from ia2.errors import DataError, RunFolderError
 from ia2.files import digest, only_one, read_json, understood, write_json, write_text
+from ia2.identity import differences
 from ia2.manifest import MANIFEST, begin, check, clean, compact, recorded, remove
+from ia2.models import BaseModel
 from ia2.task import Task
 
 CONFIG_FILE = "ia2_config.yaml"
+Settings = TypeVar("Settings", TrainConfig, CompareConfig)
+
 RUN_FILE = "ia2_run.json"
 ANALYSIS_FILE = "analysis.json"
 REPORT_FILE = "report.html"
 CARD_FILE = "README.md"
 
+# Where model, rows and context are found. What they are is compared by content.
+_PATHS = ("model", "data", "test_data", "context_file")
+_WHERE = (*_PATHS, "revision", "split", "test_split", "data_config")
+# Settings that are compared by content: the rows' fingerprints, the model's identity.
+_BY_CONTENT = {*_WHERE, "dtype", "quantization", "trust_remote_code"}
 # Settings that do not change what a run computes.
 _INCIDENTAL = ("output_dir", "device", "report_to", "checkpoint_every")
 
@@ -38,7 +48,7 @@ def claimed(
         folder: the output folder.
         kind: ``train``, ``compare`` or ``curve``.
         config: all settings.
-        data: fingerprints of what is trained and evaluated on.
+        data: fingerprints of what is trained and evaluated on, and what the model is (:func:`content_facts`).
         overwrite: remove what another ia2 run has written there; other files stay.
 
     Raises:
@@ -68,10 +78,7 @@ def claimed(
                 except BaseException:
                     remove(folder)
                     raise
-            if not (folder / CONFIG_FILE).is_file():
-                import yaml
-
-                write_text(folder / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            _note_places(folder, config)
         finally:
             wait()
         yield
@@ -144,12 +151,72 @@ def _essential(config: dict[str, Any]) -> dict[str, Any]:
 
 def _differences(known: dict[str, Any], facts: dict[str, Any]) -> list[str]:
     differing = [] if known.get("kind") == facts["kind"] else ["the command"]
-    for part in ("config", "data"):
+    for part, left_out in (("config", _BY_CONTENT), ("data", {"model"})):
         before, now = known.get(part, {}), facts[part]
-        names = sorted({*before, *now})
+        if part == "data":
+            models = before.get("model"), now.get("model")
+            differing += [f"the model's {words}" for words in differences(*models)]
+        names = sorted({*before, *now} - left_out)
         label = "" if part == "config" else "data of "
         differing += [label + n for n in names if digest(before.get(n)) != digest(now.get(n))]
     return differing
+
+
+def stored_settings(settings: Mapping[str, Any], base: BaseModel) -> dict[str, Any]:
+    """Settings as a run keeps them: what lies on this machine by absolute path, the hub's by commit."""
+    revision = base.revision or settings.get("revision")
+    stored = {**settings, "model": base.source, "revision": revision, "output_dir": None}
+    for name in _PATHS[1:]:
+        if (given := stored.get(name)) and (path := Path(given).expanduser()).exists():
+            stored[name] = str(path.resolve())
+    return stored
+
+
+def content_facts(base: BaseModel, config: AdaptConfig) -> dict[str, Any]:
+    """What a run depends on beside its settings and rows: the model, and the text of a context file.
+
+    Raises:
+        DataError: that file cannot be read.
+    """
+    from ia2.prompts import given_text
+
+    context = {"context": digest(given_text(config))} if config.context_file else {}
+    return {"model": base.identity, **context}
+
+
+def _note_places(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Note where model and rows lie now: absolutely, and from the folder, which may be moved with them."""
+    facts = read_json(folder / RUN_FILE)
+    # rows that are given in memory now do not make a run forget where it found them
+    names = _WHERE if settings.get("data") else ("model", "revision", "context_file")
+    config = {**facts["config"], **{name: settings[name] for name in names if name in settings}}
+    here = folder.resolve()
+    found = {name: str(config.get(name)) for name in _PATHS if Path(str(config.get(name))).is_absolute()}
+    places = {name: Path(os.path.relpath(path, here)).as_posix() for name, path in found.items()}
+    moved = (facts["config"], facts.get("places")) != (config, places)
+    if moved:
+        add_facts(folder, config=config, places=places)
+    if moved or not (folder / CONFIG_FILE).is_file():
+        import yaml
+
+        text = yaml.safe_dump({**settings, **config}, sort_keys=False, allow_unicode=True)
+        write_text(folder / CONFIG_FILE, text)
+
+
+def settings_of(kind: type[Settings], folder: Path, facts: Mapping[str, Any], **changes: Any) -> Settings:
+    """A run's settings, changed; what has been moved together with its folder is found where it lies now.
+
+    Raises:
+        ConfigError: they are of another version, or have been damaged.
+    """
+    values = {**facts["config"], "output_dir": None, **changes}
+    for name, near in facts.get("places", {}).items():
+        stored = Path(str(values.get(name)))
+        moved = Path(os.path.normpath(folder.resolve() / near))
+        if stored.is_absolute() and not stored.exists() and moved.exists():
+            values[name] = str(moved)
+    settings: Settings = validate(kind, values, str(folder))
+    return settings
 
 
 def add_facts(folder: Path, **facts: Any) -> None:
@@ -192,11 +259,7 @@ def _run_of(
     if "task" not in facts or not (folder / "metrics.json").is_file():
         raise DataError(f"{folder}: the run has not finished; start the same command again to continue it.")
     named = {name: value for name, value in code.items() if value is not None}
-    config = validate(
-        TrainConfig,
-        {**facts["config"], **named, "context_function": None, "output_dir": str(folder)},
-        str(folder),
-    )
+    config = settings_of(TrainConfig, folder, facts, **named, context_function=None, output_dir=str(folder))
     given = {**facts["task"], **named}
     for settings in (config.model_dump(), given):
         refuse_code(settings, folder / RUN_FILE, named)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 
+from ia2.identity import folder_identity
 from ia2.manifest import record, relative, root_of, sha256
 
 EVIL = "evil_of_a_stranger"
@@ -46,6 +47,10 @@ class Stranger:
         """The run with other settings."""
         folder = self._copy(self.run, "run")
         edit_json(folder / "ia2_run.json", lambda facts: facts["config"].update(changes))
+        code = bool(changes.get("trust_remote_code"))
+        # strangers know how to make an identity fit
+        if "model" in changes and (identity := folder_identity(Path(changes["model"]), code=code)):
+            edit_json(folder / "ia2_run.json", lambda facts: facts["data"]["model"].update(identity))
         config = yaml.safe_load((folder / "ia2_config.yaml").read_text())
         (folder / "ia2_config.yaml").write_text(yaml.safe_dump({**config, **changes}))
         return folder

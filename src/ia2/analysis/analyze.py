@@ -84,7 +84,7 @@ def analyze(
     max_queries: int | None = 200,
     adapters: Sequence[str] = (),
     device: str | None = None,
-    base: BaseModel | None = None,
+    base: str | BaseModel | None = None,
     output_dir: str | Path | None = None,
 ) -> dict[str, Any]:
     """Look inside trained adapters.
@@ -97,7 +97,7 @@ def analyze(
         max_queries: at most so many rows of each training set, drawn once; None takes all.
         adapters: names of those to look at; all by default.
         device: ``cpu``, ``cuda``, …; by default that of the runs' settings.
-        base: the base model, if it is loaded already.
+        base: where the base model lies now, or the loaded model; by default where it lay.
         output_dir: where ``analysis.json`` is written; None writes nothing.
 
     Returns:
@@ -106,7 +106,7 @@ def analyze(
     Raises:
         UserError: folders, rows or settings that do not fit; nothing is written.
     """
-    from ia2.adaptation import load_base_of
+    from ia2.adaptation import load_base_of_run
 
     settings = settings or AnalysisSettings()
     if output_dir is not None and Path(output_dir).is_file():
@@ -118,7 +118,7 @@ def analyze(
     if "causal" in settings.parts and min(len(trial.queries) for trial in study.trials) < 2:
         raise ConfigError("the causal check needs at least two queries. Give more rows, or leave causal out.")
     config = study.config if device is None else study.config.model_copy(update={"device": device})
-    base = base or load_base_of(study.model, config)
+    base = load_base_of_run(study.trials[0].place, config, study.identity, base)
     task = make_task(study.examples, config, base.tokenizer, config.prompt_template)
     seconds: dict[str, float] = {}
     result = _facts(study, task, settings, folders)
@@ -198,8 +198,8 @@ def _facts(
     first = study.trials[0]
     return {
         "format": FORMAT,
-        "model": study.model,
         # names alone: a path says more about a machine than a report should
+        "model": Path(study.model).name if Path(study.model).is_absolute() else study.model,
         "runs": [Path(folder).resolve().name for folder in folders],
         "parts": list(settings.parts),
         "controls": settings.controls,

@@ -25,7 +25,7 @@ from ia2.examples import Examples, FewShotSplit, RowFormat
 from ia2.files import read_json, read_lines, understood
 from ia2.recipes import RECIPES
 from ia2.rounds import draws, place_of, places
-from ia2.runs import RUN_FILE
+from ia2.runs import RUN_FILE, settings_of
 from ia2.stages import PlannedStage, plan, stage_place
 from ia2.user_files import user_path
 
@@ -85,7 +85,7 @@ def read_facts(folder: Path, part: str = "") -> Facts:
 
 
 def _training(folder: Path, run: Mapping[str, Any]) -> Facts:
-    config = validate(TrainConfig, {**run["config"], "output_dir": None}, str(folder))
+    config = settings_of(TrainConfig, folder, run)
     metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
     task = run.get("task") or {}
     planned = plan(config.recipe, config)
@@ -224,7 +224,7 @@ def _compare_config(
     folder: Path, run: Mapping[str, Any] | None, summary: Mapping[str, Any]
 ) -> CompareConfig | None:
     if run is not None:
-        return validate(CompareConfig, {**run["config"], "output_dir": None}, str(folder))
+        return settings_of(CompareConfig, folder, run)
     try:
         return validate(CompareConfig, dict(summary["config"]), str(folder))
     except (UserError, KeyError):

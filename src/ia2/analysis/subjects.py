@@ -15,13 +15,14 @@ from typing import Any
 from ia2.analysis.reading import find_runs
 from ia2.arms import arms
 from ia2.config import AdaptConfig, CompareConfig, TrainConfig
-from ia2.config_reading import refuse_code, validate
+from ia2.config_reading import refuse_code
 from ia2.console import logger
 from ia2.errors import ConfigError, DataError, RunFolderError, suggest
 from ia2.examples import Example, Examples, FewShotSplit
 from ia2.files import digest, read_json, understood
+from ia2.identity import differences
 from ia2.rounds import drawn_test, rounds_of
-from ia2.runs import RUN_FILE
+from ia2.runs import RUN_FILE, settings_of
 from ia2.stages import plan, stage_place
 
 
@@ -77,6 +78,7 @@ class Study:
 
     Attributes:
         model: as the runs name it.
+        identity: what it is; None of runs of older versions.
         config: settings of the first run: model, data, task.
         examples: all labelled rows that the first run was given; they settle the task.
         trials: by seed and fold.
@@ -84,6 +86,7 @@ class Study:
     """
 
     model: str
+    identity: dict[str, Any] | None
     config: TrainConfig | CompareConfig
     examples: Examples
     trials: tuple[Trial, ...]
@@ -122,13 +125,13 @@ def find_study(
     """
     from ia2.adaptation import row_format
 
-    found: list[tuple[TrainConfig | CompareConfig, Examples, list[Trial]]] = []
-    for folder in folders:
-        for run, part in find_runs(folder):
-            found.append(_trials_of(run, part, code or {}))
+    runs = [run for folder in folders for run in find_runs(folder)]
+    found = [_trials_of(run, part, code or {}) for run, part in runs]
+    identities = [read_json(run / RUN_FILE)["data"].get("model") for run, _ in runs]
     config, examples, _ = found[0]
-    for folder_config, _, trials in found[1:]:
+    for (folder_config, _, trials), identity in zip(found[1:], identities[1:], strict=True):
         _check_same(config, folder_config, trials[0].place)
+        _check_same_model((config.model, identities[0]), (folder_config.model, identity), trials[0].place)
     trials = _merged([trial for _, _, own in found for trial in own])
     queries_of = config.test_data or config.data or "the runs' rows"
     if data is not None:
@@ -139,7 +142,7 @@ def find_study(
     trials = [_drawn(trial, max_queries) for trial in _chosen(trials, only)]
     for trial in trials:
         _check_queries(trial)
-    return Study(config.model, config, examples, tuple(trials), queries_of)
+    return Study(config.model, identities[0], config, examples, tuple(trials), queries_of)
 
 
 def _trials_of(
@@ -165,7 +168,7 @@ def _of_training(run: Path, facts: dict[str, Any]) -> tuple[TrainConfig, Example
 
     if not (run / "metrics.json").is_file():
         raise RunFolderError(f"{run}: the run has not finished; start the same command again to continue it.")
-    config = validate(TrainConfig, {**facts["config"], "output_dir": None}, str(run))
+    config = settings_of(TrainConfig, run, facts)
     examples = load_examples(config)
     data = examples.split(num_examples=config.num_examples, seed=config.seed, balanced=config.balanced)
     known = facts["data"]
@@ -208,7 +211,7 @@ def _of_comparison(
 ) -> tuple[CompareConfig, Examples, list[Trial]]:
     from ia2.adaptation import load_examples, load_test_examples
 
-    config = validate(CompareConfig, {**facts["config"], "output_dir": None}, str(run))
+    config = settings_of(CompareConfig, run, facts)
     examples = load_examples(config)
     _check_unchanged(run, config.data, examples, facts["data"]["data"])
     test = load_test_examples(config)
@@ -334,9 +337,22 @@ def _check_unchanged(run: Path, source: str | None, rows: Examples, fingerprint:
 
 
 def _check_same(first: TrainConfig | CompareConfig, other: TrainConfig | CompareConfig, place: Path) -> None:
-    for name in ("model", "task", "labels", "chat", "separator", "max_answer_tokens"):
+    for name in ("task", "labels", "chat", "separator", "max_answer_tokens"):
         mine, its = getattr(first, name), getattr(other, name)
         if mine != its:
             raise ConfigError(
                 f"{place}: {name} is {its!r}, that of the first run is {mine!r}. Analyse them one by one."
             )
+
+
+_Model = tuple[str, dict[str, Any] | None]
+
+
+def _check_same_model(first: _Model, other: _Model, place: Path) -> None:
+    """By content, unless an older version noted none."""
+    differing = differences(first[1], other[1])
+    if differing if first[1] and other[1] else first[0] != other[0]:
+        raise ConfigError(
+            f"{place}: model is {other[0]!r}, that of the first run is {first[0]!r}"
+            f"{'; these differ: ' + ', '.join(differing) if differing else ''}. Analyse them one by one."
+        )

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from ia2.cli.options import ContextFunctions, Json, Parsers, Quiet, TrustRemoteCode, named_code
+from ia2.cli.options import (
+    BaseModelNow,
+    ContextFunctions,
+    Json,
+    Parsers,
+    Quiet,
+    TrustRemoteCode,
+    named_code,
+)
 
 
 def analyze(
@@ -72,6 +80,7 @@ def analyze(
         str | None,
         typer.Option(help="Folder of mirrors of these benchmarks.", show_default=False),
     ] = None,
+    model: BaseModelNow = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, … By default as the runs.", show_default=False)
     ] = None,
@@ -114,6 +123,7 @@ def analyze(
         max_queries=max_queries,
         adapters=_listed(adapters),
         device=device,
+        base=model,
         output_dir=folder,
     )
     files = [folder / ANALYSIS_FILE]

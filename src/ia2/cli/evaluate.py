@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ia2.cli.options import Json, Parser, Quiet, TrustRemoteCode
+from ia2.cli.options import BaseModelNow, Json, Parser, Quiet, TrustRemoteCode
 
 
 def evaluate(
@@ -17,6 +17,7 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option(help="Write per-example predictions to this JSONL file.")
     ] = None,
+    model: BaseModelNow = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps.")] = None,
     trust_remote_code: TrustRemoteCode = None,
     parser: Parser = None,
@@ -35,7 +36,7 @@ def evaluate(
     from ia2.applying import evaluate_adapter
     from ia2.evaluation.scoring import write_predictions
 
-    metrics, predictions = evaluate_adapter(adapter, data, split=split, device=device, code=code)
+    metrics, predictions = evaluate_adapter(adapter, data, split=split, device=device, base=model, code=code)
     if output is not None:
         write_predictions(output, predictions, listed=False)
     if json:

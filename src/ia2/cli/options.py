@@ -225,6 +225,15 @@ def gather_lists(arguments: list[str], flags: set[str]) -> list[str]:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+BaseModelNow = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="Where the base model lies now, if not where it lay: a folder, .gguf file or hub id. Another "
+        "model is refused.",
+        show_default=False,
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no log lines; warnings only.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another ia2 run in the output folder.")]
 Format = Literal["jsonl", "csv"]

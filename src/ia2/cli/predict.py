@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ia2.cli.options import Json, Parser, Quiet, TrustRemoteCode
+from ia2.cli.options import BaseModelNow, Json, Parser, Quiet, TrustRemoteCode
 
 
 def predict(
@@ -18,6 +18,7 @@ def predict(
         typer.Option(help="JSONL or CSV file to write (by its ending); stdout by default."),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split of a hub data set or folder.")] = None,
+    model: BaseModelNow = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps.")] = None,
     trust_remote_code: TrustRemoteCode = None,
     parser: Parser = None,
@@ -37,7 +38,7 @@ def predict(
         output_file(output, data)
     from ia2.applying import predict_rows, prediction_text
 
-    rows = predict_rows(adapter, data, split=split, device=device, code=code)
+    rows = predict_rows(adapter, data, split=split, device=device, base=model, code=code)
     if output is not None:
         write_text(output, prediction_text(rows, output.suffix), listed=False)
         if json:

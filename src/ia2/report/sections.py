@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ia2.errors import UserError
+from ia2.files import digest
 from ia2.recipes import describe
 from ia2.report.analysis import analysis_heading, analysis_tables, analysis_verdict
 from ia2.report.data import MAX_QUERY, Answer, Row, Run
@@ -364,7 +365,8 @@ def _fingerprints(summary: Mapping[str, Any], facts: Mapping[str, Any]) -> Itera
         if data.get("test"):
             yield data["test"]["name"], data["test"]["fingerprint"]
     else:
-        yield from facts.get("data", {}).items()
+        for name, known in facts.get("data", {}).items():
+            yield name, known if isinstance(known, str) else digest(known)
 
 
 def _settings(config: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
