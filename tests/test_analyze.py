@@ -423,7 +423,7 @@ def test_mistakes(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureF
         AnalysisSettings(("x",))
     (tmp_path / "file").write_text("")
     refused = run(capsys, "analyze", str(runs["sft"]), "--output-dir", str(tmp_path / "file")).refusal()
-    assert "file is a file. Choose another --output-dir" in refused
+    assert "file is a file). Choose another folder" in refused
     strange = saved(tmp_path / "strange.jsonl", Examples([Example("a0 z1", " L77", "row 1")], name="x"))
     refused = run(capsys, "analyze", str(runs["sft"]), "--data", strange, "--quiet").refusal()
     assert "L77" in refused

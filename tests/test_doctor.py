@@ -28,6 +28,7 @@ from ia2.comparison import compare
 from ia2.config import CompareConfig, TrainConfig
 from ia2.errors import RunFolderError
 from ia2.examples import Examples
+from ia2.manifest import MANIFEST
 
 RATE = 0.01
 ROOT = Path(__file__).parents[1]
@@ -68,13 +69,20 @@ def healthy(tiny_icl_model_path: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture
 def compared(healthy: dict[str, Path], tmp_path: Path) -> Path:
     """A copy of the comparison, to be spoilt."""
-    return Path(shutil.copytree(healthy["compare"], tmp_path / "compare"))
+    return spoilable(healthy["compare"], tmp_path / "compare")
 
 
 @pytest.fixture
 def trained(healthy: dict[str, Path], tmp_path: Path) -> Path:
     """A copy of the training run, to be spoilt."""
-    return Path(shutil.copytree(healthy["train"], tmp_path / "train"))
+    return spoilable(healthy["train"], tmp_path / "train")
+
+
+def spoilable(run_folder: Path, copy: Path) -> Path:
+    """A copy of a run whose files may be changed: without the list of their digests, which would tell."""
+    shutil.copytree(run_folder, copy)
+    (copy / MANIFEST).unlink()
+    return copy
 
 
 def edit(file: Path, change: Edit) -> None:

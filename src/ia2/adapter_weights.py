@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ia2.errors import ConfigError, DataError, RunFolderError
-from ia2.files import memory_exhausted
 from ia2.manifest import check
 
 if TYPE_CHECKING:
@@ -52,9 +51,9 @@ def attach(model: Any, config: PeftConfig | FullConfig, seed: int) -> PeftModel 
         config.revision = getattr(model.config, "_commit_hash", None)
         try:
             adapted = get_peft_model(model, config)
-        except Exception as error:  # settings of a wrong type lead PEFT to errors of any kind
+        except Exception as error:
             _put_back(model, whole=False)  # it may have come half-way
-            if memory_exhausted(error):
+            if not isinstance(error, ValueError):
                 raise
             message = " ".join(str(error).split())
             if "trust_remote_code" in message:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ia2.console import logger
 from ia2.distributed import first_then_all, process_state
-from ia2.errors import ConfigError, ModelError, RunFolderError, suggest
+from ia2.errors import ConfigError, ModelError, RunFolderError, UserError, suggest
 from ia2.files import atomic_dir, cache_dir, check_writable, digest, memory_exhausted, write_json
 from ia2.identity import (
     SOURCE_FILE,
@@ -112,7 +112,7 @@ class BaseModel:
     @property
     def source(self) -> str:
         """The name as it can be used from any working folder: an absolute path, a hub id or a demo's name."""
-        file = Path(self.name).expanduser()
+        file = user_path(self.name)
         if self.name in DEMO_MODELS:
             return self.name
         return str(file.resolve()) if file.is_file() else self.path
@@ -190,6 +190,8 @@ def load_base(
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), use_safetensors=True, **options
         )
+    except UserError:
+        raise
     except Exception as error:  # files that are no model's lead their readers to errors of any kind
         if memory_exhausted(error):
             raise
@@ -456,7 +458,7 @@ def _convert(parts: list[Path], label: str) -> Path:
         if converted_from(folder):
             return folder
         check_writable(folder, folder=True)
-    except (OSError, RunFolderError) as error:
+    except (OSError, RuntimeError, RunFolderError) as error:  # RuntimeError: links in a circle
         raise ModelError(
             f"the converted model cannot be kept: {error} Set IA2_CACHE_DIR to a folder that can be written."
         ) from error

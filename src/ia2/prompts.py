@@ -163,15 +163,15 @@ class Prompts:
             DataError: the pool is smaller than that; see :attr:`train_contexts`.
         """
         reserve = reserve or self.reserve
-        key = (tuple(queries), reserve)
-        if key in self._fresh:
-            return self._fresh[key]
         count = min(len(self.train), self.config.max_demonstrations or len(self.train))
         if len(pool) < count:
             raise DataError(
                 f"icl_demonstrations fresh draws {count} demonstrations for each query from rows that are in "
                 f"no split; there are {len(pool)}. Give more rows, or set num_examples, or leave it out."
             )
+        key = (tuple(queries), reserve)
+        if key in self._fresh:
+            return self._fresh[key]
         self._fresh[key] = DemonstrationContexts(
             self.rendering,
             queries,

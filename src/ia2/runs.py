@@ -20,6 +20,7 @@ from ia2.identity import differences
 from ia2.manifest import MANIFEST, begin, check, clean, compact, recorded, remove
 from ia2.models import BaseModel
 from ia2.task import Task
+from ia2.user_files import user_path
 
 CONFIG_FILE = "ia2_config.yaml"
 Settings = TypeVar("Settings", TrainConfig, CompareConfig)
@@ -167,7 +168,7 @@ def stored_settings(settings: Mapping[str, Any], base: BaseModel) -> dict[str, A
     revision = base.revision or settings.get("revision")
     stored = {**settings, "model": base.source, "revision": revision, "output_dir": None}
     for name in _PATHS[1:]:
-        if (given := stored.get(name)) and (path := Path(given).expanduser()).exists():
+        if (given := stored.get(name)) and (path := user_path(given)).exists():
             stored[name] = str(path.resolve())
     return stored
 

@@ -272,7 +272,7 @@ def test_a_file_that_has_changed_is_noticed(
     arguments = ["--model", small.path, "--device", "cpu", "--data", tmp_path / "rows.jsonl", "--test-data"]
     arguments += [tmp_path / "test.jsonl", "--output-dir", tmp_path / "out", "--quiet", *BRIEF]
     line = run(capsys, "train", *arguments, "--context-file", file).refusal()
-    assert "computed from something else; these differ: contexts" in line
+    assert "holds another run (data of context differ)" in line
 
 
 # ------------------------------------------------------------------------------------------ columns

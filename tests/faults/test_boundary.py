@@ -404,7 +404,7 @@ def test_a_model_that_breaks_its_reader(ia2: Command, here: Path, tiny_icl_model
     ("options", "expected"),
     [
         (["--report-to", "nothing"], "report_to: 'nothing' is not installed. There are all, none"),
-        (["--adapter-peft", '{"peft_type": "LORA", "r": "x"}'], "the adapter does not fit"),
+        (["--adapter-peft", '{"peft_type": "LORA", "r": "x"}'], "does not work with"),
     ],
 )
 def test_settings_that_only_a_library_refused(ia2: Command, options: list[str], expected: str) -> None:

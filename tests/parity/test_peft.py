@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ia2.adaptation import adapt, load_adapter
 from ia2.config import TrainConfig
+from ia2.files import LOCK
 
 
 @pytest.mark.parametrize("recipe", ["ia2-sft", "ia2", "sft"])
@@ -29,7 +30,7 @@ def test_plain_peft_loads_the_run_folder(recipe: str, tiny_icl_model_path: Path,
     assert names & {"align", "sft"} == stages
     assert ("teacher" in names) == ("align" in stages)
     leftovers = [p for p in folder.rglob("*") if p.name.startswith((".", "checkpoint-"))]
-    assert not leftovers
+    assert [path.name for path in leftovers] == [LOCK]
     assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".pkl", ".pth")]
 
     fresh = AutoModelForCausalLM.from_pretrained(tiny_icl_model_path)

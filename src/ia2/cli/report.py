@@ -78,6 +78,8 @@ def report(
     from ia2.report import printing
     from ia2.report.html import write_report
 
+    if output is not None:
+        printing.check_output(output)
     about_sweeps = {
         "--table": table is not None,
         "--select": select is not None,
