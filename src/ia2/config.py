@@ -138,7 +138,9 @@ class AdaptConfig(Section):
         None, description="Passed on to the model's activation checkpointing."
     )
     checkpoint_every: int = Field(
-        100, ge=1, description="Optimiser steps between checkpoints inside a stage."
+        100,
+        ge=1,
+        description="Optimiser steps between checkpoints inside a stage, rounded up to whole evaluations.",
     )
     report_to: list[str] = Field([], description="Trackers of transformers.Trainer, such as tensorboard.")
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)

@@ -51,7 +51,8 @@ class StageSettings:
         patience: dev evaluations without improvement before stopping.
         restore_best: end with the weights of the best dev loss.
         seed: of the order and of dropout.
-        checkpoint_every: optimiser steps between checkpoints.
+        checkpoint_every: optimiser steps between checkpoints; rounded up to a multiple of those between
+            evaluations.
         activation_checkpointing: recompute activations in the backward pass.
         activation_checkpointing_kwargs: passed on; ``use_reentrant`` must be false.
         report_to: trackers.
@@ -175,7 +176,8 @@ class ExampleTrainer(Trainer, ABC):
             logging_strategy="steps",
             logging_steps=self.eval_every,
             save_strategy="steps",
-            save_steps=settings.checkpoint_every,
+            # the mean loss of the steps between two log lines is in no checkpoint
+            save_steps=self.eval_every * -(-settings.checkpoint_every // self.eval_every),
             save_total_limit=2,
             seed=settings.seed,
             use_cpu=on_cpu,

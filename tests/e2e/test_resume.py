@@ -13,9 +13,9 @@ from launching import finish, kill_when, python, start, write_rows
 
 from ia2.files import LOCK
 
-# Epochs of three steps and checkpoints every five: they fall into the middle of epochs, and step 15 is
+# Epochs of three steps and checkpoints every four: they fall into the middle of epochs, and step 15 is
 # an epoch's end that no regular evaluation falls on.
-_TRAIN = ("--checkpoint-every", 5, "--learning-rates", 0.005, "--adapter-dropout", 0.1)
+_TRAIN = ("--checkpoint-every", 4, "--learning-rates", 0.005, "--adapter-dropout", 0.1)
 _TRAIN += ("--align-epochs", 30, "--align-patience", 1000, "--sft-epochs", 10, "--sft-patience", 1000)
 
 

@@ -24,7 +24,7 @@ from ia2.files import LOCK
 from ia2.manifest import TEMPORARY
 
 MODEL = Path(__file__).resolve().parents[1] / "tiny_icl" / "model"
-_BRIEF = ["--learning-rates", 0.005, "--adapter-dropout", 0.1, "--checkpoint-every", 5]
+_BRIEF = ["--learning-rates", 0.005, "--adapter-dropout", 0.1, "--checkpoint-every", 4]
 _BRIEF += ["--align-epochs", 12, "--align-patience", 99, "--sft-epochs", 8, "--sft-patience", 99]
 # What cannot be the same twice: how long something took, and the list of the digests of such files.
 _TIMES = ("seconds", "evaluate", "train_runtime")
@@ -55,6 +55,8 @@ def kill_again_and_again(command: str, count: int, seed: int, folder: Path) -> i
         seeds = ["--seeds", 1, "--recipes", "icl", "sft", "ia2-sft"] if command == "compare" else []
         return start([command, *options, *_BRIEF, *seeds], log)
 
+    finish(begin(folder / "whole"), log)  # the first one waits for imports
+    shutil.rmtree(folder / "whole")
     began = time.monotonic()
     finish(begin(folder / "whole"), log)
     lasted = time.monotonic() - began
@@ -83,7 +85,7 @@ def contents(folder: Path) -> dict[str, Any]:
     """What a run has left, by path; JSON without times."""
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
-        if path.name == LOCK or path.is_dir():
+        if path.name == LOCK or path.name.endswith(".seconds.json") or path.is_dir():
             continue
         name = path.relative_to(folder).as_posix()
         if path.name == "ia2_manifest.jsonl":
@@ -91,7 +93,7 @@ def contents(folder: Path) -> dict[str, Any]:
             found[name] = [json.loads(line)["path"] for line in path.read_text().splitlines()]
         elif path.suffix in (".json", ".jsonl"):
             found[name] = [_timeless(json.loads(line)) for line in _documents(path)]
-        elif path.suffix == ".md":
+        elif path.suffix in (".md", ".html"):  # with seconds in their text
             found[name] = len(path.read_text().splitlines())
         else:
             found[name] = path.read_bytes()
