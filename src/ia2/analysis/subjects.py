@@ -22,7 +22,7 @@ from ia2.examples import Example, Examples, FewShotSplit
 from ia2.files import digest, read_json, understood
 from ia2.identity import differences
 from ia2.rounds import drawn_test, rounds_of
-from ia2.runs import RUN_FILE, settings_of
+from ia2.runs import RUN_FILE, check_outputs, settings_of
 from ia2.stages import plan, stage_place
 
 
@@ -177,6 +177,7 @@ def _of_training(run: Path, facts: dict[str, Any]) -> tuple[TrainConfig, Example
     queries = data.dev if test is None else test
     if not len(queries):
         raise DataError(f"{run}: the run had neither test nor dev rows. Name rows with --data.")
+    check_outputs(run)
     metrics = read_json(run / "metrics.json")
     subjects = [Subject(config.recipe, config.recipe, config.seed, config, run)]
     stages = plan(config.recipe, config)
