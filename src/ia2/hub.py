@@ -76,6 +76,7 @@ def read_folder(
         split = "train" if "train" in splits else known[0]
 
     def rows(name: str) -> Iterator[Read]:
+        _check_types(folder, f"{shown}: the split {name!r} has", splits[name])
         read = (read_file(folder / file, f"{folder.name}/{file}") for file in splits[name])
         return chain.from_iterable(read)
 
@@ -190,13 +191,15 @@ def _named(folder: Path, shown: str, files: list[str]) -> Splits:
         if split_of:
             return _gathered(split_of)
     beside = [file for file in files if "/" not in file.removeprefix("data/")]
-    types = sorted({PurePosixPath(file).suffix.lower() for file in beside})
-    if len(types) > 1:
-        sound = next((f"; name one, such as {folder / file}" for file in beside if _sound(folder / file)), "")
-        raise DataError(
-            f"{shown}: files of several types ({', '.join(types)}), and no split in their names{sound}"
-        )
     return {"train": beside} if beside else {}
+
+
+def _check_types(folder: Path, beginning: str, files: list[str]) -> None:
+    """Files of several types are the same rows saved twice, or belong to other splits."""
+    types = sorted({PurePosixPath(file).suffix.lower() for file in files})
+    if len(types) > 1:
+        sound = next((f": name one, such as {folder / file}" for file in files if _sound(folder / file)), "")
+        raise DataError(f"{beginning} files of several types ({', '.join(types)}){sound}")
 
 
 def _sound(file: Path) -> bool:

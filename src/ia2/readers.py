@@ -27,6 +27,20 @@ PACKED = {".gz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", "
 
 _LARGEST_CELL = 2**31 - 1
 
+# What is said of quotation marks, with the place.
+_QUOTED_TSV = (
+    "cells in quotation marks (%s): in TSV these are characters of the text. If they are meant to quote, "
+    "save the file as CSV."
+)
+_QUOTED_LATE = (
+    "cells in quotation marks behind a blank (%s): there these are characters of the text, as the blank is. "
+    "If they are meant to quote, remove the blanks after the commas."
+)
+_QUOTED_ROWS = (
+    "a quoted cell goes on over lines of which each could be a row (%s). Check that no quotation mark is "
+    "missing there."
+)
+
 # Bytes that are no UTF-8 come through as surrogates, so that one bad row stays one bad row.
 _BAD_BYTES = re.compile("[\udc80-\udcff]")
 _NOT_UTF8 = "not UTF-8 text"
@@ -118,7 +132,7 @@ def _read_table(path: Path, name: str, delimiter: str, quoting: Any) -> Iterator
     csv.field_size_limit(_LARGEST_CELL)
     header: list[str] | None = None
     lines: list[str] = []  # of the current row
-    doubtful: list[str] = []
+    doubtful: dict[str, list[str]] = {}
     with _open_text(path, newline="") as file:
         # Strict, because the lenient reader drops quotes and swallows rows in silence.
         reader = csv.reader(_kept(file, lines), delimiter=delimiter, quoting=quoting, strict=True)
@@ -149,11 +163,12 @@ def _read_table(path: Path, name: str, delimiter: str, quoting: Any) -> Iterator
                 continue
             if not problem and len(cells) != len(header):
                 problem = f"{counted(len(cells), 'value')} for the {len(header)} columns {names_of(header)}"
-            if not problem and _doubtful(cells, lines, delimiter, quoting):
-                doubtful.append(source)
+            if not problem and (doubt := _doubt(cells, lines, delimiter, quoting)):
+                doubtful.setdefault(doubt, []).append(source)
             yield source, dict(zip(header, cells, strict=False)), problem
-    if doubtful:
-        _say_doubts(path, doubtful, quoting)
+    for doubt, sources in doubtful.items():
+        rows = f"{sources[0]} is the first of {len(sources)}" if len(sources) > 1 else f"at {sources[0]}"
+        logger.warning(f"%s: {doubt}", path, rows)
 
 
 def _kept(file: io.TextIOWrapper, lines: list[str]) -> Iterator[str]:
@@ -182,29 +197,16 @@ def _header_problem(cells: list[str]) -> str | None:
     return None
 
 
-def _doubtful(cells: list[str], lines: list[str], delimiter: str, quoting: Any) -> bool:
-    """Whether quotation marks of a row may be meant otherwise than they are read."""
+def _doubt(cells: list[str], lines: list[str], delimiter: str, quoting: Any) -> str | None:
+    """What quotation marks of a row may be meant for, other than what they are read as."""
     if quoting == csv.QUOTE_NONE:
-        return any(len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in cells)
-    return len(cells) > 1 < len(lines) and all(line.count(delimiter) == len(cells) - 1 for line in lines)
-
-
-def _say_doubts(path: Path, sources: list[str], quoting: Any) -> None:
-    first = f"{sources[0]} is the first of {len(sources)}" if len(sources) > 1 else f"at {sources[0]}"
-    if quoting == csv.QUOTE_NONE:
-        logger.warning(
-            "%s: cells in quotation marks (%s): in TSV these are characters of the text. If they are "
-            "meant to quote, save the file as CSV.",
-            path,
-            first,
-        )
-    else:
-        logger.warning(
-            "%s: a quoted cell goes on over lines of which each could be a row (%s). Check that no "
-            "quotation mark is missing there.",
-            path,
-            first,
-        )
+        if any(len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in cells):
+            return _QUOTED_TSV
+    elif any(re.fullmatch(r' +".*"', cell, re.DOTALL) for cell in cells):
+        return _QUOTED_LATE
+    elif len(cells) > 1 < len(lines) and all(line.count(delimiter) == len(cells) - 1 for line in lines):
+        return _QUOTED_ROWS
+    return None
 
 
 # Parquet

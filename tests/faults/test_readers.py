@@ -121,6 +121,17 @@ def test_layouts(tmp_path: Path) -> None:
     assert texts(plain) == "ab"
 
 
+def test_a_split_in_files_of_several_types_is_not_read_twice(tmp_path: Path) -> None:
+    """Usually these are the same rows, saved twice."""
+    folder = parts(tmp_path / "both", train="ab", test="c")
+    write(folder / "train.csv")
+    line = refusal(folder)
+    assert "the split 'train' has files of several types (.csv, .jsonl)" in line
+    suggested = line.split("such as ")[1]
+    assert len(Examples.load(suggested, format=FORMAT)) == 3
+    assert texts(folder, split="test") == "c"
+
+
 def test_a_folder_with_glob_characters_in_its_name(tmp_path: Path) -> None:
     assert texts(parts(tmp_path / "br[1]*?", train="ab", test="c"), split="test") == "c"
 
@@ -164,7 +175,7 @@ def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
     (mixed / "a.csv").write_text('text,text\n"')
     write(mixed / "b.jsonl")
     line = refusal(mixed)
-    assert "files of several types (.csv, .jsonl), and no split in their names; name one, such as " in line
+    assert "files of several types (.csv, .jsonl): name one, such as " in line
     assert len(Examples.load(line.rsplit("such as ", 1)[1], format=FORMAT)) == 3
     assert "could be train or test: rename it" in refusal(parts(tmp_path / "two", test_train="a"))
     deep = parts(tmp_path / "deep", one__two__rows="a")
@@ -230,6 +241,15 @@ def test_quotation_marks_of_csv_that_swallow_lines(tmp_path: Path, caplog: pytes
     assert len(Examples.load(path, format=FORMAT)) == 3
     (record,) = caplog.records
     assert "a quoted cell goes on over lines of which each could be a row (at a.csv:3)" in record.getMessage()
+
+
+def test_quotation_marks_of_csv_behind_a_blank(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They do not quote there, and were part of every label."""
+    path = tmp_path / "a.csv"
+    path.write_text('text,label\n"a", "x"\n"b", x\n"say ""c""",y\n')
+    assert [e.answer for e in Examples.load(path, format=FORMAT)] == ['  "x"', "  x", " y"]
+    (record,) = caplog.records
+    assert "a.csv: cells in quotation marks behind a blank (at a.csv:2)" in record.getMessage()
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
