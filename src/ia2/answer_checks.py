@@ -12,6 +12,7 @@ import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any
 
 from ia2.errors import DataError
@@ -41,6 +42,15 @@ def near_key(text: str) -> str:
     """The same for texts that differ by case, blanks, invisible or look-alike characters only."""
     plain = unicodedata.normalize("NFKC", text).translate(CHARACTERS).translate(_LATIN_TWINS).casefold()
     return "".join(c for c in plain if not (c.isspace() or unicodedata.category(c) == "Cf" or c == "\ufe0f"))
+
+
+def _value(text: str) -> str:
+    """The key of a text, the same for ``1``, ``01`` and ``1.0``, which columns of mixed types hold."""
+    key = near_key(text)
+    try:
+        return str(Decimal(key).normalize())
+    except InvalidOperation:
+        return key
 
 
 def some_rows(rows: Sequence[Example]) -> str:
@@ -126,15 +136,16 @@ def check_labels(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def near_labels(labels: Sequence[str], names: Sequence[Any]) -> list[Advice]:
     """Labels that differ by what is easily overlooked."""
-    alike = dict(_groups(labels, near_key))
-    others = [str(name) for la, name in zip(labels, names, strict=True) if near_key(la) not in alike]
-    groups = [*alike.values(), *dict(_groups(others, near_key)).values()]
+    alike = dict(_groups(labels, _value))
+    others = [str(name) for la, name in zip(labels, names, strict=True) if _value(la) not in alike]
+    groups = [*alike.values(), *dict(_groups(others, _value)).values()]
     found: list[Advice] = []
     if groups:
         shown = "; ".join(", ".join(map(ascii_shown, group)) for group in groups[:_SHOWN])
         found.append(
             (
-                "Some labels differ only by case, blanks, invisible or look-alike characters",
+                "Some labels differ only by case, blanks, invisible or look-alike characters, or as numbers "
+                "are written",
                 shown + (f"; and {len(groups) - _SHOWN} more" if len(groups) > _SHOWN else ""),
                 "if they mean the same, write them alike in the rows or give them one text with --label-map",
             )

@@ -148,11 +148,14 @@ def test_probabilities_by_name_sum_to_one(byte_tokenizer: Any) -> None:
         (" e-mail", " e\u2011mail"),
         (" don't", " don\u2019t"),
         (" ma\u00dfe", " MASSE"),
+        (" 1", " 1.0"),  # of one column: 1 and 1.0
+        (" 01", " 1"),
+        (" 1e3", " 1000"),
     ],
 )
 def test_labels_that_nearly_match_are_said(byte_tokenizer: Any, one: str, other: str) -> None:
     told = said(make(byte_tokenizer, rows_of(*[one, other, " third"] * 3)))
-    assert "differ only by case, blanks, invisible or look-alike characters" in told
+    assert "differ only by case, blanks, invisible or look-alike characters, or as numbers" in told
     assert repr(one) in told
     assert repr(other) in told
     assert "third" not in told
