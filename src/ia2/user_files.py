@@ -13,6 +13,8 @@ from typing import Any
 from ia2.errors import DataError, suggest
 from ia2.wording import one_line, quoted
 
+EMPTY_PATH = "an empty text is no path: leave it out, or name a file or folder"
+
 # Settings and texts are read whole; rows are not.
 _LARGEST_TEXT = 64 << 20
 
@@ -42,8 +44,10 @@ def user_path(path: str | Path) -> Path:
     """A path as users write it, with ``~`` for their home.
 
     Raises:
-        DataError: the system takes no such path.
+        DataError: it is empty, or the system takes no such path.
     """
+    if not str(path):  # of a shell's variable that is not set; to Path it is the current folder
+        raise DataError(f"{EMPTY_PATH}.")
     try:
         path = Path(path).expanduser()
         path.exists()

@@ -21,7 +21,8 @@ from finished_runs import write_comparison
 from tiny_icl.tasks import sample_task
 
 from ia2.cli import boundary
-from ia2.errors import ModelError, RunFolderError
+from ia2.errors import DataError, ModelError, RunFolderError
+from ia2.examples import Examples
 
 TASK = sample_task(0, num_classes=3)
 LONG = "n" * 300  # names of files end at 255 bytes
@@ -318,6 +319,19 @@ def test_folders_that_are_no_runs(ia2: Command, folder: str) -> None:
         ia2(command, folder).refusal()
     for command in ("predict", "eval"):
         ia2(command, "--adapter", folder, "--data", "rows.jsonl").refusal()
+
+
+def test_an_empty_text_is_no_folder(ia2: Command, here: Path, finished: Path) -> None:
+    """What a shell makes of a variable that is not set was read as the folder that one is in."""
+    write_rows(here / "train.jsonl", [{"text": q, "label": "b"} for q, _ in TASK.examples(2, seed=1)])
+    command = ["predict", "--adapter", finished, "--data", "rows.jsonl"]
+    for flag in ("--data", "--adapter", "--model", "--output"):
+        assert f"{flag}: an empty text is no path" in ia2(*command, flag, "").refusal()
+        assert f"{flag}: an empty text is no path" in ia2(*command, f"{flag}=").refusal()
+    assert "--output-dir: an empty" in ia2("analyze", finished, "--output-dir", "").refusal()
+    assert "an empty text is no path" in ia2("analyze", finished, "").refusal()
+    with pytest.raises(DataError, match="an empty text is no path"):
+        Examples.load("")
 
 
 @pytest.mark.parametrize("name", ["~nobody-at-all", "~nobody-at-all/x.yaml", LONG, "a/" * 3000])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import typer
@@ -27,13 +28,18 @@ from ia2.cli.boundary import DEBUG, bug, give_up, in_words, open_streams, say
 from ia2.cli.options import gather_lists, list_flags
 from ia2.config import CurveConfig, ProbeConfig, TrainConfig
 from ia2.console import printable
-from ia2.errors import UserError, suggest
+from ia2.errors import ConfigError, UserError, suggest
+from ia2.user_files import EMPTY_PATH
 
 # Old typer raises click's exceptions, new typer its own copies of them; both export this one below them.
 _UsageError, _ClickException = typer.BadParameter.__mro__[1:3]
 
 _INTERRUPTED = 130
 _LONGEST_LINE = 1600  # characters
+_PATH_FLAGS = (
+    "--adapter", "--config", "--context-file", "--data", "--data-dir", "--figures", "--model", "--output",
+    "--output-dir", "--test-data",
+)  # fmt: skip
 
 app = typer.Typer(
     name="ia2",
@@ -81,6 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     lists = list_flags(TrainConfig, CurveConfig, ProbeConfig)
     try:
         open_streams()
+        _check_paths(given)
         # not standalone: typer would draw a box of several lines around its own errors
         status = app(gather_lists(given or ["--help"], lists), prog_name="ia2", standalone_mode=False)
         sys.stdout.flush()
@@ -106,6 +113,16 @@ def main(arguments: list[str] | None = None) -> None:
         say("\nia2: interrupted; start the same command again to continue.")
     if status:
         sys.exit(status)
+
+
+def _check_paths(arguments: list[str]) -> None:
+    """Refuse paths that are empty, which to ``Path`` are the folder that one is in."""
+    for before, argument in pairwise(["", *arguments]):
+        flag = argument.removesuffix("=") if argument else before
+        if flag in _PATH_FLAGS and (not argument or argument != flag):
+            raise ConfigError(f"{flag}: {EMPTY_PATH}.")
+        if not argument and not before.startswith("-"):
+            raise ConfigError(f"{EMPTY_PATH}.")
 
 
 def _usage_line(error: Any) -> str:
