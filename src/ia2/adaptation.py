@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -280,6 +280,16 @@ def load_base_of_run(
 def row_format(config: TrainConfig) -> RowFormat:
     """How rows become examples, from the data options."""
     return RowFormat(config.prompt_template, config.completion_template, config.label_map)
+
+
+def run_format(config: TrainConfig) -> RowFormat:
+    """The same of a finished run: its columns are named, since no option can change them any more."""
+    format = row_format(config)
+    return replace(
+        format,
+        prompt_template=format.prompt_template or "{prompt}",
+        completion_template=format.completion_template or "{completion}",
+    )
 
 
 def load_examples(config: Any, *, labelled: bool = True) -> Examples:

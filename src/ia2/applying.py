@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ia2.adaptation import AdaptResult, load_adapter, row_format
+from ia2.adaptation import AdaptResult, load_adapter, run_format
 from ia2.adapter_weights import virtual_tokens
 from ia2.console import escaped
 from ia2.evaluation.metrics import summarise
@@ -143,7 +143,7 @@ def _read(
 ) -> Examples:
     """Rows in the format of the training run; read before the model is loaded, so mistakes are quick."""
     config, _, _ = load_run(Path(folder), code)
-    return Examples.load(data, split=split, format=row_format(config), labelled=labelled)
+    return Examples.load(data, split=split, format=run_format(config), labelled=labelled)
 
 
 def _prompts(result: AdaptResult, base: BaseModel, rows: Sequence[Example]) -> Sequence[Ids]:

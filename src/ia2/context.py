@@ -546,8 +546,8 @@ def bare_lengths(
         taken = f" and {virtual} taken by the adapter's virtual tokens" if virtual else ""
         raise DataError(
             f"{queries[i].source}: the prompt has {lengths[i]} tokens; the context window holds "
-            f"{max_length}, of which {reserve} are kept for the answer{taken}. Shorten the row or take a "
-            "model with a longer window."
+            f"{max_length}, of which {reserve} are kept for the answer{taken}. Shorten the row, lower "
+            "max_answer_tokens, or take a model with a longer window."
         )
     return lengths
 

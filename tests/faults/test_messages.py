@@ -408,6 +408,23 @@ def test_an_answer_longer_than_allowed(refused: Refused, here: Path) -> None:
     assert "free.jsonl:10:" in line
 
 
+def test_a_limit_of_answers_that_leaves_no_window(refused: Refused) -> None:
+    """To shorten the row, which has five tokens, would not have helped."""
+    line = refused("--max-answer-tokens", 100_000)
+    assert "lower max_answer_tokens" in line
+
+
+def test_rows_of_other_columns_for_a_finished_run(ia2: Command, here: Path, finished: Path) -> None:
+    """``--prompt-template`` was suggested, which only commands that train have."""
+    write_rows(here / "other.jsonl", [{"text": q, "label": a} for q, a in TASK.examples(4, 0)])
+    for command in ("predict", "eval"):
+        line = ia2(command, "--adapter", finished, "--data", "other.jsonl").refusal()
+        assert "names the column 'prompt'; there are 'text', 'label'" in line
+        assert "--prompt-template" not in line
+    line = ia2("analyze", finished, "--data", "other.jsonl").refusal()
+    assert "--prompt-template" not in line
+
+
 # --------------------------------------------------------------------------------- output folder
 
 

@@ -7,7 +7,7 @@ on it, and the queries that they are looked at on.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ia2.examples import Example, Examples, FewShotSplit
 from ia2.files import digest, read_json, understood
 from ia2.identity import differences
 from ia2.rounds import drawn_test, rounds_of
-from ia2.runs import RUN_FILE, check_outputs, settings_of
+from ia2.runs import RUN_FILE, check_outputs, not_finished, settings_of
 from ia2.stages import plan, stage_place
 
 
@@ -123,7 +123,7 @@ def find_study(
         DataError: rows that cannot be read again, or have changed.
         ConfigError: runs on different base models or data, or that name code which ``code`` does not.
     """
-    from ia2.adaptation import row_format
+    from ia2.adaptation import run_format
 
     runs = [run for folder in folders for run in find_runs(folder)]
     found = [_trials_of(run, part, code or {}) for run, part in runs]
@@ -135,7 +135,7 @@ def find_study(
     trials = _merged([trial for _, _, own in found for trial in own])
     queries_of = config.test_data or config.data or "the runs' rows"
     if data is not None:
-        rows = Examples.load(data, split=split, format=row_format(config), labelled=True)  # type: ignore[arg-type]
+        rows = Examples.load(data, split=split, format=run_format(config), labelled=True)  # type: ignore[arg-type]
         places = tuple(range(len(rows)))
         trials = [replace(trial, queries=rows, places=places) for trial in trials]
         queries_of = data
@@ -167,7 +167,7 @@ def _of_training(run: Path, facts: dict[str, Any]) -> tuple[TrainConfig, Example
     from ia2.adaptation import load_examples, load_test_examples
 
     if not (run / "metrics.json").is_file():
-        raise RunFolderError(f"{run}: the run has not finished; start the same command again to continue it.")
+        raise RunFolderError(not_finished(run))
     config = settings_of(TrainConfig, run, facts)
     examples = load_examples(config)
     data = examples.split(num_examples=config.num_examples, seed=config.seed, balanced=config.balanced)
@@ -220,12 +220,14 @@ def _of_comparison(
         test = drawn_test(test, config.max_test)
     if test is not None:
         _check_unchanged(run, config.test_data, test, facts["data"]["test"])
+    summary = read_json(run / "compare.json") if (run / "compare.json").is_file() else {}
+    diverged = summary.get("diverged", {})
     trials = []
     for current in rounds_of(examples, test, config, run):
         place = current.folder.relative_to(run).as_posix()
         if part and not (place == part or place.startswith(f"{part}/")):
             continue
-        subjects = tuple(_arms_of(current.folder, config, current.seed))
+        subjects = tuple(_arms_of(current.folder, config, current.seed, diverged))
         others = tuple(_others(examples, current.data, current.test))
         settings = config.model_copy(update={"seed": current.seed})
         trials.append(
@@ -244,13 +246,16 @@ def _of_comparison(
     return config, examples, trials
 
 
-def _arms_of(folder: Path, config: CompareConfig, seed: int) -> Iterator[Subject]:
+def _arms_of(folder: Path, config: CompareConfig, seed: int, diverged: Container[str]) -> Iterator[Subject]:
     for arm in arms(config):
         stages = plan(arm.recipe, arm.config) if arm.recipe not in ("base", "icl") else []
         if not stages:
             continue
         file = folder / "evaluations" / f"{arm.name}.json"
         if not file.is_file():
+            if arm.name in diverged:
+                logger.warning("%s: %s diverged there; it is left out.", folder, arm.name)
+                continue
             raise RunFolderError(
                 f"{folder}: {arm.name} has not been evaluated yet; start the same comparison again to go on."
             )
