@@ -253,12 +253,23 @@ def load_run(folder: Path, code: Mapping[str, Any] | None = None) -> tuple[Train
         return _run_of(folder, facts, code or {})
 
 
+def not_finished(folder: Path) -> str:
+    """That a run has not finished, and what to do: where training diverged, not the same again."""
+    stages = folder.rglob("stage.json")
+    if any(read_json(file).get("diverged") for file in stages):
+        return (
+            f"{folder}: the run has not finished, and training diverged in it; see what "
+            f"`ia2 doctor {folder}` says."
+        )
+    return f"{folder}: the run has not finished; start the same command again to continue it."
+
+
 def _run_of(
     folder: Path, facts: dict[str, Any], code: Mapping[str, Any]
 ) -> tuple[TrainConfig, Task, dict[str, Any]]:
     # metrics.json is written last
     if "task" not in facts or not (folder / "metrics.json").is_file():
-        raise DataError(f"{folder}: the run has not finished; start the same command again to continue it.")
+        raise DataError(not_finished(folder))
     named = {name: value for name, value in code.items() if value is not None}
     config = settings_of(TrainConfig, folder, facts, **named, context_function=None, output_dir=str(folder))
     given = {**facts["task"], **named}

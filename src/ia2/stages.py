@@ -226,7 +226,8 @@ def finished_stage(name: str, tried: float, folder: Path, key: str) -> StageResu
     if diverged is None:
         logger.info("Stage %s at rate %g: reusing %s.", name, tried, folder)
     else:
-        logger.warning("Stage %s at rate %g: it diverged at step %d before.", name, tried, diverged)
+        rate = known["learning_rate"]
+        logger.warning("Stage %s at rate %g: it diverged at step %d before.", name, rate, diverged)
     return StageResult(
         name,
         tried,

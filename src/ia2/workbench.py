@@ -292,7 +292,9 @@ class Workbench:
             if (step := done[-1].diverged) is not None:
                 if step == 0 and len(done) == 1:
                     raise ConfigError(self._senseless(recipe, stages[0]))
-                diverged[name] = f"{done[-1].name} at step {step}"
+                own = stage.settings.learning_rate
+                at = "" if own is None else f" with its rate {own:g}"
+                diverged[name] = f"{done[-1].name}{at} at step {step}"
             # without dev rows all are nan, and the first stays
             elif best is None or loss < best.stages[-1].selection_loss:
                 best = TrainedRecipe(recipe, done, tried, "dev loss", diverged)

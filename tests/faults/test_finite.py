@@ -466,6 +466,35 @@ def test_a_comparison_names_what_diverged(ia2: Command, here: Path) -> None:
     assert_finite(here / "out")
 
 
+def test_what_is_said_of_a_stage_that_diverged_at_its_own_rate(ia2: Command, here: Path) -> None:
+    """The recipe's rate was blamed, and lowering it advised, which changes nothing."""
+    options = ["--test-data", "test.jsonl", "--seeds", 1, "--recipes", "sft,ia2-sft"]
+    options += ["--align-learning-rate", "1e30", "--learning-rates", "1e-3"]
+    assert ia2("compare", *options).status == 0
+    again = ia2("compare", *options, "--json")
+    assert "rate 1e+30: it diverged" in again.err
+    assert "1e+30" in again.json["diverged"]["ia2-sft"]
+    findings = ia2("doctor", "out", "--json").json["runs"][0]["findings"]
+    (found,) = [f for f in findings if f["rule"] == "diverged"]
+    assert "rate 1e+30" in found["evidence"] and "--align-learning-rate 1e+29" in found["advice"]
+    assert "--learning-rates" not in found["advice"]
+    # the recipe that is left is analysed; the comparison has nothing to go on with
+    ran = ia2("analyze", "out", "--parts", "activations", "--max-queries", 4)
+    assert ran.status == 0, ran.err
+    assert "ia2-sft diverged there; it is left out" in ran.err
+
+
+def test_a_run_that_diverged_is_not_to_be_started_again(ia2: Command, here: Path) -> None:
+    """The same command diverges again."""
+    refused(ia2("train", "--recipe", "sft", "--learning-rates", "1e30"))
+    commands = [["predict", "--adapter"], ["eval", "--adapter"], ["analyze"], ["report"]]
+    for command in commands:
+        data = ["--data", "test.jsonl"] if "--adapter" in command else []
+        line = refused(ia2(*command, "out", *data))
+        assert "diverged in it; see what `ia2 doctor out` says" in line
+        assert "again" not in line
+
+
 def test_a_comparison_in_which_all_diverges_is_one_line(ia2: Command, here: Path) -> None:
     options = ["--test-data", "test.jsonl", "--seeds", 1, "--recipes", "sft", "--learning-rates", "1e30"]
     line = refused(ia2("compare", *options))

@@ -40,6 +40,7 @@ class Stage:
         selection_loss: what rates are chosen by; None while it runs, without dev rows or where it diverged.
         layers: those that were aligned; None for all.
         diverged: steps after which it did; None: it did not.
+        own_rate: that of its settings, which counts instead of the recipe's; None without.
     """
 
     arms: tuple[str, ...]
@@ -58,6 +59,18 @@ class Stage:
     selection_loss: float | None = None
     layers: tuple[int, ...] | None = None
     diverged: int | None = None
+    own_rate: float | None = None
+
+    @property
+    def rate(self) -> float:
+        """What it is trained at."""
+        return self.tried if self.own_rate is None else self.own_rate
+
+    def at(self, *factors: float) -> str:
+        """The option that gives it other rates: ``--learning-rates 0.01``."""
+        if self.own_rate is not None:  # one only
+            return f"--{self.kind}-learning-rate {self.rate * factors[-1]:g}"
+        return f"--learning-rates {' '.join(f'{self.rate * factor:g}' for factor in factors)}"
 
 
 @dataclass(frozen=True)

@@ -352,6 +352,7 @@ def _stage(
         known.get("selection_loss", known.get("dev_loss")),
         None if layers is None else tuple(layers),
         known.get("diverged_step"),
+        stage.settings.learning_rate,
     )
 
 

@@ -192,7 +192,7 @@ def diverged(facts: Facts) -> Iterable[Finding]:
 
     for where, hits, _ in stage_hits(facts, EVERY_STAGE, test):
         step, loss = hits[0][1]["step"], hits[0][1]["loss"]
-        rate = hits[0][0].tried
+        rate = hits[0][0].rate
         yield Finding(
             "diverged",
             "problem",
@@ -200,7 +200,7 @@ def diverged(facts: Facts) -> Iterable[Finding]:
             f"at rate {rate:g} the loss is {loss:g} at step {step:.0f}"
             if math.isfinite(loss)
             else f"at rate {rate:g} the loss is not finite after step {step:.0f}",
-            f"a tenth of the rate (--learning-rates {rate / 10:g}), or --dtype float32 where it is float16",
+            f"a tenth of the rate ({hits[0][0].at(0.1)}), or --dtype float32 where it is float16",
             where,
             {"rate": rate, **hits[0][1]},
         )
@@ -239,11 +239,11 @@ def alignment_not_learnt(facts: Facts) -> Iterable[Finding]:
             "The alignment loss did not fall: the adapter has not come nearer to the activations of ICL.",
             f"{figures['first']:.4g} in the first steps, {figures['lowest']:.4g} at its lowest "
             f"({abs(figures['fall']):.0%} {'less' if figures['fall'] >= 0 else 'more'}) after "
-            f"{stage.train[-1][0]} steps at rate {stage.tried:g}",
-            f"higher rates (--learning-rates {stage.tried:g} {3 * stage.tried:g} {10 * stage.tried:g}), "
+            f"{stage.train[-1][0]} steps at rate {stage.rate:g}",
+            f"higher rates ({stage.at(1, 3, 10)}), "
             "more --align-epochs, a larger --adapter-rank or more --adapter-target-modules",
             where,
-            {"rate": stage.tried, **figures},
+            {"rate": stage.rate, **figures},
         )
     if not seen:
         raise CannotTell("the alignment stage has logged fewer than two losses")
@@ -273,8 +273,7 @@ def undertrained(facts: Facts) -> Iterable[Finding]:
             "Training stopped at the limit of epochs while the dev loss was still falling.",
             f"{stage.epochs} epochs; dev loss {figures['before']:.4g} → {figures['last']:.4g} in the last "
             "quarter",
-            f"--{stage.kind}-epochs {4 * stage.epochs}, or a higher rate "
-            f"(--learning-rates {3 * stage.tried:g})",
+            f"--{stage.kind}-epochs {4 * stage.epochs}, or a higher rate ({stage.at(3)})",
             where,
             figures,
         )
@@ -299,8 +298,8 @@ def best_at_first_evaluation(facts: Facts) -> Iterable[Finding]:
             unless_rare("warning", hits, total),
             "The dev loss was best at the very first evaluation and rose after it: the rate is too high.",
             f"dev loss {figures['best']:.4g} at step {figures['step']:.0f}, {figures['last']:.4g} at the "
-            f"end; rate {stage.tried:g}",
-            f"--{stage.kind}-learning-rate {stage.tried / 3:.2g}, and --{stage.kind}-eval-every 1",
+            f"end; rate {stage.rate:g}",
+            f"--{stage.kind}-learning-rate {stage.rate / 3:.2g}, and --{stage.kind}-eval-every 1",
             where,
             figures,
         )

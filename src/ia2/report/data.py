@@ -12,7 +12,7 @@ import numpy as np
 
 from ia2.errors import RunFolderError
 from ia2.files import read_json, read_lines, understood
-from ia2.runs import RUN_FILE
+from ia2.runs import RUN_FILE, not_finished
 
 Kind = Literal["compare", "curve", "train", "sweep"]
 
@@ -156,9 +156,7 @@ def kind_of(folder: Path) -> Kind:
         if (folder / name).is_file():
             return kind
     if (folder / RUN_FILE).is_file() or any(folder.glob(f"n-*/{RUN_FILE}")):
-        raise RunFolderError(
-            f"{folder}: the run has not finished; start the same command again to continue it."
-        )
+        raise RunFolderError(not_finished(folder))
     raise RunFolderError(
         f"{folder}: no run of ia2 there. Give a folder that `ia2 compare`, `demo`, `curve`, `train` or "
         "`sweep` wrote."
