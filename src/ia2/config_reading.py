@@ -137,4 +137,8 @@ def describe(kind: type[BaseModel], problem: Any) -> str:
         )
     message = problem["msg"].removeprefix("Value error, ").rstrip(".")
     message = message[:1].lower() + message[1:] if problem["type"] != "value_error" else message
+    if isinstance(problem["input"], bool) and problem["type"] in ("literal_error", "string_type"):
+        words = "yes and on" if problem["input"] else "no and off"
+        truth = str(problem["input"]).lower()
+        message += f"; YAML takes {words} without quotation marks for {truth}: write them in such"
     return f"{place}: {message}" if place else message

@@ -9,7 +9,14 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from ia2.errors import suggest
 from ia2.recipes import ADAPTER_NAMES, OBJECTIVE_NAMES
@@ -31,10 +38,19 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
-    @field_validator("*")
+    @field_validator("*", mode="wrap")
     @classmethod
-    def _countable(cls, value: Any) -> Any:
+    def _countable(cls, raw: Any, validated: ValidatorFunctionWrapHandler) -> Any:
         """Every number is finite, also inside mappings that are handed on as they are, and can be counted."""
+        value = validated(raw)
+        pairs = [(raw, value)]
+        if isinstance(raw, (list, tuple)) and isinstance(value, (list, tuple)):
+            pairs = list(zip(raw, value, strict=False))
+        for given, number in pairs:
+            if isinstance(given, bool) and type(number) in (int, float):
+                raise ValueError(
+                    f"{str(given).lower()} is no number (yes, no, on and off mean true and false)"
+                )
         for place, number in _numbers(value):
             if not -(2**63) <= number < 2**63:  # nor is nan
                 fault = "too large" if math.isfinite(number) else "not a finite number"

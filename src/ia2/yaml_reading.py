@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from ia2.wording import one_line, quoted
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
 
 # Settings that hold words: what stands in them is a text, whatever YAML would make of it.
 _WORDS = ("labels", "label_map", "verbalisers")
+
+# Octal (010 is 8) and sexagesimal (1:30 is 90).
+_ODD_NUMBER = re.compile(r"[-+]?(0[0-7_]+|[0-9_]+(:[0-9]+)+)")
 
 _PREFIX = "tag:yaml.org,2002:"
 _TEXT = _PREFIX + "str"
@@ -65,6 +69,11 @@ def _check(node: Node, words: bool, seen: set[tuple[int, bool]]) -> None:
             _check(value, words or name in _WORDS, seen)
     elif words:
         _as_text(node)
+    elif node.tag == _PREFIX + "int" and _ODD_NUMBER.fullmatch(node.value):
+        raise ValueError(
+            f"line {node.start_mark.line + 1}: {quoted(node.value)} is another number to YAML than it seems; "
+            "write it without the zero before it or the colon, or a text in quotation marks"
+        )
 
 
 def _check_keys(node: MappingNode) -> None:

@@ -379,6 +379,31 @@ def test_words_of_benchmarks_and_grids(tmp_path: Path, capsys: pytest.CaptureFix
     assert "line 4: YAML takes no without" in run(capsys, "sweep", grid).refusal()
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("batch_size: yes", "batch_size: true is no number"),
+        ("sft: {learning_rate: on}", "sft.learning_rate: true is no number"),
+        ("learning_rates: [true]", "learning_rates: true is no number"),
+        ("seed: off", "seed: false is no number"),
+        ("seed: 010", "line 1: '010' is another number to YAML than it seems"),
+        ("num_examples: 1:30", "line 1: '1:30' is another number to YAML"),
+        ("chat: off", "YAML takes no and off without quotation marks for false"),
+        ("separator: no", "YAML takes no and off without quotation marks for false"),
+    ],
+)
+def test_what_yaml_makes_another_value_of(tmp_path: Path, text: str, reason: str) -> None:
+    """A switch where a number belongs counted as 1, ``010`` as 8."""
+    with pytest.raises(ConfigError) as info:
+        settings_of(tmp_path, text)
+    assert reason in said(info)
+
+
+def test_numbers_that_are_what_they_seem(tmp_path: Path) -> None:
+    assert settings_of(tmp_path, "seed: 0\nbatch_size: 1_0\nnum_examples: 8.0").num_examples == 8
+    assert settings_of(tmp_path, "chat: 'off'\nlabels: ['010', b]").labels == ["010", "b"]
+
+
 def test_switches_stay_switches(tmp_path: Path) -> None:
     assert settings_of(tmp_path, "balanced: yes\nnum_examples: 4\n").balanced is True
 
