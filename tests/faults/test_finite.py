@@ -513,6 +513,18 @@ def test_a_curve_names_what_diverged(ia2: Command, here: Path, capsys: pytest.Ca
     assert ia2("report", "out", "--output", "out/page.html").status == 0
 
 
+def test_the_doctor_looks_at_a_curve_that_diverged(
+    ia2: Command, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It took a curve for a run of another kind, and other commands advise to ask it."""
+    options = ["--model", "model", "--data", "rows.jsonl", "--test-data", "test.jsonl", "--output-dir", "out"]
+    options += [*map(str, BRIEF), "--recipes", "sft", "--seeds", "1", "--sizes", "4,6"]
+    refused(run(capsys, "curve", *options, "--learning-rates", "1e30"))
+    assert "see what `ia2 doctor out` says" in refused(ia2("report", "out"))
+    (found,) = ia2("doctor", "out", "--json").json["runs"]
+    assert "diverged" in [f["rule"] for f in found["findings"]]
+
+
 def test_a_cell_that_diverges_fails_by_name(files: Path, tmp_path: Path) -> None:
     grid: dict[str, Any] = {"recipes": ["sft", "ia2-sft"], "learning_rates": [1e30, 1e-3]}
     done = swept(files, tmp_path / "out", **grid)

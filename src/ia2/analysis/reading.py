@@ -40,6 +40,11 @@ def find_runs(folder: Path) -> list[tuple[Path, str]]:
     """
     if not folder.is_dir():
         raise RunFolderError(f"{folder}: there is no such folder. Give one of `ia2 train` or `ia2 compare`.")
+    # a curve has a run file of its own
+    sizes = [(int(m[1]), path) for path in folder.iterdir() if (m := re.fullmatch(r"n-(\d+)", path.name))]
+    found = [path for _, path in sorted(sizes) if (path / RUN_FILE).is_file()]
+    if found:
+        return [(path, "") for path in found]
     if (folder / RUN_FILE).is_file() or (folder / "compare.json").is_file():
         return [(folder, "")]
     if any((folder / name).exists() for name in ("cells.jsonl", "sweep.json", "grid.yaml", "cells")):
@@ -47,10 +52,6 @@ def find_runs(folder: Path) -> list[tuple[Path, str]]:
             f"{folder}: that is a sweep; `ia2 report {folder}` has its tables. Give a folder of `ia2 train` "
             "or `ia2 compare`."
         )
-    sizes = [(int(m[1]), path) for path in folder.iterdir() if (m := re.fullmatch(r"n-(\d+)", path.name))]
-    found = [path for _, path in sorted(sizes) if (path / RUN_FILE).is_file()]
-    if found:
-        return [(path, "") for path in found]
     here = folder.resolve()
     for depth, pattern in ((1, r"seed-\d+"), (2, r"seed-\d+/fold-\d+")):
         part = "/".join(here.parts[-depth:])
