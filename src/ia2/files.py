@@ -17,6 +17,7 @@ from typing import Any
 from ia2 import manifest
 from ia2.console import logger
 from ia2.errors import ConfigError, RunFolderError
+from ia2.user_files import user_path
 
 # Held by the process that works in a run's folder, and who that is.
 LOCK = ".ia2.lock"
@@ -320,8 +321,11 @@ def output_file(path: Path, *inputs: str | Path | None) -> None:
     Raises:
         ConfigError: it is one of the inputs, or a file of a run.
     """
-    for given in inputs:
-        if given is not None and path.exists() and Path(given).exists() and path.samefile(given):
+    for source in [user_path(given) for given in inputs if given is not None]:
+        # a run's folder says itself which files are its own
+        holds = source.is_dir() and not (source / manifest.MANIFEST).is_file()
+        within = holds and source.resolve() in path.resolve().parents
+        if path.exists() and source.exists() and (within or path.samefile(source)):
             raise ConfigError(f"{path}: it is read, so it cannot be the output too. Choose another file.")
     if manifest.is_ours(path):
         raise ConfigError(f"{path}: belongs to the run in its folder. Choose another file.")
@@ -360,7 +364,8 @@ def only_one(folder: Path, command: str) -> Iterator[None]:
     holder = folder / _HOLDER
     try:
         with _writing(holder):
-            holder.write_text(f"`{command}` (process {os.getpid()} on {platform.node() or 'this host'})")
+            asker = f"`{command}` (process {os.getpid()} on {platform.node() or 'this host'})"
+            write_text(holder, asker, listed=False)  # in place of a link too
         yield
     finally:
         holder.unlink(missing_ok=True)

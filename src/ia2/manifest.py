@@ -18,6 +18,7 @@ from pathlib import Path
 from ia2.errors import RunFolderError
 
 MANIFEST = "ia2_manifest.jsonl"
+RUN_FILE = "ia2_run.json"
 
 # Part of the name of everything that is not finished yet; left behind by kills alone.
 TEMPORARY = ".ia2-tmp-"
@@ -26,9 +27,8 @@ _MEND = "Delete it and run the same command again."
 
 Digests = dict[str, set[str]]
 
-# What has been read of each manifest: how many bytes, the last of them, and the digests by path.
-_read: dict[Path, tuple[int, bytes, Digests]] = {}
-_TAIL = 128
+# What has been read of each manifest, and the digests by path in it.
+_read: dict[Path, tuple[bytes, Digests]] = {}
 
 
 def begin(folder: Path) -> None:
@@ -39,10 +39,12 @@ def begin(folder: Path) -> None:
 
 
 def root_of(path: Path) -> Path | None:
-    """The nearest folder above ``path`` that has a manifest."""
+    """The nearest folder above ``path`` that has a manifest; that of a run around another run is not its."""
     for folder in path.absolute().parents:
         if (folder / MANIFEST).is_file():
             return folder
+        if (folder / RUN_FILE).is_file():
+            return None
     return None
 
 
@@ -78,29 +80,29 @@ def record_tree(folder: Path, target: Path) -> None:
 
 
 def recorded(root: Path) -> Digests:
-    """Digests by path below ``root``; only what was added since the last call is read.
+    """Digests by path below ``root``; only what was added since the last call is parsed.
 
     Unreadable lines are passed over: a file that they spoke of is then unknown, and refused when it is read.
+    So are paths that lead out of the folder: a manifest is data, and may be a stranger's.
     """
-    size, tail, digests = _read.get(root, (0, b"", {}))
+    known, digests = _read.get(root, (b"", {}))
     try:
-        with (root / MANIFEST).open("rb") as file:
-            file.seek(size - len(tail))
-            data = file.read()
-            if not data.startswith(tail):  # another manifest has taken its place
-                size, tail, digests = 0, b"", {}
-                file.seek(0)
-                data = file.read()
+        data = (root / MANIFEST).read_bytes()
     except FileNotFoundError:
         return {}
-    added = data[len(tail) : data.rfind(b"\n") + 1]
-    for line in added.splitlines():
+    if not data.startswith(known):  # another manifest has taken its place
+        known, digests = b"", {}
+    whole = data[: data.rfind(b"\n") + 1]
+    for line in whole[len(known) :].splitlines():
         try:
             entry = json.loads(line)
-            digests.setdefault(str(entry["path"]), set()).add(str(entry["sha256"]))
-        except (ValueError, TypeError, KeyError):
+            path, sha = str(entry["path"]), str(entry["sha256"])
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
-    _read[root] = (size + len(added), (tail + added)[-_TAIL:], digests)
+        parts = path.split("/")
+        if not {"", ".", ".."} & {*parts} and "\0" not in path and not Path(path).drive:
+            digests.setdefault(path, set()).add(sha)
+    _read[root] = (whole, digests)
     return digests
 
 
@@ -170,8 +172,10 @@ def remove(folder: Path) -> list[Path]:
     if root is not None:
         whole = root == folder.absolute()
         below = "" if whole else relative(folder, root) + "/"
-        for path in [path for path in recorded(root) if path.startswith(below)]:
-            (root / path).unlink(missing_ok=True)
+        for path in [root / path for path in recorded(root) if path.startswith(below)]:
+            # behind a link to a folder lies what is not the run's
+            if path.parent.resolve().is_relative_to(root.resolve()) and not path.is_dir():
+                path.unlink(missing_ok=True)
         if whole:
             (root / MANIFEST).unlink(missing_ok=True)
         clean(folder)

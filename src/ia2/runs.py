@@ -17,7 +17,7 @@ from ia2.console import logger
 from ia2.errors import DataError, RunFolderError
 from ia2.files import digest, only_one, read_json, understood, write_json, write_text
 from ia2.identity import differences
-from ia2.manifest import MANIFEST, begin, check, clean, compact, recorded, remove
+from ia2.manifest import MANIFEST, RUN_FILE, begin, check, clean, compact, is_ours, recorded, remove
 from ia2.models import BaseModel
 from ia2.task import Task
 from ia2.user_files import user_path
@@ -25,7 +25,6 @@ from ia2.user_files import user_path
 CONFIG_FILE = "ia2_config.yaml"
 Settings = TypeVar("Settings", TrainConfig, CompareConfig)
 
-RUN_FILE = "ia2_run.json"
 ANALYSIS_FILE = "analysis.json"
 REPORT_FILE = "report.html"
 CARD_FILE = "README.md"
@@ -130,11 +129,11 @@ def _is_same(folder: Path, facts: dict[str, Any], overwrite: bool) -> bool:
             )
         return False
     try:
-        differing = _differences(read_json(folder / RUN_FILE), facts)
-    except RunFolderError as error:
-        if overwrite:
+        differing = _differences(read_run_file(folder), facts)
+    except RunFolderError:
+        if overwrite and is_ours(folder / RUN_FILE):
             return False
-        raise RunFolderError(f"{error} Or give --overwrite to replace the run.") from error
+        raise
     if not differing:
         return True
     # a run that was stopped before it computed anything is no work to protect
@@ -144,6 +143,18 @@ def _is_same(folder: Path, facts: dict[str, Any], overwrite: bool) -> bool:
             "Choose another --output-dir, or give --overwrite to replace it."
         )
     return False
+
+
+def read_run_file(folder: Path) -> Any:
+    """What a run is; without this file its folder is none, so that to delete it helps nobody.
+
+    Raises:
+        RunFolderError: it is damaged, or cannot be read.
+    """
+    file = folder / RUN_FILE
+    # what the manifest does not list, --overwrite leaves too
+    replaced = " with --overwrite, or" if is_ours(file) else ""
+    return read_json(file, f"Run the command that made the run again{replaced} with another --output-dir.")
 
 
 def _essential(config: dict[str, Any]) -> dict[str, Any]:
@@ -187,7 +198,7 @@ def content_facts(base: BaseModel, config: AdaptConfig) -> dict[str, Any]:
 
 def _note_places(folder: Path, settings: Mapping[str, Any]) -> None:
     """Note where model and rows lie now: absolutely, and from the folder, which may be moved with them."""
-    facts = read_json(folder / RUN_FILE)
+    facts = read_run_file(folder)
     # rows that are given in memory now do not make a run forget where it found them
     names = _WHERE if settings.get("data") else ("model", "revision", "context_file")
     config = {**facts["config"], **{name: settings[name] for name in names if name in settings}}
@@ -222,7 +233,7 @@ def settings_of(kind: type[Settings], folder: Path, facts: Mapping[str, Any], **
 
 def add_facts(folder: Path, **facts: Any) -> None:
     """Add what later commands need to the run's file."""
-    write_json(folder / RUN_FILE, {**read_json(folder / RUN_FILE), **facts})
+    write_json(folder / RUN_FILE, {**read_run_file(folder), **facts})
 
 
 def task_facts(task: Task) -> dict[str, Any]:
@@ -248,7 +259,7 @@ def load_run(folder: Path, code: Mapping[str, Any] | None = None) -> tuple[Train
         raise DataError(f"{folder}: no ia2 run there ({RUN_FILE} is missing). Give a folder of `ia2 train`.")
     if not (folder / MANIFEST).is_file():
         logger.warning("%s has no %s, so its files cannot be checked for damage.", folder, MANIFEST)
-    facts = read_json(folder / RUN_FILE)
+    facts = read_run_file(folder)
     with understood(folder):
         return _run_of(folder, facts, code or {})
 

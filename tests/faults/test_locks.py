@@ -102,3 +102,12 @@ def _killed(work: Callable[[Any], None]) -> None:
     assert ready.wait(60)
     process.kill()
     process.join()
+
+
+def test_a_note_of_the_holder_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".ia2.lock.holder").symlink_to(tmp_path / "mine")
+    with only_one(tmp_path / "run", "ia2 train"):
+        pass
+    assert (tmp_path / "mine").read_text() == "mine"

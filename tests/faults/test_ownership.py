@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -177,3 +178,113 @@ def test_a_folder_is_replaced_only_if_all_of_it_is_ours(tmp_path: Path) -> None:
     assert remove(tmp_path) == [tmp_path / "stage" / "mine"]
     clean(tmp_path)
     assert [p.name for p in tmp_path.rglob("*")] == ["stage", "mine"]
+
+
+def test_a_manifest_leads_nowhere_else(tmp_path: Path) -> None:
+    """A stranger's run: what --overwrite removes lies in its folder, not behind links or above it."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    names = ("above", "absolute", "linked")
+    for name in names:
+        (mine / name).write_text("mine")
+    run_folder = tmp_path / "run"
+    begin(run_folder)
+    write_text(run_folder / "theirs", "1")
+    (run_folder / "link").symlink_to(mine)
+    paths = ["../mine/above", str(mine / "absolute"), "link/linked", "link", "a\0b", "", "a/../../mine/above"]
+    with (run_folder / "ia2_manifest.jsonl").open("a") as file:
+        file.writelines(json.dumps({"path": path, "sha256": "0"}) + "\n" for path in paths)
+        file.write("[" * 100_000 + "\n")
+    remove(run_folder)
+    assert not (run_folder / "theirs").exists()
+    assert sorted(path.name for path in mine.iterdir()) == sorted(names)
+
+
+def test_another_manifest_that_ends_alike_is_read(tmp_path: Path) -> None:
+    """In one process: a folder is replaced by another run's, whose manifest has the same last lines."""
+    manifest = tmp_path / "ia2_manifest.jsonl"
+    last = json.dumps({"path": "same", "sha256": "0" * 200}) + "\n"
+    for name in ("a", "b"):
+        manifest.write_text(json.dumps({"path": name, "sha256": "0"}) + "\n" + last)
+        assert is_ours(tmp_path / name)
+    assert not is_ours(tmp_path / "a")
+
+
+def test_a_run_around_another_does_not_speak_for_it(
+    train: list[str | Path], rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A published adapter, without its manifest, that was put into the folder of a run."""
+    out = tmp_path / "out"
+    assert run(capsys, *train, "--output-dir", out).status == 0
+    inner = out / "inner"
+    shutil.copytree(out, inner)
+    (inner / "ia2_manifest.jsonl").unlink()
+    ran = run(capsys, "predict", "--adapter", inner, "--data", rows, "--quiet")
+    assert ran.status == 0 and "cannot be checked" in ran.err
+    # and its files are no outputs
+    before = tree(inner)
+    for command in ("predict", "eval"):
+        options = ["--adapter", inner, "--data", rows, "--output", inner / "predictions.jsonl", "--quiet"]
+        (inner / "predictions.jsonl").write_text("results")
+        assert "cannot be the output too" in run(capsys, command, *options).refusal()
+    for name in ("metrics.json", "adapter_config.json"):
+        line = run(capsys, "report", inner, "--output", inner / name).refusal()
+        assert "cannot be the output too" in line
+        assert (inner / name).read_bytes() == before[name]
+
+
+def test_a_file_of_a_folder_that_is_read_is_no_output(
+    train: list[str | Path],
+    rows: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, data = tmp_path / "out", tmp_path / "data"
+    assert run(capsys, *train, "--output-dir", out).status == 0
+    data.mkdir()
+    shutil.copy(rows, data / "test.jsonl")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before = tree(data)
+    for given in (data, "~/data", "~/data/test.jsonl"):
+        options = ["--adapter", out, "--data", given, "--output", data / "test.jsonl", "--quiet"]
+        assert "cannot be the output too" in run(capsys, "predict", *options).refusal()
+    assert tree(data) == before
+
+
+def test_advice_for_a_damaged_run_file_is_accepted(
+    train: list[str | Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without that file a folder is no run, so "delete it" would lead into a dead end."""
+    out = tmp_path / "out"
+    assert run(capsys, *train, "--output-dir", out).status == 0
+    (out / "ia2_run.json").write_text("{}")
+    line = run(capsys, *train, "--output-dir", out).refusal()
+    assert "Delete" not in line and "with --overwrite" in line
+    assert run(capsys, *train, "--output-dir", out, "--overwrite").status == 0
+    # of which nothing is known is not replaced, and nobody is told so
+    manifest = out / "ia2_manifest.jsonl"
+    manifest.write_text("damaged\n")
+    before = tree(out)
+    for more in ([], ["--overwrite"]):
+        line = run(capsys, *train, "--output-dir", out, *more).refusal()
+        assert "Delete" not in line and "overwrite" not in line and "another --output-dir" in line
+    assert tree(out) == before
+
+
+def test_rows_of_benchmarks_replace_no_others(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    prepare = ["benchmarks", "prepare", files / "two.yaml", "--output-dir", out]
+    for _ in range(2):
+        assert run(capsys, *prepare).status == 0
+    written = next(out.rglob("pool.jsonl"))
+    written.write_text("mine")
+    ran = run(capsys, *prepare)
+    assert ran.status == 2 and "pool.jsonl: holds other rows" in ran.err
+    assert written.read_text() == "mine"
+    benchmark = (files / "two.yaml").read_text()
+    (files / "evil.yaml").write_text(benchmark.replace("name: ", "name: ../../"))
+    ran = run(capsys, *prepare[:2], files / "evil.yaml", *prepare[3:])
+    assert ran.status == 2 and "cannot be a folder" in ran.err

@@ -23,9 +23,10 @@ from ia2.config_reading import validate
 from ia2.errors import RunFolderError, UserError
 from ia2.examples import Examples, FewShotSplit, RowFormat
 from ia2.files import read_json, read_lines, understood
+from ia2.manifest import RUN_FILE
 from ia2.recipes import RECIPES
 from ia2.rounds import draws, place_of, places
-from ia2.runs import RUN_FILE, settings_of
+from ia2.runs import read_run_file, settings_of
 from ia2.stages import PlannedStage, plan, stage_place
 from ia2.user_files import user_path
 
@@ -72,7 +73,7 @@ def read_facts(folder: Path, part: str = "") -> Facts:
         RunFolderError: a file has been damaged, or the folder is of another kind.
     """
     with understood(folder):
-        run = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else None
+        run = read_run_file(folder) if (folder / RUN_FILE).is_file() else None
         if run is None or run.get("kind") == "compare":
             return _comparison(folder, run, part)
         if run.get("kind") != "train":

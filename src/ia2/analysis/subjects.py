@@ -21,8 +21,9 @@ from ia2.errors import ConfigError, DataError, RunFolderError, suggest
 from ia2.examples import Example, Examples, FewShotSplit
 from ia2.files import digest, read_json, understood
 from ia2.identity import differences
+from ia2.manifest import RUN_FILE
 from ia2.rounds import drawn_test, rounds_of
-from ia2.runs import RUN_FILE, check_outputs, not_finished, settings_of
+from ia2.runs import check_outputs, not_finished, read_run_file, settings_of
 from ia2.stages import plan, stage_place
 
 
@@ -127,7 +128,7 @@ def find_study(
 
     runs = [run for folder in folders for run in find_runs(folder)]
     found = [_trials_of(run, part, code or {}) for run, part in runs]
-    identities = [read_json(run / RUN_FILE)["data"].get("model") for run, _ in runs]
+    identities = [read_run_file(run)["data"].get("model") for run, _ in runs]
     config, examples, _ = found[0]
     for (folder_config, _, trials), identity in zip(found[1:], identities[1:], strict=True):
         _check_same(config, folder_config, trials[0].place)
@@ -150,7 +151,7 @@ def _trials_of(
 ) -> tuple[TrainConfig | CompareConfig, Examples, list[Trial]]:
     if not (run / RUN_FILE).is_file():
         raise RunFolderError(f"{run}: only results are there, no adapters ({RUN_FILE} is missing).")
-    facts = read_json(run / RUN_FILE)
+    facts = read_run_file(run)
     with understood(run):
         refuse_code(facts.get("config", {}), run / RUN_FILE, code)
         if facts.get("kind") == "train":

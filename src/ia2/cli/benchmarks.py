@@ -143,16 +143,26 @@ def _load_all(benchmark: Benchmark, data_dir: Path | None) -> dict[str, Benchmar
 
 
 def _write(loaded: dict[str, BenchmarkData], folder: Path) -> Iterator[Path]:
-    """``SST2-words/pool.jsonl`` and ``test.jsonl``, for every verbaliser."""
+    """``SST2-words/pool.jsonl`` and ``test.jsonl``, for every verbaliser.
+
+    Raises:
+        ConfigError: a name that leads elsewhere, or a file with other rows is there.
+    """
+    from ia2.errors import ConfigError
     from ia2.files import json_lines, write_text
 
     for name, data in loaded.items():
+        called = f"{data.benchmark.name}-{name.replace(' ', '-')}"
+        if set(called) & set("/\\\0") or called.startswith("."):
+            raise ConfigError(f"{called!r} cannot be a folder of its rows. Change the benchmark's names.")
         for part, rows in (("pool", data.pool), ("test", data.test)):
             if not len(rows):
                 continue
-            path = folder / f"{data.benchmark.name}-{name.replace(' ', '-')}" / f"{part}.jsonl"
-            cells = [{"prompt": row.query, "completion": row.answer} for row in rows]
-            write_text(path, json_lines(cells))
+            path = folder / called / f"{part}.jsonl"
+            text = json_lines({"prompt": row.query, "completion": row.answer} for row in rows)
+            if path.exists() and path.read_bytes() != text.encode():
+                raise ConfigError(f"{path}: holds other rows. Move it, or choose another --output-dir.")
+            write_text(path, text)
             yield path
 
 

@@ -31,7 +31,7 @@ def evaluate(
     from ia2.files import output_file
 
     if output is not None:
-        output_file(output, data)
+        output_file(output, data, adapter, model)
     code = {"trust_remote_code": trust_remote_code, "parser": parser}
     from ia2.applying import evaluate_adapter
     from ia2.evaluation.scoring import write_predictions

@@ -35,7 +35,7 @@ def predict(
     if output is not None and output.suffix not in (".jsonl", ".csv"):
         raise ConfigError(f"{output}: predictions are written to a .jsonl or a .csv file.")
     if output is not None:
-        output_file(output, data)
+        output_file(output, data, adapter, model)
     from ia2.applying import predict_rows, prediction_text
 
     rows = predict_rows(adapter, data, split=split, device=device, base=model, code=code)

@@ -79,7 +79,7 @@ def report(
     from ia2.report.html import write_report
 
     if output is not None:
-        printing.check_output(output)
+        printing.check_output(output, folders)
     about_sweeps = {
         "--table": table is not None,
         "--select": select is not None,

@@ -12,7 +12,8 @@ import numpy as np
 
 from ia2.errors import RunFolderError
 from ia2.files import read_json, read_lines, understood
-from ia2.runs import RUN_FILE, not_finished
+from ia2.manifest import RUN_FILE
+from ia2.runs import not_finished, read_run_file
 
 Kind = Literal["compare", "curve", "train", "sweep"]
 
@@ -173,7 +174,7 @@ def read_run(folder: Path) -> Run:
     if kind == "sweep":
         raise RunFolderError(f"{folder}: a sweep, which `ia2 report` reads by its cells.")
     summary = read_json(folder / _RESULT[kind])
-    facts = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
+    facts = read_run_file(folder) if (folder / RUN_FILE).is_file() else {}
     with understood(folder):
         if kind == "train":
             return _train(folder, summary, facts)
@@ -205,7 +206,7 @@ def _curve(folder: Path, summary: dict[str, Any]) -> Run:
     for size in summary["sizes"]:
         where = folder / f"n-{size}"
         if (where / "compare.json").is_file():
-            facts = read_json(where / RUN_FILE) if (where / RUN_FILE).is_file() else {}
+            facts = read_run_file(where) if (where / RUN_FILE).is_file() else {}
             parts[size] = _compare(where, read_json(where / "compare.json"), facts, f"N = {size}")
     facts = next((part.facts for part in parts.values()), {})
     rows = [row for part in parts.values() for row in part.rows][:MAX_ROWS]

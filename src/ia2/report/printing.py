@@ -37,8 +37,12 @@ def sort_folders(folders: Sequence[Path], about_sweeps: Mapping[str, bool]) -> t
     return [read_run(folder) for folder, kind in kinds.items() if kind != "sweep"], sweeps
 
 
-def check_output(output: Path) -> Path:
+def check_output(output: Path, folders: Sequence[Path]) -> Path:
     """The file, if it can be one.
+
+    Args:
+        output: the page.
+        folders: that are read for it; they hold no pages but ours.
 
     Raises:
         ConfigError: it is a folder, or a file of a run that is no report.
@@ -46,7 +50,7 @@ def check_output(output: Path) -> Path:
     if output.is_dir():
         raise ConfigError(f"{output} is a folder. Name a file, such as {output / 'report.html'}.")
     if output.name != REPORT_FILE:  # an earlier report may be replaced
-        output_file(output)
+        output_file(output, *(() if output.suffix in (".html", ".htm") else folders))
     return output
 
 

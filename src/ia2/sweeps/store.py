@@ -14,8 +14,7 @@ from typing import Any
 from ia2.console import logger
 from ia2.errors import RunFolderError
 from ia2.files import digest, finite, json_lines, only_one, parsed_lines, read_json, write_json, write_text
-from ia2.manifest import MANIFEST, begin, check, clean, compact, is_ours
-from ia2.runs import RUN_FILE
+from ia2.manifest import MANIFEST, RUN_FILE, begin, check, clean, compact, is_ours
 from ia2.sweeps.grid import Cell
 
 CELLS, OTHERS, FAILED, SUMMARY, GRID = "cells.jsonl", "other.jsonl", "failed.json", "sweep.json", "grid.yaml"
