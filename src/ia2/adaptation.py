@@ -19,7 +19,7 @@ from ia2.evaluation.metrics import summarise
 from ia2.evaluation.scoring import Prediction, write_predictions
 from ia2.examples import Examples, FewShotSplit, RowFormat
 from ia2.files import atomic_files, read_json, write_json, write_text
-from ia2.manifest import begin
+from ia2.manifest import RUN_FILE, begin
 from ia2.models import BaseModel, load_base
 from ia2.prompts import ContextFunction
 from ia2.recipes import TRAINED, is_trained
@@ -366,6 +366,11 @@ def load_adapter(
         config = config.model_copy(update={"device": device})
     state = read_adapter_state(folder, REMADE)
     loaded = load_base_of_run(folder, config, facts["data"].get("model"), base)
+    rows = int(loaded.model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, index, arg-type]
+    if any(token >= rows for ids in task.label_ids for token in ids):
+        raise RunFolderError(
+            f"{folder / RUN_FILE}: names tokens that {loaded.source} does not have. {REMADE}"
+        )
     model = attach(loaded.model, peft_config(loaded.model, config.adapter), config.seed)
     load_adapter_state(model, state)
     metrics = read_json(folder / "metrics.json", REMADE)

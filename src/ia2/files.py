@@ -9,8 +9,8 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -304,11 +304,25 @@ def understood(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
         raise RunFolderError(
             f"{path}: its files are damaged or of another version of ia2 ({type(error).__name__}: {error}). "
             "Run the command that made them again, into another folder."
         ) from error
+
+
+@contextmanager
+def unchecked(folders: Sequence[Path]) -> Iterator[None]:
+    """What a run without a manifest holds may be anything, so an error that it leads to is no bug.
+
+    Raises:
+        RunFolderError: see :func:`understood`.
+    """
+    with ExitStack() as stack:
+        for folder in folders:
+            if manifest.root_of(folder / "any") is None:
+                stack.enter_context(understood(folder))
+        yield
 
 
 def output_file(path: Path, *inputs: str | Path | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import json
 import logging
 import shutil
 import tempfile
@@ -32,6 +33,7 @@ from ia2.identity import (
     sealed,
 )
 from ia2.user_files import user_path
+from ia2.wording import quoted
 
 if TYPE_CHECKING:
     import torch
@@ -186,7 +188,12 @@ def load_base(
             options["attn_implementation"] = attn_implementation
         if quantization is not None:
             options.update(_quantized(quantization, path, dtype, target, revision, trust_remote_code))
-        # a pickle can run code, so none is ever read
+        # a pickle can run code, so none is ever read, also where an index of safetensors files names one
+        index = Path(path) / "model.safetensors.index.json"
+        if index.is_file() and not index.with_name("model.safetensors").is_file():
+            for file in {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}:
+                if Path(file).name != file or not file.endswith(".safetensors"):
+                    raise ValueError(f"{index.name} names {quoted(file)}, no safetensors file beside it")
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), use_safetensors=True, **options
         )

@@ -281,17 +281,20 @@ def _run_of(
     # metrics.json is written last
     if "task" not in facts or not (folder / "metrics.json").is_file():
         raise DataError(not_finished(folder))
+    labels, label_ids, names = (tuple(facts["task"][name]) for name in ("labels", "label_ids", "names"))
+    if not len({*labels}) == len(label_ids) == len(names) or any(i < 0 for ids in label_ids for i in ids):
+        raise ValueError("labels, their names and tokens do not fit each other")
+    facts["data"].get("model")
     named = {name: value for name, value in code.items() if value is not None}
     config = settings_of(TrainConfig, folder, facts, **named, context_function=None, output_dir=str(folder))
     given = {**facts["task"], **named}
     for settings in (config.model_dump(), given):
         refuse_code(settings, folder / RUN_FILE, named)
-    labels = tuple(given["labels"])
     task = Task(
         kind=given["kind"],
         labels=labels,
-        label_ids=tuple(tuple(ids) for ids in given["label_ids"]),
-        names=tuple(given["names"]),
+        label_ids=tuple(tuple(ids) for ids in label_ids),
+        names=names,
         max_answer_tokens=given["max_answer_tokens"],
         append_end=given["append_end"],
         trimmed=given["trimmed"],

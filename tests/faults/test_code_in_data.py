@@ -435,3 +435,21 @@ def test_a_stranger_s_tricks_work(stranger: Stranger) -> None:
     stranger.marker.unlink()
     __import__(EVIL)
     assert stranger.marker.exists()
+
+
+def test_a_pickle_that_an_index_names(stranger: Stranger, ia2: Command) -> None:
+    """The index of safetensors files may name any file, which would be unpickled where it is none."""
+    from safetensors.torch import load_file
+
+    folder = stranger.root / "indexed"
+    shutil.copytree(stranger.model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "weights.bin")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "weights.bin")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    rows = stranger.run.parent / "rows.jsonl"
+    line = ia2(
+        "train", "--model", folder, "--data", rows, "--output-dir", "mine", "--recipe", "sft"
+    ).refusal()
+    assert "names 'weights.bin', no safetensors file" in line

@@ -6,10 +6,12 @@ run are started. Each must end well, with just what the undamaged run gives, or 
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import Ran, run, write_rows
@@ -208,3 +210,49 @@ def test_a_finished_run_without_its_adapter_is_not_complete(
     assert ran.status == 0 and "adapter_model.safetensors: damaged" in ran.err
     assert _weights(copy) == _weights(runs.folder / "whole")
     assert run(capsys, *predict).status == 0
+
+
+def _edited(runs: Runs, name: str, file: str, change: Callable[[dict[str, Any]], object]) -> Path:
+    """The finished run without its manifest, as published ones are, and with another value in a file."""
+    copy = runs.folder / name
+    shutil.copytree(runs.folder / "whole", copy)
+    value = json.loads((copy / file).read_text())
+    change(value)
+    (copy / file).write_text(json.dumps(value))
+    (copy / MANIFEST).unlink()
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("task", {"labels": ["a", "a", "b"]}),
+        ("task", {"names": ["a"]}),
+        ("task", {"label_ids": [[1], [2], [10**9]]}),
+        ("task", {"label_ids": [[1], [2], [-1]]}),
+        ("data", 3),
+    ],
+)
+def test_a_task_that_cannot_be(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, change: object
+) -> None:
+    def edit(facts: dict[str, Any]) -> None:
+        facts[part] = {**facts[part], **change} if isinstance(change, dict) else change
+
+    copy = _edited(runs, tmp_path.name, "ia2_run.json", edit)
+    for command in ("predict", "eval"):
+        ran = run(capsys, command, "--adapter", copy, "--data", runs.rows)
+        *_, line = ran.err.splitlines()
+        assert ran.status == 2 and line.startswith(f"ia2: error: {copy}"), ran
+
+
+@pytest.mark.parametrize("value", ["x", None, {}, True, 10**30, [None]])
+def test_results_of_another_form(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: object
+) -> None:
+    """Of a run that cannot be checked; what is shown or refused is no bug."""
+    for key in ("dev", "seconds", "learning_rate", "recipe"):
+        copy = _edited(runs, f"{tmp_path.name}-{key}", "metrics.json", lambda m: m.update({key: value}))  # noqa: B023
+        for command in (["doctor"], ["report"], ["report", "--latex"]):
+            ran = run(capsys, command[0], copy, *command[1:])
+            assert ran.status == 0 or str(copy) in ran.refusal()

@@ -34,8 +34,10 @@ def doctor(
 
     start(quiet)
     from ia2.analysis.signatures import diagnose_all
+    from ia2.files import unchecked
 
-    found = [diagnosis for folder in folders for diagnosis in diagnose_all(folder)]
+    with unchecked(folders):
+        found = [diagnosis for folder in folders for diagnosis in diagnose_all(folder)]
     problems = sum(diagnosis.count("problem") for diagnosis in found)
     if json:
         print_json({"problems": problems, "runs": [diagnosis.to_dict() for diagnosis in found]})

@@ -75,6 +75,7 @@ def report(
     from ia2.cli.output import print_json, start
 
     start(quiet, files=[output], folders=[output_dir, figures])
+    from ia2.files import unchecked
     from ia2.report import printing
     from ia2.report.html import write_report
 
@@ -89,38 +90,39 @@ def report(
         "--sizes": sizes is not None,
         "--seeds": seeds is not None,
     }
-    runs, sweeps = printing.sort_folders(folders, about_sweeps)
-    printed = None
-    if sweeps:
-        from ia2.sweeps.printing import make_report, print_tables
+    with unchecked(folders):
+        runs, sweeps = printing.sort_folders(folders, about_sweeps)
+        printed = None
+        if sweeps:
+            from ia2.sweeps.printing import make_report, print_tables
 
-        made = make_report(sweeps, select, _list(benchmarks), _list(models), _list(sizes), _list(seeds))
-        printed = print_tables(made, table, where_icl_works=where_icl_works)
-    if output is None and runs and not (latex or markdown or figures or output_dir):
-        output = folders[0] / "report.html"
-    files: list[Path] = []
-    if output is not None:
-        files.append(write_report(runs, printed, output))
-    formats = [name for name, asked in (("markdown", markdown or not latex), ("latex", latex)) if asked]
-    if output_dir is not None:
-        files += printing.write_tables(runs, output_dir, formats)
-        files += printed.write(output_dir, formats) if printed else []
-    if figures is not None:
-        files += printing.draw(runs, figures) if runs else []
-        files += printed.draw(figures) if printed else []
-    if json:
-        about_runs = {"runs": printing.to_dict(runs)} if runs else {}
-        about_cells = printed.to_dict() if printed else {}
-        print_json({**about_cells, **about_runs, "files": [str(path) for path in files]})
-        return
-    if runs and (latex or markdown):
-        print(printing.text(runs, formats), end="")
-    for run in runs if not (latex or markdown) else ():
-        print(f"{run.name}: {' '.join(printing.verdict(run))}")
-    if printed:
-        print(printed.text(formats), end="")
-    if files:
-        print(f"\nFiles: {', '.join(map(str, files))}")
+            made = make_report(sweeps, select, _list(benchmarks), _list(models), _list(sizes), _list(seeds))
+            printed = print_tables(made, table, where_icl_works=where_icl_works)
+        if output is None and runs and not (latex or markdown or figures or output_dir):
+            output = folders[0] / "report.html"
+        files: list[Path] = []
+        if output is not None:
+            files.append(write_report(runs, printed, output))
+        formats = [name for name, asked in (("markdown", markdown or not latex), ("latex", latex)) if asked]
+        if output_dir is not None:
+            files += printing.write_tables(runs, output_dir, formats)
+            files += printed.write(output_dir, formats) if printed else []
+        if figures is not None:
+            files += printing.draw(runs, figures) if runs else []
+            files += printed.draw(figures) if printed else []
+        if json:
+            about_runs = {"runs": printing.to_dict(runs)} if runs else {}
+            about_cells = printed.to_dict() if printed else {}
+            print_json({**about_cells, **about_runs, "files": [str(path) for path in files]})
+            return
+        if runs and (latex or markdown):
+            print(printing.text(runs, formats), end="")
+        for run in runs if not (latex or markdown) else ():
+            print(f"{run.name}: {' '.join(printing.verdict(run))}")
+        if printed:
+            print(printed.text(formats), end="")
+        if files:
+            print(f"\nFiles: {', '.join(map(str, files))}")
 
 
 def _list(given: str | None) -> list[str]:
