@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from benches import icl_base, icl_examples
 
+from ia2.analysis.reading import find_runs
 from ia2.config import CurveConfig
 from ia2.config_reading import validate
 from ia2.curves import curve
@@ -43,6 +44,8 @@ def test_a_point_for_every_size(tiny_icl_model_path: Path, tmp_path: Path) -> No
             single = read_json(tmp_path / "run" / f"n-{point['num_train']}" / "compare.json")
             assert point["accuracy"] == single["recipes"][recipe]["metrics"]["vocabulary"]["accuracy"]
     assert "N = 2" in result.table() and "ia2-sft − sft" in result.table()
+    # `ia2 doctor` and `ia2 analyze` take the folder for its sizes
+    assert find_runs(tmp_path / "run") == [(tmp_path / "run" / f"n-{size}", "") for size in (2, 4)]
     curve_figure(result.summary, tmp_path / "curve.svg")
     assert "training examples N" in (tmp_path / "curve.svg").read_text()
 

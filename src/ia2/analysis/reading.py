@@ -41,12 +41,8 @@ def find_runs(folder: Path) -> list[tuple[Path, str]]:
     """
     if not folder.is_dir():
         raise RunFolderError(f"{folder}: there is no such folder. Give one of `ia2 train` or `ia2 compare`.")
-    # a curve has a run file of its own
-    sizes = [(int(m[1]), path) for path in folder.iterdir() if (m := re.fullmatch(r"n-(\d+)", path.name))]
-    found = [path for _, path in sorted(sizes) if (path / RUN_FILE).is_file()]
-    if found:
-        return [(path, "") for path in found]
-    if (folder / RUN_FILE).is_file() or (folder / "compare.json").is_file():
+    of_sizes = (folder / RUN_FILE).is_file() and read_run_file(folder).get("kind") == "curve"
+    if not of_sizes and ((folder / RUN_FILE).is_file() or (folder / "compare.json").is_file()):
         return [(folder, "")]
     if any((folder / name).exists() for name in ("cells.jsonl", "sweep.json", "grid.yaml", "cells")):
         raise RunFolderError(
