@@ -388,7 +388,7 @@ def only_one(folder: Path, command: str) -> Iterator[None]:
 
 def _holder(folder: Path) -> str:
     try:
-        return (folder / _HOLDER).read_text() or "another process"
+        return (folder / _HOLDER).read_text(errors="replace") or "another process"
     except OSError:  # it has just begun or ended
         return "another process"
 

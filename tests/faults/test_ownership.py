@@ -14,6 +14,7 @@ from tiny_icl.tasks import sample_task
 from ia2.errors import RunFolderError
 from ia2.files import atomic_dir, write_text
 from ia2.manifest import TEMPORARY, begin, clean, is_ours, remove
+from ia2.sweeps.store import SweepFolder
 
 TASK = sample_task(0, num_classes=3)
 
@@ -288,3 +289,12 @@ def test_rows_of_benchmarks_replace_no_others(
     (files / "evil.yaml").write_text(benchmark.replace("name: ", "name: ../../"))
     ran = run(capsys, *prepare[:2], files / "evil.yaml", *prepare[3:])
     assert ran.status == 2 and "cannot be a folder" in ran.err
+
+
+def test_a_damaged_note_of_the_grid_is_written_anew(tmp_path: Path) -> None:
+    begin(tmp_path)
+    folder = SweepFolder(tmp_path)
+    folder.begin("models: [demo]")
+    (tmp_path / "grid.yaml").write_bytes(b"\x80")
+    folder.begin("models: [demo]")
+    assert (tmp_path / "grid.yaml").read_text() == "models: [demo]"

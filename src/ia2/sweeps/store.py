@@ -48,7 +48,7 @@ class SweepFolder:
     def begin(self, grid: str) -> None:
         """Note the grid as it was given, which may be the very note of an earlier start."""
         file = self.path / GRID
-        if not file.is_file() or file.read_text(encoding="utf-8") != grid:
+        if not file.is_file() or file.read_bytes() != grid.encode():  # damaged, it may be no text
             write_text(file, grid)
 
     def add(self, record: dict[str, Any]) -> None:
