@@ -44,6 +44,9 @@ def find_runs(folder: Path) -> list[tuple[Path, str]]:
     of_sizes = (folder / RUN_FILE).is_file() and read_run_file(folder).get("kind") == "curve"
     if not of_sizes and ((folder / RUN_FILE).is_file() or (folder / "compare.json").is_file()):
         return [(folder, "")]
+    sizes = [(int(m[1]), path) for path in folder.iterdir() if (m := re.fullmatch(r"n-(\d+)", path.name))]
+    if found := [path for _, path in sorted(sizes) if (path / RUN_FILE).is_file()]:
+        return [(path, "") for path in found]
     if any((folder / name).exists() for name in ("cells.jsonl", "sweep.json", "grid.yaml", "cells")):
         raise RunFolderError(
             f"{folder}: that is a sweep; `ia2 report {folder}` has its tables. Give a folder of `ia2 train` "
