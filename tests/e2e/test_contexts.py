@@ -363,7 +363,10 @@ def test_an_empty_option_is_no_context(
     data = write_rows(tmp_path / "rows.jsonl", small_rows(9))
     arguments = ["--model", small.path, "--data", data, "--output-dir", tmp_path / "out", "--quiet"]
     line = run(capsys, "train", *arguments, option, "").refusal()
-    assert line == f"{option[2:].replace('-', '_')} is empty. Leave it out to show demonstrations."
+    if option == "--context-file":
+        assert line == "--context-file: an empty text is no path: leave it out, or name a file or folder."
+    else:
+        assert line == f"{option[2:].replace('-', '_')} is empty. Leave it out to show demonstrations."
 
 
 def test_function_in_python(

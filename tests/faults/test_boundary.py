@@ -23,6 +23,7 @@ from tiny_icl.tasks import sample_task
 from ia2.cli import boundary
 from ia2.errors import DataError, ModelError, RunFolderError
 from ia2.examples import Examples
+from ia2.manifest import begin
 
 TASK = sample_task(0, num_classes=3)
 LONG = "n" * 300  # names of files end at 255 bytes
@@ -36,6 +37,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_icl_model_path: P
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl", TASK.examples(12, seed=0))
     (tmp_path / "model").symlink_to(tiny_icl_model_path)
+    begin(tmp_path / "compared")  # what is listed is as it was written, so errors in it are ours
     write_comparison(tmp_path / "compared")
     (tmp_path / "file").write_text("mine")
     os.mkfifo(tmp_path / "fifo.csv")

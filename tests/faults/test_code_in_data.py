@@ -122,7 +122,7 @@ RUNS: dict[str, tuple[Callable[[Stranger], Path], str]] = {
     "pickled model": (based_on(Stranger.model_of_a_pickle), "A pickle is never read"),
     "kernel": (based_on(Stranger.model_with_a_kernel), "attn_implementation"),
     "embedded adapter": (based_on(Stranger.model_with_an_adapter), "an adapter lies beside the model"),
-    "pickled adapter": (pickled_adapter, "no adapter in it"),
+    "pickled adapter": (pickled_adapter, "adapter_model.safetensors"),
     "tuning": (tuned_with_code, "its tokenizer brings code"),
     "megatron": (settings(adapter={"peft": MEGATRON}), "adapter"),
 }
