@@ -9,7 +9,7 @@ import json
 import pytest
 
 from ia2.applying import prediction_text
-from ia2.console import escaped, printable, terminal
+from ia2.console import configure, escaped, printable, terminal
 
 STEERING = "a\x1b[2Jb\rc\x07d\x9b31me\u202ef\u2066g\u200fh\x7fi\u2028j\udc9bk\x00l\x85"
 BARE = "a[2Jbcd31mefghijkl"
@@ -82,3 +82,17 @@ def test_csv_keeps_what_is_no_formula() -> None:
 def test_jsonl_is_exact() -> None:
     rows = [{"query": text, "label": text} for text in [*FORMULAS, STEERING]]
     assert [json.loads(line) for line in prediction_text(rows, ".jsonl").split("\n")[:-1]] == rows
+
+
+def test_a_stream_that_counts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams that others put in place of stdout may return None: workers of a cluster and notebooks do."""
+
+    class Stream(io.StringIO):
+        def write(self, text: str) -> None:  # type: ignore[override]
+            super().write(text)
+
+    stream = Stream()
+    monkeypatch.setattr("sys.stdout", stream)
+    configure()
+    print("one\x1b[2J")
+    assert stream.getvalue() == "one[2J\n"
