@@ -140,7 +140,7 @@ class AdaptConfig(Section):
     checkpoint_every: int = Field(
         100,
         ge=1,
-        description="Optimiser steps between checkpoints inside a stage, rounded up to whole evaluations.",
+        description="Optimiser steps between checkpoints inside a stage.",
     )
     report_to: list[str] = Field([], description="Trackers of transformers.Trainer, such as tensorboard.")
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)

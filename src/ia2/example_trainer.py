@@ -51,8 +51,7 @@ class StageSettings:
         patience: dev evaluations without improvement before stopping.
         restore_best: end with the weights of the best dev loss.
         seed: of the order and of dropout.
-        checkpoint_every: optimiser steps between checkpoints; rounded up to a multiple of those between
-            evaluations.
+        checkpoint_every: optimiser steps between checkpoints.
         activation_checkpointing: recompute activations in the backward pass.
         activation_checkpointing_kwargs: passed on; ``use_reentrant`` must be false.
         report_to: trackers.
@@ -176,8 +175,7 @@ class ExampleTrainer(Trainer, ABC):
             logging_strategy="steps",
             logging_steps=self.eval_every,
             save_strategy="steps",
-            # the mean loss of the steps between two log lines is in no checkpoint
-            save_steps=self.eval_every * -(-settings.checkpoint_every // self.eval_every),
+            save_steps=settings.checkpoint_every,
             save_total_limit=2,
             seed=settings.seed,
             use_cpu=on_cpu,
@@ -405,6 +403,9 @@ class BestWeights(TrainerCallback):
         evaluation, and a resumed stage would leave it out.
         """
         assert self.trainer is not None
+        if control.should_save:
+            # the loss is logged as a mean since the last time, and no checkpoint has what came since
+            control.should_log = True
         loss, weights = self.trainer.step_is_finite()
         if not (loss and weights):
             # the loss of a step is that of the weights before it

@@ -13,9 +13,9 @@ from launching import finish, kill_when, python, start, write_rows
 
 from ia2.files import LOCK
 
-# Epochs of three steps and checkpoints every four: they fall into the middle of epochs, and step 15 is
+# Epochs of three steps and checkpoints every five: they fall into the middle of epochs, and step 15 is
 # an epoch's end that no regular evaluation falls on.
-_TRAIN = ("--checkpoint-every", 4, "--learning-rates", 0.005, "--adapter-dropout", 0.1)
+_TRAIN = ("--checkpoint-every", 5, "--learning-rates", 0.005, "--adapter-dropout", 0.1)
 _TRAIN += ("--align-epochs", 30, "--align-patience", 1000, "--sft-epochs", 10, "--sft-patience", 1000)
 
 
@@ -59,8 +59,7 @@ def test_train(tiny_icl_model_path: Path, tmp_path: Path) -> None:
             assert weights(files[0]) == weights(files[1])
             told = [json.loads((f / "stage.json").read_text()) for f in files]
             assert all(told[0][k] == told[1][k] for k in ("dev_loss", "best_step", "steps", "key"))
-            evaluations = [[e for e in t["history"] if "eval_loss" in e] for t in told]
-            assert evaluations[0] == evaluations[1]
+            assert told[0]["history"] == told[1]["history"]
         leftovers = [p for p in (tmp_path / name).rglob("*") if p.name.startswith((".", "checkpoint-"))]
         assert [p.name for p in leftovers] == [LOCK]
 

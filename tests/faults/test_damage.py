@@ -21,7 +21,7 @@ from ia2.example_trainer import BestWeights
 from ia2.manifest import MANIFEST
 
 TASK = sample_task(0, num_classes=3)
-_SHORT = ("--align-epochs", 8, "--sft-epochs", 8, "--checkpoint-every", 4, "--sft-patience", 99)
+_SHORT = ("--align-epochs", 8, "--sft-epochs", 8, "--checkpoint-every", 5, "--sft-patience", 99)
 
 
 def _flip(path: Path) -> None:
