@@ -243,7 +243,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json_text(value, indent=2) + "\n")
 
 
-def read_json(path: Path, mend: str | None = None) -> Any:
+def _checked(path: Path, mend: str) -> bytes:
+    """What a file of a run holds, if that is what was written."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be read ({error.strerror}). {mend}") from error
+    manifest.check(path, data, mend)
+    return data
+
+
+def read_json(path: Path, mend: str = manifest.MEND) -> Any:
     """Read a JSON file of a run.
 
     Args:
@@ -253,31 +263,19 @@ def read_json(path: Path, mend: str | None = None) -> Any:
     Raises:
         RunFolderError: it is damaged, or cannot be read.
     """
-    mend = mend or "Delete it and run the same command again."
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise RunFolderError(f"{path}: cannot be read ({error.strerror}). {mend}") from error
-    manifest.check(path, data, mend)
-    try:
-        return json.loads(data)
+        return json.loads(_checked(path, mend))
     except (ValueError, RecursionError) as error:
         raise RunFolderError(f"{path}: damaged ({error}). {mend}") from error
 
 
-def read_lines(path: Path, mend: str | None = None) -> list[Any]:
+def read_lines(path: Path, mend: str = manifest.MEND) -> list[Any]:
     """Read a JSON Lines file of a run.
 
     Raises:
         RunFolderError: it is damaged, or cannot be read; the message names the line.
     """
-    mend = mend or "Delete it and run the same command again."
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise RunFolderError(f"{path}: cannot be read ({error.strerror}). {mend}") from error
-    manifest.check(path, data, mend)
-    return [value for _, value in parsed_lines(path, data, mend)]
+    return [value for _, value in parsed_lines(path, _checked(path, mend), mend)]
 
 
 def parsed_lines(path: Path, data: bytes, mend: str) -> Iterator[tuple[int, Any]]:

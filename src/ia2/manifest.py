@@ -23,7 +23,8 @@ RUN_FILE = "ia2_run.json"
 # Part of the name of everything that is not finished yet; left behind by kills alone.
 TEMPORARY = ".ia2-tmp-"
 
-_MEND = "Delete it and run the same command again."
+# The way out of damage, where a caller knows no better one.
+MEND = "Delete it and run the same command again."
 
 Digests = dict[str, set[str]]
 
@@ -112,7 +113,7 @@ def is_ours(path: Path) -> bool:
     return root is not None and relative(path, root) in recorded(root)
 
 
-def check(path: Path, data: bytes | None = None, mend: str = _MEND) -> None:
+def check(path: Path, data: bytes | None = None, mend: str = MEND) -> None:
     """Compare a file with what was written; outside of runs there is nothing to compare with.
 
     Args:
