@@ -28,8 +28,8 @@ MEND = "Delete it and run the same command again."
 
 Digests = dict[str, set[str]]
 
-# What has been read of each manifest, and the digests by path in it.
-_read: dict[Path, tuple[bytes, Digests]] = {}
+# Each manifest as it was when this process last read or wrote it, and the digests by path in it.
+_read: dict[Path, tuple[tuple[int, ...], Digests]] = {}
 
 
 def begin(folder: Path) -> None:
@@ -65,12 +65,19 @@ def record(root: Path, digests: Mapping[str, str]) -> None:
         root: the run's folder.
         digests: SHA-256 by path below ``root``.
     """
-    lines = "".join(_line(path, digest) for path, digest in digests.items())
+    known, before = recorded(root), _stamp(root)
+    lines = "".join(_line(path, digest) for path, digest in digests.items()).encode()
     with (root / MANIFEST).open("ab+") as file:
         # the last line of a killed process may lack its end
         if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-            lines = "\n" + lines
-        file.write(lines.encode())
+            lines = b"\n" + lines
+        file.write(lines)
+    after = _stamp(root)
+    # else another process has written too, and all of it is read when it is asked for
+    if before and after and after[:2] == (before[0], before[1] + len(lines)):
+        for path, digest in digests.items():
+            known.setdefault(path, set()).add(digest)
+        _read[root] = (after, known)
 
 
 def record_tree(folder: Path, target: Path) -> None:
@@ -81,20 +88,22 @@ def record_tree(folder: Path, target: Path) -> None:
 
 
 def recorded(root: Path) -> Digests:
-    """Digests by path below ``root``; only what was added since the last call is parsed.
+    """Digests by path below ``root``; a manifest is read again only if another process has changed it.
 
     Unreadable lines are passed over: a file that they spoke of is then unknown, and refused when it is read.
     So are paths that lead out of the folder: a manifest is data, and may be a stranger's.
     """
-    known, digests = _read.get(root, (b"", {}))
-    try:
-        data = (root / MANIFEST).read_bytes()
-    except FileNotFoundError:
+    if (stamp := _stamp(root)) is None:
         return {}
-    if not data.startswith(known):  # another manifest has taken its place
-        known, digests = b"", {}
-    whole = data[: data.rfind(b"\n") + 1]
-    for line in whole[len(known) :].splitlines():
+    known = _read.get(root)
+    if known is None or known[0] != stamp:
+        known = _read[root] = (stamp, _parsed((root / MANIFEST).read_bytes()))
+    return known[1]
+
+
+def _parsed(data: bytes) -> Digests:
+    digests: Digests = {}
+    for line in data[: data.rfind(b"\n") + 1].splitlines():
         try:
             entry = json.loads(line)
             path, sha = str(entry["path"]), str(entry["sha256"])
@@ -103,8 +112,16 @@ def recorded(root: Path) -> Digests:
         parts = path.split("/")
         if not {"", ".", ".."} & {*parts} and "\0" not in path and not Path(path).drive:
             digests.setdefault(path, set()).add(sha)
-    _read[root] = (whole, digests)
     return digests
+
+
+def _stamp(root: Path) -> tuple[int, ...] | None:
+    """What changes with a manifest: its inode, size and times; None where there is none."""
+    try:
+        stat = (root / MANIFEST).stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def is_ours(path: Path) -> bool:

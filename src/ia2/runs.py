@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ia2.config import AdaptConfig, CompareConfig, TrainConfig
 from ia2.config_reading import refuse_code, validate
@@ -18,9 +18,11 @@ from ia2.errors import DataError, RunFolderError
 from ia2.files import digest, only_one, read_json, understood, write_json, write_text
 from ia2.identity import differences
 from ia2.manifest import MANIFEST, RUN_FILE, begin, check, clean, compact, is_ours, recorded, remove
-from ia2.models import BaseModel
 from ia2.task import Task
 from ia2.user_files import user_path
+
+if TYPE_CHECKING:
+    from ia2.models import BaseModel
 
 CONFIG_FILE = "ia2_config.yaml"
 Settings = TypeVar("Settings", TrainConfig, CompareConfig)
@@ -284,7 +286,8 @@ def _run_of(
     labels, label_ids, names = (tuple(facts["task"][name]) for name in ("labels", "label_ids", "names"))
     if not len({*labels}) == len(label_ids) == len(names) or any(i < 0 for ids in label_ids for i in ids):
         raise ValueError("labels, their names and tokens do not fit each other")
-    facts["data"].get("model")
+    if not isinstance(facts["data"], dict):
+        raise TypeError("data is no mapping")
     named = {name: value for name, value in code.items() if value is not None}
     config = settings_of(TrainConfig, folder, facts, **named, context_function=None, output_dir=str(folder))
     given = {**facts["task"], **named}
@@ -322,8 +325,6 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """The machine, as results name it: no host names, no paths."""
-    import os
-
     import psutil
     import torch
 
