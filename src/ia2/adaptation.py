@@ -130,7 +130,6 @@ def adapt(
     every = examples if isinstance(examples, Examples) else _joined(data)
     template = getattr(config, "prompt_template", None)
     task = make_task(every, config, base.tokenizer, template, test)
-    task.check(base.tokenizer, test or (), trained=False)
     rows = test if test is not None else data.dev
     logger.info("Examples: %d to train on, %d dev rows.", len(data.train), len(data.dev))
     if not len(data.dev):

@@ -111,7 +111,7 @@ def _groups(labels: Sequence[str], key: Any) -> list[tuple[str, list[str]]]:
     return [(of, group) for of, group in found.items() if len(group) > 1]
 
 
-def check_labels(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_label_reach(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse labels that the model cannot write, or that cannot be told from the beginning of others.
 
     Raises:

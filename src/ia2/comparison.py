@@ -154,7 +154,6 @@ def prepare(
         )
     base = load_base_of(model, config)
     task = make_task(examples, config, base.tokenizer, config.prompt_template, test)
-    task.check(base.tokenizer, test or (), trained=False)
     data = {
         "data": examples.fingerprint,
         "test": test.fingerprint if test is not None else "",

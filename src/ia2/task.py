@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ia2.answer_checks import (
     Advice,
-    check_labels,
+    check_label_reach,
     check_names,
     kept_escapes,
     listed,
@@ -202,7 +202,7 @@ def make_task(
         config: settings.
         tokenizer: the model's.
         prompt_template: what the prompts were made with, if it is known.
-        test: rows that are only evaluated on; their labels are checked too.
+        test: rows that are only evaluated on; their answers are checked too.
 
     Raises:
         ConfigError: labels that contradict the settings.
@@ -240,6 +240,7 @@ def make_task(
             stop_tokens=stop_tokens,
         )
         task.check(tokenizer, examples, trained=True)
+        task.check(tokenizer, test or (), trained=False)
         return _advised(task, tokenizer, examples, config, prompt_template)
     labels = tuple(sorted(config.labels)) if config.labels else examples.label_set()
     if len(labels) < 2:
@@ -282,7 +283,7 @@ def make_task(
         index={label: i for i, label in enumerate(labels)},
     )
     task.check_labels(examples, test or ())
-    check_labels(task, tokenizer)
+    check_label_reach(task, tokenizer)
     shown = ", ".join(repr(label) for label in labels[:8]) + (" …" if len(labels) > 8 else "")
     size = "one token each" if not several else f"up to {longest} tokens, scored by summed log-probability"
     logger.info("Task: %d labels (%s), %s.", len(labels), shown, size)

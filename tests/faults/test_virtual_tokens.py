@@ -17,7 +17,6 @@ from ia2.comparison import compare
 from ia2.config import AdaptConfig, CompareConfig, CurveConfig, ProbeConfig
 from ia2.curves import curve
 from ia2.errors import DataError
-from ia2.example_trainer import ExampleTrainer
 from ia2.examples import Example, Examples, FewShotSplit
 from ia2.models import BaseModel
 from ia2.probing import probe
@@ -38,19 +37,6 @@ KINDS: list[dict[str, Any]] = [
 @pytest.fixture
 def base(word_tokenizer: Any) -> BaseModel:
     return base_of(build(llama().config, seed=3), word_tokenizer)
-
-
-@pytest.fixture
-def fits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    trained: list[str] = []
-    fit = ExampleTrainer.fit
-
-    def counting(self: Any) -> float:
-        trained.append(type(self).__name__)
-        return fit(self)
-
-    monkeypatch.setattr(ExampleTrainer, "fit", counting)
-    return trained
 
 
 def with_long(rows: Examples, answer: str = " positive") -> Examples:

@@ -46,20 +46,6 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
-@pytest.fixture
-def fits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Trained stages, in order."""
-    trained: list[str] = []
-    fit = ExampleTrainer.fit
-
-    def counting(self: Any) -> float:
-        trained.append(type(self).__name__)
-        return fit(self)
-
-    monkeypatch.setattr(ExampleTrainer, "fit", counting)
-    return trained
-
-
 def adapted(base: BaseModel, folder: Path, **settings: Any) -> AdaptResult:
     changed = {**BRIEF, **{k: {**BRIEF.get(k, {}), **v} if k in BRIEF else v for k, v in settings.items()}}
     return adapt(clone(base), ROWS, AdaptConfig(**changed), output_dir=folder)
