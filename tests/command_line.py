@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ia2.files import LOCK
+from ia2.locks import LOCK
 from ia2.manifest import MANIFEST
 
 

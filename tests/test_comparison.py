@@ -16,7 +16,7 @@ from ia2.config import CompareConfig
 from ia2.errors import DataError, RunFolderError
 from ia2.evaluation.metrics import Measured, RowMeasures
 from ia2.examples import Example, Examples
-from ia2.files import LOCK
+from ia2.locks import LOCK
 from ia2.models import BaseModel
 from ia2.rounds import rounds_of
 

@@ -14,13 +14,8 @@ from gguf_files import write_gguf
 from words import make_word_tokenizer
 
 from ia2.errors import ConfigError, ModelError
-from ia2.models import (
-    DEMO_MODELS,
-    BaseModel,
-    installed_demo_models,
-    load_base,
-    resolve,
-)
+from ia2.gguf import DEMO_MODELS, installed_demo_models
+from ia2.models import BaseModel, load_base, resolve
 
 
 @pytest.fixture(autouse=True)
@@ -198,7 +193,7 @@ def test_gguf_is_converted_once(tmp_path: Path, own_cache: Path, monkeypatch: py
     assert source["files"] == ["tiny.gguf"]
     assert len(source["sha256"]) == 64
 
-    monkeypatch.setattr("ia2.models._write_converted", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr("ia2.gguf._write_converted", lambda *_: pytest.fail("converted again"))
     assert resolve(str(path)) == base.path
 
 

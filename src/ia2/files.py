@@ -15,22 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ia2 import manifest
-from ia2.console import logger
 from ia2.errors import ConfigError, RunFolderError
+from ia2.machine_errors import no_space_left, system_trouble
 from ia2.user_files import user_path
-
-# Held by the process that works in a run's folder, and who that is.
-LOCK = ".ia2.lock"
-_HOLDER = ".ia2.lock.holder"
-
-# What safetensors and torch.save say of a full disk: they raise no OSError.
-_FULL_DISK = (
-    "No space left on device",
-    "os error 28",
-    "iostream error",
-    "unexpected pos",
-    "PytorchStreamWriter failed writing",
-)
 
 
 def cache_dir() -> Path:
@@ -39,47 +26,6 @@ def cache_dir() -> Path:
         return Path(os.path.expanduser(given))  # noqa: PTH111 - it leaves "~nobody" as it is
     base = os.environ.get("XDG_CACHE_HOME")
     return Path(os.path.expanduser(base or "~/.cache")) / "ia2"  # noqa: PTH111
-
-
-def no_space_left(error: BaseException) -> bool:
-    """Whether a full disk is what went wrong."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return any(text in str(error) for text in _FULL_DISK)
-
-
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
-
-
-def memory_exhausted(error: BaseException) -> bool:
-    """Whether what went wrong is that memory ran out, on the CPU or an accelerator."""
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)
-
-
-_WAYS_OUT = {
-    errno.EACCES: "Choose another place, or change its permissions",
-    errno.EPERM: "Choose another place, or change its permissions",
-    errno.EROFS: "Choose another place",
-    errno.ENOENT: "Check the name",
-    errno.ENOTDIR: "A file is in the way of a folder; choose another name",
-    errno.EEXIST: "A file of that name is in the way; choose another name",
-    errno.EISDIR: "Name a file in it",
-    errno.ENAMETOOLONG: "Choose a shorter name",
-    errno.ELOOP: "Name the file that the links should lead to",
-    errno.EMFILE: "Raise the limit (ulimit -n)",
-    errno.ENFILE: "End other programs",
-}
-
-
-def system_trouble(error: OSError, place: object = None) -> str:
-    """An error of the operating system as one line: its file (or ``place``), what is wrong, the way out."""
-    place = place or error.filename
-    place = os.fsdecode(place) if isinstance(place, bytes) else place
-    said = error.strerror.lower() if error.strerror else " ".join(str(error).split()).rstrip(".")
-    way_out = _WAYS_OUT.get(error.errno or 0, "Mend that and run the same command again")
-    return f"{f'{place}: ' if place else ''}{said or type(error).__name__}. {way_out}."
 
 
 @contextmanager
@@ -100,7 +46,12 @@ def space_needed(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """What the system refuses while ``path`` is written is a user's error.
+
+    Raises:
+        RunFolderError: nothing can be written there.
+    """
     try:
         with space_needed(path):
             yield
@@ -162,7 +113,7 @@ def atomic_dir(path: Path) -> Iterator[Path]:
     Raises:
         RunFolderError: nothing can be written there, or ``path`` holds files that are not ours.
     """
-    with _writing(path), _scratch(path) as temporary:
+    with writing(path), _scratch(path) as temporary:
         yield temporary
         manifest.record_tree(temporary, path)
         if path.exists() and manifest.root_of(path) is None:
@@ -179,7 +130,7 @@ def atomic_files(folder: Path) -> Iterator[Path]:
     Raises:
         RunFolderError: nothing can be written there, or a file that is not ours is in the way.
     """
-    with _writing(folder), _scratch(folder / "files") as temporary:
+    with writing(folder), _scratch(folder / "files") as temporary:
         yield temporary
         names = [path.relative_to(temporary) for path in sorted(temporary.rglob("*")) if path.is_file()]
         for name in names:
@@ -213,7 +164,7 @@ def write_bytes(path: Path, data: bytes, *, listed: bool = True) -> None:
     Raises:
         RunFolderError: nothing can be written there, or a file that is not ours is in the way.
     """
-    with _writing(path):
+    with writing(path):
         if path.exists() and not path.is_file() and not path.is_dir():
             raise RunFolderError(f"{path}: no regular file. Choose another name.")  # a device, say
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -341,54 +292,6 @@ def output_file(path: Path, *inputs: str | Path | None) -> None:
             raise ConfigError(f"{path}: it is read, so it cannot be the output too. Choose another file.")
     if manifest.is_ours(path):
         raise ConfigError(f"{path}: belongs to the run in its folder. Choose another file.")
-
-
-@contextmanager
-def only_one(folder: Path, command: str) -> Iterator[None]:
-    """Keep other processes out of a run's folder meanwhile.
-
-    The lock file stays: who removes it while others open it gives them a lock of their own.
-
-    Args:
-        folder: the run's folder; made if it is not there.
-        command: who asks, as others are told.
-
-    Raises:
-        RunFolderError: another process is at work there.
-    """
-    import platform
-
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / LOCK)
-    try:
-        with _writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-    except Timeout:
-        raise RunFolderError(
-            f"{folder}: {_holder(folder)} is at work there. Wait for it, or choose another --output-dir."
-        ) from None
-    except NotImplementedError:
-        logger.warning(
-            "%s: this file system has no locks. See to it that no other run works in this folder.", folder
-        )
-    holder = folder / _HOLDER
-    try:
-        with _writing(holder):
-            asker = f"`{command}` (process {os.getpid()} on {platform.node() or 'this host'})"
-            write_text(holder, asker, listed=False)  # in place of a link too
-        yield
-    finally:
-        holder.unlink(missing_ok=True)
-        lock.release()
-
-
-def _holder(folder: Path) -> str:
-    try:
-        return (folder / _HOLDER).read_text(errors="replace") or "another process"
-    except OSError:  # it has just begun or ended
-        return "another process"
 
 
 def finite(value: Any) -> Any:

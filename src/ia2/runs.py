@@ -15,8 +15,9 @@ from ia2.config import AdaptConfig, CompareConfig, TrainConfig
 from ia2.config_reading import refuse_code, validate
 from ia2.console import logger
 from ia2.errors import DataError, RunFolderError
-from ia2.files import digest, only_one, read_json, understood, write_json, write_text
+from ia2.files import digest, read_json, understood, write_json, write_text
 from ia2.identity import differences
+from ia2.locks import only_one
 from ia2.manifest import MANIFEST, RUN_FILE, begin, check, clean, compact, is_ours, recorded, remove
 from ia2.task import Task
 from ia2.user_files import user_path

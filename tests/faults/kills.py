@@ -20,7 +20,7 @@ from typing import Any
 from benches import icl_examples
 from launching import finish, start, write_rows
 
-from ia2.files import LOCK
+from ia2.locks import LOCK
 from ia2.manifest import TEMPORARY
 
 MODEL = Path(__file__).resolve().parents[1] / "tiny_icl" / "model"

@@ -16,7 +16,7 @@ from command_line import run, write_rows
 from tiny_icl.tasks import sample_task
 
 from ia2.errors import RunFolderError
-from ia2.files import LOCK, only_one
+from ia2.locks import LOCK, only_one
 from ia2.sweeps.store import alone
 
 STARTS = 300

@@ -13,7 +13,7 @@ import pytest
 from command_line import Ran, run, run_apart, tree, write_rows
 from tiny_icl.tasks import sample_task
 
-from ia2.files import LOCK
+from ia2.locks import LOCK
 
 TASK = sample_task(0, num_classes=3)
 FAST = ["--align-epochs", 1, "--sft-epochs", 1]

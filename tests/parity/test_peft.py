@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ia2.adaptation import adapt, load_adapter
 from ia2.config import TrainConfig
-from ia2.files import LOCK
+from ia2.locks import LOCK
 
 
 @pytest.mark.parametrize("recipe", ["ia2-sft", "ia2", "sft"])

@@ -9,7 +9,7 @@ def env(json: Json = False) -> None:
     """Versions, machine and caches: what to paste into a bug report."""
     from ia2.cli.output import print_json, start
     from ia2.files import cache_dir
-    from ia2.models import installed_demo_models
+    from ia2.gguf import installed_demo_models
     from ia2.runs import machine, versions
 
     start(True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ia2.models import DEMO_MODELS
+from ia2.gguf import DEMO_MODELS
 from ia2.recipes import describe
 from ia2.task import Task
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from ia2.console import logger
 from ia2.errors import RunFolderError
-from ia2.files import digest, finite, json_lines, only_one, parsed_lines, read_json, write_json, write_text
+from ia2.files import digest, finite, json_lines, parsed_lines, read_json, write_json, write_text
+from ia2.locks import only_one
 from ia2.manifest import MANIFEST, RUN_FILE, begin, check, clean, compact, is_ours
 from ia2.sweeps.grid import Cell
 
