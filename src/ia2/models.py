@@ -386,7 +386,9 @@ def _explain(name: str, path: str, error: Exception) -> str:
     if len(first) > 300:
         first = first[:300] + "…"
     if Path(path).exists():
-        return f"model {name} cannot be read: {first}"
+        # others' words are often a key or a number alone
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+        return f"model {name} cannot be read: {kind}{first}"
     return (
         f"model '{name}' was found neither as a local folder or .gguf file nor on the hub "
         f"(known names: {', '.join(DEMO_MODELS)}). {type(error).__name__}: {first}"

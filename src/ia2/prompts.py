@@ -7,8 +7,10 @@ place; from here on there are only :class:`~ia2.context.Contexts`.
 from __future__ import annotations
 
 import importlib
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import numpy as np
@@ -359,8 +361,7 @@ def load_function(spec: str) -> ContextFunction:
         ) from error
     except Exception as error:
         raise ConfigError(
-            f"context_function '{spec}': importing '{module_name}' fails with {type(error).__name__}: "
-            f"{' '.join(str(error).split())}"
+            f"context_function '{spec}': importing '{module_name}' fails with {_told(error)}"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -400,6 +401,15 @@ def _from_column(example: Example, column: str) -> Given:
     return read_given(example.fields[column], example.source, f"the context in column {column!r}")
 
 
+def _told(error: Exception) -> str:
+    """An error of the user's own code, with its line there."""
+    said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if isinstance(error, SyntaxError):  # it names file and line itself
+        return said
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{said} ({Path(frame.filename).name}, line {frame.lineno})"
+
+
 def _from_function(function: ContextFunction, example: Example, others: Sequence[Example]) -> Given:
     what = f"the context from {getattr(function, '__name__', 'the function')}"
     try:
@@ -407,9 +417,7 @@ def _from_function(function: ContextFunction, example: Example, others: Sequence
     except UserError:
         raise
     except Exception as error:
-        raise DataError(
-            f"{example.source}: {what} fails with {type(error).__name__}: {' '.join(str(error).split())}"
-        ) from error
+        raise DataError(f"{example.source}: {what} fails with {_told(error)}") from error
     return read_given(value, example.source, what)
 
 

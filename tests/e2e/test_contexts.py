@@ -353,6 +353,7 @@ def test_a_module_that_fails(
     arguments = ["--model", small.path, "--data", data, "--output-dir", tmp_path / "out", "--quiet"]
     line = run(capsys, "train", *arguments, "--context-function", "broken_contexts:hint").refusal()
     assert "importing 'broken_contexts' fails with " in line
+    assert "(broken_contexts.py, line 1)" in line
     assert not (tmp_path / "out").exists()
 
 
