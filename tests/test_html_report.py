@@ -399,6 +399,13 @@ def test_a_curve(tmp_path: Path) -> None:
     assert "Accuracy and calibration over the number of training examples" in found.inside["body"][0]
 
 
+def test_a_size_whose_comparison_is_gone_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_curve(tmp_path / "curve")
+    (tmp_path / "curve" / "n-4" / "compare.json").unlink()
+    assert list(read_run(tmp_path / "curve").parts) == [8]
+    assert "n-4: no comparison is there any more; its rows are left out." in caplog.text
+
+
 def test_an_adapter(tmp_path: Path) -> None:
     write_training(tmp_path / "run", note="dev rows also chose the weights")
     text = page([read_run(tmp_path / "run")])

@@ -1,6 +1,18 @@
-"""``python -m ia2`` and ``accelerate launch -m ia2``."""
+"""``ia2``, ``python -m ia2`` and ``accelerate launch -m ia2``."""
 
-from ia2.cli import main
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run a command; an interrupt while it is still being imported is no traceback either."""
+    try:
+        from ia2.cli import main as run
+    except KeyboardInterrupt:
+        sys.exit(130)
+    run()
+
 
 if __name__ == "__main__":
     main()

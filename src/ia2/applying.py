@@ -35,6 +35,7 @@ def evaluate_adapter(
     data: str,
     *,
     split: str | None = None,
+    data_config: str | None = None,
     device: str | None = None,
     base: str | BaseModel | None = None,
     code: Mapping[str, Any] | None = None,
@@ -47,7 +48,7 @@ def evaluate_adapter(
     Raises:
         UserError: no finished run, another base model than its own, or rows that cannot be read.
     """
-    rows = _read(folder, data, split, code, labelled=True)
+    rows = _read(folder, data, split, data_config, code, labelled=True)
     result, loaded = load_adapter(folder, device, base=base, code=code)
     result.task.check(result.tokenizer, rows, trained=False)
     prompts = _prompts(result, loaded, rows)
@@ -69,6 +70,7 @@ def predict_rows(
     data: str,
     *,
     split: str | None = None,
+    data_config: str | None = None,
     device: str | None = None,
     base: str | BaseModel | None = None,
     code: Mapping[str, Any] | None = None,
@@ -80,7 +82,7 @@ def predict_rows(
     Raises:
         UserError: no finished run, another base model than its own, or rows that cannot be read.
     """
-    rows = _read(folder, data, split, code, labelled=False)
+    rows = _read(folder, data, split, data_config, code, labelled=False)
     result, loaded = load_adapter(folder, device, base=base, code=code)
     prompts = _prompts(result, loaded, rows)
     model, tokenizer, task = result.model, result.tokenizer, result.task
@@ -139,11 +141,17 @@ def _no_formula(cell: Any) -> Any:
 
 
 def _read(
-    folder: str | Path, data: str, split: str | None, code: Mapping[str, Any] | None, *, labelled: bool
+    folder: str | Path,
+    data: str,
+    split: str | None,
+    data_config: str | None,
+    code: Mapping[str, Any] | None,
+    *,
+    labelled: bool,
 ) -> Examples:
     """Rows in the format of the training run; read before the model is loaded, so mistakes are quick."""
     config, _, _ = load_run(Path(folder), code)
-    return Examples.load(data, split=split, format=run_format(config), labelled=labelled)
+    return Examples.load(data, split=split, config=data_config, format=run_format(config), labelled=labelled)
 
 
 def _prompts(result: AdaptResult, base: BaseModel, rows: Sequence[Example]) -> Sequence[Ids]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ia2.config import AdaptConfig, CompareConfig, TrainConfig
 from ia2.config_reading import refuse_code, validate
-from ia2.console import logger
+from ia2.console import warn_once
 from ia2.errors import DataError, RunFolderError
 from ia2.files import digest, read_json, understood, write_json, write_text
 from ia2.identity import differences
@@ -160,6 +160,12 @@ def read_run_file(folder: Path) -> Any:
     return read_json(file, f"Run the command that made the run again{replaced} with another --output-dir.")
 
 
+def say_unchecked(folder: Path) -> None:
+    """Say, once a command, that damage to a run's files would not be seen."""
+    if not (folder / MANIFEST).is_file():
+        warn_once(f"{folder} has no {MANIFEST}, so its files cannot be checked for damage.")
+
+
 def _essential(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in _INCIDENTAL}
 
@@ -260,8 +266,7 @@ def load_run(folder: Path, code: Mapping[str, Any] | None = None) -> tuple[Train
     """
     if not (folder / RUN_FILE).is_file():
         raise DataError(f"{folder}: no ia2 run there ({RUN_FILE} is missing). Give a folder of `ia2 train`.")
-    if not (folder / MANIFEST).is_file():
-        logger.warning("%s has no %s, so its files cannot be checked for damage.", folder, MANIFEST)
+    say_unchecked(folder)
     facts = read_run_file(folder)
     with understood(folder):
         return _run_of(folder, facts, code or {})

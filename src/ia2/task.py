@@ -159,7 +159,7 @@ class Task:
         if not trained:
             warn_once(
                 f"{len(found)} of {len(rows)} rows to evaluate on count as wrong whatever the model answers: "
-                f"{listed(found)}. Mend them, raise max_answer_tokens or choose another parser."
+                f"{listed(found)}. Mend them, or train with a larger max_answer_tokens or another parser."
             )
             return
         texts = [row.answer for row, _ in found if row.answer and row.answer.strip()]

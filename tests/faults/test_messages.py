@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -596,3 +597,51 @@ def test_quiet_and_json_in_a_process_of_its_own(here: Path, finished: Path) -> N
     ran = run_apart("predict", "--adapter", finished, "--data", "rows.jsonl", "--json", "--quiet")
     assert (ran.status, ran.err) == (0, "")
     assert len(ran.json) == 12
+
+
+def test_a_folder_of_several_configurations_for_a_finished_run(
+    ia2: Command, here: Path, finished: Path
+) -> None:
+    """`eval` and `predict` asked for a configuration, and had no option to name one."""
+    for name in ("one", "two"):
+        (here / "many" / name).mkdir(parents=True)
+        write_rows(here / "many" / name / "test.jsonl", TASK.examples(4 if name == "one" else 6, 0))
+    (here / "many" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: one\n  data_files: one/test.jsonl\n"
+        "- config_name: two\n  data_files: two/test.jsonl\n---\n"
+    )
+    for command in ("predict", "eval"):
+        given = (command, "--adapter", finished, "--data", "many", "--json")
+        assert "say which configuration to read" in ia2(*given).refusal()
+        ran = ia2(*given, "--data-config", "two")
+        assert ran.status == 0
+        assert (len(ran.json) if command == "predict" else ran.json["test"]["n"]) == 6
+
+
+def test_an_interrupt_while_commands_are_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "ia2.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "ia2.cli", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    from ia2.__main__ import main
+
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 130
+
+
+def test_what_cannot_be_checked_is_said_once_by_every_command_that_uses_an_adapter(
+    ia2: Command, here: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished, here / "copied")
+    (here / "copied" / "ia2_manifest.jsonl").unlink()
+    for arguments in (
+        ("predict", "--adapter", "copied", "--data", "rows.jsonl"),
+        ("eval", "--adapter", "copied", "--data", "rows.jsonl"),
+        ("analyze", "copied", "--parts", "weights", "--output-dir", "found"),
+    ):
+        ran = run(capsys, *arguments, "--quiet")
+        assert ran.status == 0 and ran.err.count("cannot be checked for damage") == 1, ran

@@ -81,6 +81,7 @@ def analyze(
     *,
     data: str | None = None,
     split: str | None = None,
+    data_config: str | None = None,
     max_queries: int | None = 200,
     adapters: Sequence[str] = (),
     device: str | None = None,
@@ -93,7 +94,8 @@ def analyze(
         folders: finished runs of ``ia2 train`` or ``ia2 compare`` on one base model.
         settings: what is analysed.
         data: labelled rows to look at; the runs' own test rows by default.
-        split: of ``data``, where it is a hub data set.
+        split: of ``data``, where it is a hub data set or a folder.
+        data_config: configuration of ``data``, where it is one of these.
         max_queries: at most so many rows of each training set, drawn once; None takes all.
         adapters: names of those to look at; all by default.
         device: ``cpu``, ``cuda``, …; by default that of the runs' settings.
@@ -113,7 +115,13 @@ def analyze(
         raise ConfigError(f"{output_dir} is a file. Choose another --output-dir.")
     places = [Path(folder) for folder in folders]
     study = find_study(
-        places, data=data, split=split, max_queries=max_queries, only=adapters, code=settings.code
+        places,
+        data=data,
+        split=split,
+        data_config=data_config,
+        max_queries=max_queries,
+        only=adapters,
+        code=settings.code,
     )
     if "causal" in settings.parts and min(len(trial.queries) for trial in study.trials) < 2:
         raise ConfigError("the causal check needs at least two queries. Give more rows, or leave causal out.")

@@ -23,7 +23,7 @@ from ia2.files import digest, read_json, understood
 from ia2.identity import differences
 from ia2.manifest import RUN_FILE
 from ia2.rounds import drawn_test, rounds_of
-from ia2.runs import check_outputs, not_finished, read_run_file, settings_of
+from ia2.runs import check_outputs, not_finished, read_run_file, say_unchecked, settings_of
 from ia2.stages import plan, stage_place
 
 
@@ -104,6 +104,7 @@ def find_study(
     *,
     data: str | None = None,
     split: str | None = None,
+    data_config: str | None = None,
     max_queries: int | None = None,
     only: Sequence[str] = (),
     code: Mapping[str, Any] | None = None,
@@ -114,7 +115,8 @@ def find_study(
         folders: of finished runs of ``ia2 train`` or ``ia2 compare``, or of one round in the latter.
         data: labelled rows to look at; None takes the runs' own test rows (or dev rows, where a training
             run has none).
-        split: of ``data``, where it is a hub data set.
+        split: of ``data``, where it is a hub data set or a folder.
+        data_config: configuration of ``data``, where it is one of these.
         max_queries: at most so many rows of each trial, drawn once.
         only: names of the adapters to look at; empty for all.
         code: what the runs may name (see :func:`ia2.config_reading.refuse_code`).
@@ -136,7 +138,7 @@ def find_study(
     trials = _merged([trial for _, _, own in found for trial in own])
     queries_of = config.test_data or config.data or "the runs' rows"
     if data is not None:
-        rows = Examples.load(data, split=split, format=run_format(config), labelled=True)  # type: ignore[arg-type]
+        rows = Examples.load(data, split=split, config=data_config, format=run_format(config), labelled=True)  # type: ignore[arg-type]
         places = tuple(range(len(rows)))
         trials = [replace(trial, queries=rows, places=places) for trial in trials]
         queries_of = data
@@ -153,6 +155,7 @@ def _trials_of(
         raise RunFolderError(f"{run}: only results are there, no adapters ({RUN_FILE} is missing).")
     facts = read_run_file(run)
     with understood(run):
+        say_unchecked(run)
         refuse_code(facts.get("config", {}), run / RUN_FILE, code)
         if facts.get("kind") == "train":
             return _of_training(run, facts)

@@ -34,7 +34,12 @@ def analyze(
         ),
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help="Split of --data, where it is a hub data set.", show_default=False)
+        str | None,
+        typer.Option(help="Split of --data, where it is a hub data set or a folder.", show_default=False),
+    ] = None,
+    data_config: Annotated[
+        str | None,
+        typer.Option(help="Configuration of --data, where it is one of these.", show_default=False),
     ] = None,
     parts: Annotated[
         str | None,
@@ -120,6 +125,7 @@ def analyze(
         AnalysisSettings(named, controls, causal_queries, text, _listed(benchmarks), data_dir, code),
         data=data,
         split=split,
+        data_config=data_config,
         max_queries=max_queries,
         adapters=_listed(adapters),
         device=device,

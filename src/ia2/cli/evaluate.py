@@ -14,6 +14,9 @@ def evaluate(
     adapter: Annotated[Path, typer.Option(help="Folder that ia2 train made.")],
     data: Annotated[str, typer.Option(help="Labelled rows, read as the training rows were.")],
     split: Annotated[str | None, typer.Option(help="Split of a hub data set or folder.")] = None,
+    data_config: Annotated[
+        str | None, typer.Option(help="Configuration (subset) of a hub data set or folder.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Write per-example predictions to this JSONL file.")
     ] = None,
@@ -36,7 +39,9 @@ def evaluate(
     from ia2.applying import evaluate_adapter
     from ia2.evaluation.scoring import write_predictions
 
-    metrics, predictions = evaluate_adapter(adapter, data, split=split, device=device, base=model, code=code)
+    metrics, predictions = evaluate_adapter(
+        adapter, data, split=split, data_config=data_config, device=device, base=model, code=code
+    )
     if output is not None:
         write_predictions(output, predictions, listed=False)
     if json:

@@ -18,6 +18,9 @@ def predict(
         typer.Option(help="JSONL or CSV file to write (by its ending); stdout by default."),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split of a hub data set or folder.")] = None,
+    data_config: Annotated[
+        str | None, typer.Option(help="Configuration (subset) of a hub data set or folder.")
+    ] = None,
     model: BaseModelNow = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps.")] = None,
     trust_remote_code: TrustRemoteCode = None,
@@ -38,7 +41,9 @@ def predict(
         output_file(output, data, adapter, model)
     from ia2.applying import predict_rows, prediction_text
 
-    rows = predict_rows(adapter, data, split=split, device=device, base=model, code=code)
+    rows = predict_rows(
+        adapter, data, split=split, data_config=data_config, device=device, base=model, code=code
+    )
     if output is not None:
         write_text(output, prediction_text(rows, output.suffix), listed=False)
         if json:

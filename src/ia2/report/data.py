@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ia2.console import logger
 from ia2.errors import RunFolderError
 from ia2.files import read_json, read_lines, understood
 from ia2.manifest import RUN_FILE
@@ -208,6 +209,8 @@ def _curve(folder: Path, summary: dict[str, Any]) -> Run:
         if (where / "compare.json").is_file():
             facts = read_run_file(where) if (where / RUN_FILE).is_file() else {}
             parts[size] = _compare(where, read_json(where / "compare.json"), facts, f"N = {size}")
+        else:
+            logger.warning("%s: no comparison is there any more; its rows are left out.", where)
     facts = next((part.facts for part in parts.values()), {})
     rows = [row for part in parts.values() for row in part.rows][:MAX_ROWS]
     total = sum(part.num_rows for part in parts.values())
