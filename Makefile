@@ -2,7 +2,7 @@
 # make demo    a real model on real data: trains, compares, prints what to do next
 # make test    every test
 # make lint    ruff and mypy
-# make perf    speed and memory against naive references (minutes; see perf/README.md)
+# make perf    speed and memory against naive references (an hour; see perf/README.md)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -38,7 +38,7 @@ lint: setup
 	$(BIN)/mypy
 
 perf: setup
-	$(BIN)/python perf/teacher.py
+	$(BIN)/python perf/run.py --output perf/results.json
 
 clean:
 	rm -rf $(VENV) out build dist
