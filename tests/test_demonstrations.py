@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
+from collections.abc import Sequence
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -14,19 +17,21 @@ from families import FAMILIES, llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from test_context import rows
+from test_context import WORDS, rows
 from transformers import PreTrainedTokenizerFast
 
-from ia2.context import DemonstrationContexts, FixedOrders
+from ia2.context import DemonstrationContexts, FixedOrders, LeaveOneOut
 from ia2.demonstrations import (
     Balanced,
     Embedder,
     Nearest,
     Search,
     SearchedOrders,
+    SharedPrefixes,
     embed,
     log_likelihoods,
     nearest_rows,
+    other_halves,
 )
 from ia2.examples import Example
 from ia2.rendering import Rendering
@@ -35,6 +40,84 @@ from ia2.tokens import encode_answer
 
 def labelled(*answers: str) -> list[Example]:
     return [Example(f"query {i}", answer, f"row {i}") for i, answer in enumerate(answers)]
+
+
+# ------------------------------------------------------------------------------------------ shared
+
+
+def beginnings(rows: Sequence[Sequence[int]]) -> int:
+    """Different beginnings of the rows, the rows themselves among them: what must be computed."""
+    return len({tuple(row[: n + 1]) for row in rows for n in range(len(row))})
+
+
+def promised(count: int) -> int:
+    """Demonstrations that are computed: each half once for the other, and so within each."""
+    return 0 if count < 2 else count + promised(count // 2) + promised(count - count // 2)
+
+
+@given(
+    count=st.integers(2, 40),
+    seed=st.integers(0, 99),
+    permutations=st.integers(1, 3),
+    limit=st.integers(0, 41),
+)
+@settings(deadline=None)
+def test_shared_orders(count: int, seed: int, permutations: int, limit: int) -> None:
+    orders = SharedPrefixes(count, permutations, seed)
+    longer = SharedPrefixes(count, permutations + 2, seed)
+    for k in range(permutations):
+        found = [orders.candidates(i, k, count) for i in range(count)]
+        for i, order in enumerate(found):
+            assert sorted(order) == [j for j in range(count) if j != i]
+            # the nearest of those, where not all may be shown; more permutations extend the list
+            assert longer.candidates(i, k, limit) == order[max(len(order) - limit, 0) :]
+        assert beginnings(found) == promised(count) <= count * math.ceil(math.log2(count))
+
+
+def test_shared_orders_are_as_random_as_independent_ones() -> None:
+    """Over all draws, each order of the others comes equally often for each example."""
+    for count in (4, 5):
+        for i in range(count):
+            seen: Counter[tuple[int, ...]] = Counter()
+            for drawn in permutations(range(count)):
+                parts = other_halves(count, drawn.index(i))
+                seen[tuple(j for part in parts for j in drawn[part])] += 1
+            assert set(seen.values()) == {count} and len(seen) == math.factorial(count - 1)
+
+
+def test_shared_orders_depend_on_the_seed_and_the_permutation() -> None:
+    orders = [SharedPrefixes(9, 2, seed) for seed in (0, 1)]
+    drawn = [tuple(tuple(o.candidates(i, k, 9)) for i in range(9)) for o in orders for k in range(2)]
+    assert len(set(drawn)) == 4
+
+
+def test_tokens_of_shared_contexts(word_tokenizer: PreTrainedTokenizerFast) -> None:
+    """64 rows of one length: tokens of six demonstrations and a query each, not of 63 and a query."""
+    examples = [
+        Example(f"Text: {WORDS[i % 10]} {WORDS[i // 10]}\nLabel:", " positive", f"row {i}") for i in range(64)
+    ]
+    rendering = Rendering(word_tokenizer)
+    contexts = DemonstrationContexts(rendering, examples, examples, SharedPrefixes(64), 9999, 1)
+    ids = [contexts.context_ids(i) for i in range(64)]
+    (query,), (whole,) = {len(contexts.query_ids(i)) for i in range(64)}, set(map(len, ids))
+    demonstration = (whole - query) // 63
+    assert whole == 63 * demonstration + query
+    # of two that share their beginning the next demonstrations begin alike too
+    assert 64 * (5 * demonstration + query) < beginnings(ids) <= 64 * (6 * demonstration + query)
+
+
+def test_shared_orders_in_a_short_window(word_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Whole demonstrations go, the farthest first; what is left is still none's own and in order."""
+    examples = rows(24, length=3)
+    orders = SharedPrefixes(24, 2, 1)
+    for window in (60, 90, 200):
+        contexts = DemonstrationContexts(Rendering(word_tokenizer), examples, examples, orders, window, 5)
+        for i in range(24):
+            for k in range(2):
+                shown = contexts.chosen(i, k)
+                assert 0 < len(shown) < 23 and i not in shown
+                assert shown == orders.candidates(i, k, 24)[-len(shown) :]
+                assert len(contexts.context_ids(i, k)) <= window - 5
 
 
 # ---------------------------------------------------------------------------------------- balanced
@@ -314,6 +397,9 @@ def test_facts_tell_orders_apart() -> None:
     examples = labelled(*"abab")
     points = np.eye(4, dtype=np.float32)
     facts = [
+        LeaveOneOut(4).facts(),
+        SharedPrefixes(4).facts(),
+        SharedPrefixes(4, seed=1).facts(),
         Balanced(examples, seed=0, leave_one_out=True).facts(),
         Balanced(examples, seed=1, leave_one_out=True).facts(),
         Balanced(examples, seed=0, leave_one_out=False).facts(),

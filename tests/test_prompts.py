@@ -96,6 +96,17 @@ def test_balanced(word_tokenizer: PreTrainedTokenizerFast) -> None:
             assert text.count("Label: positive") == text.count("Label: negative") == 2
 
 
+def test_shared(word_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Orders of the training examples only: dev and test rows have one order as it is."""
+    train, queries = rows(9), rows(4, offset=30)
+    plain, prompts = made(word_tokenizer, train), made(word_tokenizer, train, demo_order="shared")
+    own: Any = prompts.train_contexts
+    firsts = Counter(own.chosen(i)[0] for i in range(9))
+    assert sorted(firsts.values()) == [4, 5]  # each half begins alike
+    assert all(sorted(own.chosen(i)) == [j for j in range(9) if j != i] for i in range(9))
+    assert texts(prompts, prompts.pool_contexts(queries)) == texts(plain, plain.pool_contexts(queries))
+
+
 def test_nearest(word_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture) -> None:
     train = word_examples(12)
     twin = Example(train[4].query, " positive", "twin")
@@ -189,6 +200,8 @@ def test_settings_change_the_facts(word_tokenizer: PreTrainedTokenizerFast) -> N
         {"demo_permutations": 2},
         {"separator": "\n"},
         {"max_demonstrations": 2},
+        {"demo_order": "shared"},
+        {"demo_order": "shared", "demo_permutations": 2},
         {"demo_order": "balanced"},
         {"demo_order": "nearest"},
         {"demo_order": "search"},

@@ -89,9 +89,10 @@ class AdaptConfig(Section):
     max_demonstrations: int | None = Field(
         None, ge=1, description="At most this many demonstrations a prompt, drawn for each example."
     )
-    demo_order: Literal["random", "balanced", "nearest", "search"] = Field(
+    demo_order: Literal["random", "shared", "balanced", "nearest", "search"] = Field(
         "random",
-        description="Which demonstrations come and in what order: random; balanced over the answers; nearest "
+        description="Which demonstrations come and in what order: random; shared, random too, but contexts "
+        "of training examples begin alike, so that this is computed once; balanced over the answers; nearest "
         "to the query by the base model's own embedding, nearest last; search over orders by the likelihood "
         "of each example given the others.",
     )

@@ -1,7 +1,7 @@
-"""Choosing demonstrations: balanced over the answers, nearest to the query, or the best of many orders.
+"""Choosing demonstrations: shared beginnings, balanced, nearest to the query, or the best of many orders.
 
-Random ones are in :mod:`ia2.context`. ``nearest`` and ``search`` ask the base model; what that costs
-is said before it is done, and it is done once.
+Independent random ones are in :mod:`ia2.context`. ``nearest`` and ``search`` ask the base model; what that
+costs is said before it is done, and it is done once.
 """
 
 from __future__ import annotations
@@ -38,6 +38,59 @@ _EMBEDDED = 4096
 # Similarities that are computed together, and neighbours that are kept of all examples together.
 _SIMILARITIES = 2**24
 _NEIGHBOURS = 10**8
+
+
+# ----------------------------------------------------------------------------------------- shared
+
+
+class SharedPrefixes(Orders):
+    """Random orders of the others, in which many examples' contexts begin alike.
+
+    A random order of all is cut into halves. The contexts of one half begin with the other half, and go
+    on in the same way within their own. Where every beginning is computed once, ``N log2 N``
+    demonstrations are computed for N examples, not ``N²``. Each example's order by itself is as random as
+    in :class:`~ia2.context.LeaveOneOut`; the orders of different examples depend on each other. Where not
+    all fit the window, contexts begin at different places and share less.
+
+    Args:
+        count: number of examples.
+        permutations: orders of each; each is cut from an order of its own.
+        seed: of the draws.
+    """
+
+    leave_one_out = True
+
+    def __init__(self, count: int, permutations: int = 1, seed: int = 0) -> None:
+        self.permutations, self.seed = permutations, seed
+        draws = [random.Random(f"shared {seed} {k}") for k in range(permutations)]
+        self._orders = [np.array(draw.sample(range(count), count), np.int32) for draw in draws]
+        self._places = [np.argsort(order).astype(np.int32) for order in self._orders]
+
+    def candidates(self, i: int, k: int, limit: int) -> list[int]:
+        order = self._orders[k]
+        shown: list[int] = []
+        for part in reversed(other_halves(len(order), int(self._places[k][i]))):
+            shown[:0] = order[part].tolist()
+            if len(shown) >= limit:
+                break
+        return shown[max(len(shown) - limit, 0) :]
+
+    def facts(self) -> dict[str, Any]:
+        return {"order": "shared", "leave_one_out": True, "seed": self.seed}
+
+
+def other_halves(count: int, place: int) -> list[slice]:
+    """The half without ``place`` of ``count`` places, then that of the half with it, and so on to the end."""
+    found, low, high = [], 0, count
+    while high - low > 1:
+        middle = (low + high) // 2
+        if place < middle:
+            found.append(slice(middle, high))
+            high = middle
+        else:
+            found.append(slice(low, middle))
+            low = middle
+    return found
 
 
 # --------------------------------------------------------------------------------------- balanced

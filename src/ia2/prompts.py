@@ -28,7 +28,7 @@ from ia2.context import (
     bare_lengths,
     pool_orders,
 )
-from ia2.demonstrations import Balanced, Embedder, Nearest, Search, SearchedOrders
+from ia2.demonstrations import Balanced, Embedder, Nearest, Search, SearchedOrders, SharedPrefixes
 from ia2.errors import ConfigError, DataError, UserError, suggest
 from ia2.examples import Example
 from ia2.rendering import Rendering
@@ -228,6 +228,8 @@ class Prompts:
             if leave_one_out:
                 return Nearest(train, train, leave_one_out=True)
             return Nearest(lambda: self._embed(queries), train, leave_one_out=False)
+        if leave_one_out and order == "shared":
+            return SharedPrefixes(count, permutations, seed)
         if leave_one_out:
             return LeaveOneOut(count, permutations, seed)
         return FixedOrders(pool_orders(count, permutations, seed))

@@ -468,7 +468,7 @@ def shown(base: BaseModel, ids: Ids) -> list[str]:
     return str(base.tokenizer.decode(list(ids), skip_special_tokens=True)).split("\n\n")
 
 
-@pytest.mark.parametrize("order", ["random", "balanced", "nearest", "search"])
+@pytest.mark.parametrize("order", ["random", "shared", "balanced", "nearest", "search"])
 def test_orders(order: str, small: BaseModel, train: Runner) -> None:
     rows = small_rows(12)
     prompts = train(small, rows, small_rows(4, 1), "--demo-order", order, "--max-demonstrations", 4)
