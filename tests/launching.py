@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -71,6 +73,49 @@ def _ia2(arguments: list[str], log: str) -> None:
     torch.set_num_threads(1)
     sys.argv = ["ia2", *arguments]
     main()
+
+
+def free_port() -> int:
+    """A port that nothing listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def together(folder: Path, work: Callable[..., Any], *arguments: Any, count: int = 2) -> list[Any]:
+    """What ``work(*arguments)`` gives in each of ``count`` processes that were launched together, over gloo.
+
+    Args:
+        folder: for their logs and results; made here.
+        work: a function of a module.
+        arguments: can be pickled.
+        count: of processes.
+    """
+    folder.mkdir()
+    port, members = free_port(), []
+    for rank in range(count):
+        told = (str(folder / f"{rank}"), rank, count, port, work, arguments)
+        members.append(forkserver().Process(target=_member, args=told))
+        members[-1].start()
+    for rank, member in enumerate(members):
+        finish(member, folder / f"{rank}.log")
+    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(count)]
+
+
+def _member(
+    place: str, rank: int, count: int, port: int, work: Callable[..., Any], given: tuple[Any, ...]
+) -> None:
+    with Path(f"{place}.log").open("wb", buffering=0) as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    os.environ.update({name: str(value) for name, value in launched.items()})
+    import torch
+
+    torch.set_num_threads(1)
+    Path(f"{place}.pickle").write_bytes(pickle.dumps(work(*given)))
+    torch.distributed.destroy_process_group()
 
 
 def finish(process: BaseProcess | subprocess.Popen[bytes], log: Path) -> str:

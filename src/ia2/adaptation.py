@@ -171,7 +171,7 @@ def _run(bench: Workbench, test: Examples | None, facts: dict[str, Any], *, keep
             return result
     rows = test if test is not None else data.dev
     result.metrics = _metrics(bench, trained, base)
-    if len(rows) and is_first():
+    if len(rows):
         reference = bench.teaching.try_reference(rows)
         evaluated = bench.evaluate(config.recipe, rows, reference)
         part = "test" if test is not None else "dev"

@@ -263,10 +263,10 @@ def _run_round(
             except DivergedError as error:
                 diverged[arm.name] = f"{place_of(current.seed, current.fold)}: {error.rates}"
                 continue
+            if not referred and arm.recipe != "icl":
+                reference, referred = on.teaching.try_reference(current.test), True
+            outcome = _evaluate(on, arm, current, trained, reference)
             if is_first():
-                if not referred and arm.recipe != "icl":
-                    reference, referred = on.teaching.try_reference(current.test), True
-                outcome = _evaluate(on, arm, current, trained, reference)
                 write_json(files[arm.name], outcome.to_dict())
             wait()
             found[arm.name] = Outcome.from_dict(read_json(files[arm.name]))
@@ -302,8 +302,9 @@ def _evaluate(
         teacher = bench.teacher_seconds
         seconds = {**({"teacher": teacher} if teacher else {}), **trained.seconds, **seconds}
     similarity: Similarity | None = evaluated.similarity
-    rows = evaluated.predictions
-    write_predictions(current.folder / "evaluations" / f"{arm.name}.predictions.jsonl", rows)
+    if is_first():
+        file = current.folder / "evaluations" / f"{arm.name}.predictions.jsonl"
+        write_predictions(file, evaluated.predictions)
     return Outcome(
         current.places,
         evaluated.measured,

@@ -234,6 +234,10 @@ class Contexts(ABC):
             self._suffix[i] = same
         return int(self._suffix[i])
 
+    def cost(self, i: int) -> int:
+        """About how many tokens have to be computed for query ``i`` alone; processes share by it."""
+        return int(self._bare[i])
+
     @property
     def bare_tokens(self) -> int:
         """Tokens of all queries on their own."""
@@ -369,6 +373,12 @@ class DemonstrationContexts(Contexts):
     def tokens(self, i: int, k: int = 0) -> int:
         """About how many tokens :meth:`context_ids` has."""
         return int(self._bare[i]) + int(self._sizes[self.chosen(i, k)].sum())
+
+    def cost(self, i: int) -> int:
+        own = int(self._bare[i])
+        if self.orders.shared:
+            return own
+        return own + min(int(self._sizes.sum(dtype=np.int64)), max(int(self._room[i]), 0))
 
     @cached_property
     def dropped(self) -> Dropped:

@@ -1,14 +1,17 @@
-"""Several processes of one launch: the first one writes, the others wait and read.
+"""Several processes of one launch: each takes a share of the rows, and the first one writes.
 
-The teacher pass and evaluations run in the first process; training runs in all.
+Training steps share the examples of a batch. The teacher pass and evaluations share their rows: each
+process takes a run of neighbours (:func:`share`), and what they found comes together in all of them
+(:func:`gathered`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ia2.errors import ConfigError
 
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# The others wait for the first process's teacher pass, which may take hours.
+# Processes wait for the longest share of a teacher pass, which may take hours.
 _PATIENCE = timedelta(days=2)
 
 
@@ -35,8 +38,8 @@ def process_state(*, on_cpu: bool = False) -> PartialState:
     from accelerate.utils import parse_flag_from_env
 
     asked = parse_flag_from_env("ACCELERATE_USE_CPU")
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1 or "LOCAL_RANK" not in os.environ:
+    count = _launched()
+    if count == 1:
         return PartialState(cpu=asked)
     # accelerate connects processes without an accelerator only where it is told that there is none
     cpu = asked or on_cpu or not torch.accelerator.is_available()
@@ -49,14 +52,100 @@ def process_state(*, on_cpu: bool = False) -> PartialState:
     return state
 
 
+def _launched() -> int:
+    """How many processes were launched together."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+
+
+def number() -> int:
+    """Of this process among those of its launch, from 0."""
+    return 0 if _launched() == 1 else int(process_state().process_index)
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes."""
-    return bool(process_state().is_main_process)
+    return number() == 0
 
 
 def wait() -> None:
     """All processes meet here."""
-    process_state().wait_for_everyone()
+    if _launched() > 1:
+        process_state().wait_for_everyone()
+
+
+def shares(weights: Sequence[float], count: int) -> list[range]:
+    """Cut items into runs of neighbours of about the same total weight.
+
+    Neighbours stay together, since they may share what is computed. An item belongs where the middle of
+    its weight falls, so a share is off by at most half an item at either end.
+
+    Args:
+        weights: of n items; none negative.
+        count: of shares.
+
+    Returns:
+        ``count`` ranges, one behind the other, which hold all n items; some are empty if there are few.
+
+    Example:
+        >>> shares([1, 1, 1, 3], 2)
+        [range(0, 3), range(3, 4)]
+    """
+    total = sum(weights)
+    ends = list(accumulate(weights))
+    if not total:
+        weights, ends, total = [1] * len(ends), list(range(1, len(ends) + 1)), len(ends)
+    owners = [
+        min(count - 1, int(count * (end - weight / 2) / total))
+        for end, weight in zip(ends, weights, strict=True)
+    ]
+    bounds = [sum(owner < k for owner in owners) for k in range(count + 1)]
+    return [range(bounds[k], bounds[k + 1]) for k in range(count)]
+
+
+def share(count: int, weight: Callable[[int], float]) -> range:
+    """The items that this process works on; all of them where it is alone (see :func:`shares`).
+
+    Args:
+        count: of items.
+        weight: of each; not asked for where there is one process.
+    """
+    if _launched() == 1:
+        return range(count)
+    return shares([weight(i) for i in range(count)], process_state().num_processes)[number()]
+
+
+def gathered(mine: T) -> list[T]:
+    """What every process has, in the order of the processes; all of them must ask for it.
+
+    It goes from one host's memory to the other's, whatever device the models are on.
+    """
+    if _launched() == 1:
+        return [mine]
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * process_state().num_processes
+    dist.all_gather_object(found, mine, group=_host_group())
+    return found
+
+
+def joined(mine: list[T]) -> list[T]:
+    """The items of all shares as one list, in the order of :func:`shares`."""
+    return [item for part in gathered(mine) for item in part]
+
+
+_groups: dict[Any, Any] = {}
+
+
+def _host_group() -> Any:
+    """All processes, connected through their hosts' memory; made when it is first asked for."""
+    import torch.distributed as dist
+
+    process_state()
+    world = dist.group.WORLD
+    if world not in _groups:
+        _groups.clear()
+        _groups[world] = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return _groups[world]
 
 
 def first_then_all(work: Callable[[], T]) -> T:

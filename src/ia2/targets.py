@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ia2.distributed import gathered, is_first, number
 from ia2.errors import RunFolderError
 from ia2.files import digest, read_json, write_json
 from ia2.manifest import check
@@ -103,9 +104,12 @@ class Statistics:
         self.count += activations[0].numel()
 
     def rms(self) -> list[float]:
-        if self.sums is None:
+        """By layer, over the targets of all processes; all of them must ask for it."""
+        parts = [part for part in gathered((self.sums, self.count)) if part[1]]
+        if not parts:
             return []
-        return [float(value) for value in (self.sums / self.count).sqrt()]
+        total, count = sum(sums for sums, _ in parts), sum(count for _, count in parts)
+        return [float(value) for value in (total / count).sqrt()]
 
 
 class MemoryTargets:
@@ -127,6 +131,7 @@ class MemoryTargets:
     def finish(self, answers: list[TeacherAnswer]) -> MemoryTargets:
         """All targets have been added."""
         self.answers, self.rms = answers, self._statistics.rms()
+        self._tensors = {key: tensor for part in gathered(self._tensors) for key, tensor in part.items()}
         return self
 
     def get(self, index: int, permutation: int = 0) -> torch.Tensor:
@@ -175,23 +180,26 @@ class StoreWriter:
 
         if not self._pending:
             return
-        name = f"shard-{len(set(self._shards.values())):05d}.safetensors"
+        name = f"shard-{number():03d}-{len(set(self._shards.values())):05d}.safetensors"
         save_file(self._pending, self.folder / name)
         self._shards.update(dict.fromkeys(self._pending, name))
         self._pending, self._bytes = {}, 0
 
     def finish(self, answers: list[TeacherAnswer], fingerprint: Mapping[str, Any]) -> None:
-        """Write the last shard and the index."""
+        """Write the last shard; the first process then writes the index of all processes' shards."""
         self._flush()
+        rms, shards = self._statistics.rms(), gathered(self._shards)
+        if not is_first():
+            return
         write_json(
             self.folder / _INDEX,
             {
                 "fingerprint": dict(fingerprint),
                 "layers": self.layers,
                 "permutations": self.permutations,
-                "rms": self._statistics.rms(),
+                "rms": rms,
                 "answers": [asdict(answer) for answer in answers],
-                "shards": self._shards,
+                "shards": {key: name for part in shards for key, name in part.items()},
             },
         )
 

@@ -2,13 +2,14 @@
 
 For each query it gives the greedy answer ``Ŷ`` and the activations ``A_ICL`` at its answer positions.
 For single-token tasks both come out of one forward pass over the prompt; otherwise the answer is
-generated first and then fed once, behind the prompt.
+generated first and then fed once, behind the prompt. Where several processes were launched, each takes a
+share of the queries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,6 +19,7 @@ from ia2.batching import give_back_memory
 from ia2.capture import ActivationCapture
 from ia2.console import logger
 from ia2.context import Contexts
+from ia2.distributed import gathered, is_first, joined, share, wait
 from ia2.files import atomic_dir
 from ia2.inference import AnswerOutput, answer_pass, generate_answers
 from ia2.targets import (
@@ -110,16 +112,23 @@ class Teacher:
     ) -> TargetStore:
         """Targets of all queries, on disk; reused when ``folder`` holds the same.
 
+        Each process writes shards of its own, and the first one the index.
+
         Raises:
             RunFolderError: ``folder`` holds targets of something else, or there is no space.
         """
-        if store := open_store(folder, fingerprint):
+        store = open_store(folder, fingerprint)
+        wait()  # nothing is there yet for a process that looks later
+        if store is not None:
             logger.info("Teacher targets: reusing %s.", folder)
             return store
-        with self.watching() as capture, atomic_dir(folder) as temporary:
+        with self.watching() as capture, atomic_dir(folder) if is_first() else nullcontext() as made:
+            temporary = gathered(made)[0]
+            assert temporary is not None  # the first process has made it
             writer = StoreWriter(temporary, _layers(capture), self._kept(contexts))
             found = self._run(contexts, capture, writer, description, answers)
             writer.finish(found, fingerprint)
+        wait()
         return TargetStore(folder)
 
     def scales(
@@ -165,11 +174,14 @@ class Teacher:
         known: Sequence[TeacherAnswer] | None,
     ) -> list[TeacherAnswer]:
         answers: list[TeacherAnswer] = []
-        count = len(contexts)
+        mine = share(len(contexts), contexts.cost)
+        count = len(mine)
         # in chunks, so that memory does not grow with the number of examples
         for start in range(0, count, _CHUNK):
-            members = list(range(start, min(start + _CHUNK, count)))
-            text = description if count <= _CHUNK else f"{description} {start}–{members[-1] + 1} of {count}"
+            members = list(mine[start : start + _CHUNK])
+            text = description
+            if count > _CHUNK:
+                text = f"{description} {start}–{start + len(members)} of {count}"
             if known is not None:
                 found = [known[i] for i in members]
             elif self.single_token:
@@ -182,7 +194,7 @@ class Teacher:
                 self._feed(contexts, members, found, capture, sink, text)
             answers += found
             give_back_memory()
-        return answers
+        return joined(answers)
 
     def _single(
         self,

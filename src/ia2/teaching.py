@@ -19,7 +19,7 @@ from ia2.capture import ActivationCapture, eager_attention
 from ia2.config import AdaptConfig
 from ia2.console import logger
 from ia2.context import Contexts
-from ia2.distributed import first_then_all, is_first, wait
+from ia2.distributed import is_first, wait
 from ia2.errors import ConfigError
 from ia2.evaluation.answers import exact_match, load_parser
 from ia2.examples import Example, FewShotSplit
@@ -223,7 +223,7 @@ class Teaching:
         if mode == "store":
             folder = self._place(part, site, top_k)
             fingerprint = self.fingerprint(contexts, site, top_k)
-            targets = first_then_all(lambda: teacher.to_store(contexts, folder, fingerprint, **options))
+            targets = teacher.to_store(contexts, folder, fingerprint, **options)
         elif mode == "memory":
             targets = teacher.to_memory(contexts, **options)
         else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -30,6 +30,7 @@ from ia2.capture import ActivationCapture
 from ia2.config import AdaptConfig
 from ia2.config_sections import AlignConfig, JointConfig, SftConfig, SoftConfig
 from ia2.context import Contexts
+from ia2.distributed import share
 from ia2.errors import ConfigError, DataError, DivergedError
 from ia2.evaluation.metrics import Measured
 from ia2.evaluation.run import evaluate_prompts, fit_temperatures
@@ -593,7 +594,7 @@ class Workbench:
                     description=f"evaluating {recipe}",
                 )
             seconds = time.perf_counter() - began
-            similarity = meter.finish() if meter is not None else None
+            similarity = meter.join().finish() if meter is not None else None
             if reference is not None and not in_context and similarity is None:
                 similarity = self._similarity(model, recipe, test, reference)
         tokens = sum(len(prompt) for prompt in test_prompts) / len(test_prompts)
@@ -614,17 +615,18 @@ class Workbench:
             (prompt, answer.ids) for prompt, answer in zip(prompts, reference.targets.answers, strict=True)
         ]
         meter = SimilarityMeter(reference.targets.layers)
+        mine = share(len(pairs), lambda i: len(pairs[i][0]) + len(pairs[i][1]))
         with ActivationCapture(model, self.config.attention_modules) as capture:
             for output in answer_pass(
                 model,
                 self.tokenizer,
-                pairs,
+                [pairs[i] for i in mine],
                 capture=capture,
                 logits=False,
                 description=f"similarity {recipe}",
             ):
-                _compare(meter, output, reference)
-        return meter.finish()
+                _compare(meter, replace(output, index=mine[output.index]), reference)
+        return meter.join().finish()
 
 
 def _compare(meter: SimilarityMeter, output: AnswerOutput, reference: IclReference) -> None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ia2.distributed import gathered
+
 if TYPE_CHECKING:
     import torch
 
@@ -84,11 +86,27 @@ class SimilarityMeter:
         self._rows[index] = np.stack([cosine.mean(-1), np.sqrt(distances).mean(-1), distances.sum(-1)])
         self._sum = self._sum + b.sum(1).numpy()
         self._squares = self._squares + b.pow(2).sum((1, 2)).numpy()
-        if (longer := cosine.shape[1] - len(self._tokens)) > 0:
-            self._by_token = np.concatenate([self._by_token, np.zeros((longer, len(self.layers)))])
-            self._tokens = np.concatenate([self._tokens, np.zeros(longer, int)])
+        self._reach(cosine.shape[1])
         self._by_token[: cosine.shape[1]] += cosine.T
         self._tokens[: cosine.shape[1]] += 1
+
+    def _reach(self, length: int) -> None:
+        """Room for answers of so many tokens."""
+        if (longer := length - len(self._tokens)) > 0:
+            self._by_token = np.concatenate([self._by_token, np.zeros((longer, len(self.layers)))])
+            self._tokens = np.concatenate([self._tokens, np.zeros(longer, int)])
+
+    def join(self) -> SimilarityMeter:
+        """What all processes of a launch have added; all of them must ask for it."""
+        mine = self._rows, self._sum, self._squares, self._by_token, self._tokens
+        found = SimilarityMeter(self.layers)
+        for rows, total, squares, by_token, tokens in gathered(mine):
+            found._rows |= rows
+            found._sum, found._squares = found._sum + total, found._squares + squares
+            found._reach(len(tokens))
+            found._by_token[: len(tokens)] += by_token
+            found._tokens[: len(tokens)] += tokens
+        return found
 
     def finish(self) -> Similarity:
         """All examples have been added."""

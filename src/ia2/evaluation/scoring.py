@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ia2.distributed import gathered, joined, share
 from ia2.examples import Example
 from ia2.files import json_lines, write_text
 from ia2.inference import AnswerOutput, answer_pass, answers_pass, generate_answers
@@ -45,6 +46,12 @@ class LabelScores:
 
     def __len__(self) -> int:
         return len(self.top_token)
+
+    def join(self) -> LabelScores:
+        """Those of all processes' shares, one behind the other; all of them must ask for it."""
+        mine = self.log_probability, self.top_probability, self.top_token, self.square_sum
+        log_p, top, token, squares = (np.concatenate(parts) for parts in zip(*gathered(mine), strict=True))
+        return LabelScores(self.temperatures, log_p, top, token, squares, self.single_token)
 
 
 class LabelScorer:
@@ -172,6 +179,8 @@ def score_labels(
 ) -> LabelScores:
     """Score every label of every prompt (see :class:`LabelScorer`).
 
+    Where several processes were launched, each scores a share of the prompts, and all get all scores.
+
     Args:
         model: as it is to be evaluated.
         tokenizer: its tokenizer.
@@ -180,20 +189,23 @@ def score_labels(
         temperatures: of the logits.
         truth: the true label of each prompt, where only it is wanted at temperatures other than 1.
         capture: for labels of one token, an entered capture whose activations ``on_output`` gets.
-        on_output: for labels of one token, called with each prompt's output as it comes.
+        on_output: for labels of one token, called with each prompt's output as it comes (of this
+            process's share).
         description: text of the progress bar.
     """
-    scorer = LabelScorer(task, len(prompts), temperatures, truth)
+    mine = share(len(prompts), lambda i: len(prompts[i]))
+    scorer = LabelScorer(task, len(mine), temperatures, None if truth is None else [truth[i] for i in mine])
+    prompts = [prompts[i] for i in mine]
     if not task.single_token:
         for output in answers_pass(model, tokenizer, prompts, scorer.answers, description=description):
             scorer.add(output)
-        return scorer.finish()
+        return scorer.finish().join()
     pairs = [(prompt, scorer.answers[0]) for prompt in prompts]
     for output in answer_pass(model, tokenizer, pairs, capture=capture, description=description):
         scorer.add(output)
         if on_output is not None:
-            on_output(output)
-    return scorer.finish()
+            on_output(replace(output, index=mine[output.index]))
+    return scorer.finish().join()
 
 
 @dataclass
@@ -221,12 +233,16 @@ def answer_freely(
     *,
     description: str = "evaluating",
 ) -> FreeAnswers:
-    """Generate an answer to every prompt and read it; confidences come from one more pass over them."""
+    """Generate an answer to every prompt and read it; confidences come from one more pass over them.
+
+    Where several processes were launched, each answers a share of the prompts, and all get all answers.
+    """
     import torch
 
     from ia2.evaluation.answers import load_parser
 
     parse = load_parser(task.parser)
+    prompts = [prompts[i] for i in share(len(prompts), lambda i: len(prompts[i]))]
     generated = generate_answers(
         model,
         tokenizer,
@@ -244,7 +260,8 @@ def answer_freely(
         ids = torch.tensor(generated[output.index].ids)
         log_p = output.logits.log_softmax(-1)[torch.arange(len(ids)), ids]
         first[output.index], total[output.index] = float(log_p[0].exp()), float(log_p.sum())
-    texts = [g.text for g in generated]
+    texts = joined([g.text for g in generated])
+    first, total = np.concatenate(gathered(first)), np.concatenate(gathered(total))
     return FreeAnswers(texts, [parse(text) for text in texts], first, total)
 
 
