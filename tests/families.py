@@ -7,7 +7,8 @@ of which only some have attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -222,9 +223,25 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 # Families with a layer that sees only the last few positions.
 SLIDING = ("gemma2", "gemma3", "mistral")
 
+# Families whose rows can stand side by side in one sequence; the others are not given positions.
+PACKED = tuple(name for name in FAMILIES if name not in ("falcon", "bloom", "mpt"))
+
 HYBRIDS: dict[str, Callable[[], PreTrainedModel]] = {"qwen3_next": qwen3_next, "lfm2": lfm2}
 
 ALL = {**FAMILIES, **HYBRIDS}
+
+
+@contextmanager
+def counting_ids(model: Any) -> Iterator[list[int]]:
+    """How many ids each forward pass is fed, padding included."""
+    fed: list[int] = []
+    handle = model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: fed.append(args[0].numel())
+    )
+    try:
+        yield fed
+    finally:
+        handle.remove()
 
 
 def attention_layers(name: str) -> list[int]:

@@ -14,10 +14,12 @@ from families import (
     HEADS,
     HYBRIDS,
     LAYERS,
+    PACKED,
     VOCABULARY,
     WIDTH,
     attention_layers,
     build,
+    counting_ids,
     lfm2,
     llama,
 )
@@ -27,7 +29,7 @@ from test_context import awkward
 from transformers import FalconConfig, PreTrainedModel, PreTrainedTokenizerFast, RecurrentGemmaConfig
 from words import make_word_tokenizer
 
-from ia2 import batching, inference
+from ia2 import batching, inference, packing
 from ia2.adapter_weights import attach, base_weights
 from ia2.adapters import peft_config
 from ia2.batching import token_budget
@@ -35,6 +37,7 @@ from ia2.capture import ActivationCapture, eager_attention
 from ia2.config_sections import AdapterConfig
 from ia2.console import progress
 from ia2.inference import AnswerOutput, Generated, answer_pass, cut_answer, generate_answers
+from ia2.packing import packs
 from ia2.tokens import Ids, common_prefix, fed_ids
 
 family = pytest.mark.parametrize("name", list(ALL))
@@ -91,24 +94,19 @@ def check(model: Any, pairs: list[tuple[Ids, Ids]], outputs: list[AnswerOutput])
 
 @family
 @sharing
-def test_answer_pass(
-    name: str, shared: int, word_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answer_pass(name: str, shared: int, word_tokenizer: PreTrainedTokenizerFast) -> None:
     model, pairs = ALL[name](), pairs_of(shared)
-    prefilled: list[int] = []
-    prefill = inference._prefill
-
-    def counted(model: Any, prefix: Ids, capture: Any) -> Any:
-        prefilled.append(len(prefix))
-        return prefill(model, prefix, capture)
-
-    monkeypatch.setattr(inference, "_prefill", counted)
-    with ActivationCapture(model) as capture:
+    packed = packs(model)
+    assert packed == (name in PACKED)
+    with counting_ids(model) as fed, ActivationCapture(model) as capture:
         # a small budget, so that there are several batches
         outputs = list(answer_pass(model, word_tokenizer, pairs, capture=capture, batch_tokens=40))
         assert capture._stored == {}
-    # the cache of a hybrid holds more than keys and values
-    assert prefilled == ([shared] if shared and name not in HYBRIDS else [])
+    own = sum(len(fed_ids(*pair)) - shared for pair in pairs)
+    if packed:
+        assert len(fed) > 1 and sum(fed) == own + shared
+    elif name not in HYBRIDS:  # the cache of a hybrid holds more than keys and values
+        assert shared in (0, fed[0]) and sum(fed) >= own + shared
     check(model, pairs, outputs)
 
 
@@ -183,14 +181,14 @@ def test_answer_pass_gives_what_is_asked_for(
             assert output.activations.shape == (LAYERS, length, WIDTH)
 
 
-def test_answer_pass_without_sharing(
+def test_answer_pass_without_packing(
     tiny_llama: PreTrainedModel, word_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inference, "_prefill", lambda *_: pytest.fail("a prefix was computed"))
+    """A model that is found not to pack: rows are padded, behind what all begin with."""
+    monkeypatch.setattr(inference, "packs", lambda model: False)
     pairs = pairs_of(20)
     with ActivationCapture(tiny_llama) as capture:
-        outputs = list(answer_pass(tiny_llama, word_tokenizer, pairs, capture=capture, share_prefix=False))
-        check(tiny_llama, pairs, outputs)
+        check(tiny_llama, pairs, list(answer_pass(tiny_llama, word_tokenizer, pairs, capture=capture)))
         assert list(answer_pass(tiny_llama, word_tokenizer, [], capture=capture)) == []
 
 
@@ -472,6 +470,7 @@ def test_batches_are_halved_when_memory_runs_out(
     word_tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(inference, "packs", lambda model: False)
     pairs = pairs_of(20)
     run, sizes = inference._run_batch, []
 
@@ -486,6 +485,30 @@ def test_batches_are_halved_when_memory_runs_out(
         check(tiny_llama, pairs, list(answer_pass(tiny_llama, word_tokenizer, pairs, capture=capture)))
     assert sizes[0] == 6
     assert max(sizes[-2:]) <= largest
+
+
+@pytest.mark.parametrize("kind", list(ERRORS))
+@pytest.mark.parametrize("largest", [9, 17, 40])
+def test_packs_are_halved_when_memory_runs_out(
+    kind: str,
+    largest: int,
+    tiny_llama: PreTrainedModel,
+    word_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was given out before is not given out again, and rows longer than a pack still come, alone."""
+    pairs, run = pairs_of(0), packing._run
+    assert packs(tiny_llama)
+    assert max(len(fed_ids(*pair)) for pair in pairs) in (11, 12, 13)
+
+    def limited(model: Any, nodes: Any, *rest: Any) -> Any:
+        if sum(len(node.ids) for node in nodes) > largest and len(nodes) > 1:
+            raise ERRORS[kind]
+        return run(model, nodes, *rest)
+
+    monkeypatch.setattr(packing, "_run", limited)
+    with ActivationCapture(tiny_llama) as capture:
+        check(tiny_llama, pairs, list(answer_pass(tiny_llama, word_tokenizer, pairs, capture=capture)))
 
 
 def test_generation_is_halved_too(

@@ -13,7 +13,7 @@ from benches import base_of, bench_of, clone, icl_base, icl_examples, rows_of, w
 from ia2.adapter_weights import base_weights
 from ia2.adapters import ADAPTERS
 from ia2.alignment import AlignmentSettings
-from ia2.batches import part_of
+from ia2.batches import parts_of
 from ia2.config import AdaptConfig
 from ia2.config_reading import validate
 from ia2.errors import ConfigError, DataError
@@ -319,4 +319,6 @@ def test_a_part_that_would_be_fed_the_same_is_fed_once(learner: BaseModel, tmp_p
         align_weight=lambda step: 1.0,
     )
     batch = trainer.data_collator([train[i] for i in range(3)])
-    assert "response" not in batch and part_of(batch, "response").input_ids is batch["input_ids"]
+    assert (
+        "response" not in batch and parts_of(batch, "response")[0].input_ids is batch["parts"][0]["input_ids"]
+    )

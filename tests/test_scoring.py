@@ -132,7 +132,7 @@ def test_labels_that_share_beginnings_and_prompts_score_as_each_alone(
     ends = (0,) if task.terminators else ()
     pairs = [(prompt, (*ids, *ends)) for prompt in prompts for ids in task.label_ids]
     expected = np.zeros((len(prompts), len(labels), len(TEMPERATURES)))
-    for output in answer_pass(model, word_tokenizer, pairs, share_prefix=False):
+    for output in answer_pass(model, word_tokenizer, pairs):
         query, label = divmod(output.index, len(labels))
         ids = task.label_ids[label]
         assert output.logits is not None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ia2.adapter_weights import base_weights
-from ia2.batches import part_of
+from ia2.batches import lengths_of, parts_of, run_parts
 from ia2.capture import ActivationCapture
 from ia2.errors import ConfigError
 from ia2.losses import OBJECTIVES, alignment_losses
@@ -67,24 +66,18 @@ class Alignment:
         self._rows = [targets.layers.index(layer) for layer in self.capture.layers]
         self._rms = torch.tensor(targets.rms)[self._rows]
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """The next forward pass is captured; hooks are in place in this context only."""
-        with self.capture:
-            self.capture.arm()
-            yield
-
-    def student(self, batch: dict[str, Any]) -> torch.Tensor:
-        """What the pass just run left at the answer positions of ``Ŷ``, ``[L, ΣG, …]``, with gradient."""
-        return self.capture.at_answers(part_of(batch, "response"), self._spans(batch))
+    def watching(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What :func:`ia2.batches.run_parts` is given to capture what is compared."""
+        spans = batch["spans"] if self.settings.site == "weights" else None
+        return {"capture": self.capture, "spans": spans}
 
     def teacher(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """``A_ICL`` of the aligned layers, ``[L, ΣG, …]``: stored, or the base model's at this moment."""
         if "targets" in batch:
             return batch["targets"][self._rows]  # type: ignore[no-any-return]
-        with self.listening():
-            teacher_pass(model, batch)
-            return self.capture.at_answers(part_of(batch, "context"), self._spans(batch))
+        _, found = teacher_pass(model, batch, logits=False, **self.watching(batch))
+        assert found is not None
+        return found
 
     def losses(self, model: Any, batch: dict[str, Any], student: torch.Tensor) -> torch.Tensor:
         """``Σ_layers mean_tokens`` of the objective for each row, ``[B]``.
@@ -92,45 +85,33 @@ class Alignment:
         Args:
             model: runs the teacher where targets are computed online.
             batch: collated rows.
-            student: from :meth:`student`.
+            student: what the pass left at the answer positions of ``Ŷ``, ``[L, ΣG, …]``, with gradient.
         """
         return alignment_losses(
             self.settings.objective,
             student,
             self.teacher(model, batch).to(student.device),
-            part_of(batch, "response").answer_lengths,
+            lengths_of(parts_of(batch, "response")),
             self._rms.to(student.device),
             self.settings.temperature,
             self.settings.normalise,
         )
 
-    def _spans(self, batch: dict[str, Any]) -> list[int] | None:
-        return batch["spans"] if self.settings.site == "weights" else None
 
-
-def teacher_pass(model: Any, batch: dict[str, Any], logits: bool = False) -> Any:
+def teacher_pass(
+    model: Any, batch: dict[str, Any], *, logits: bool, **watched: Any
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The base model over the context part of a batch: dropout off, no gradient.
 
     Returns:
-        The model's output; with ``logits``, those that hold every answer position.
+        As :func:`ia2.batches.run_parts`.
     """
     import torch
 
-    part = part_of(batch, "context")
     training = model.training
     model.eval()
     try:
         with torch.no_grad(), base_weights(model):
-            return model(
-                input_ids=part.input_ids,
-                attention_mask=part.attention_mask,
-                logits_to_keep=part.keep() if logits else 1,
-                use_cache=False,
-            )
+            return run_parts(model, parts_of(batch, "context"), logits=logits, **watched)
     finally:
         model.train(training)
-
-
-def listening(alignment: Alignment | None) -> Any:
-    """:meth:`Alignment.listening`, or nothing."""
-    return nullcontext() if alignment is None else alignment.listening()

@@ -1,16 +1,22 @@
-"""What a training step is made of: rows, right-padded batches, and the order of an epoch."""
+"""What a training step is made of: rows, laid-out batches, and the order of an epoch."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ia2.capture import ActivationCapture
+from ia2.packing import inputs, pack_rows
 from ia2.targets import Targets, pack_targets
 from ia2.tokens import Batch, Ids, fed_ids, pad_rows
+
+# Padded tokens that cost as much as one more small forward pass.
+_WORTH_A_PASS = 32
 
 
 @dataclass(frozen=True)
@@ -82,51 +88,128 @@ class AnswerDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 @dataclass
 class Collator:
-    """Right-pads rows; the result holds only tensors, plain lists and dicts of them.
+    """Lays rows out for the model; the result holds only tensors, plain lists and dicts of them.
 
-    ``input_ids`` and what belongs to it is the answer behind its query. ``response`` is the same with
-    the teacher's answer, and left out where it would be fed the same ids; ``context`` is the teacher's
-    answer in its context, where targets are computed online.
+    ``parts`` are forward passes over the answers behind their queries: one pack of all rows, or batches of
+    padded rows of near lengths. ``response`` are the same with the teacher's answers, and left out where they
+    would be fed the same ids; ``context`` are the teacher's answers in their contexts, where targets are
+    computed online. Rows are in the same order everywhere; where
+    they are padded, the longest is first.
+
+    Attributes:
+        padding: id to fill rows with.
+        packed: whether rows are packed (see :mod:`ia2.packing`).
     """
 
     padding: int
+    packed: bool = False
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        if not self.packed:
+            items = sorted(items, key=lambda item: -len(fed_ids(item["row"].query, item["row"].answer)))
         rows: list[Row] = [item["row"] for item in items]
         responses = [row.answer if row.response is None else row.response for row in rows]
-        batch = self._part([row.query for row in rows], [row.answer for row in rows])
+        queries = [row.query for row in rows]
+        batch: dict[str, Any] = {"parts": self._parts(queries, [row.answer for row in rows])}
         batch["answers"] = torch.tensor([token for row in rows for token in row.answer])
         batch["weights"] = torch.tensor([item["weight"] for item in items], dtype=torch.float32)
         batch["spans"] = [row.span for row in rows]
         if any(a[:-1] != row.answer[:-1] for a, row in zip(responses, rows, strict=True)):
-            batch["response"] = self._part([row.query for row in rows], responses)
+            batch["response"] = self._parts(queries, responses)
         if rows[0].context:
-            batch["context"] = self._part([row.context for row in rows], responses)
+            batch["context"] = self._parts([row.context for row in rows], responses)
         for name, key in (("targets", "target"), ("soft", "soft")):
             if items[0][key] is not None:
                 batch[name] = pack_targets([item[key] for item in items])
         return batch
 
-    def _part(self, prompts: Sequence[Ids], answers: Sequence[Ids]) -> dict[str, Any]:
+    def _parts(self, prompts: Sequence[Ids], answers: Sequence[Ids]) -> list[dict[str, Any]]:
+        rows = [fed_ids(p, a) for p, a in zip(prompts, answers, strict=True)]
         lengths = [len(answer) for answer in answers]
-        padded = pad_rows(
-            [fed_ids(p, a) for p, a in zip(prompts, answers, strict=True)], lengths, self.padding
-        )
-        return {
-            "input_ids": padded.input_ids,
-            "attention_mask": padded.attention_mask,
-            "row_lengths": padded.row_lengths,
-            "answer_lengths": lengths,
-        }
+        if self.packed:
+            return [vars(pack_rows(rows, lengths))]
+        bounds = near_lengths([len(row) for row in rows])
+        return [vars(pad_rows(rows[a:b], lengths[a:b], self.padding)) for a, b in bounds]
 
 
-def part_of(batch: dict[str, Any], name: str | None = None) -> Batch:
-    """The rows of a collated batch, or of its part ``response`` or ``context``.
+def near_lengths(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Cut rows into runs that are padded together.
+
+    A row that is much shorter than the first of its run begins a run of its own, if what that saves is more
+    than a small pass costs.
+
+    Args:
+        lengths: of the rows, in order.
+
+    Returns:
+        First and exclusive last row of each run.
+
+    Example:
+        >>> near_lengths([400, 390, 90, 80])
+        [(0, 2), (2, 4)]
+    """
+    cuts = [0]
+    for i in range(1, len(lengths)):
+        widest = max(lengths[cuts[-1] : i])
+        padding = sum(abs(widest - n) for n in lengths[i:])
+        if lengths[i] < 0.75 * widest and padding > _WORTH_A_PASS:
+            cuts.append(i)
+    return list(zip(cuts, [*cuts[1:], len(lengths)], strict=True))
+
+
+def parts_of(batch: dict[str, Any], name: str | None = None) -> list[Batch]:
+    """The forward passes of a collated batch, or of its part ``response`` or ``context``.
 
     A batch without ``response`` feeds the model the same ids for both answers.
     """
-    part = batch if name is None or (name == "response" and name not in batch) else batch[name]
-    return Batch(part["input_ids"], part["attention_mask"], part["answer_lengths"], part["row_lengths"])
+    own = batch["parts"] if name is None or (name == "response" and name not in batch) else batch[name]
+    return [Batch(**part) for part in own]
+
+
+def run_parts(
+    model: Any,
+    parts: Sequence[Batch],
+    *,
+    logits: bool,
+    capture: ActivationCapture | None = None,
+    spans: Sequence[int] | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Run the passes of a batch; the head runs at answer positions only, or, without ``logits``, at one.
+
+    Args:
+        model: causal model, bare or wrapped, inside :func:`ia2.packing.row_attention`.
+        parts: see :func:`parts_of`.
+        logits: whether logits are wanted.
+        capture: reads activations; its hooks are in place here only.
+        spans: of each row, where attention weights are captured.
+
+    Returns:
+        Logits ``[ΣG, V]`` and activations ``[L, ΣG, …]`` at the answer positions of all rows, or None.
+    """
+    scores, activations, start = [], [], 0
+    with capture or nullcontext():
+        for part in parts:
+            if capture is not None:
+                capture.arm()
+            keep = part.keep(part.input_ids.device) if logits else 1
+            output = model(**inputs(model, part), logits_to_keep=keep, use_cache=False)
+            if logits:
+                rows, positions = part.index(output.logits.shape[1])
+                packed = part.kept is not None
+                scores.append(output.logits[0] if packed else output.logits[rows, positions])
+            if capture is not None:
+                end = start + len(part.row_lengths)
+                own = spans[start:end] if spans is not None else None
+                activations.append(capture.at_answers(part, own))
+                start = end
+    if len(parts) == 1:
+        return next(iter(scores), None), next(iter(activations), None)
+    return torch.cat(scores) if scores else None, pack_targets(activations) if activations else None
+
+
+def lengths_of(parts: Sequence[Batch]) -> list[int]:
+    """G of each row, over all forward passes."""
+    return [g for part in parts for g in part.answer_lengths]
 
 
 class EpochSampler(torch.utils.data.Sampler):  # type: ignore[type-arg]

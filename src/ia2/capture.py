@@ -453,13 +453,13 @@ class ActivationCapture:
             if spans is None:
                 raise ValueError("the site 'weights' needs spans, the ids of each row to look at")
             return torch.stack([_over_spans(w, batch, spans).to(first.device) for w in taken.values()])
-        lengths = batch.row_lengths
-        width = first.reshape(len(lengths), -1, first.shape[-1]).shape[1]
-        rows, positions = answer_index(width, lengths, batch.answer_lengths, batch.input_ids.shape[1])
+        count = len(batch.input_ids)
+        width = first.reshape(count, -1, first.shape[-1]).shape[1]
+        rows, positions = batch.index(width)
         # the layers of one model may sit on several devices; OPT's MLP sees its rows one behind the other
         return torch.stack(
             [
-                layer.reshape(len(lengths), -1, layer.shape[-1])[
+                layer.reshape(count, -1, layer.shape[-1])[
                     rows.to(layer.device), positions.to(layer.device)
                 ].to(first.device)
                 for layer in taken.values()

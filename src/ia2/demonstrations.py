@@ -296,6 +296,7 @@ def embed(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequenc
 
     def run(members: list[int]) -> list[tuple[int, np.ndarray]]:
         batch = pad_rows([prompts[i] for i in members], [1] * len(members), pad_id(tokenizer))
+        assert batch.attention_mask is not None
         mask = batch.attention_mask.to(device)
         output = body(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
         state = output.last_hidden_state.float()

@@ -27,6 +27,7 @@ from ia2.config import REENTRANT
 from ia2.console import Progress, logger
 from ia2.errors import ConfigError, RunFolderError
 from ia2.manifest import begin, root_of
+from ia2.packing import packs, row_attention
 from ia2.tokens import pad_id
 
 # Rows of one forward pass of the dev evaluation.
@@ -107,6 +108,9 @@ class ExampleTrainer(Trainer, ABC):
     # transformers 5.18 and later; earlier ones look at model_accepts_loss_kwargs
     loss_is_scaled_for_ga = True
 
+    # attention weights are read in padded rows
+    _may_pack = True
+
     # narrower than the parent's, which may lack any of them
     model: Any
     train_dataset: Any
@@ -128,16 +132,18 @@ class ExampleTrainer(Trainer, ABC):
         self._orders: dict[int, list[int]] = {}
         self.best = BestWeights(settings.patience, settings.restore_best)
         self._loss_is_finite: torch.Tensor | None = None  # of this process, since the last step
+        collator = Collator(pad_id(tokenizer))
         arguments = self._arguments(settings, len(train_dataset), next(model.parameters()).device)
         super().__init__(
             model=model,
             args=arguments,
-            data_collator=Collator(pad_id(tokenizer)),
+            data_collator=collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             callbacks=[self.best, Steps(progress or Progress())],
         )
         self.best.trainer = self
+        collator.packed = self._may_pack and packs(model)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True
         if settings.activation_checkpointing:
@@ -214,6 +220,11 @@ class ExampleTrainer(Trainer, ABC):
         # gradients are averaged over processes afterwards, hence the factor
         return total / torch.as_tensor(count, device=total.device) * self.args.world_size
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward over a micro-batch, both with the same attention."""
+        with row_attention(self.model):
+            return super().training_step(*args, **kwargs)
+
     def step_is_finite(self) -> tuple[bool, bool]:
         """Whether the loss of the last step, and the weights after it, are finite; alike everywhere."""
         loss, self._loss_is_finite = self._loss_is_finite, None
@@ -282,7 +293,7 @@ class ExampleTrainer(Trainer, ABC):
         self.model.eval()
         total = 0.0
         try:
-            with torch.no_grad():
+            with torch.no_grad(), row_attention(self.model):
                 for start in range(0, len(order), size):
                     for keys in _permuted(order[start : start + size], dataset.permutations):
                         batch = self._prepare_inputs(self.data_collator([dataset[key] for key in keys]))

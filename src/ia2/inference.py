@@ -12,17 +12,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from ia2.batching import MAX_LOGITS, in_halves, plan_batches, token_budget
+from ia2.batching import in_halves, plan_batches, token_budget
 from ia2.capture import unwrap
-from ia2.console import progress
+from ia2.console import Progress, logger, progress
 from ia2.errors import ModelError
+from ia2.packing import pack_size, packs, tree_pass
 from ia2.tokens import (
     Batch,
     Ids,
-    answer_index,
     common_prefix,
     decode,
     encode_answer,
@@ -74,11 +73,13 @@ def answer_pass(
     capture: Capture | None = None,
     spans: Sequence[int] | None = None,
     logits: bool = True,
-    share_prefix: bool = True,
     description: str = "forward",
     batch_tokens: int | None = None,
 ) -> Iterator[AnswerOutput]:
     """One teacher-forced pass over (prompt, answer) pairs, without gradients.
+
+    Ids that rows begin with alike are computed once, and nothing is padded, where the model allows it (see
+    :mod:`ia2.packing`); elsewhere rows are padded, and share what *all* begin with.
 
     Args:
         model: causal model, bare or PEFT; put in evaluation mode for the duration.
@@ -88,7 +89,6 @@ def answer_pass(
         spans: where attention weights are captured, the number of last ids of each row, as fed, that they
             are wanted over (see :meth:`~ia2.capture.ActivationCapture.at_answers`).
         logits: whether the language-model head is wanted at the answer positions.
-        share_prefix: compute ids that all prompts begin with once.
         description: text of the progress bar.
         batch_tokens: tokens of one batch; None chooses from the free memory.
 
@@ -99,39 +99,16 @@ def answer_pass(
         ModelError: logits or activations that are not finite.
         ValueError: a span that is longer than its row, or attention weights without spans.
     """
-    import torch
-
     rows = [fed_ids(prompt, answer) for prompt, answer in pairs]
     lengths = [len(answer) for _, answer in pairs]
     if spans is not None and any(not 1 <= s <= len(row) for s, row in zip(spans, rows, strict=True)):
         raise ValueError("spans must be between 1 and the number of ids that are fed")
-    shared = 0
-    if share_prefix and len(rows) > 1 and takes_cache(model):
-        # the answer positions themselves must stay outside the shared part
-        limit = min(len(row) - g for row, g in zip(rows, lengths, strict=True))
-        shared = min(common_prefix(rows), limit)
-        if shared < MIN_SHARED_PREFIX:
-            shared = 0
-    suffixes = [row[shared:] for row in rows]
-    vocabulary = _vocabulary(model) if logits else 0
-    # attention weights of all layers are held until the pass is over
-    keys = max(map(len, rows), default=0) if capture is not None and capture.site == "weights" else 0
-    budget = batch_tokens or token_budget(model, keys)
-    plan = plan_batches(suffixes, lengths, budget, vocabulary)
-
+    weights = capture is not None and capture.site == "weights"
     with evaluating(model), progress(description, len(rows)) as bar:
-        prefix = _prefill(model, rows[0][:shared], capture) if shared else None
-
-        def run(members: list[int]) -> list[AnswerOutput]:
-            batch = pad_rows([suffixes[i] for i in members], [lengths[i] for i in members], pad_id(tokenizer))
-            # Here, not around the loop: this is a generator, and the caller's code runs between batches.
-            # Not inference_mode: its tensors cannot be targets of a loss.
-            own = [spans[i] for i in members] if spans is not None else None
-            with torch.no_grad():
-                cache = _repeated(prefix, len(members))
-                return _run_batch(model, batch, members, cache, shared, capture, own, logits)
-
-        yield from in_halves(plan, run, bar)
+        if rows and not weights and packs(model):
+            yield from _packed(model, rows, lengths, capture, logits, bar, batch_tokens)
+        else:
+            yield from _padded(model, tokenizer, rows, lengths, capture, spans, logits, bar, batch_tokens)
 
 
 def answers_pass(
@@ -143,7 +120,7 @@ def answers_pass(
     description: str = "forward",
     batch_tokens: int | None = None,
 ) -> Iterator[AnswerOutput]:
-    """Logits of every answer behind every prompt, as from :func:`answer_pass`, but a prompt is computed once.
+    """Logits of every answer behind every prompt: :func:`answer_pass` over all pairs of them.
 
     Args:
         model: causal model, bare or PEFT; put in evaluation mode for the duration.
@@ -156,55 +133,130 @@ def answers_pass(
     Yields:
         n · C outputs in the order in which batches finish; ``index`` is prompt · C + answer.
     """
+    pairs = [(prompt, answer) for prompt in prompts for answer in answers]
+    yield from answer_pass(model, tokenizer, pairs, description=description, batch_tokens=batch_tokens)
+
+
+def _packed(
+    model: nn.Module,
+    rows: Sequence[Ids],
+    lengths: Sequence[int],
+    capture: Capture | None,
+    logits: bool,
+    bar: Progress,
+    batch_tokens: int | None,
+) -> Iterator[AnswerOutput]:
+    """Rows as a trie of what they begin with (see :func:`ia2.packing.tree_pass`)."""
+    import torch
+    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+    size = min(pack_size(model), batch_tokens or token_budget(model))
+    waiting = list(range(len(rows)))
+    while waiting:
+        collected = _Collected(lengths)
+        outputs = tree_pass(
+            model,
+            [rows[i] for i in waiting],
+            [lengths[i] for i in waiting],
+            logits=logits,
+            size=size,
+            before=capture.arm if capture is not None else lambda: None,
+        )
+        done: set[int] = set()
+        try:
+            while True:
+                # Here, not around the loop: this is a generator, and the caller's code runs between passes.
+                # Not inference_mode: its tensors cannot be targets of a loss.
+                with torch.no_grad():
+                    output = next(outputs, None)
+                if output is None:
+                    break
+                scores = stacked = None
+                if capture is not None:
+                    stacked = capture.at_answers(output.batch).cpu()
+                    check_finite(model, stacked, "activations")
+                if output.logits is not None:
+                    scores = output.logits.float().cpu()
+                    check_finite(model, scores.amax(-1), "logits")
+                for place, first, kept in output.parts:
+                    row = waiting[place]
+                    found = collected.add(row, first - (len(rows[row]) - lengths[row]), kept, scores, stacked)
+                    if found is not None:
+                        yield found
+                        bar.advance()
+                        done.add(row)
+        except Exception as error:
+            if size <= 1 or not should_reduce_batch_size(error):
+                raise
+            size //= 2
+            logger.info("Out of memory; going on with at most %d tokens together.", size)
+            clear_device_cache(garbage_collection=True)
+            waiting = [i for i in waiting if i not in done]
+            continue
+        return
+
+
+class _Collected:
+    """Outputs of rows whose answer positions may come in several passes."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = lengths
+        self._parts: dict[int, list[tuple[int, int, Any, Any]]] = {}
+
+    def add(self, row: int, first: int, kept: list[int], scores: Any, stacked: Any) -> AnswerOutput | None:
+        """Take a row's positions from ``first`` on; gives the row's output once all have come."""
+        import torch
+
+        parts = self._parts.setdefault(row, [])
+        own = scores[kept] if scores is not None else None
+        parts.append((first, len(kept), own, stacked[:, kept] if stacked is not None else None))
+        if sum(count for _, count, _, _ in parts) < self.lengths[row]:
+            return None
+        parts = sorted(self._parts.pop(row), key=lambda part: part[0])
+        return AnswerOutput(
+            row,
+            torch.cat([part[2] for part in parts]) if scores is not None else None,
+            torch.cat([part[3] for part in parts], dim=1) if stacked is not None else None,
+        )
+
+
+def _padded(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Ids],
+    lengths: Sequence[int],
+    capture: Capture | None,
+    spans: Sequence[int] | None,
+    logits: bool,
+    bar: Progress,
+    batch_tokens: int | None,
+) -> Iterator[AnswerOutput]:
+    """Right-padded rows, behind what all of them begin with."""
     import torch
 
-    shortest, count = min(map(len, prompts), default=0), len(answers)
-    if count < 2 or shortest <= MIN_SHARED_PREFIX or not takes_cache(model):
-        pairs = [(prompt, answer) for prompt in prompts for answer in answers]
-        yield from answer_pass(model, tokenizer, pairs, description=description, batch_tokens=batch_tokens)
-        return
-    # the last id of a prompt is fed with the answers: its logits are wanted
-    shared = min(common_prefix(prompts), shortest - 1) if len(prompts) > 1 else 0
-    if shared < MIN_SHARED_PREFIX:
-        shared = 0
-    width = max(map(len, answers))
-    budget = batch_tokens or token_budget(model)
-    plan: list[list[int]] = []
-    # prompts of one length at a time: padding behind a prompt would move its answers
-    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    for length, same in groupby(longest_first, key=lambda i: len(prompts[i])):
-        # every row holds a copy of its prompt's keys and values
-        rows = max(1, min(budget // (length + width), MAX_LOGITS // (width * _vocabulary(model))))
-        members = [i * count + j for i in same for j in range(count)]
-        size = rows // count * count or rows
-        plan += [members[start : start + size] for start in range(0, len(members), size)]
+    shared = 0
+    if len(rows) > 1 and takes_cache(model):
+        # the answer positions themselves must stay outside the shared part
+        limit = min(len(row) - g for row, g in zip(rows, lengths, strict=True))
+        shared = min(common_prefix(rows), limit)
+        if shared < MIN_SHARED_PREFIX:
+            shared = 0
+    suffixes = [row[shared:] for row in rows]
+    vocabulary = _vocabulary(model) if logits else 0
+    # attention weights of all layers are held until the pass is over
+    keys = max(map(len, rows), default=0) if capture is not None and capture.site == "weights" else 0
+    budget = batch_tokens or token_budget(model, keys)
+    plan = plan_batches(suffixes, lengths, budget, vocabulary)
+    prefix = _prefill(model, rows[0][:shared], capture) if shared else None
 
-    with evaluating(model), progress(description, len(prompts) * count) as bar:
-        prefix = _prefill(model, prompts[0][:shared], None) if shared else None
-        held: dict[tuple[int, ...], Any] = {}  # the last prompts; their answers may take several batches
+    def run(members: list[int]) -> list[AnswerOutput]:
+        batch = pad_rows([suffixes[i] for i in members], [lengths[i] for i in members], pad_id(tokenizer))
+        own = [spans[i] for i in members] if spans is not None else None
+        with torch.no_grad():  # here, for the reasons that _packed has
+            cache = _repeated(prefix, len(members))
+            return _run_batch(model, batch, members, cache, shared, capture, own, logits)
 
-        def prefilled(asked: tuple[int, ...]) -> Any:
-            if asked not in held:
-                held.clear()
-                cache, own = _repeated(prefix, len(asked)), [prompts[i][shared:-1] for i in asked]
-                held[asked] = _prefill(model, own, None, cache, shared) if own[0] else cache
-            return copy.deepcopy(held[asked])
-
-        def run(members: list[int]) -> list[AnswerOutput]:
-            asked = tuple(dict.fromkeys(member // count for member in members))
-            batch = pad_rows(
-                [fed_ids(prompts[m // count][-1:], answers[m % count]) for m in members],
-                [len(answers[m % count]) for m in members],
-                pad_id(tokenizer),
-            )
-            with torch.no_grad():
-                cache = prefilled(asked)
-                chosen = [asked.index(member // count) for member in members]
-                cache.batch_select_indices(torch.tensor(chosen, device=input_device(model)))
-                length = len(prompts[asked[0]]) - 1
-                return _run_batch(model, batch, members, cache, length, None, None, True)
-
-        yield from in_halves(plan, run, bar)
+    yield from in_halves(plan, run, bar)
 
 
 def _run_batch(
@@ -222,6 +274,7 @@ def _run_batch(
     device = input_device(model)
     options: dict[str, Any] = {"use_cache": False}
     mask = batch.attention_mask
+    assert mask is not None
     if cache is not None:
         options = {"use_cache": True, "past_key_values": cache}
         mask = torch.cat([torch.ones(len(members), shared, dtype=mask.dtype), mask], dim=1)
@@ -240,12 +293,7 @@ def _run_batch(
         check_finite(model, stacked, "activations")
     scores = None
     if logits:
-        index = answer_index(
-            output.logits.shape[1],
-            batch.row_lengths,
-            batch.answer_lengths,
-            batch.input_ids.shape[1],
-        )
+        index = batch.index(output.logits.shape[1])
         scores = output.logits[index[0].to(device), index[1].to(device)].float().cpu()
         check_finite(model, scores.amax(-1), "logits")
     results = []
@@ -476,27 +524,20 @@ class _StopAtText:
 # ----------------------------------------------------------------------------------- shared prefix
 
 
-def _prefill(
-    model: Any, prefix: Ids | Sequence[Ids], capture: Capture | None, cache: Any = None, cached: int = 0
-) -> Any:
-    """KV cache of a prefix, batch 1, or of prefixes of one length behind what ``cache`` holds already.
-
-    The cache of a prefix that rows share is copied for every batch (:func:`_repeated`) and never rewound.
-    """
+def _prefill(model: Any, prefix: Ids, capture: Capture | None) -> Any:
+    """KV cache of a prefix, batch 1; copied for every batch (:func:`_repeated`) and never rewound."""
     import torch
     from transformers import DynamicCache
 
     device = input_device(model)
-    ids = torch.tensor(prefix, device=device)
-    ids = ids[None] if ids.ndim == 1 else ids
-    if cache is None:
-        cache = DynamicCache(config=model.config)
+    ids = torch.tensor([prefix], device=device)
+    cache = DynamicCache(config=model.config)
     if capture is not None:
         capture.disarm()  # nothing before the queries is an answer position
     with torch.no_grad():
         model(
             input_ids=ids,
-            attention_mask=torch.ones(len(ids), cached + ids.shape[1], dtype=torch.long, device=device),
+            attention_mask=torch.ones_like(ids),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,

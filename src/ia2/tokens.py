@@ -100,25 +100,47 @@ def common_prefix(rows: Sequence[Ids]) -> int:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded rows.
+    """Right-padded rows, or rows side by side in one (a pack, see :mod:`ia2.packing`).
 
     Attributes:
-        input_ids: ``[B, T]``.
-        attention_mask: ``[B, T]``, 1 for real ids (and for a cached prefix, where there is one).
+        input_ids: ``[B, T]``; of a pack ``[1, T]``.
+        attention_mask: ``[B, T]``, 1 for real ids (and for a cached prefix, where there is one); None of a
+            pack, whose mask depends on the model.
         answer_lengths: G of each row.
         row_lengths: real ids of each row.
+        position_ids: of a pack, each id's position in its own row, ``[1, T]``.
+        kept: of a pack, where its answer positions are, ``[ΣG]``.
     """
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    attention_mask: torch.Tensor | None
     answer_lengths: list[int]
     row_lengths: list[int]
+    position_ids: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
 
-    def keep(self) -> int:
-        """Positions from the right end that hold every row's answer positions."""
-        width = self.input_ids.shape[1]
+    def keep(self, device: torch.device | str = "cpu") -> int | torch.Tensor:
+        """Where the head is to run, as ``logits_to_keep`` of a transformers model takes it.
+
+        Of a pack the answer positions, on ``device``; of padded rows, how many positions from the right end
+        hold every row's.
+        """
+        if self.kept is not None:
+            return self.kept.to(device)
         starts = [n - g for n, g in zip(self.row_lengths, self.answer_lengths, strict=True)]
-        return width - min(starts)
+        return int(self.input_ids.shape[1] - min(starts))
+
+    def index(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the answer positions are in a tensor whose second axis is the sequence, ``width`` long.
+
+        Returns:
+            Row and position indices, each ``[ΣG]`` (see :func:`answer_index`).
+        """
+        if self.kept is None:
+            return answer_index(width, self.row_lengths, self.answer_lengths, self.input_ids.shape[1])
+        import torch
+
+        return torch.zeros_like(self.kept), self.kept
 
 
 def pad_rows(rows: Sequence[Ids], answer_lengths: Sequence[int], padding: int) -> Batch:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ia2.alignment import Alignment, AlignmentSettings, listening, teacher_pass
-from ia2.batches import AnswerDataset, part_of
+from ia2.alignment import Alignment, AlignmentSettings, teacher_pass
+from ia2.batches import AnswerDataset, lengths_of, parts_of, run_parts
 from ia2.console import Progress, logger
 from ia2.errors import ConfigError
 from ia2.example_trainer import (
@@ -18,8 +18,8 @@ from ia2.example_trainer import (
     last_complete_checkpoint,
 )
 from ia2.losses import cross_entropy_losses, soft_label_losses
+from ia2.packing import row_attention
 from ia2.targets import Targets, pack_soft
-from ia2.tokens import Batch, answer_index
 
 __all__ = [
     "AlignTrainer",
@@ -36,36 +36,15 @@ __all__ = [
 _LOOK_AT = 64
 
 
-def forward(model: Any, part: Batch, *, logits: bool) -> torch.Tensor | None:
-    """Run a batch; the head runs at answer positions only, or, without ``logits``, at a single one.
-
-    Returns:
-        Logits at the answer positions, ``[ΣG, V]``, or None.
-    """
-    output = model(
-        input_ids=part.input_ids,
-        attention_mask=part.attention_mask,
-        logits_to_keep=part.keep() if logits else 1,
-        use_cache=False,
-    )
-    return _at_answers(output.logits, part) if logits else None
-
-
-def _at_answers(logits: torch.Tensor, part: Batch) -> torch.Tensor:
-    width = part.input_ids.shape[1]
-    rows, positions = answer_index(logits.shape[1], part.row_lengths, part.answer_lengths, width)
-    return logits[rows.to(logits.device), positions.to(logits.device)]
-
-
 class SftTrainer(ExampleTrainer):
     """Cross-entropy on the answers."""
 
     def example_losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """Mean cross-entropy over each row's answer tokens, ``[B]``."""
-        part = part_of(batch)
-        logits = forward(model, part, logits=True)
+        parts = parts_of(batch)
+        logits, _ = run_parts(model, parts, logits=True)
         assert logits is not None
-        return cross_entropy_losses(logits, batch["answers"].to(logits.device), part.answer_lengths)
+        return cross_entropy_losses(logits, batch["answers"].to(logits.device), lengths_of(parts))
 
 
 class AlignTrainer(ExampleTrainer):
@@ -110,14 +89,16 @@ class AlignTrainer(ExampleTrainer):
     ) -> None:
         how = AlignmentSettings(objective, temperature, normalise, layers, attention_modules)
         self.alignment = Alignment(model, how, _targets_of(train_dataset))
+        self._may_pack = how.site != "weights"
         super().__init__(model, train_dataset, eval_dataset, settings, tokenizer, progress)
         self._pathless = self._freeze_pathless()
 
     def example_losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """``Σ_layers mean_tokens`` of the objective for each row, ``[B]``."""
-        with self.alignment.listening():
-            forward(model, part_of(batch, "response"), logits=False)
-            student = self.alignment.student(batch)
+        _, student = run_parts(
+            model, parts_of(batch, "response"), logits=False, **self.alignment.watching(batch)
+        )
+        assert student is not None
         return self.alignment.losses(self.model, batch, student)
 
     def _freeze_pathless(self) -> list[torch.nn.Parameter]:
@@ -131,7 +112,10 @@ class AlignTrainer(ExampleTrainer):
         shortest = min(range(min(len(dataset), _LOOK_AT)), key=lambda i: len(dataset.row(i).query))
         batch = self._prepare_inputs(self.data_collator([dataset[shortest]]))
         self.model.to(self.args.device)
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with (
+            torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+            row_attention(self.model),
+        ):
             loss = self.example_losses(self.model, batch).sum()
             if loss.requires_grad:  # else not one weight is on the way
                 loss.backward()
@@ -199,6 +183,7 @@ class MixedTrainer(ExampleTrainer):
         progress: Progress | None = None,
     ) -> None:
         self.alignment = Alignment(model, how, _targets_of(train_dataset))
+        self._may_pack = how.site != "weights"
         self.align_weight, self.answer_weight, self.dev = align_weight, answer_weight, dev
         super().__init__(model, train_dataset, eval_dataset, settings, tokenizer, progress)
 
@@ -212,22 +197,19 @@ class MixedTrainer(ExampleTrainer):
         return self._losses(model, batch, self.align_weight(0) if self.dev == "both" else 0.0)
 
     def _losses(self, model: Any, batch: dict[str, Any], align_weight: float) -> torch.Tensor:
-        part = part_of(batch)
+        parts = parts_of(batch)
+        watched = self.alignment.watching(batch) if align_weight > 0 else {}
         together = "response" not in batch
-        aligned = align_weight > 0
-        with listening(self.alignment if aligned and together else None):
-            logits = forward(model, part, logits=True)
-            student = self.alignment.student(batch) if aligned and together else None
+        logits, student = run_parts(model, parts, logits=True, **(watched if together else {}))
         assert logits is not None
         losses = self.answer_weight * cross_entropy_losses(
-            logits, batch["answers"].to(logits.device), part.answer_lengths
+            logits, batch["answers"].to(logits.device), lengths_of(parts)
         )
-        if not aligned:
+        if not watched:
             return losses
         if student is None:
-            with self.alignment.listening():
-                forward(model, part_of(batch, "response"), logits=False)
-                student = self.alignment.student(batch)
+            _, student = run_parts(model, parts_of(batch, "response"), logits=False, **watched)
+        assert student is not None
         return losses + align_weight * self.alignment.losses(self.model, batch, student)
 
 
@@ -266,13 +248,13 @@ class SoftTrainer(ExampleTrainer):
         if "soft" in batch:
             teacher = batch["soft"]
         else:
-            output = teacher_pass(self.model, batch, logits=True)
-            logits = _at_answers(output.logits, part_of(batch, "context"))
+            logits, _ = teacher_pass(self.model, batch, logits=True)
+            assert logits is not None
             teacher = pack_soft(logits.float().softmax(-1), self.top_k)
-        part = part_of(batch, "response")
-        student = forward(model, part, logits=True)
+        parts = parts_of(batch, "response")
+        student, _ = run_parts(model, parts, logits=True)
         assert student is not None
-        return soft_label_losses(student, teacher.to(student.device), part.answer_lengths, self.remainder)
+        return soft_label_losses(student, teacher.to(student.device), lengths_of(parts), self.remainder)
 
 
 def _targets_of(dataset: AnswerDataset) -> Targets:
