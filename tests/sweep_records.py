@@ -96,7 +96,7 @@ def record(
         if asim is None or base
         else {"asim": asim, "layers": [0], "asim_by_layer": [asim]},
         "cost": {
-            "seconds": {"teacher": 3.0, "sft": 14.0, "evaluate": 9.0} if trained else {"evaluate": 9.0},
+            "seconds": {**({"teacher": 3.0, "sft": 14.0} if trained else {}), "evaluate": 9.0, "other": 1.0},
             "machine": {},
             "versions": {},
         },

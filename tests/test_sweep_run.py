@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ from ia2.evaluation.metrics import STATISTICS
 from ia2.examples import Examples, FewShotSplit
 from ia2.files import read_json
 from ia2.models import BaseModel, load_base
+from ia2.sweeps import unit
 from ia2.sweeps.grid import GridConfig, expand
 from ia2.sweeps.run import sweep
 from ia2.sweeps.unit import task_of
@@ -59,6 +62,11 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     for method in ("to_store", "to_memory"):
         counting(Teacher, method, lambda self, *_, method=method: f"teacher {method} {self.site}")
     counting(Workbench, "evaluate", lambda self, recipe, *_: f"evaluate {recipe}")
+    counting(Workbench, "base_outputs", lambda self, *_: "base outputs")
+    counting(unit, "load_base", lambda name: f"load {Path(name).name}")
+    # what other tests have left in this process
+    monkeypatch.setattr(unit, "_loaded", {})
+    monkeypatch.setattr(unit, "_bare", {})
     return counts
 
 
@@ -132,7 +140,9 @@ def check_record(record: dict[str, Any]) -> None:
     assert list(cost) == ["seconds", "machine", "versions"]
     assert all(seconds >= 0 for seconds in cost["seconds"].values())
     kinds = [stage["stage"] for stage in training["stages"]] if trained else []
-    assert set(cost["seconds"]) == {"evaluate", *(["teacher"] if trained else []), *kinds}
+    # what cells of a unit have in common stands in the first of them
+    shared = {"load", "reference"} & cost["seconds"].keys()
+    assert set(cost["seconds"]) == {"evaluate", "other", *shared, *(["teacher"] if trained else []), *kinds}
 
 
 def test_every_record_has_the_format(whole: Path) -> None:
@@ -161,13 +171,18 @@ def test_the_folder_says_what_it_is(whole: Path) -> None:
     # cells that share a teacher pass or an alignment do not each count it
     each = sum(sum(record["cost"]["seconds"].values()) for record in records(whole))
     assert 0 < summary["work_seconds"] < round(each, 1)
-    facts = ("name", "description", "select", "cells", "seconds", "work_seconds", "machine", "versions")
-    assert summary.keys() == {*facts}
+    facts = ("name", "description", "select", "cells", "seconds", "work_seconds", "work_by_kind", "machine")
+    assert summary.keys() == {*facts, "versions"}
+    kinds = {"load", "teacher", "align", "sft", "joint", "soft", "reference", "evaluate", "other"}
+    assert summary["work_by_kind"].keys() == kinds
+    assert sum(summary["work_by_kind"].values()) == pytest.approx(summary["work_seconds"], abs=0.5)
+    # a second of this process is a second of some kind
+    assert summary["work_seconds"] == pytest.approx(summary["seconds"], rel=0.1)
 
 
 def test_records_are_in_the_order_of_the_grid(files: Path, whole: Path) -> None:
     units = expand(GridConfig(**grid_of(files, recipes=ALL, variants=VARIANTS, ood=True)))
-    named = [(cell.spec["recipe"], cell.spec["variant"]) for unit in units for cell in unit.cells]
+    named = [(cell.spec["recipe"], cell.spec["variant"]) for each in units for cell in each.cells]
     assert [(r["spec"]["recipe"], r["spec"]["variant"]) for r in records(whole)] == named
 
 
@@ -297,6 +312,29 @@ def test_what_cells_share_is_computed_once(files: Path, counted: Counter[str], t
     assert counted["teacher to_memory output"] == seeds  # what ICL does on the test rows
     # once for all seeds, on both benchmarks; the null baseline of each seed is a similarity alone
     assert counted["evaluate base"] == 2
+    assert counted["base outputs"] == 1  # of the null baseline, which no draw changes
+    costs = [record["cost"]["seconds"] for record in records(tmp_path / "out")]
+    assert sum("load" in cost for cost in costs) == counted["load model"] == 1
+    assert sum("reference" in cost for cost in costs) == seeds
+
+
+def test_what_a_null_baseline_is_forced_on_depends_on_the_draw_of_free_text(
+    files: Path, counted: Counter[str], tmp_path: Path
+) -> None:
+    free = [str(files / "free.yaml")]
+    swept(files, tmp_path / "out", benchmarks=free, recipes=["icl"], seeds=2, max_test=2)
+    assert counted["base outputs"] == 0  # nothing is kept for another draw
+    first, second = (record["similarity"]["asim"] for record in records(tmp_path / "out"))
+    assert first != second
+
+
+def test_models_are_loaded_once_a_seed(files: Path, counted: Counter[str], tmp_path: Path) -> None:
+    models = [str(files / "model"), str(shutil.copytree(files / "model", tmp_path / "other"))]
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    swept(files, tmp_path / "out", models=models, recipes=["icl"], num_examples=[4, 6], seeds=2, max_test=2)
+    # the first seed's end with the other one, with which the second seed's begin
+    assert (counted["load model"], counted["load other"]) == (2, 1)
 
 
 def test_rates_and_betas_have_stages_of_their_own(files: Path, counted: Counter[str], tmp_path: Path) -> None:

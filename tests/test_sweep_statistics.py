@@ -57,7 +57,7 @@ def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert cell.settings == {"align.objective": "cosine"}
     assert cell.selection_loss == 0.5
     assert cell.notes == ("cut to 20,000 rows",)
-    assert cell.seconds == {"teacher": 3.0, "sft": 14.0, "evaluate": 9.0}
+    assert cell.seconds == {"teacher": 3.0, "sft": 14.0, "evaluate": 9.0, "other": 1.0}
     assert cell.own is not None
     assert cell.own.correct.tolist() == [1, 0, 1]
     assert cell.own.confidence.tolist() == [0.9, 0.6, 0.7]

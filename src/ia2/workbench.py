@@ -8,7 +8,7 @@ run is started again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -596,25 +596,41 @@ class Workbench:
             seconds = time.perf_counter() - began
             similarity = meter.join().finish() if meter is not None else None
             if reference is not None and not in_context and similarity is None:
-                similarity = self._similarity(model, recipe, test, reference)
+                similarity = _similarity(self._forced(model, recipe, test, reference), reference)
         tokens = sum(len(prompt) for prompt in test_prompts) / len(test_prompts)
         return Evaluated(predictions, measured, similarity, seconds, tokens)
 
-    def base_similarity(self, test: Sequence[Example], reference: IclReference) -> Similarity:
-        """Of the base model without demonstrations; nothing else is evaluated."""
-        model = self.teaching.model
-        with base_weights(model):
-            return self._similarity(model, "base", test, reference)
-
-    def _similarity(
-        self, model: Any, recipe: str, test: Sequence[Example], reference: IclReference
+    def base_similarity(
+        self,
+        test: Sequence[Example],
+        reference: IclReference,
+        outputs: Sequence[AnswerOutput] | None = None,
     ) -> Similarity:
-        """Both models teacher-forced on the ICL answer ``Ŷ`` (METHOD: measures)."""
+        """Of the base model without demonstrations, of which nothing else is evaluated.
+
+        Args:
+            test: the queries.
+            reference: what it does with demonstrations.
+            outputs: what :meth:`base_outputs` gave on these queries. Of one-token answers, which are not fed,
+                they are the same whatever the reference.
+        """
+        with base_weights(self.teaching.model):
+            forced = self._forced(self.teaching.model, "base", test, reference)
+            return _similarity(forced if outputs is None else outputs, reference)
+
+    def base_outputs(self, test: Sequence[Example], reference: IclReference) -> list[AnswerOutput]:
+        """Activations of the base model without demonstrations, forced on the answers of the reference."""
+        with base_weights(self.teaching.model):
+            return list(self._forced(self.teaching.model, "base", test, reference))
+
+    def _forced(
+        self, model: Any, recipe: str, test: Sequence[Example], reference: IclReference
+    ) -> Iterator[AnswerOutput]:
+        """Both models are teacher-forced on the ICL answer ``Ŷ`` (METHOD: measures)."""
         prompts = self.prompts(test[: reference.count])
         pairs = [
             (prompt, answer.ids) for prompt, answer in zip(prompts, reference.targets.answers, strict=True)
         ]
-        meter = SimilarityMeter(reference.targets.layers)
         mine = share(len(pairs), lambda i: len(pairs[i][0]) + len(pairs[i][1]))
         with ActivationCapture(model, self.config.attention_modules) as capture:
             for output in answer_pass(
@@ -625,8 +641,14 @@ class Workbench:
                 logits=False,
                 description=f"similarity {recipe}",
             ):
-                _compare(meter, replace(output, index=mine[output.index]), reference)
-        return meter.join().finish()
+                yield replace(output, index=mine[output.index])
+
+
+def _similarity(outputs: Iterable[AnswerOutput], reference: IclReference) -> Similarity:
+    meter = SimilarityMeter(reference.targets.layers)
+    for output in outputs:
+        _compare(meter, output, reference)
+    return meter.join().finish()
 
 
 def _compare(meter: SimilarityMeter, output: AnswerOutput, reference: IclReference) -> None:

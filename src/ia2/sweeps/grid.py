@@ -178,6 +178,12 @@ class Unit:
     data_dir: str | None
     cells: tuple[Cell, ...]
 
+    @property
+    def seed(self) -> int | None:
+        """Of what is drawn; None where nothing is."""
+        seed: int | None = self.cells[0].spec["seed"]
+        return seed
+
     def only(self, keys: set[str]) -> Unit:
         """The same with some of its cells."""
         chosen = tuple(cell for cell in self.cells if cell.key in keys)

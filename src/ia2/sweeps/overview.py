@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from ia2.probing import SIGNIFICANCE
-from ia2.sweeps.records import work_seconds
+from ia2.sweeps.records import OVERHEAD, seconds_by_kind, work_in_words
 from ia2.sweeps.report import METHOD, RIVAL, TITLES, Report
 from ia2.sweeps.selection import Arm, Task
 from ia2.sweeps.significance import works_on
@@ -25,7 +25,7 @@ from ia2.sweeps.statistics import (
 )
 from ia2.sweeps.tables import MISSING, Column, Entry, Table, mean_sd, signed
 from ia2.sweeps.threshold import Threshold, effectiveness_threshold
-from ia2.wording import counted, in_words
+from ia2.wording import counted
 
 # What "better" means in the second column of thresholds: accuracy falls to zero difference ever more slowly.
 MARGIN = 0.01
@@ -69,7 +69,7 @@ def _full_row(report: Report, task: Task, dataset: str, arm: Arm) -> tuple[Entry
     own = dataset == task.benchmark
     asim = {s: c.similarity["asim"] for s, c in arm.runs.items() if c.similarity and own}
     seconds = {
-        s: sum(v for stage, v in c.seconds.items() if stage != "evaluate") for s, c in arm.runs.items()
+        s: sum(v for kind, v in c.seconds.items() if kind not in OVERHEAD) for s, c in arm.runs.items()
     }
     source = f"{task.benchmark}, {task.verbaliser}" if task.verbaliser else task.benchmark
     return (
@@ -217,8 +217,8 @@ def overview_lines(report: Report) -> list[str]:
     cells = of + counted(results.total or count, "cell")
     failed = f", {results.failed} failed" if results.failed else ""
     seeds = {cell.seed for cell in results.cells if cell.seed is not None}
-    seconds = work_seconds(cell.seconds for cell in results.cells)
-    took = f"; {in_words(seconds)} of work" if seconds else ""
+    seconds = seconds_by_kind(cell.seconds for cell in results.cells)
+    took = f"; {work_in_words(seconds)}" if sum(seconds.values()) else ""
     sources = list(dict.fromkeys(task.benchmark for task in report.tasks))
     return [
         f"{results.name}: {cells}{failed}{took}. Models {', '.join(report.models)}; benchmarks "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from ia2.console import logger
 from ia2.errors import ConfigError, DataError, RunFolderError, suggest
 from ia2.files import read_json
 from ia2.sweeps.store import CELLS, loose_cells, read_lines
+from ia2.wording import in_words
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Record:
         notes: how the data differ from the hub's.
         selection_loss: dev loss that rates are chosen by; None without training.
         similarity: to ICL's activations (asim, l2, …); None where it was not measured.
-        seconds: by stage.
+        seconds: by kind: teacher, stages and :data:`OVERHEAD`.
         source: file and line.
     """
 
@@ -253,25 +255,54 @@ def _parsed(record: dict[str, Any], where: str) -> Record:
     )
 
 
+OVERHEAD = ("evaluate", "load", "reference", "other")
+"""Kinds of seconds beside teacher and training; no two cells share them.
+
+``evaluate``: on its own test rows and others'. ``load``: the model; ``reference``: what ICL does on the first
+test rows, which similarities are measured to: both stand in the first cell that needed them. ``other``:
+everything else, such as reading and tokenising rows.
+"""
+
+
 def count_seconds(seconds: Mapping[str, float], counted: set[tuple[str, float]]) -> float:
     """A cell's seconds, less what is in ``counted``, where its own go too.
 
-    A teacher pass or an alignment that several cells share stands in the record of each of them, to the last
-    digit of the clock; evaluations are never shared.
-
     Args:
-        seconds: of one cell, by stage.
-        counted: (stage, seconds) of the cells before.
+        seconds: of one cell, by kind.
+        counted: (kind, seconds) of the cells before.
     """
-    shared = {item for item in seconds.items() if item[0] != "evaluate"} & counted
+    return sum(_own(seconds, counted).values())
+
+
+def _own(seconds: Mapping[str, float], counted: set[tuple[str, float]]) -> dict[str, float]:
+    """A cell's seconds without what it shares with cells before.
+
+    A teacher pass or an alignment that several cells share stands in the record of each of them, to the last
+    digit of the clock.
+    """
+    own = {kind: took for kind, took in seconds.items() if kind in OVERHEAD or (kind, took) not in counted}
     counted.update(seconds.items())
-    return sum(seconds.values()) - sum(took for _, took in shared)
+    return own
 
 
-def work_seconds(cells: Iterable[Mapping[str, float]]) -> float:
-    """Seconds that went into cells, what several share counted once (:func:`count_seconds`)."""
+def seconds_by_kind(cells: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """What went into cells by kind (teacher, stages, :data:`OVERHEAD`), the most first; shared parts once."""
     counted: set[tuple[str, float]] = set()
-    return sum(count_seconds(seconds, counted) for seconds in cells)
+    total: Counter[str] = Counter()
+    for seconds in cells:
+        total.update(_own(seconds, counted))
+    return dict(total.most_common())
+
+
+def work_in_words(by_kind: Mapping[str, float]) -> str:
+    """``2 h 05 min of work (align 40%, evaluate 31%, …)``; kinds of less than a hundredth are left out.
+
+    >>> work_in_words({"align": 60.0, "teacher": 20.0})
+    '80 s of work (align 75%, teacher 25%)'
+    """
+    total = sum(by_kind.values())
+    shares = [f"{kind} {took / total:.0%}" for kind, took in by_kind.items() if took >= 0.01 * total]
+    return f"{in_words(total)} of work ({', '.join(shares)})"
 
 
 def _evaluation(dataset: str, record: dict[str, Any]) -> Evaluation:

@@ -17,7 +17,7 @@ from ia2.models import content_of
 from ia2.runs import machine, versions
 from ia2.sweeps.board import Board
 from ia2.sweeps.grid import Cell, GridConfig, Unit, evaluated_on, expand
-from ia2.sweeps.records import work_seconds
+from ia2.sweeps.records import seconds_by_kind
 from ia2.sweeps.store import SUMMARY, SweepFolder, alone
 from ia2.sweeps.unit import Failed, Finished, Started, forget_rows, load_rows
 from ia2.sweeps.workers import Lost, Queue, Run, in_process
@@ -188,6 +188,7 @@ def _seconds(store: SweepFolder) -> float:
 
 def _summary(grid: GridConfig, cells: Sequence[Cell], store: SweepFolder, seconds: float) -> dict[str, Any]:
     done = [cell.key for cell in cells if cell.key in store.records]
+    work = seconds_by_kind(store.records[key]["cost"]["seconds"] for key in done)
     return {
         "name": grid.name,
         "description": grid.description,
@@ -198,7 +199,8 @@ def _summary(grid: GridConfig, cells: Sequence[Cell], store: SweepFolder, second
             "total": len(cells),
         },
         "seconds": round(seconds, 1),
-        "work_seconds": round(work_seconds(store.records[key]["cost"]["seconds"] for key in done), 1),
+        "work_seconds": round(sum(work.values()), 1),
+        "work_by_kind": {kind: round(took, 1) for kind, took in work.items()},
         "machine": machine(),
         "versions": versions(),
     }

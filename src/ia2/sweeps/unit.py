@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ia2.analysis.similarity import Similarity
 from ia2.benchmarks import Benchmark, BenchmarkData
 from ia2.config import AdaptConfig
 from ia2.errors import DivergedError, UserError
@@ -25,12 +26,15 @@ from ia2.recipes import is_trained
 from ia2.runs import machine, versions
 from ia2.stages import TrainedRecipe
 from ia2.sweeps.grid import Cell, Unit
+from ia2.sweeps.records import count_seconds
 from ia2.task import Task, make_task
 from ia2.teaching import SIMILARITY_QUERIES, IclReference
 from ia2.workbench import Evaluated, Workbench
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from ia2.inference import AnswerOutput
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,12 @@ def run_unit(unit: Unit, work: Path, *, keep: bool = False) -> Iterator[Event]:
     failed = False
     try:
         for cell in unit.cells:
+            began = time.perf_counter()
             yield Started(cell.key)
             try:
                 if shared is None:
                     shared = _Shared(unit, folder)
-                yield Finished(cell.key, shared.run(cell))
+                yield Finished(cell.key, shared.run(cell, began))
             except Exception as error:  # whatever it is, it is reported with its cell, and the others go on
                 failed = True
                 # a rate that is too high is a result, not a fault to look for
@@ -130,6 +135,9 @@ def forget_rows() -> None:
 
 
 _loaded: dict[str, BaseModel] = {}
+# What the loaded model does without demonstrations, which no draw changes: activations of some rows each.
+_bare: dict[str, list[AnswerOutput]] = {}
+_BARE = 8
 
 
 def _model(name: str, options: dict[str, Any]) -> BaseModel:
@@ -139,6 +147,7 @@ def _model(name: str, options: dict[str, Any]) -> BaseModel:
     key = digest([name, options, content])
     if key not in _loaded:
         _loaded.clear()
+        _bare.clear()
         gc.collect()
         _loaded[key] = load_base(name, **options)
     return _loaded[key]
@@ -172,7 +181,13 @@ class _Shared:
         self.unit, self.folder = unit, folder
         first = unit.cells[0]
         self.max_test = first.spec["max_test"]
+        began, known = time.perf_counter(), list(_loaded)
         self.base = _model(unit.model, unit.options)
+        # what the present cell spent and no other cell has a part in, by kind
+        self._own: dict[str, float] = {}
+        if list(_loaded) != known:
+            self._own["load"] = time.perf_counter() - began
+        self._counted: set[tuple[str, float]] = set()
         longest = first.config.max_answer_tokens
         self.rows = [load_rows(b, v, unit.data_dir, self.max_test, longest) for b, v in unit.benchmarks]
         self.tasks = [task_of(rows, first.config, self.base, ood=n > 0) for n, rows in enumerate(self.rows)]
@@ -189,29 +204,28 @@ class _Shared:
                 num_examples=spec["num_examples"], seed=spec["seed"], balanced=first.config.balanced
             )
 
-    def run(self, cell: Cell) -> dict[str, Any]:
-        """A cell's record."""
+    def run(self, cell: Cell, begun: float) -> dict[str, Any]:
+        """A cell's record; ``begun``: when, by the clock of this process."""
         recipe, test = cell.spec["recipe"], self.rows[0].test
         bench = self._bench(cell)
         elsewhere = [(t, rows.test) for t, rows in zip(self.tasks[1:], self.rows[1:], strict=True)]
         bench.check([recipe], test, elsewhere)
         trained = bench.train(recipe) if is_trained(recipe) else None
-        reference = None if recipe in ("base", "icl") else self.reference()
-        seconds: dict[str, float] = {}
-        if trained is not None:
-            seconds = {"teacher": bench.teacher_seconds, **trained.seconds}
+        reference = None if recipe == "base" else self.reference()
         evaluations: dict[str, Any] = {}
         similarity = temperatures = None
         began = time.perf_counter()
         for place, (rows, task) in enumerate(zip(self.rows, self.tasks, strict=True)):
-            found = bench.evaluate(recipe, rows.test, None if place else reference, task, temperatures)
+            compared = None if place or recipe == "icl" else reference
+            found = bench.evaluate(recipe, rows.test, compared, task, temperatures)
             temperatures = found.measured.temperatures or None
             role = "ood" if place else "id"
             evaluations[rows.benchmark.name] = _evaluation(rows, task, found, role)
             similarity = similarity or found.similarity
-        if recipe == "icl":
-            similarity = self._baseline(bench, test)
-        seconds["evaluate"] = time.perf_counter() - began
+        if recipe == "icl" and reference is not None:
+            similarity = self._baseline(bench, test, reference)
+        self._own["evaluate"] = time.perf_counter() - began
+        seconds = self._seconds(bench, trained, begun)
         first = self.rows[0]
         return finite(
             {
@@ -230,6 +244,15 @@ class _Shared:
                 "cost": {"seconds": seconds, "machine": machine(), "versions": versions()},
             }
         )
+
+    def _seconds(self, bench: Workbench, trained: TrainedRecipe | None, begun: float) -> dict[str, float]:
+        """What a cell cost, by kind (:data:`ia2.sweeps.records.OVERHEAD`)."""
+        seconds = {} if trained is None else {"teacher": bench.teacher_seconds, **trained.seconds}
+        seconds |= self._own
+        self._own = {}
+        # of what an earlier start has made there is nothing in this time
+        spent = count_seconds(seconds, self._counted)
+        return {**seconds, "other": max(0.0, time.perf_counter() - begun - spent)}
 
     def _bench(self, cell: Cell) -> Workbench:
         """The workbench with a cell's settings; an adapter stays on while it is the same."""
@@ -263,13 +286,23 @@ class _Shared:
         """What ICL does on the first test queries; once a unit."""
         assert self.bench is not None
         if self._reference is None:
+            began = time.perf_counter()
             self._reference = self.bench.teaching.try_reference(self.rows[0].test)
+            self._own["reference"] = time.perf_counter() - began
         return self._reference
 
-    def _baseline(self, bench: Workbench, test: Examples) -> Any:
+    def _baseline(self, bench: Workbench, test: Examples, reference: IclReference) -> Similarity:
         """The null baseline of every similarity: the base model without demonstrations (METHOD: fairness)."""
-        reference = self.reference()
-        return None if reference is None else bench.base_similarity(test[:SIMILARITY_QUERIES], reference)
+        rows = test[:SIMILARITY_QUERIES]
+        if not self.tasks[0].single_token:  # what is fed depends on the draw: its ICL answers
+            return bench.base_similarity(rows, reference)
+        prompts = list(bench.prompts(rows))
+        key = digest([prompts, bench.config.attention_modules])
+        if key not in _bare:
+            while len(_bare) >= _BARE:
+                del _bare[next(iter(_bare))]
+            _bare[key] = bench.base_outputs(rows, reference)
+        return bench.base_similarity(rows, reference, _bare[key])
 
 
 def _training(trained: TrainedRecipe) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -44,9 +44,14 @@ def in_process(work: Path, *, keep: bool = False) -> Run:
     """One unit after the other, here."""
 
     def run(queue: Queue) -> Generator[Event | Lost, None, None]:
+        model: str | None = None
         while queue:
+            # one seed's after the other's, so that a sweep cut short has every model
+            seed = next((unit.seed for unit in queue if unit.seed is not None), None)
+            unit = _next(queue, model, (None, seed))
+            model = unit.model
             with muted():
-                yield from run_unit(queue.popleft(), work, keep=keep)
+                yield from run_unit(unit, work, keep=keep)
 
     return run
 
@@ -97,10 +102,10 @@ def processes(work: Path, count: int, *, keep: bool = False) -> Run:
     return run
 
 
-def _next(queue: Queue, model: str | None) -> Unit:
-    """A unit of the model that the worker has loaded, if there is one; else the first."""
+def _next(queue: Queue, model: str | None, seeds: Sequence[int | None] | None = None) -> Unit:
+    """A unit (of these seeds) of the model that the worker has loaded, if there is one; else the first."""
     for unit in queue:
-        if unit.model == model:
+        if unit.model == model and (seeds is None or unit.seed in seeds):
             queue.remove(unit)
             return unit
     return queue.popleft()
