@@ -336,7 +336,7 @@ def evaluation(given: Given) -> list[dict[str, Any]]:
         bench = Workbench(base, data, task, config, Path(folder))
         for recipe, every, work in (
             ("icl", 10, f"ICL evaluation, {len(test)} queries, 16 shared demonstrations"),
-            ("base", 1, f"evaluation without demonstrations, {len(test)} queries"),
+            ("base", 4, f"evaluation without demonstrations, {len(test)} queries"),
         ):
             prompts = list(bench.prompts(test, demonstrations=recipe == "icl"))
             some = range(0, len(prompts), every)
@@ -351,7 +351,7 @@ def evaluation(given: Given) -> list[dict[str, Any]]:
             naive = [decode(base.tokenizer, [token]) for token in results["naive"]]
             measured = line(
                 work, seconds["ours"], naive=every * seconds["naive"],
-                naive_timed="all" if every == 1 else f"every {every}th query",
+                naive_timed=f"every {every}th query",
                 naive_padded_batches_of_8=every * seconds["eight"], peak_mb=peak,
                 **agreement([said[i] for i in some], naive),
             )  # fmt: skip
