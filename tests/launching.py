@@ -82,7 +82,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def together(folder: Path, work: Callable[..., Any], *arguments: Any, count: int = 2) -> list[Any]:
+def together(
+    folder: Path, work: Callable[..., Any], *arguments: Any, count: int = 2, **env: str
+) -> list[Any]:
     """What ``work(*arguments)`` gives in each of ``count`` processes that were launched together, over gloo.
 
     Args:
@@ -90,11 +92,15 @@ def together(folder: Path, work: Callable[..., Any], *arguments: Any, count: int
         work: a function of a module.
         arguments: can be pickled.
         count: of processes.
+        env: variables of their environment.
     """
     folder.mkdir()
     port, members = free_port(), []
     for rank in range(count):
-        told = (str(folder / f"{rank}"), rank, count, port, work, arguments)
+        launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", **env}
+        variables = {name: str(value) for name, value in launched.items()}
+        told = (str(folder / f"{rank}"), variables, work, arguments)
         members.append(forkserver().Process(target=_member, args=told))
         members[-1].start()
     for rank, member in enumerate(members):
@@ -102,15 +108,11 @@ def together(folder: Path, work: Callable[..., Any], *arguments: Any, count: int
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(count)]
 
 
-def _member(
-    place: str, rank: int, count: int, port: int, work: Callable[..., Any], given: tuple[Any, ...]
-) -> None:
+def _member(place: str, variables: dict[str, str], work: Callable[..., Any], given: tuple[Any, ...]) -> None:
     with Path(f"{place}.log").open("wb", buffering=0) as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
-    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    os.environ.update({name: str(value) for name, value in launched.items()})
+    os.environ.update(variables)
     import torch
 
     torch.set_num_threads(1)

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ia2.distributed import shards_model
 from ia2.errors import ConfigError, DataError, RunFolderError
 from ia2.manifest import check
+from ia2.sharding import NEEDS_WHOLE, keep_whole
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +44,8 @@ def attach(model: Any, config: PeftConfig | FullConfig, seed: int) -> PeftModel 
     from ia2.full import FullConfig, FullModel
 
     if isinstance(config, FullConfig):
+        if shards_model():
+            raise ConfigError(NEEDS_WHOLE)
         return FullModel(model).eval()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
@@ -53,6 +57,8 @@ def attach(model: Any, config: PeftConfig | FullConfig, seed: int) -> PeftModel 
             adapted = get_peft_model(model, config)
         except Exception as error:
             _put_back(model, whole=False)  # it may have come half-way
+            if "DTensor" in str(error):
+                raise ConfigError(NEEDS_WHOLE) from error
             if not isinstance(error, ValueError):
                 raise
             message = " ".join(str(error).split())
@@ -62,6 +68,7 @@ def attach(model: Any, config: PeftConfig | FullConfig, seed: int) -> PeftModel 
                     "in tokenizer_name_or_path."
                 ) from error
             raise ConfigError(f"the adapter does not fit {type(model).__name__}: {message[:400]}") from error
+    keep_whole(adapted)
     return adapted.eval()  # type: ignore[no-any-return]
 
 

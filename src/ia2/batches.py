@@ -99,10 +99,12 @@ class Collator:
     Attributes:
         padding: id to fill rows with.
         packed: whether rows are packed (see :mod:`ia2.packing`).
+        alike: as many forward passes for any rows, which processes that share a model in shards need.
     """
 
     padding: int
     packed: bool = False
+    alike: bool = False
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if not self.packed:
@@ -114,7 +116,8 @@ class Collator:
         batch["answers"] = torch.tensor([token for row in rows for token in row.answer])
         batch["weights"] = torch.tensor([item["weight"] for item in items], dtype=torch.float32)
         batch["spans"] = [row.span for row in rows]
-        if any(a[:-1] != row.answer[:-1] for a, row in zip(responses, rows, strict=True)):
+        differ = any(a[:-1] != row.answer[:-1] for a, row in zip(responses, rows, strict=True))
+        if differ or (self.alike and rows[0].response is not None):
             batch["response"] = self._parts(queries, responses)
         if rows[0].context:
             batch["context"] = self._parts([row.context for row in rows], responses)
@@ -128,7 +131,7 @@ class Collator:
         lengths = [len(answer) for answer in answers]
         if self.packed:
             return [vars(pack_rows(rows, lengths))]
-        bounds = near_lengths([len(row) for row in rows])
+        bounds = [(0, len(rows))] if self.alike else near_lengths([len(row) for row in rows])
         return [vars(pad_rows(rows[a:b], lengths[a:b], self.padding)) for a, b in bounds]
 
 

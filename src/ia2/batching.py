@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from ia2.console import Progress, logger
+from ia2.sharding import stepping
 from ia2.tokens import Ids
 
 # Tokens of one batch from which on more rows make a forward pass hardly faster (two cores; on a GPU a
@@ -57,7 +58,7 @@ def in_halves(plan: list[list[int]], run: Callable[[list[int]], list[T]], bar: P
         try:
             results = run(members)
         except Exception as error:
-            if len(members) == 1 or not should_reduce_batch_size(error):
+            if len(members) == 1 or stepping() or not should_reduce_batch_size(error):
                 raise
             half = len(members) // 2
             logger.info("Out of memory with %d rows a batch; going on with %d.", len(members), half)

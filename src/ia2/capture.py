@@ -332,6 +332,9 @@ class ActivationCapture:
         total = getattr(inner.config.get_text_config(), "num_hidden_layers", None)
         self.total_layers = total if isinstance(total, int) else len(self.modules)
         self.hooked = {index: self._module_at(inner, *found) for index, found in self.modules.items()}
+        from ia2.sharding import LastShard  # which imports this module
+
+        self._last = LastShard(model, list(self.modules.values())[-1][1])
         self._stored: dict[int, Any] = {}
         self._armed = False
         self._handles: list[Any] = []
@@ -372,6 +375,7 @@ class ActivationCapture:
                 )
             else:
                 self._handles.append(module.register_forward_hook(hook))
+        self._handles += self._last.hooks()
         self._armed = True
         return self
 
@@ -425,7 +429,8 @@ class ActivationCapture:
                 f"{silent[0]} gave no attention weights: they exist in eager attention only. Run inside "
                 "ia2.capture.eager_attention(model), or choose another objective."
             )
-        return {index: stored[index] for index in self.modules}
+        *before, last = self.modules
+        return {**{i: stored[i] for i in before}, last: self._last.begin_with(stored[last])}
 
     def at_answers(self, batch: Batch, spans: Sequence[int] | None = None) -> torch.Tensor:
         """What the pass over ``batch`` left at its answer positions, rows in order.

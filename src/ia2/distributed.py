@@ -41,6 +41,7 @@ def process_state(*, on_cpu: bool = False) -> PartialState:
     count = _launched()
     if count == 1:
         return PartialState(cpu=asked)
+    _take_over()
     # accelerate connects processes without an accelerator only where it is told that there is none
     cpu = asked or on_cpu or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu, timeout=_PATIENCE)
@@ -50,6 +51,48 @@ def process_state(*, on_cpu: bool = False) -> PartialState:
             "Start one, or give --device cpu."
         )
     return state
+
+
+def shards_model() -> bool:
+    """Whether this launch asks for a model in shards: FSDP2 or ZeRO-3 (see :mod:`ia2.sharding`)."""
+    if _launched() > 1:
+        process_state()
+    return _shards
+
+
+_shards = False
+
+
+def _take_over() -> None:
+    """Note what the launch says of sharding, and hide it from accelerate.
+
+    accelerate would shard the model when training begins. Here it is sharded when it is loaded, and must not
+    be sharded twice.
+
+    Raises:
+        ConfigError: what is asked for is not done here.
+    """
+    from accelerate.utils import parse_flag_from_env
+
+    global _shards
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise ConfigError(
+                "FSDP 1 is not supported. Set fsdp_version: 2 in the configuration of accelerate."
+            )
+        offload, _shards = os.environ.get("FSDP_OFFLOAD_PARAMS", "false"), True
+    elif parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        # without ZeRO-3 the frozen base is whole everywhere, as in DDP
+        _shards = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+        offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
+    else:
+        return
+    if offload.lower() not in ("false", "none"):
+        raise ConfigError(
+            "weights are not offloaded to the CPU. Leave that out of the configuration of accelerate, or "
+            "take `ia2 env --accelerate fsdp2`."
+        )
+    os.environ["ACCELERATE_USE_FSDP"] = os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
 
 
 def _launched() -> int:
@@ -124,7 +167,7 @@ def gathered(mine: T) -> list[T]:
     import torch.distributed as dist
 
     found: list[Any] = [None] * process_state().num_processes
-    dist.all_gather_object(found, mine, group=_host_group())
+    dist.all_gather_object(found, mine, group=host_group())
     return found
 
 
@@ -136,8 +179,8 @@ def joined(mine: list[T]) -> list[T]:
 _groups: dict[Any, Any] = {}
 
 
-def _host_group() -> Any:
-    """All processes, connected through their hosts' memory; made when it is first asked for."""
+def host_group() -> Any:
+    """All processes, connected through their hosts' memory; made when they first ask for it."""
     import torch.distributed as dist
 
     process_state()

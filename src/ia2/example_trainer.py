@@ -25,6 +25,7 @@ from ia2.batches import AnswerDataset, Collator, EpochSampler
 from ia2.checkpoints import BestWeights, Steps, last_complete_checkpoint
 from ia2.config import REENTRANT
 from ia2.console import Progress, logger
+from ia2.distributed import shards_model
 from ia2.errors import ConfigError, RunFolderError
 from ia2.manifest import begin, root_of
 from ia2.packing import packs, row_attention
@@ -132,7 +133,7 @@ class ExampleTrainer(Trainer, ABC):
         self._orders: dict[int, list[int]] = {}
         self.best = BestWeights(settings.patience, settings.restore_best)
         self._loss_is_finite: torch.Tensor | None = None  # of this process, since the last step
-        collator = Collator(pad_id(tokenizer))
+        collator = Collator(pad_id(tokenizer), alike=shards_model())
         arguments = self._arguments(settings, len(train_dataset), next(model.parameters()).device)
         super().__init__(
             model=model,

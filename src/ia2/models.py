@@ -21,6 +21,7 @@ from ia2.identity import (
     memory_identity,
 )
 from ia2.machine_errors import memory_exhausted
+from ia2.sharding import in_turns, on_device
 from ia2.user_files import user_path
 from ia2.wording import quoted
 
@@ -149,9 +150,12 @@ def load_base(
             for file in {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}:
                 if Path(file).name != file or not file.endswith(".safetensors"):
                     raise ValueError(f"{index.name} names {quoted(file)}, no safetensors file beside it")
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), use_safetensors=True, **options
-        )
+        with in_turns(target):
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=getattr(torch, dtype), use_safetensors=True, **options
+            )
+            if quantization is None:  # else it was put there while it was read, and refuses to move
+                on_device(model, target)
     except UserError:
         raise
     except Exception as error:  # files that are no model's lead their readers to errors of any kind
@@ -159,8 +163,6 @@ def load_base(
             raise
         raise ModelError(_explain(name, path, error)) from error
     _check_vocabulary(model, tokenizer, name)
-    if quantization is None:  # else it was put there while it was read, and refuses to move
-        torch.nn.Module.to(model, target)
     if quantization == "4bit":
         _keep_packing(model)
         _check_dequantised(model, name)

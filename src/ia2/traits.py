@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ia2.capture import unwrap
+from ia2.sharding import in_step
 
 if TYPE_CHECKING:
     import torch
@@ -112,8 +113,11 @@ class evaluating:
     def __enter__(self) -> None:
         self.training = self.model.training
         self.model.eval()
+        self.in_step = in_step(self.model)
+        self.in_step.__enter__()
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, *exc: Any) -> None:
+        self.in_step.__exit__(*exc)
         self.model.train(self.training)
 
 
