@@ -12,13 +12,14 @@ from launching import together
 
 import ia2.models
 from ia2 import AdaptConfig, adapt, distributed
-from ia2.adapter_weights import attach
+from ia2.adapter_weights import attach, detach
 from ia2.adapters import peft_config
 from ia2.config_sections import AdapterConfig
 from ia2.errors import ConfigError
 from ia2.example_trainer import ExampleTrainer
 from ia2.inference import answer_pass, generate_answers
 from ia2.models import load_base
+from ia2.recipes import ADAPTER_NAMES
 from ia2.sharding import NEEDS_WHOLE
 
 pytestmark = pytest.mark.skipif(
@@ -127,6 +128,36 @@ def refused(path: Path) -> list[str]:
             attach(base.model, peft_config(base.model, adapter), 0)
         found.append(str(caught.value))
     return found
+
+
+def steps(path: Path) -> dict[str, Any]:
+    """Loss of a row with each other adapter, and the sizes of its gradients."""
+    base = load_base(str(path), device="cpu", dtype="float32")
+    ids = torch.tensor([base.tokenizer(icl_examples(1)[0].query)["input_ids"]])
+    found = {}
+    for name in set(ADAPTER_NAMES) - {"full", "dora"}:
+        model = attach(base.model, peft_config(base.model, AdapterConfig(type=name)), 0)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        sizes = [float(p.grad.norm()) for p in model.parameters() if p.grad is not None]
+        found[name] = [loss.item(), *sizes]
+        detach(model)
+    return found
+
+
+def test_other_adapters_learn_on_shards(tiny_icl_model_path: Path, tmp_path: Path) -> None:
+    alone = steps(tiny_icl_model_path)
+    for found in together(tmp_path / "logs", steps, tiny_icl_model_path, **FSDP):
+        assert found.keys() == alone.keys()
+        for name, values in alone.items():
+            assert len(values) > 1 and max(values[1:]) > 0
+            assert found[name] == pytest.approx(values, rel=1e-4, abs=1e-7), name
+
+
+def test_quantised_weights_are_refused(tiny_icl_model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ia2.models.shards_model", lambda: True)
+    with pytest.raises(ConfigError, match="quantised weights cannot be sharded"):
+        load_base(str(tiny_icl_model_path), device="cpu", quantization="4bit")
 
 
 def test_adapters_that_need_whole_weights_are_refused(tiny_icl_model_path: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ia2.distributed import first_then_all, process_state
+from ia2.distributed import first_then_all, process_state, shards_model
 from ia2.errors import ConfigError, ModelError, UserError, suggest
 from ia2.gguf import DEMO_MODELS, convert, demo_folder
 from ia2.identity import (
@@ -265,7 +265,7 @@ def _quantized(
     """Options of ``from_pretrained`` for a model whose weights are quantised as they are read.
 
     Raises:
-        ConfigError: an unknown quantisation.
+        ConfigError: an unknown quantisation, or a launch that shards models.
         ModelError: no bitsandbytes, a device that it cannot use, or a model that is quantised already.
     """
     import torch
@@ -274,6 +274,11 @@ def _quantized(
     if quantization not in QUANTIZATIONS:
         raise ConfigError(
             f"quantization '{quantization}' is unknown. Choose one of {', '.join(QUANTIZATIONS)}."
+        )
+    if shards_model():
+        raise ConfigError(
+            "quantised weights cannot be sharded. Leave quantization out, or launch with "
+            "`ia2 env --accelerate ddp`."
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
