@@ -154,6 +154,7 @@ def inputs(model: Any, batch: Batch) -> dict[str, Any]:
 
     To be called, as the model then is, inside :func:`row_attention`.
     """
+    model = unwrap(model)  # in DDP too
     device = input_device(model)
     ids = batch.input_ids.to(device)
     if batch.position_ids is None:
