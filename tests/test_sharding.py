@@ -30,12 +30,11 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 def trained(path: Path, folder: Path, stop_after: int | None = None, **settings: Any) -> dict[str, Any]:
-    """Both stages of ``ia2-sft``, in float64, since Adam makes rounding errors visible."""
+    """A recipe, stopped and taken up again if asked; in float64, since Adam makes rounding errors visible."""
     ia2.models.DTYPES = (*ia2.models.DTYPES, "float64")
     base = load_base(str(path), device="cpu", dtype="float64")
     rows = icl_examples(24)
     config = AdaptConfig(
-        recipe="ia2-sft",
         learning_rates=[0.002],
         align={"epochs": 3},
         sft={"epochs": 3},
@@ -71,10 +70,15 @@ def trained(path: Path, folder: Path, stop_after: int | None = None, **settings:
     }
 
 
-@pytest.mark.parametrize("how", ["ddp", "sharded", "sharded, stopped and recomputing"])
+@pytest.mark.parametrize("how", ["ddp", "sharded", "sharded, stopped and recomputing", "sharded, joint"])
 def test_two_processes_train_what_one_trains(how: str, tiny_icl_model_path: Path, tmp_path: Path) -> None:
-    settings = {"activation_checkpointing": True, "stop_after": 3} if "stopped" in how else {}
-    alone = trained(tiny_icl_model_path, tmp_path / "alone")
+    settings: dict[str, Any] = {"recipe": "ia2-sft"}
+    if "joint" in how:  # rows that the teacher answers wrongly take two passes, the others one
+        settings = {"recipe": "ia2+sft", "joint": {"epochs": 3, "answers": "ground_truth"}}
+        settings |= {"task": "generation", "max_answer_tokens": 3}
+    alone = trained(tiny_icl_model_path, tmp_path / "alone", **settings)
+    if "stopped" in how:
+        settings |= {"activation_checkpointing": True, "stop_after": 3}
     env = {} if how == "ddp" else FSDP
     both = together(tmp_path / "logs", _trained, tiny_icl_model_path, tmp_path / "both", settings, **env)
     assert max(abs(p).max() for n, p in alone["lora"].items() if "lora_B" in n) > 1e-3
