@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benches import base_of, bench_of, word_examples, wordy_model
+from benches import base_of, bench_of, icl_base, icl_examples, word_examples, wordy_model
 from hypothesis import given
 from hypothesis import strategies as st
 from launching import together
 from words import make_word_tokenizer
 
-from ia2 import distributed
+from ia2 import CompareConfig, compare, distributed
 
 gloo = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")
 
@@ -90,6 +90,35 @@ def test_two_processes_share_the_rows(task: str, targets: str, tmp_path: Path) -
     for place, whole in enumerate(alone["tokens"]):
         parts = [found["tokens"][place] for found in both]
         assert max(parts) < 0.7 * whole and min(parts) > 0.3 * whole, (parts, whole)
+
+
+def compared(path: Path, folder: Path) -> dict[str, Any]:
+    """Metrics of a comparison with cross-fitting, which is then read again from its files."""
+    config = CompareConfig(
+        recipes=["base", "icl", "ia2-sft"], seeds=1, folds=2, align={"epochs": 2}, sft={"epochs": 2}
+    )
+    found, again = (
+        {
+            name: recipe["metrics"]
+            for name, recipe in compare(icl_base(path), icl_examples(16), config, output_dir=folder)
+            .summary["recipes"]
+            .items()
+        }
+        for _ in range(2)
+    )
+    assert found == again
+    return found
+
+
+@gloo
+def test_two_processes_compare(tiny_icl_model_path: Path, tmp_path: Path) -> None:
+    alone = compared(tiny_icl_model_path, tmp_path / "alone")
+    for found in together(tmp_path / "logs", compared, tiny_icl_model_path, tmp_path / "both"):
+        for name, scopes in alone.items():
+            for scope in ("vocabulary", "labels"):
+                for metric in ("accuracy", "nll"):
+                    here, there = found[name][scope][metric], scopes[scope][metric]
+                    assert here["value"] == pytest.approx(there["value"], rel=1e-3), (name, scope, metric)
 
 
 def assert_close(one: Any, other: Any) -> None:
