@@ -13,11 +13,12 @@ from benches import icl_examples
 from launching import finish, free_port, python, start, write_rows
 from safetensors.torch import load_file
 
+import ia2
 from ia2.distributed import process_state
 from ia2.errors import ConfigError
 
 # What `-m ia2` runs, and a word about how many processes share a stage: `accelerate launch --cpu` starts
-# a single one, whatever it is asked for, so the launch goes through torchrun (--multi_gpu).
+# a single one, whatever it is asked for, so the launch goes through torchrun (MULTI_GPU).
 _MAIN = """
 import os
 
@@ -57,8 +58,9 @@ def test_two_processes_learn_what_one_learns(tiny_icl_model_path: Path, tmp_path
         return ["train", *options, "--output-dir", tmp_path / name]
 
     logs = {name: tmp_path / f"{name}.log" for name in ("one", "two")}
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", free_port()]
+    config = Path(ia2.__file__).parent / "accelerate_configs" / "ddp.yaml"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", 2]
+    launcher += ["--main_process_port", free_port()]
     script = tmp_path / "main.py"
     script.write_text(_MAIN)
     two = python([*launcher, script, *arguments("two")], logs["two"], ACCELERATE_USE_CPU="true")
