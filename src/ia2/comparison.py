@@ -31,7 +31,7 @@ from ia2.runs import claimed, content_facts, machine, stored_settings, versions
 from ia2.stages import TrainedRecipe
 from ia2.task import Task, make_task
 from ia2.teaching import IclReference
-from ia2.workbench import Workbench
+from ia2.workbench import Evaluated, Workbench
 
 
 @dataclass
@@ -250,8 +250,10 @@ def _run_round(
     referred = False
     on: Workbench | None = None  # the workbench whose adapter is on the model
     try:
-        # arms of one adapter and objective one after the other, so that an adapter is put on once
-        for arm in sorted(every, key=lambda arm: [a.variant for a in every].index(arm.variant)):
+        # ICL first: the others are compared with what its evaluation gives; then arms of one adapter and
+        # objective one after the other, so that an adapter is put on once
+        variants = [arm.variant for arm in every]
+        for arm in sorted(every, key=lambda arm: (arm.recipe != "icl", variants.index(arm.variant))):
             if arm.name in found or arm.name in diverged:
                 continue
             if on is None or on.variant != arm.variant:
@@ -265,7 +267,11 @@ def _run_round(
                 continue
             if not referred and arm.recipe != "icl":
                 reference, referred = on.teaching.try_reference(current.test), True
-            outcome = _evaluate(on, arm, current, trained, reference)
+            refer = arm.recipe == "icl" and any(a.recipe != "icl" and a.name not in found for a in every)
+            evaluated = on.evaluate(arm.recipe, current.test, reference, refer=refer)
+            if refer:
+                reference, referred = evaluated.reference, evaluated.reference is not None
+            outcome = _outcome(on, arm, current, trained, evaluated)
             if is_first():
                 write_json(files[arm.name], outcome.to_dict())
             wait()
@@ -289,14 +295,13 @@ def _leave(bench: Workbench) -> None:
     wait()
 
 
-def _evaluate(
+def _outcome(
     bench: Workbench,
     arm: Arm,
     current: Round,
     trained: TrainedRecipe | None,
-    reference: IclReference | None,
+    evaluated: Evaluated,
 ) -> Outcome:
-    evaluated = bench.evaluate(arm.recipe, current.test, reference)
     seconds = {"evaluate": evaluated.seconds}
     if trained is not None:
         teacher = bench.teacher_seconds

@@ -13,24 +13,28 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ia2.capture import ActivationCapture, eager_attention
 from ia2.config import AdaptConfig
 from ia2.console import logger
 from ia2.context import Contexts
-from ia2.distributed import is_first, wait
+from ia2.distributed import gathered, is_first, wait
 from ia2.errors import ConfigError
 from ia2.evaluation.answers import exact_match, load_parser
 from ia2.examples import Example, FewShotSplit
 from ia2.files import digest, read_json, write_json
-from ia2.inference import answer_pass
+from ia2.inference import AnswerOutput, answer_pass
 from ia2.layers import layer_shift
 from ia2.models import BaseModel
 from ia2.prompts import ContextFunction, Prompts
-from ia2.targets import MemoryTargets, Targets, TeacherAnswer
+from ia2.targets import MemoryTargets, OnlineTargets, Targets, TeacherAnswer
 from ia2.task import Task
 from ia2.teacher import ANSWERS, Teacher
+from ia2.tokens import Ids, decode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FORMAT = 2  # of target stores and stage folders; bump when their meaning changes
 
@@ -52,6 +56,33 @@ class IclReference:
 
     targets: Targets
     count: int
+
+
+class TakenReference:
+    """An :class:`IclReference` out of a pass that evaluates ICL, for answers of one token.
+
+    Args:
+        layers: whose activations are captured.
+        count: of queries; outputs of later ones are let go.
+    """
+
+    def __init__(self, layers: Sequence[int], count: int) -> None:
+        self.count, self._targets = count, MemoryTargets(list(layers))
+        self._said: dict[int, int] = {}
+
+    def add(self, output: AnswerOutput) -> None:
+        """Take one query's output."""
+        if output.index < self.count:
+            assert output.logits is not None and output.activations is not None
+            self._targets.add(output.index, 0, output.activations)
+            self._said[output.index] = int(output.logits[0].argmax())
+
+    def finish(self, tokenizer: PreTrainedTokenizerBase) -> IclReference:
+        """All outputs have been added, here or in other processes of the launch."""
+        said = {i: token for part in gathered(self._said) for i, token in part.items()}
+        tokens = [said[i] for i in range(self.count)]
+        answers = [TeacherAnswer((token,), decode(tokenizer, [token])) for token in tokens]
+        return IclReference(self._targets.finish(answers), self.count)
 
 
 class Teaching:
@@ -338,10 +369,19 @@ class Teaching:
         )
         return None
 
+    def refers_to(self, test: Sequence[Example], prompts: Sequence[Ids]) -> bool:
+        """Whether these prompts, of ICL, are those that :meth:`reference` has of the same rows."""
+        contexts = self.prompts.pool_contexts(test[:SIMILARITY_QUERIES])
+        return all(contexts.context_ids(i) == prompts[i] for i in range(len(contexts)))
+
     def reference(self, test: Sequence[Example]) -> IclReference:
         """The base model's answers and activations with demonstrations on the first test queries."""
         subset = test[:SIMILARITY_QUERIES]
         contexts = self.prompts.pool_contexts(subset)
+        if len(self.data.dev) and contexts is self.dev_contexts and ("output", None) in self._targets:
+            dev = self._targets["output", None][1]
+            if not isinstance(dev, OnlineTargets):  # of these very prompts
+                return IclReference(dev, len(subset))
         contexts.prepare()
         targets = self.teacher().to_memory(contexts, description="ICL reference")
         return IclReference(targets, len(subset))

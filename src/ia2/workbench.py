@@ -26,6 +26,7 @@ from ia2.adapter_weights import (
 )
 from ia2.adapters import default_learning_rate, peft_config
 from ia2.analysis.similarity import Similarity, SimilarityMeter
+from ia2.batching import MAX_LOGITS
 from ia2.capture import ActivationCapture
 from ia2.config import AdaptConfig
 from ia2.config_sections import AlignConfig, JointConfig, SftConfig, SoftConfig
@@ -56,7 +57,7 @@ from ia2.stages import (
 from ia2.targets import Targets
 from ia2.task import Task
 from ia2.teacher import ANSWERS, span
-from ia2.teaching import FORMAT, SIMILARITY_QUERIES, IclReference, Teaching
+from ia2.teaching import FORMAT, SIMILARITY_QUERIES, IclReference, TakenReference, Teaching
 from ia2.tokens import Ids
 
 if TYPE_CHECKING:
@@ -97,13 +98,23 @@ def _alignment_section(stage: PlannedStage, config: AdaptConfig) -> AlignConfig:
 
 @dataclass
 class Evaluated:
-    """A recipe on a set of rows; ``tokens_per_query`` is the mean length of its prompts."""
+    """A recipe on a set of rows.
+
+    Attributes:
+        predictions: one a row.
+        measured: rows that metrics are made of.
+        similarity: to ICL, where it was measured.
+        seconds: that the evaluation took.
+        tokens_per_query: mean length of its prompts.
+        reference: what similarities to ICL are measured against, where it was asked for and is at hand.
+    """
 
     predictions: list[Prediction]
     measured: Measured
     similarity: Similarity | None
     seconds: float
     tokens_per_query: float
+    reference: IclReference | None = None
 
 
 @dataclass
@@ -551,6 +562,8 @@ class Workbench:
         reference: IclReference | None = None,
         task: Task | None = None,
         temperatures: dict[str, float] | None = None,
+        *,
+        refer: bool = False,
     ) -> Evaluated:
         """Evaluate what the model is now: ``base`` and ``icl`` switch the adapter off.
 
@@ -560,6 +573,7 @@ class Workbench:
             reference: measure similarity to these activations too (not for ``icl`` itself).
             task: of the test rows, where they are of another distribution with other labels.
             temperatures: fitted on the dev rows before; None fits them here.
+            refer: of ``icl``, give the reference too, where the same pass has it: for answers of one token.
         """
         task = task or self.task
         began = time.perf_counter()
@@ -567,18 +581,26 @@ class Workbench:
         model = self.model if is_trained(recipe) else self.teaching.model
         off = nullcontext() if is_trained(recipe) else base_weights(model)
         # One-token answers need no teacher forcing, so one pass gives scores and activations.
-        meter = capture = None
+        meter = capture = taken = None
         if reference is not None and not in_context and task.single_token:
             meter = SimilarityMeter(reference.targets.layers)
             capture = ActivationCapture(model, self.config.attention_modules)
+        test_prompts = self.prompts(test, demonstrations=in_context, task=task)
+        if refer and task.single_token and self.teaching.refers_to(test, test_prompts):
+            capture = ActivationCapture(model, self.config.attention_modules)
+            taken = TakenReference(capture.layers, min(len(test), SIMILARITY_QUERIES))
 
-        def compare(output: AnswerOutput) -> None:
-            if meter is not None and reference is not None and output.index < reference.count:
+        def take(output: AnswerOutput) -> None:
+            if taken is not None:
+                taken.add(output)
+            elif meter is not None and reference is not None and output.index < reference.count:
                 _compare(meter, output, reference)
 
-        test_prompts = self.prompts(test, demonstrations=in_context, task=task)
+        fit = temperatures is None and len(self.data.dev) > 0
+        # without test rows the dev rows are evaluated: one pass for both
+        with_fit = fit and test is self.data.dev and task is self.task and self._keeps_scores(len(test))
         with off:
-            if temperatures is None and len(self.data.dev):
+            if fit and not with_fit:
                 dev_prompts = self.prompts(self.data.dev, demonstrations=in_context)
                 temperatures = fit_temperatures(model, self.tokenizer, self.task, self.data.dev, dev_prompts)
             with capture or nullcontext():
@@ -589,16 +611,25 @@ class Workbench:
                     test,
                     test_prompts,
                     temperatures,
+                    fit=with_fit,
                     capture=capture,
-                    on_output=compare,
+                    on_output=take,
                     description=f"evaluating {recipe}",
                 )
             seconds = time.perf_counter() - began
             similarity = meter.join().finish() if meter is not None else None
             if reference is not None and not in_context and similarity is None:
                 similarity = _similarity(self._forced(model, recipe, test, reference), reference)
+        found = taken.finish(self.tokenizer) if taken is not None else None
         tokens = sum(len(prompt) for prompt in test_prompts) / len(test_prompts)
-        return Evaluated(predictions, measured, similarity, seconds, tokens)
+        return Evaluated(predictions, measured, similarity, seconds, tokens, found)
+
+    def _keeps_scores(self, rows: int) -> bool:
+        """Whether the logits of so many rows, from which temperatures are fitted, may stay in memory."""
+        if self.task.kind != "classification":
+            return True  # generated answers do not depend on temperatures, and no logits are kept
+        positions = 1 if self.task.single_token else sum(len(ids) + 1 for ids in self.task.label_ids)
+        return rows * positions * self.base.model.get_output_embeddings().weight.shape[0] <= MAX_LOGITS
 
     def base_similarity(
         self,

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from benches import base_of, bench_of, clone, icl_base, icl_examples, word_examples, wordy_model
 from command_line import run, write_rows
 from sweeping import grid_of, records
 
-from ia2 import prompts, teacher, workbench
+from ia2 import prompts, teacher, teaching, workbench
 from ia2.adaptation import AdaptResult, adapt
 from ia2.analysis.reading import read_facts
 from ia2.analysis.subjects import find_study
 from ia2.comparison import compare
 from ia2.config import AdaptConfig, CompareConfig
+from ia2.evaluation import scoring
 from ia2.example_trainer import ExampleTrainer
+from ia2.examples import Examples
 from ia2.files import digest, finite
+from ia2.inference import answer_pass
 from ia2.models import BaseModel
 from ia2.sweeps.grid import GridConfig
 from ia2.sweeps.run import sweep
@@ -158,12 +163,119 @@ def test_a_finished_comparison_opens_without_the_teacher(
         **BRIEF, targets="memory", seeds=1, folds=2, recipes=["base", "icl", "ia2-sft", "soft-sft"]
     )
     first = compare(clone(base), ROWS, config, output_dir=tmp_path / "out")
-    assert set(passes) == {"output", "soft", "ICL reference"}
+    assert set(passes) == {"output", "soft"}
     passes.clear()
     fits.clear()
     again = compare(clone(base), ROWS, config, output_dir=tmp_path / "out")
     assert (passes, fits) == ([], [])
     assert digest(finite(again.summary)) == digest(finite(first.summary))
+
+
+# ----------------------------------------------------------------- ICL and what is compared with it
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What each pass over labels is for, and how many prompts it has."""
+    ran: list[str] = []
+
+    def counting(model: Any, tokenizer: Any, pairs: Any, *, description: str, **options: Any) -> Any:
+        ran.append(f"{description}: {len(pairs)}")
+        return answer_pass(model, tokenizer, pairs, description=description, **options)
+
+    for module in (scoring, teacher, teaching, workbench):
+        monkeypatch.setattr(module, "answer_pass", counting)
+    return ran
+
+
+def compared(base: BaseModel, folder: Path, *recipes: str, **settings: Any) -> dict[str, Any]:
+    config = CompareConfig(**BRIEF, targets="memory", seeds=1, num_examples=6, recipes=[*recipes], **settings)
+    return compare(clone(base), ROWS, config, test=icl_examples(9, 1), output_dir=folder).summary
+
+
+def test_an_evaluation_of_icl_gives_the_reference(base: BaseModel, tmp_path: Path, asked: list[str]) -> None:
+    """One pass for both, and the figures are those of two passes."""
+    summary = compared(base, tmp_path / "both", "base", "icl", "sft")
+    assert asked == [
+        f"{what}: {count}"
+        for recipe in ("icl", "base", "sft")
+        for what, count in (("fitting temperature", 3), (f"evaluating {recipe}", 9))
+    ]
+    asked.clear()
+    apart = compared(base, tmp_path / "apart", "base", "sft")
+    assert [each for each in asked if "ICL" in each] == ["ICL reference: 9"]
+    asked.clear()
+    alone = compared(base, tmp_path / "alone", "icl")
+    assert asked == ["fitting temperature: 3", "evaluating icl: 9"]
+    assert alone["recipes"]["icl"]["metrics"] == summary["recipes"]["icl"]["metrics"]
+    for recipe in ("base", "sft"):
+        one, two = summary["recipes"][recipe], apart["recipes"][recipe]
+        assert one["metrics"] == two["metrics"]
+        assert one["asim"]["value"] == pytest.approx(two["asim"]["value"], abs=1e-6)
+        for name in ("asim_by_layer", "l2_by_layer", "variance_unexplained_by_layer"):
+            assert one["similarity"][name] == pytest.approx(two["similarity"][name], rel=1e-5)
+
+
+def test_prompts_that_differ_take_a_pass_of_their_own(
+    base: BaseModel, tmp_path: Path, asked: list[str]
+) -> None:
+    """Fresh demonstrations are another ICL than the one that recipes learn from."""
+    pool = icl_examples(30)
+    config = CompareConfig(
+        **BRIEF, targets="memory", seeds=1, num_examples=6, recipes=["icl", "sft"], icl_demonstrations="fresh"
+    )
+    compare(clone(base), pool, config, test=icl_examples(9, 1), output_dir=tmp_path / "out")
+    assert [each for each in asked if "icl" in each.lower()] == ["evaluating icl: 9", "ICL reference: 9"]
+
+
+def test_dev_rows_are_evaluated_in_one_pass(base: BaseModel, tmp_path: Path, asked: list[str]) -> None:
+    """Without test rows: temperatures, metrics and similarity come of one pass, the reference of none."""
+    result = adapted(base, tmp_path / "out", targets="memory", num_examples=6)
+    assert asked == ["teacher pass (train): 6", "teacher pass (dev): 3", "evaluating ia2-sft: 3"]
+    asked.clear()
+    test = Examples(list(ROWS.split(num_examples=6, seed=0).dev), name="the same rows, as test rows")
+    apart = adapt(
+        clone(base), ROWS, AdaptConfig(**BRIEF, num_examples=6), test=test, output_dir=tmp_path / "apart"
+    )
+    assert len(asked) == 4
+    assert result.metrics["temperatures"] == apart.metrics["temperatures"]
+    assert [row.to_dict() for row in result.predictions] == [row.to_dict() for row in apart.predictions]
+    for scope, found in result.metrics["dev"].items():
+        assert found == apart.metrics["test"][scope]
+    one, two = (each.metrics["similarity_to_icl"]["asim_by_layer"] for each in (result, apart))
+    assert one == pytest.approx(two, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("task", "settings"),
+    [
+        ("labels of one token", {}),
+        ("labels of several tokens", {"labels": [" good film", " good food red", " bad"]}),
+        ("free text", {"task": "generation", "max_answer_tokens": 5}),
+    ],
+)
+def test_temperatures_are_fitted_on_what_is_evaluated(
+    task: str, settings: dict[str, Any], tmp_path: Path, word_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same figures as of two passes, exactly."""
+    rows = word_examples(9)
+    if "labels" in settings:
+        names = settings["labels"]
+        rows = Examples([replace(row, answer=names[i % 3]) for i, row in enumerate(rows)], name="rows")
+    bench = bench_of(base_of(wordy_model(), word_tokenizer), rows[:5], rows[5:], tmp_path, **settings)
+    apart = bench.evaluate("base", Examples(list(rows[5:]), name="test"))
+    monkeypatch.setattr(workbench, "fit_temperatures", None)
+    one = bench.evaluate("base", bench.data.dev)
+    assert one.measured.temperatures == apart.measured.temperatures
+    for found, expected in (
+        (one.measured.plain, apart.measured.plain),
+        (one.measured.scaled, apart.measured.scaled),
+    ):
+        assert found.keys() == expected.keys() != set()
+        for scope in found:
+            for mine, theirs in zip(found[scope].arrays(), expected[scope].arrays(), strict=True):
+                np.testing.assert_array_equal(mine, theirs)
+    assert [row.to_dict() for row in one.predictions] == [row.to_dict() for row in apart.predictions]
 
 
 # -------------------------------------------------------------------------------------- temperatures

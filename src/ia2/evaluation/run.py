@@ -18,6 +18,7 @@ from ia2.evaluation.metrics import (
 )
 from ia2.evaluation.scoring import (
     FreeAnswers,
+    LabelScores,
     Prediction,
     answer_freely,
     free_predictions,
@@ -64,6 +65,7 @@ def evaluate_prompts(
     prompts: Sequence[Ids],
     temperatures: dict[str, float] | None = None,
     *,
+    fit: bool = False,
     capture: ActivationCapture | None = None,
     on_output: Callable[[AnswerOutput], None] | None = None,
     description: str = "evaluating",
@@ -77,6 +79,7 @@ def evaluate_prompts(
         examples: labelled rows.
         prompts: what the model is asked for each, with or without demonstrations.
         temperatures: from :func:`fit_temperatures`; None leaves scaled metrics out.
+        fit: these are the dev rows: fit the temperatures on them, in the same pass.
         capture: for labels of one token, an entered capture whose activations ``on_output`` gets.
         on_output: called with every row's output, for labels of one token.
         description: text of the progress bar.
@@ -87,16 +90,25 @@ def evaluate_prompts(
     if task.kind == "classification":
         gold = _gold(task, examples)
         asked = [1.0] if temperatures is None else [1.0, temperatures["vocabulary"]]
+        fitted: dict[str, float] = {}
+
+        def fitting(scores: LabelScores) -> float:
+            fitted.update(fit_label_temperatures(scores, gold))
+            return fitted["vocabulary"]
+
         scores = score_labels(
             model,
             tokenizer,
             task,
             prompts,
-            temperatures=asked,
+            temperatures=[float(t) for t in TEMPERATURES] if fit else asked,
+            truth=gold if fit else None,
             capture=capture,
             on_output=on_output,
+            fit=fitting if fit else None,
             description=description,
         )
+        temperatures = fitted or temperatures
         first = [ids[0] for ids in task.label_ids]
         return (
             label_predictions(tokenizer, task, examples, scores),
@@ -104,6 +116,8 @@ def evaluate_prompts(
         )
     answers = answer_freely(model, tokenizer, task, prompts, description=description)
     right = _right(task, examples, answers)
+    if fit:
+        temperatures = fit_free_temperatures(answers, right)
     return free_predictions(task, examples, answers), measure_free(answers, right, temperatures)
 
 

@@ -175,6 +175,7 @@ def score_labels(
     truth: Sequence[int] | np.ndarray | None = None,
     capture: ActivationCapture | None = None,
     on_output: Callable[[AnswerOutput], None] | None = None,
+    fit: Callable[[LabelScores], float] | None = None,
     description: str = "evaluating",
 ) -> LabelScores:
     """Score every label of every prompt (see :class:`LabelScorer`).
@@ -191,20 +192,35 @@ def score_labels(
         capture: for labels of one token, an entered capture whose activations ``on_output`` gets.
         on_output: for labels of one token, called with each prompt's output as it comes (of this
             process's share).
+        fit: gives a temperature from these scores. What is returned is then taken at 1 and at that one, from
+            the same logits, which are kept until then.
         description: text of the progress bar.
     """
     mine = share(len(prompts), lambda i: len(prompts[i]))
     scorer = LabelScorer(task, len(mine), temperatures, None if truth is None else [truth[i] for i in mine])
     prompts = [prompts[i] for i in mine]
+    kept: list[AnswerOutput] = []
+
+    def add(output: AnswerOutput) -> None:
+        scorer.add(output)
+        if fit is not None:
+            kept.append(replace(output, activations=None))
+
     if not task.single_token:
         for output in answers_pass(model, tokenizer, prompts, scorer.answers, description=description):
-            scorer.add(output)
-        return scorer.finish().join()
-    pairs = [(prompt, scorer.answers[0]) for prompt in prompts]
-    for output in answer_pass(model, tokenizer, pairs, capture=capture, description=description):
+            add(output)
+    else:
+        pairs = [(prompt, scorer.answers[0]) for prompt in prompts]
+        for output in answer_pass(model, tokenizer, pairs, capture=capture, description=description):
+            add(output)
+            if on_output is not None:
+                on_output(replace(output, index=mine[output.index]))
+    scores = scorer.finish().join()
+    if fit is None:
+        return scores
+    scorer = LabelScorer(task, len(mine), [1.0, fit(scores)])
+    for output in kept:
         scorer.add(output)
-        if on_output is not None:
-            on_output(replace(output, index=mine[output.index]))
     return scorer.finish().join()
 
 

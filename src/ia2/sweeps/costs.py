@@ -353,7 +353,9 @@ class UnitCosts:
                 self._stages.add(chain)
         if recipe != "base" and not self._referenced:
             self._referenced = True
-            cost.teacher += self._answered(self._some(self._compared, written=True), behind=True)
+            # of single tokens the evaluation of icl gives it
+            if recipe != "icl" or self.shape.evaluated[0].limit > 1:
+                cost.teacher += self._answered(self._some(self._compared, written=True), behind=True)
         cost.evaluation = self._evaluation(recipe)
         return cost
 

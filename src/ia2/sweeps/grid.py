@@ -248,7 +248,8 @@ def expand(
             members[0][1].model,
             grid.model_options(),
             grid.data_dir,
-            tuple(cell for cell, _ in members),
+            # ICL first: its evaluation gives what the others are compared with
+            tuple(sorted((cell for cell, _ in members), key=lambda cell: cell.spec["recipe"] != "icl")),
         )
         for key, members in units.items()
     ]

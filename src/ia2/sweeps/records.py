@@ -259,8 +259,8 @@ OVERHEAD = ("evaluate", "load", "reference", "other")
 """Kinds of seconds beside teacher and training; no two cells share them.
 
 ``evaluate``: on its own test rows and others'. ``load``: the model; ``reference``: what ICL does on the first
-test rows, which similarities are measured to: both stand in the first cell that needed them. ``other``:
-everything else, such as reading and tokenising rows.
+test rows, which similarities are measured to, where the evaluation of ``icl`` did not give it: both stand in
+the first cell that needed them. ``other``: everything else, such as reading and tokenising rows.
 """
 
 

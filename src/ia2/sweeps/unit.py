@@ -211,20 +211,24 @@ class _Shared:
         elsewhere = [(t, rows.test) for t, rows in zip(self.tasks[1:], self.rows[1:], strict=True)]
         bench.check([recipe], test, elsewhere)
         trained = bench.train(recipe) if is_trained(recipe) else None
-        reference = None if recipe == "base" else self.reference()
+        reference = None if recipe in ("base", "icl") else self.reference()
         evaluations: dict[str, Any] = {}
         similarity = temperatures = None
         began = time.perf_counter()
         for place, (rows, task) in enumerate(zip(self.rows, self.tasks, strict=True)):
-            compared = None if place or recipe == "icl" else reference
-            found = bench.evaluate(recipe, rows.test, compared, task, temperatures)
+            refer = recipe == "icl" and not place and self._reference is None
+            compared = None if place else reference
+            found = bench.evaluate(recipe, rows.test, compared, task, temperatures, refer=refer)
+            self._reference = self._reference or found.reference
             temperatures = found.measured.temperatures or None
             role = "ood" if place else "id"
             evaluations[rows.benchmark.name] = _evaluation(rows, task, found, role)
             similarity = similarity or found.similarity
-        if recipe == "icl" and reference is not None:
-            similarity = self._baseline(bench, test, reference)
         self._own["evaluate"] = time.perf_counter() - began
+        if recipe == "icl" and (reference := self.reference()) is not None:
+            began = time.perf_counter()
+            similarity = self._baseline(bench, test, reference)
+            self._own["evaluate"] += time.perf_counter() - began
         seconds = self._seconds(bench, trained, begun)
         first = self.rows[0]
         return finite(
