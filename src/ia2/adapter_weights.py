@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ia2.distributed import shards_model
 from ia2.errors import ConfigError, DataError, RunFolderError
+from ia2.imports import without_bitsandbytes
 from ia2.manifest import check
 from ia2.sharding import NEEDS_WHOLE, keep_whole
 
@@ -38,10 +39,12 @@ def attach(model: Any, config: PeftConfig | FullConfig, seed: int) -> PeftModel 
         ConfigError: the configuration does not fit the model.
     """
     import torch
-    from peft import get_peft_model
     from transformers import dynamic_module_utils
 
     from ia2.full import FullConfig, FullModel
+
+    with without_bitsandbytes():
+        from peft import get_peft_model
 
     if isinstance(config, FullConfig):
         if shards_model():
@@ -54,7 +57,8 @@ def attach(model: Any, config: PeftConfig | FullConfig, seed: int) -> PeftModel 
         # of the hub: PEFT then loads the commit that the adapter was trained on
         config.revision = getattr(model.config, "_commit_hash", None)
         try:
-            adapted = get_peft_model(model, config)
+            with without_bitsandbytes():
+                adapted = get_peft_model(model, config)
         except Exception as error:
             _put_back(model, whole=False)  # it may have come half-way
             if "DTensor" in str(error):

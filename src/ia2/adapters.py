@@ -16,6 +16,7 @@ from ia2.adapter_trials import cache_sizes
 from ia2.capture import unwrap
 from ia2.config_sections import AdapterConfig
 from ia2.errors import ConfigError, suggest
+from ia2.imports import without_bitsandbytes
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -200,14 +201,14 @@ def peft_config(model: nn.Module, config: AdapterConfig) -> Any:
         ConfigError: a PEFT dictionary that PEFT does not take.
         ModelError: the model has no modules of the kind that is wanted.
     """
+    with without_bitsandbytes():
+        import peft
     if config.peft is None:
         made = ADAPTERS[config.type].build(model, config)
     else:
-        from peft import get_peft_config
-
         given = _what_is_made(config.peft)
         try:
-            made = get_peft_config(given)
+            made = peft.get_peft_config(given)
         except Exception as error:  # whatever the checks of this type raise
             said = " ".join(str(error).split())[:400]
             raise ConfigError(f"adapter.peft: PEFT does not take this configuration: {said}") from error

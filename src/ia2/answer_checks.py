@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ia2.errors import DataError
 from ia2.evaluation.answers import CHARACTERS, exact_match, load_parser
 from ia2.inference import cut_answer
-from ia2.tokens import Ids, encode_prompt
+from ia2.tokens import Ids, encode_prompt, encode_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -210,15 +210,11 @@ def _better_joint(tokenizer: PreTrainedTokenizerBase, query: str, answer: str) -
     if query == stem and gap < 2:
         # some tokenizers put a blank before every text, or drop them all
         whole, before = encode_prompt(tokenizer, f"{stem} {body}"), encode_prompt(tokenizer, stem)
-        if whole == before + _plain(tokenizer, answer):
+        if whole == before + encode_texts(tokenizer, [answer])[0]:
             return None
-        if whole == before + _plain(tokenizer, body):
+        if whole == before + encode_texts(tokenizer, [body])[0]:
             better = (stem, body)
     return None if better == (query, answer) else better
-
-
-def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def kept_escapes(texts: Iterable[str]) -> list[Advice]:
@@ -266,7 +262,7 @@ def unreachable(
     found = []
     for row in rows:
         text = (row.answer or "").lstrip() if task.trimmed else row.answer or ""
-        ids = _plain(tokenizer, text)
+        (ids,) = encode_texts(tokenizer, [text])
         # reasoning may be shorter than that of the row; an answer that is compared whole may not
         limited = trained or task.parser == "text"
         limit = task.max_answer_tokens if limited else max(task.max_answer_tokens, len(ids))

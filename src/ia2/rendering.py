@@ -17,7 +17,7 @@ from ia2.errors import ConfigError, DataError
 from ia2.examples import Example
 from ia2.files import digest
 from ia2.templates import apply_template
-from ia2.tokens import Ids, encode_answer, encode_prompt
+from ia2.tokens import Ids, encode_answer, encode_prompt, encode_prompts, encode_texts, remembered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,7 +77,15 @@ class Rendering:
         Raises:
             DataError: it has no tokens, or the chat template refuses it.
         """
-        return self.encode(self.prompt_text((), example), example.source)
+        if self.chat == "off":
+            return self.encode(example.query, example.source)
+        # a template takes as long as the tokenizer
+        return remembered(
+            self.tokenizer,
+            f"query {self._style}",
+            example.query,
+            lambda: self.encode(self.prompt_text((), example), example.source),
+        )
 
     def context_ids(
         self,
@@ -115,7 +123,7 @@ class Rendering:
         if self.chat != "off":
             turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
             after = self._through_template(turns, "end of turn", prompt=False).partition(_MARK)[2]
-            ids = self.tokenizer(after, add_special_tokens=False)["input_ids"]
+            (ids,) = encode_texts(self.tokenizer, [after])
             if ids and ids[0] in self.tokenizer.all_special_ids:
                 end = ids[0]
         return None if end is None else int(end)
@@ -129,6 +137,10 @@ class Rendering:
             "thinking": self.thinking,
             "template": template,
         }
+
+    @cached_property
+    def _style(self) -> str:
+        return digest(self.facts())
 
     # ----------------------------------------------------------------------------------- text
 
@@ -231,15 +243,12 @@ class Rendering:
         """
         found: list[np.ndarray] = [np.zeros(0, np.int32)]
         for batch in _batches(prompts):
-            if self._plainly_encoded:
-                special = self.chat == "off"
-                counts = self._count([text for text, _ in batch], special)
-                # what has no tokens is mended or refused there
-                for n in np.flatnonzero(counts == 0):
-                    counts[n] = len(self.encode(*batch[n]))
-            else:
-                counts = np.array([len(self.encode(*each)) for each in batch], np.int32)
-            found.append(counts)
+            encode = encode_prompts if self.chat == "off" else encode_texts
+            rows = encode(self.tokenizer, [text for text, _ in batch])
+            # what has no tokens is mended or refused there
+            found.append(
+                np.array([len(ids or self.encode(*batch[n])) for n, ids in enumerate(rows)], np.int32)
+            )
         return np.concatenate(found)
 
     def demonstration_lengths(self, demonstrations: Iterable[Example]) -> np.ndarray:
@@ -249,28 +258,15 @@ class Rendering:
         """
         if self.chat != "turns":
             texts = (f"{d.query}{d.answer}{self.separator}" for d in demonstrations)
-            batches = [self._count(batch, False) for batch in _batches(texts)]
+            batches = [
+                np.array([len(ids) for ids in encode_texts(self.tokenizer, batch)], np.int32)
+                for batch in _batches(texts)
+            ]
             return np.concatenate([np.zeros(0, np.int32), *batches])
         probe = Example("a", None, "chat template")
         alone = len(self.query_ids(probe))
         prompts = ((self.prompt_text([d], probe), d.source) for d in demonstrations)
         return self.lengths(prompts) - np.int32(alone)
-
-    @cached_property
-    def _plainly_encoded(self) -> bool:
-        """Whether :meth:`encode` keeps all that the tokenizer gives (some append an end of sequence)."""
-        if self.chat != "off":
-            return True
-        return len(self.encode("a")) == len(self.tokenizer("a", add_special_tokens=True)["input_ids"])
-
-    def _count(self, texts: Sequence[str], special: bool) -> np.ndarray:
-        encoded = self.tokenizer(
-            list(texts),
-            add_special_tokens=special,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )
-        return np.array([len(ids) for ids in encoded["input_ids"]], np.int32)
 
 
 def _batches(items: Iterable[Any]) -> Iterator[list[Any]]:

@@ -15,9 +15,12 @@ left (prompt tuning, p-tuning).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from ia2.errors import DataError
 
@@ -26,6 +29,137 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ids = tuple[int, ...]
+
+
+# Ids that are kept for each tokenizer, of so many texts.
+_KEPT_IDS = 1 << 19
+_KEPT_TEXTS = 1 << 14
+_WAYS = 8
+
+
+class _Kept:
+    """Ids of the texts that were asked for last, in memory that never grows (some 2.5 MB).
+
+    Ids lie in a ring, the newest over the oldest. A text is known by a digest of 64 bits, and has one of a
+    few slots in a table.
+    """
+
+    def __init__(self) -> None:
+        self._ring = array("i", bytes(4 * _KEPT_IDS))
+        self._end = 0  # ids written so far
+        self._keys = array("Q", bytes(8 * _KEPT_TEXTS))
+        self._starts = array("q", [-_KEPT_IDS - 1]) * _KEPT_TEXTS
+        self._lengths = array("i", bytes(4 * _KEPT_TEXTS))
+
+    def get(self, key: int) -> Ids | None:
+        """None where they were never there, or others have taken their place."""
+        first = self._first(key)
+        try:
+            slot = self._keys.index(key, first, first + _WAYS)
+        except ValueError:
+            return None
+        if (start := self._starts[slot]) < self._end - _KEPT_IDS:
+            return None
+        place = start % _KEPT_IDS
+        return tuple(self._ring[place : place + self._lengths[slot]])
+
+    def put(self, key: int, ids: Ids) -> None:
+        if len(ids) > _KEPT_IDS:
+            return
+        if self._end % _KEPT_IDS + len(ids) > _KEPT_IDS:  # in one piece
+            self._end += _KEPT_IDS - self._end % _KEPT_IDS
+        first = self._first(key)
+        slots = range(first, first + _WAYS)
+        slot = min(slots, key=lambda n: (self._keys[n] != key, self._starts[n]))
+        self._keys[slot], self._starts[slot], self._lengths[slot] = key, self._end, len(ids)
+        place = self._end % _KEPT_IDS
+        self._ring[place : place + len(ids)] = array("i", ids)
+        self._end += len(ids)
+
+    @staticmethod
+    def _first(key: int) -> int:
+        return key % (_KEPT_TEXTS // _WAYS) * _WAYS
+
+
+_KEPT: WeakKeyDictionary[Any, _Kept] = WeakKeyDictionary()
+
+
+def remembered(tokenizer: PreTrainedTokenizerBase, kind: str, text: str, make: Callable[[], Ids]) -> Ids:
+    """The ids of a text, made once while they are among those that were asked for last.
+
+    Args:
+        tokenizer: whose ids they are; it must not change meanwhile.
+        kind: tells apart ids of one text that are made in different ways.
+        text: what they are made of.
+        make: makes them.
+
+    Example:
+        >>> class Tokenizer: ...
+        >>> tokenizer = Tokenizer()
+        >>> remembered(tokenizer, "answer", "a b", lambda: (1, 2))
+        (1, 2)
+        >>> remembered(tokenizer, "answer", "a b", lambda: 1 / 0)
+        (1, 2)
+    """
+    kept, key = _kept(tokenizer), _key(kind, text)
+    ids = kept.get(key)
+    if ids is None:
+        ids = make()
+        kept.put(key, ids)
+    return ids
+
+
+def _kept(tokenizer: PreTrainedTokenizerBase) -> _Kept:
+    if tokenizer not in _KEPT:
+        _KEPT[tokenizer] = _Kept()
+    return _KEPT[tokenizer]
+
+
+def _key(kind: str, text: str) -> int:
+    told = f"{kind}\0{text}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "little")
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special: bool) -> list[Ids]:
+    """What the tokenizer makes of texts, each tokenised once, those that are new in one call."""
+    kept, kind = _kept(tokenizer), f"special {special}"
+    keys = [_key(kind, text) for text in texts]
+    found = {key: kept.get(key) for key in keys}
+    new = {key: text for key, text in zip(keys, texts, strict=True) if found[key] is None}
+    if new:
+        made = tokenizer(
+            list(new.values()),
+            add_special_tokens=special,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+        for key, ids in zip(new, made, strict=True):
+            found[key] = row = tuple(ids)
+            kept.put(key, row)
+    return [found[key] or () for key in keys]
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Ids]:
+    """Ids of whole prompts, as of :func:`encode_prompt`; empty where a text has no token.
+
+    Example:
+        >>> from ia2.models import load_base
+        >>> tokenizer = load_base("demo").tokenizer  # doctest: +SKIP
+        >>> encode_prompts(tokenizer, ["Good morning"])  # doctest: +SKIP
+        [(14421, 5738)]
+    """
+    rows = _encode(tokenizer, texts, True)
+    (probe,), (plain_probe,) = _encode(tokenizer, ["a"], True), _encode(tokenizer, ["a"], False)
+    before = len(probe) - len(plain_probe)
+    if probe[before:] == plain_probe:  # this tokenizer puts nothing behind a text
+        return [ids if len(ids) > before else () for ids in rows]
+    found = []
+    for ids, plain in zip(rows, _encode(tokenizer, texts, False), strict=True):
+        # What was appended is what follows the plain ids; the text may itself end in special tokens.
+        starts = range(len(ids) - len(plain) + 1)
+        start = next((n for n in starts if ids[n : n + len(plain)] == plain), None)
+        found.append(ids if start is None else ids[: start + len(plain)])
+    return found
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, source: str = "prompt") -> Ids:
@@ -37,18 +171,24 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, source: str = "
     Raises:
         DataError: the text gives no token at all (there is then no position that predicts).
     """
-    ids = list(tokenizer(text, add_special_tokens=True)["input_ids"])
-    plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    # What the tokenizer appended is what follows the plain ids; the text may itself end in special tokens.
-    for start in range(len(ids) - len(plain) + 1):
-        if ids[start : start + len(plain)] == plain:
-            ids = ids[: start + len(plain)]
-            break
+    (ids,) = encode_prompts(tokenizer, [text])
     if not ids and tokenizer.bos_token_id is not None:
-        ids = [tokenizer.bos_token_id]
+        ids = (int(tokenizer.bos_token_id),)
     if not ids:
         raise DataError(f"{source}: the prompt {text!r} has no tokens.")
-    return tuple(ids)
+    return ids
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Ids]:
+    """Ids of texts on their own, without special tokens; each text is tokenised once.
+
+    Example:
+        >>> from ia2.models import load_base
+        >>> tokenizer = load_base("demo").tokenizer  # doctest: +SKIP
+        >>> encode_texts(tokenizer, [" positive", " negative"])  # doctest: +SKIP
+        [(4242,), (4600,)]
+    """
+    return _encode(tokenizer, texts, False)
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, text: str, source: str = "answer") -> Ids:
@@ -57,7 +197,7 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, text: str, source: str = "
     Raises:
         DataError: the text gives no token.
     """
-    ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    (ids,) = encode_texts(tokenizer, [text])
     if not ids:
         raise DataError(f"{source}: the completion {text!r} has no tokens.")
     return ids

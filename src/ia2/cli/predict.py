@@ -40,10 +40,12 @@ def predict(
     if output is not None:
         output_file(output, data, adapter, model)
     from ia2.applying import predict_rows, prediction_text
+    from ia2.imports import for_one_forward_pass
 
-    rows = predict_rows(
-        adapter, data, split=split, data_config=data_config, device=device, base=model, code=code
-    )
+    with for_one_forward_pass():
+        rows = predict_rows(
+            adapter, data, split=split, data_config=data_config, device=device, base=model, code=code
+        )
     if output is not None:
         write_text(output, prediction_text(rows, output.suffix), listed=False)
         if json:

@@ -20,7 +20,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special, stats
 
 Floats = NDArray[np.floating[Any]]
 Statistic = Callable[..., Any]
@@ -34,8 +33,6 @@ TEMPERATURES.setflags(write=False)
 BCA_MAX_ROWS = 2000
 # Elements of a resample held at once (16 MB in float64).
 _BATCH_ELEMENTS = 2_000_000
-# scipy 1.15 renamed the argument.
-_RNG_KEYWORD = "rng" if "rng" in inspect.signature(stats.bootstrap).parameters else "random_state"
 
 
 # --- calibration error -------------------------------------------------------------------------
@@ -330,6 +327,8 @@ def scale_label_log_probabilities(log_p: ArrayLike, temperature: float) -> Float
     Raises:
         ValueError: the temperature is not positive and finite.
     """
+    from scipy import special
+
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be positive and finite, not {temperature}")
     scaled = np.asarray(log_p, dtype=np.float64)
@@ -392,6 +391,8 @@ def bootstrap_interval(
     Raises:
         ValueError: arrays of different lengths or not ``[n]``, or impossible settings.
     """
+    from scipy import stats  # slow to import, and no prediction needs it
+
     rows = _as_rows(arrays)
     _check_settings(resamples, confidence)
     n = len(rows[0])
@@ -407,6 +408,8 @@ def bootstrap_interval(
     def of_indices(index: NDArray[np.int64], axis: int = -1) -> Any:
         return np.asarray(statistic(*(row[index] for row in rows), axis=axis), dtype=np.float64)
 
+    # scipy 1.15 renamed the argument
+    keyword = "rng" if "rng" in inspect.signature(stats.bootstrap).parameters else "random_state"
     with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
         # Data such as "all correct" have no BCa interval: that is what the fallback is for.
         warnings.filterwarnings("ignore", category=stats.DegenerateDataWarning)
@@ -421,7 +424,7 @@ def bootstrap_interval(
             axis=-1,
             confidence_level=confidence,
             method="BCa",
-            **{_RNG_KEYWORD: np.random.default_rng(seed)},
+            **{keyword: np.random.default_rng(seed)},
         )
     low, high = (float(end) for end in result.confidence_interval)
     fallback = _percentile(value, result.bootstrap_distribution, confidence)

@@ -1,0 +1,174 @@
+"""Imports of other packages without what a command never uses: they cost more than the command itself.
+
+Nothing is lost. What is left out is found again when it is used, or after the ``with`` block.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+_BNB = "bitsandbytes"
+_DYNAMO = "torch._dynamo"
+_MASKS = "torch._dynamo._trace_wrapped_higher_order_op"
+_MARKS = ("allow_in_graph", "assume_constant_result", "disable", "disallow_in_graph", "forbid_in_graph")
+# transformers imports these packages wherever they are there, for shards of models and for detecting objects.
+_CHECKS = ("is_torch_distributed_available", "is_scipy_available")
+
+
+@contextmanager
+def without_bitsandbytes() -> Iterator[None]:
+    """PEFT does not import bitsandbytes here, unless something else has already.
+
+    PEFT asks whether the package is installed, not whether the model is quantised with it. A model that is
+    has layers of bitsandbytes, which was then imported by whoever quantised it, and nothing is left out.
+
+    Example:
+        >>> import sys
+        >>> before = "bitsandbytes" in sys.modules
+        >>> with without_bitsandbytes():
+        ...     import peft
+        >>> before == ("bitsandbytes" in sys.modules)
+        True
+    """
+    if _BNB in sys.modules or importlib.util.find_spec(_BNB) is None:
+        yield
+        return
+    sys.modules[_BNB] = None  # type: ignore[assignment]  # Python's own way to say: not installed
+    try:
+        yield
+    finally:
+        del sys.modules[_BNB]
+        # what was found out here must not be remembered
+        for place in ("peft.import_utils", "transformers.utils.import_utils"):
+            for name, check in list(vars(sys.modules.get(place, ModuleType(place))).items()):
+                if name.startswith(("is_bnb", "is_bitsandbytes")) and hasattr(check, "cache_clear"):
+                    check.cache_clear()
+        helpers: Any = sys.modules.get("peft.helpers")
+        if getattr(helpers, "bnb", helpers) is None:
+            helpers.bnb = _WhenUsed(_BNB)
+
+
+@contextmanager
+def for_one_forward_pass() -> Iterator[None]:
+    """Import transformers without compiler, shards of models and detection of objects, until the block ends.
+
+    For commands that feed rows to a model in one process and end. The compiler (``torch._dynamo``) is
+    imported when something of it is called, other than marks for functions, which mean nothing where nothing
+    is compiled. Where several processes were launched, everything is imported.
+
+    Example:
+        >>> with for_one_forward_pass():
+        ...     from transformers import GPT2LMHeadModel
+    """
+    if _DYNAMO in sys.modules or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        yield
+        return
+    import torch
+    from transformers import utils
+    from transformers.utils import import_utils
+
+    changes: list[tuple[Any, str, Any]] = [
+        (module, name, lambda: False)
+        for name in _CHECKS
+        for module in (utils, import_utils)
+        if hasattr(module, name)
+    ]
+    fill = torch.nn.init.normal_
+    # models are first made without memory, and filling that imports a package for symbolic mathematics
+    changes.append((torch.nn.init, "normal_", lambda t, *a, **o: t if t.is_meta else fill(t, *a, **o)))
+    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
+    for module, name, value in changes:
+        setattr(module, name, value)
+    stand_ins: dict[str, ModuleType] = {_DYNAMO: _Compiler(_DYNAMO), _MASKS: _Masks(_MASKS)}
+    stand_ins[_DYNAMO].__path__ = []  # a package, of which _MASKS is a part
+    sys.modules.update(stand_ins)
+    torch._dynamo = stand_ins[_DYNAMO]  # type: ignore[assignment]
+    if not hasattr(torch.distributed, "tensor"):
+        # no entry of sys.modules: an import finds the real one, which then takes this place
+        torch.distributed.tensor = _Shards(f"{torch.distributed.__name__}.tensor")  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+        _give_way()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No search for garbage while so much is made that stays: imports and models.
+
+    What is there at the end is never looked at again, not even when Python ends.
+
+    Example:
+        >>> import gc
+        >>> with uncollected():
+        ...     assert not gc.isenabled()
+        >>> gc.isenabled()
+        True
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _give_way() -> None:
+    """Take the stand-ins away; the next import finds the real modules."""
+    import torch
+
+    for name in (_DYNAMO, _MASKS):
+        if isinstance(sys.modules.get(name), _WhenUsed):
+            del sys.modules[name]
+    for module, name in ((torch, "_dynamo"), (torch.distributed, "tensor")):
+        if isinstance(vars(module).get(name), _WhenUsed):
+            delattr(module, name)
+
+
+class _WhenUsed(ModuleType):
+    """A module that is imported when one of its names is asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what the import system and inspect ask of any module
+            raise AttributeError(name)
+        _give_way()
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+class _Compiler(_WhenUsed):
+    """In place of ``torch._dynamo``: nothing is compiled, so functions need no marks for the compiler."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _unmarked if name in _MARKS else super().__getattr__(name)
+
+
+def _unmarked(fn: Any = None, *args: Any, **options: Any) -> Any:
+    return (lambda same: same) if fn is None else fn
+
+
+class _Shards(_WhenUsed):
+    """In place of ``torch.distributed.tensor``; PEFT asks whether weights are instances of its class."""
+
+    class DTensor:
+        """No tensor is a shard before the real module is imported."""
+
+
+class _Masks(_WhenUsed):
+    """In place of the compiler's module that transformers' attention masks import a name of."""
+
+    def TransformGetItemToIndex(self, *args: Any) -> Any:
+        _give_way()
+        return importlib.import_module(_MASKS).TransformGetItemToIndex(*args)
