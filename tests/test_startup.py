@@ -39,7 +39,7 @@ def imported(*arguments: object) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-def test_help_imports_neither_torch_nor_transformers() -> None:
+def test_what_needs_no_model_imports_none() -> None:
     found = imported("env", "--json")
     assert "typer" in found
     assert not found & {"transformers", "peft", "scipy", "matplotlib", "datasets"}
@@ -56,7 +56,7 @@ def test_training_and_predicting_import_what_they_use(tiny_icl_model_path: Path,
     assert not trained & unused
     predicted = imported("predict", "--adapter", tmp_path / "out", "--data", new, "--device", "cpu")
     assert {"torch", "transformers", "peft"} <= predicted
-    assert not predicted & (unused | {"scipy.stats", "torch._dynamo", "torch._inductor", "sympy"})
+    assert not predicted & (unused | {"scipy.stats", "torch._dynamo", "torch._inductor", "torch.distributed.tensor"})
 
 
 def test_bitsandbytes_is_found_after_it_was_left_out() -> None:
@@ -82,7 +82,6 @@ def test_the_compiler_comes_when_it_is_used() -> None:
     code = """
 import sys, torch
 from ia2.imports import for_one_forward_pass
-before = torch.nn.init.normal_
 with for_one_forward_pass():
     from transformers import GPT2LMHeadModel
     from transformers.masking_utils import TransformGetItemToIndex
@@ -92,7 +91,6 @@ with for_one_forward_pass():
     assert "torch._dynamo.eval_frame" in sys.modules
     with TransformGetItemToIndex():
         pass
-assert torch.nn.init.normal_ is before
 assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2)).tolist() == [2, 2]
 from torch.distributed.tensor import DTensor
 assert torch.distributed.tensor.DTensor is DTensor

@@ -6,14 +6,16 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback
-
 from ia2.adapter_weights import adapter_state, load_adapter_state
 from ia2.console import Progress, logger
 from ia2.distributed import wait
 from ia2.errors import RunFolderError
 from ia2.files import read_json, write_json
+from ia2.imports import for_training
 from ia2.manifest import check, check_tree, record_tree
+
+with for_training():
+    from transformers import TrainerCallback
 
 if TYPE_CHECKING:
     import torch

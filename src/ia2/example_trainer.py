@@ -18,7 +18,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ia2.adapter_weights import adapter_state, load_adapter_state
 from ia2.batches import AnswerDataset, Collator, EpochSampler
@@ -27,9 +26,13 @@ from ia2.config import REENTRANT
 from ia2.console import Progress, logger
 from ia2.distributed import shards_model
 from ia2.errors import ConfigError, RunFolderError
+from ia2.imports import for_training
 from ia2.manifest import begin, root_of
 from ia2.packing import packs, row_attention
 from ia2.tokens import pad_id
+
+with for_training():
+    from transformers import PrinterCallback, Trainer, TrainingArguments
 
 # Rows of one forward pass of the dev evaluation.
 _EVAL_ROWS = 32

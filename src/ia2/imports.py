@@ -57,6 +57,30 @@ def without_bitsandbytes() -> Iterator[None]:
 
 
 @contextmanager
+def for_training() -> Iterator[None]:
+    """Import transformers' trainer without bitsandbytes, and without the package datasets.
+
+    The trainer asks whether what it trains on is a data set of that package. Where it has never been
+    imported, nothing is.
+
+    Example:
+        >>> with for_training():
+        ...     from transformers import Trainer
+    """
+    spec = None if "datasets" in sys.modules else importlib.util.find_spec("datasets")
+    stand_in = _Datasets("datasets")
+    if spec is not None:
+        stand_in.__spec__ = spec
+        sys.modules["datasets"] = stand_in
+    try:
+        with without_bitsandbytes():
+            yield
+    finally:
+        if sys.modules.get("datasets") is stand_in:
+            del sys.modules["datasets"]
+
+
+@contextmanager
 def for_one_forward_pass() -> Iterator[None]:
     """Import transformers without compiler, shards of models and detection of objects, until the block ends.
 
@@ -81,9 +105,6 @@ def for_one_forward_pass() -> Iterator[None]:
         for module in (utils, import_utils)
         if hasattr(module, name)
     ]
-    fill = torch.nn.init.normal_
-    # models are first made without memory, and filling that imports a package for symbolic mathematics
-    changes.append((torch.nn.init, "normal_", lambda t, *a, **o: t if t.is_meta else fill(t, *a, **o)))
     before = [(module, name, getattr(module, name)) for module, name, _ in changes]
     for module, name, value in changes:
         setattr(module, name, value)
@@ -145,7 +166,28 @@ class _WhenUsed(ModuleType):
         if name.startswith("__"):  # what the import system and inspect ask of any module
             raise AttributeError(name)
         _give_way()
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
         return getattr(importlib.import_module(self.__name__), name)
+
+
+class _Instances(type):
+    """A class of a module that may not have been imported, in which case it has no instance."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        real = sys.modules.get(cls.__module__)
+        return not isinstance(real, (_WhenUsed, type(None))) and isinstance(
+            instance, getattr(real, cls.__name__)
+        )
+
+
+class _Datasets(_WhenUsed):
+    """In place of ``datasets``, of whose classes the trainer asks for instances."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("Dataset", "IterableDataset"):
+            return _Instances(name, (), {"__module__": self.__name__})
+        return super().__getattr__(name)
 
 
 class _Compiler(_WhenUsed):
@@ -162,8 +204,10 @@ def _unmarked(fn: Any = None, *args: Any, **options: Any) -> Any:
 class _Shards(_WhenUsed):
     """In place of ``torch.distributed.tensor``; PEFT asks whether weights are instances of its class."""
 
-    class DTensor:
-        """No tensor is a shard before the real module is imported."""
+    def __getattr__(self, name: str) -> Any:
+        if name == "DTensor":
+            return _Instances(name, (), {"__module__": self.__name__})
+        return super().__getattr__(name)
 
 
 class _Masks(_WhenUsed):
