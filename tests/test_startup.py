@@ -56,7 +56,9 @@ def test_training_and_predicting_import_what_they_use(tiny_icl_model_path: Path,
     assert not trained & unused
     predicted = imported("predict", "--adapter", tmp_path / "out", "--data", new, "--device", "cpu")
     assert {"torch", "transformers", "peft"} <= predicted
-    assert not predicted & (unused | {"scipy.stats", "torch._dynamo", "torch._inductor", "torch.distributed.tensor"})
+    assert not predicted & (
+        unused | {"scipy.stats", "torch._dynamo", "torch._inductor", "torch.distributed.tensor"}
+    )
 
 
 def test_bitsandbytes_is_found_after_it_was_left_out() -> None:

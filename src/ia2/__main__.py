@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 
 
 def main() -> None:
     """Run a command; an interrupt while it is still being imported is no traceback either."""
+    atexit.register(gc.freeze)  # no search for garbage in what ends with the process
+    gc.disable()  # nor in what is being imported
     try:
         from ia2.cli import main as run
     except KeyboardInterrupt:
         sys.exit(130)
+    gc.enable()
     run()
 
 

@@ -23,6 +23,7 @@ from ia2.evaluation.scoring import (
 )
 from ia2.examples import Example, Examples
 from ia2.files import finite, json_lines
+from ia2.imports import uncollected
 from ia2.models import BaseModel
 from ia2.prompts import query_prompts
 from ia2.rendering import Rendering
@@ -49,7 +50,8 @@ def evaluate_adapter(
         UserError: no finished run, another base model than its own, or rows that cannot be read.
     """
     rows = _read(folder, data, split, data_config, code, labelled=True)
-    result, loaded = load_adapter(folder, device, base=base, code=code)
+    with uncollected():
+        result, loaded = load_adapter(folder, device, base=base, code=code)
     result.task.check(result.tokenizer, rows, trained=False)
     prompts = _prompts(result, loaded, rows)
     temperatures = result._facts.get("temperatures") or None
@@ -83,7 +85,8 @@ def predict_rows(
         UserError: no finished run, another base model than its own, or rows that cannot be read.
     """
     rows = _read(folder, data, split, data_config, code, labelled=False)
-    result, loaded = load_adapter(folder, device, base=base, code=code)
+    with uncollected():
+        result, loaded = load_adapter(folder, device, base=base, code=code)
     prompts = _prompts(result, loaded, rows)
     model, tokenizer, task = result.model, result.tokenizer, result.task
     if task.kind == "classification":

@@ -127,8 +127,6 @@ def for_one_forward_pass() -> Iterator[None]:
 def uncollected() -> Iterator[None]:
     """No search for garbage while so much is made that stays: imports and models.
 
-    What is there at the end is never looked at again, not even when Python ends.
-
     Example:
         >>> import gc
         >>> with uncollected():
@@ -143,7 +141,6 @@ def uncollected() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.freeze()
         gc.enable()
 
 

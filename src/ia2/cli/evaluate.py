@@ -38,10 +38,12 @@ def evaluate(
     code = {"trust_remote_code": trust_remote_code, "parser": parser}
     from ia2.applying import evaluate_adapter
     from ia2.evaluation.scoring import write_predictions
+    from ia2.imports import for_one_forward_pass
 
-    metrics, predictions = evaluate_adapter(
-        adapter, data, split=split, data_config=data_config, device=device, base=model, code=code
-    )
+    with for_one_forward_pass():
+        metrics, predictions = evaluate_adapter(
+            adapter, data, split=split, data_config=data_config, device=device, base=model, code=code
+        )
     if output is not None:
         write_predictions(output, predictions, listed=False)
     if json:
