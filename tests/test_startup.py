@@ -93,6 +93,7 @@ with for_one_forward_pass():
     assert "torch._dynamo.eval_frame" in sys.modules
     with TransformGetItemToIndex():
         pass
+assert not isinstance(torch.ones(2), torch.distributed.tensor.DTensor)
 assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2)).tolist() == [2, 2]
 from torch.distributed.tensor import DTensor
 assert torch.distributed.tensor.DTensor is DTensor

@@ -113,7 +113,8 @@ def for_one_forward_pass() -> Iterator[None]:
     sys.modules.update(stand_ins)
     torch._dynamo = stand_ins[_DYNAMO]  # type: ignore[assignment]
     if not hasattr(torch.distributed, "tensor"):
-        # no entry of sys.modules: an import finds the real one, which then takes this place
+        # It stays, since what was imported here relies on it. It is no entry of sys.modules: an import finds
+        # the real module, which then takes this place.
         torch.distributed.tensor = _Shards(f"{torch.distributed.__name__}.tensor")  # type: ignore[assignment]
     try:
         yield
@@ -151,9 +152,8 @@ def _give_way() -> None:
     for name in (_DYNAMO, _MASKS):
         if isinstance(sys.modules.get(name), _WhenUsed):
             del sys.modules[name]
-    for module, name in ((torch, "_dynamo"), (torch.distributed, "tensor")):
-        if isinstance(vars(module).get(name), _WhenUsed):
-            delattr(module, name)
+    if isinstance(vars(torch).get("_dynamo"), _WhenUsed):
+        del torch._dynamo
 
 
 class _WhenUsed(ModuleType):
