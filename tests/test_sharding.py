@@ -14,7 +14,10 @@ import ia2.models
 from ia2 import AdaptConfig, adapt, distributed
 from ia2.adapter_weights import attach, detach
 from ia2.adapters import peft_config
+from ia2.batches import AnswerDataset, Collator, Row
+from ia2.batching import in_halves
 from ia2.config_sections import AdapterConfig
+from ia2.console import Progress
 from ia2.errors import ConfigError
 from ia2.example_trainer import ExampleTrainer
 from ia2.inference import answer_pass, generate_answers
@@ -73,7 +76,7 @@ def trained(path: Path, folder: Path, stop_after: int | None = None, **settings:
 @pytest.mark.parametrize("how", ["ddp", "sharded", "sharded, stopped and recomputing", "sharded, joint"])
 def test_two_processes_train_what_one_trains(how: str, tiny_icl_model_path: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"recipe": "ia2-sft"}
-    if "joint" in how:  # rows that the teacher answers wrongly take two passes, the others one
+    if "joint" in how:
         settings = {"recipe": "ia2+sft", "joint": {"epochs": 3, "answers": "ground_truth"}}
         settings |= {"task": "generation", "max_answer_tokens": 3}
     alone = trained(tiny_icl_model_path, tmp_path / "alone", **settings)
@@ -95,6 +98,21 @@ def test_two_processes_train_what_one_trains(how: str, tiny_icl_model_path: Path
 
 def _trained(path: Path, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return trained(path, folder, **settings)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_any_rows_take_as_many_passes(packed: bool) -> None:
+    # a long and two short queries, answered rightly; two alike, answered wrongly
+    one = [Row((5,) * n, (6, 2), (6, 2)) for n in (900, 20, 20)]
+    other = [Row((5,) * 20, (6, 2), (7, 2)) for _ in range(2)]
+
+    def passes(rows: list[Row], alike: bool) -> dict[str, int]:
+        dataset = AnswerDataset.of(rows)
+        batch = Collator(0, packed, alike)([dataset[i] for i in range(len(rows))])
+        return {name: len(batch[name]) for name in ("parts", "response") if name in batch}
+
+    assert passes(one, False) != passes(other, False)
+    assert passes(one, True) == passes(other, True) == {"parts": 1, "response": 1}
 
 
 def unlike(path: Path, part: int | None = None) -> tuple[dict[int, Any], int]:
@@ -156,6 +174,19 @@ def test_other_adapters_learn_on_shards(tiny_icl_model_path: Path, tmp_path: Pat
         for name, values in alone.items():
             assert len(values) > 1 and max(values[1:]) > 0
             assert found[name] == pytest.approx(values, rel=1e-4, abs=1e-7), name
+
+
+def test_a_pass_that_fails_is_not_made_again_by_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[list[int]] = []
+
+    def run(members: list[int]) -> list[int]:
+        tried.append(members)
+        raise RuntimeError("CUDA out of memory.")
+
+    monkeypatch.setattr("ia2.batching.stepping", lambda: True)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(in_halves([[0, 1]], run, Progress()))
+    assert tried == [[0, 1]]
 
 
 def test_quantised_weights_are_refused(tiny_icl_model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
