@@ -19,6 +19,7 @@ from ia2.capture import unwrap
 from ia2.console import Progress, logger, progress
 from ia2.errors import ModelError
 from ia2.packing import pack_size, packs, tree_pass
+from ia2.sharding import stepping
 from ia2.tokens import (
     Batch,
     Ids,
@@ -186,7 +187,7 @@ def _packed(
                         bar.advance()
                         done.add(row)
         except Exception as error:
-            if size <= 1 or not should_reduce_batch_size(error):
+            if size <= 1 or stepping() or not should_reduce_batch_size(error):
                 raise
             size //= 2
             logger.info("Out of memory; going on with at most %d tokens together.", size)
