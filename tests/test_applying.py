@@ -15,7 +15,7 @@ from command_line import write_rows
 from tiny_icl.tasks import sample_task
 
 from ia2.adaptation import AdaptResult, adapt, load_adapter
-from ia2.applying import evaluate_adapter, predict_rows, prediction_text
+from ia2.applying import evaluate_adapter, predict_blocks, predict_rows, prediction_text
 from ia2.config import TrainConfig
 from ia2.errors import DataError
 from ia2.examples import Examples, RowFormat
@@ -111,6 +111,18 @@ def test_free_text(free: Path, tmp_path: Path) -> None:
     test = write_rows(tmp_path / "test.jsonl", [(q, f"{a} {a}") for q, a in TASK.examples(3, 5)])
     metrics, _ = evaluate_adapter(free, str(test))
     assert set(metrics["test"]) == {"n", "runs", "vocabulary", "answer", "scaled"}
+
+
+def test_rows_are_answered_in_blocks(labelled: AdaptResult, tmp_path: Path) -> None:
+    assert labelled.folder is not None
+    rows = write_rows(tmp_path / "new.jsonl", [{"text": q} for q, _ in TASK.examples(1030, 5)])
+    count, blocks = predict_blocks(labelled.folder, str(rows))
+    first = next(blocks)
+    assert (count, len(first), first[0]["source"]) == (1030, 1024, "new.jsonl:1")
+    rest = [row for block in blocks for row in block]
+    assert [row["source"] for row in rest] == [f"new.jsonl:{n}" for n in range(1025, 1031)]
+    whole = prediction_text(first + rest, ".csv")
+    assert whole == prediction_text(first, ".csv") + prediction_text(rest, ".csv", header=False)
 
 
 def test_rows_are_read_before_the_model(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +84,38 @@ def predict_rows(
     Raises:
         UserError: no finished run, another base model than its own, or rows that cannot be read.
     """
-    rows = _read(folder, data, split, data_config, code, labelled=False)
+    options: dict[str, Any] = {"device": device, "base": base, "code": code}
+    _, blocks = predict_blocks(folder, data, split=split, data_config=data_config, **options)
+    return [row for block in blocks for row in block]
+
+
+def predict_blocks(
+    folder: str | Path,
+    data: str,
+    *,
+    split: str | None = None,
+    data_config: str | None = None,
+    device: str | None = None,
+    base: str | BaseModel | None = None,
+    code: Mapping[str, Any] | None = None,
+) -> tuple[int, Iterator[list[dict[str, Any]]]]:
+    """How many rows there are, and what :func:`predict_rows` gives, in blocks of rows.
+
+    All rows are checked before the model is loaded. Only a row that is longer than the context window is
+    found when its block is reached.
+
+    Raises:
+        UserError: as :func:`predict_rows`.
+    """
+    config, _, _ = load_run(Path(folder), code)
+    count, blocks = Examples.blocks(data, split=split, config=data_config, format=run_format(config))
     with uncollected():
         result, loaded = load_adapter(folder, device, base=base, code=code)
-    prompts = _prompts(result, loaded, rows)
+    return count, (_predicted(result, loaded, rows) for rows in blocks)
+
+
+def _predicted(result: AdaptResult, base: BaseModel, rows: Examples) -> list[dict[str, Any]]:
+    prompts = _prompts(result, base, rows)
     model, tokenizer, task = result.model, result.tokenizer, result.task
     if task.kind == "classification":
         scores = score_labels(model, tokenizer, task, prompts, description="predicting")
@@ -115,10 +143,11 @@ def predict_rows(
     ]
 
 
-def prediction_text(rows: Sequence[dict[str, Any]], suffix: str) -> str:
+def prediction_text(rows: Sequence[dict[str, Any]], suffix: str, *, header: bool = True) -> str:
     """Predictions as JSON lines, or as CSV with one column a label.
 
-    In CSV a quote mark is put before a text that a spreadsheet would take for a formula.
+    In CSV a quote mark is put before a text that a spreadsheet would take for a formula; ``header`` is its
+    first line, which only the first block of rows has.
     """
     if suffix == ".jsonl":
         return escaped(json_lines(rows))
@@ -130,7 +159,8 @@ def prediction_text(rows: Sequence[dict[str, Any]], suffix: str) -> str:
     text = io.StringIO()
     # texts in quotes: else one with a carriage return would not be
     writer = csv.DictWriter(text, list(flat[0]), lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-    writer.writeheader()
+    if header:
+        writer.writeheader()
     writer.writerows(flat)
     return text.getvalue()
 

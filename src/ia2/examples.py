@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
@@ -294,57 +295,100 @@ class Examples(Sequence[Example]):
         )
 
     @classmethod
+    def blocks(
+        cls,
+        source: str | Path,
+        *,
+        split: str | None = None,
+        config: str | None = None,
+        format: RowFormat = AS_IS,
+        size: int = 1024,
+    ) -> tuple[int, Iterator[Examples]]:
+        """How many unlabelled rows there are, all of them checked, and the rows in blocks.
+
+        A file is read twice, first to check it, so that memory does not grow with its rows.
+
+        Args:
+            source: As :meth:`load` takes it, with ``split``, ``config`` and ``format``.
+            split: Of a folder or data set of the hub.
+            config: The same.
+            format: How a row becomes an example.
+            size: Rows of a block.
+
+        Raises:
+            DataError: What :meth:`load` raises, before any block is made.
+            ConfigError: The same.
+        """
+        path = user_path(source)
+        if not path.is_file() or split is not None or config is not None:
+            rows = cls.load(source, split=split, config=config, format=format, labelled=False)
+            return len(rows), (rows[n : n + size] for n in range(0, len(rows), size))
+
+        def read() -> Iterator[Example]:
+            return _rendered(read_file(path), str(path), format, labelled=False)
+
+        count = sum(1 for _ in read())
+        again = read()
+        return count, (cls(block, name=path.name) for block in iter(lambda: list(islice(again, size)), []))
+
+    @classmethod
     def _render(
         cls, read: Iterable[Read], name: str, place: str, format: RowFormat, labelled: bool
     ) -> Examples:
-        prompt = Template.parse(format.prompt_template or "{prompt}", "prompt template")
-        completion = None
-        if labelled:
-            completion = Template.parse(format.completion_template or "{completion}", "completion template")
-        labels = text_labels(format.label_map)
-        wanted = [*prompt.columns, *(completion.columns if completion else ())]
-        examples: list[Example] = []
-        bad: list[str] = []
-        columns: dict[str, None] = {}  # of all rows, in order of appearance
-        seen: list[Mapping[str, Any]] = []
-        for source, row, problem in read:
-            reasons: list[BadCell | str] = [problem] if problem else []
-            query, answer = "", None
-            if not problem and not isinstance(row, Mapping):
-                reasons.append(f"not an object with columns but {type_name(row)}")
-            elif not problem:
-                try:
-                    row = with_messages(row, wanted)
-                except BadCell as cell:
-                    reasons.append(cell)
-                    columns.update(dict.fromkeys(wanted))
-                columns.update(dict.fromkeys(map(str, row)))
-                seen += [row] if len(seen) < _TRIED_ROWS else []
-            if not reasons:
-                try:
-                    query = prompt.render(row, "prompt", None)
-                except BadCell as cell:
-                    reasons.append(cell)
-                try:
-                    answer = completion.render(row, "completion", labels) if completion else None
-                except BadCell as cell:
-                    reasons.append(cell)
-            if not reasons:
-                examples.append(Example(query, answer, source, dict(row)))
-            elif len(bad) < SHOWN_ROWS:
-                bad.append(f"{source}: {' and '.join(map(str, reasons))}")
-            else:
-                bad.append(source)
-        if columns:
-            check_columns(place, list(columns), format, prompt, completion, seen)
-        if bad:
-            raise bad_rows(place, bad)
-        if not examples:
-            raise DataError(f"{place} is empty: there is not a single row in it")
-        verbatim = format.completion_template is None and labels is None
-        single = completion is not None and len(completion.columns) == 1 and not verbatim
-        column = completion.columns[0] if completion is not None and single else None
-        return cls(examples, name=name, label_column=column)
+        examples = list(_rendered(read, place, format, labelled=labelled))
+        columns = Template.parse(format.completion_template or "{completion}", "completion template").columns
+        verbatim = format.completion_template is None and text_labels(format.label_map) is None
+        single = labelled and len(columns) == 1 and not verbatim
+        return cls(examples, name=name, label_column=columns[0] if single else None)
+
+
+def _rendered(read: Iterable[Read], place: str, format: RowFormat, *, labelled: bool) -> Iterator[Example]:
+    """Rows as examples, one by one; what is wrong with any of them is told together, at the end."""
+    prompt = Template.parse(format.prompt_template or "{prompt}", "prompt template")
+    completion = None
+    if labelled:
+        completion = Template.parse(format.completion_template or "{completion}", "completion template")
+    labels = text_labels(format.label_map)
+    wanted = [*prompt.columns, *(completion.columns if completion else ())]
+    count = 0
+    bad: list[str] = []
+    columns: dict[str, None] = {}  # of all rows, in order of appearance
+    seen: list[Mapping[str, Any]] = []
+    for source, row, problem in read:
+        reasons: list[BadCell | str] = [problem] if problem else []
+        query, answer = "", None
+        if not problem and not isinstance(row, Mapping):
+            reasons.append(f"not an object with columns but {type_name(row)}")
+        elif not problem:
+            try:
+                row = with_messages(row, wanted)
+            except BadCell as cell:
+                reasons.append(cell)
+                columns.update(dict.fromkeys(wanted))
+            columns.update(dict.fromkeys(map(str, row)))
+            seen += [row] if len(seen) < _TRIED_ROWS else []
+        if not reasons:
+            try:
+                query = prompt.render(row, "prompt", None)
+            except BadCell as cell:
+                reasons.append(cell)
+            try:
+                answer = completion.render(row, "completion", labels) if completion else None
+            except BadCell as cell:
+                reasons.append(cell)
+        if not reasons:
+            count += 1
+            yield Example(query, answer, source, dict(row))
+        elif len(bad) < SHOWN_ROWS:
+            bad.append(f"{source}: {' and '.join(map(str, reasons))}")
+        else:
+            bad.append(source)
+    if columns:
+        check_columns(place, list(columns), format, prompt, completion, seen)
+    if bad:
+        raise bad_rows(place, bad)
+    if not count:
+        raise DataError(f"{place} is empty: there is not a single row in it")
 
 
 @dataclass(frozen=True)

@@ -153,12 +153,12 @@ def _scratch(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_bytes(path: Path, data: bytes, *, listed: bool = True) -> None:
+def write_bytes(path: Path, data: bytes | Iterable[bytes], *, listed: bool = True) -> None:
     """Write ``data`` to ``path``, whole or not at all.
 
     Args:
         path: the file.
-        data: what it is to hold.
+        data: what it is to hold, also in parts that are made one after the other.
         listed: in a run's folder, add it to the manifest. Not what the user asked to be put there.
 
     Raises:
@@ -171,13 +171,16 @@ def write_bytes(path: Path, data: bytes, *, listed: bool = True) -> None:
         handle, name = tempfile.mkstemp(prefix=f".{path.name[:32]}{manifest.TEMPORARY}", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(data)
+                sha = hashlib.sha256()
+                for part in [data] if isinstance(data, bytes) else data:
+                    file.write(part)
+                    sha.update(part)
             Path(name).chmod(0o644)
             root = manifest.root_of(path) if listed else None
             # what is written into a temporary folder is listed when that folder gets its name
             if root is not None and manifest.TEMPORARY not in str(path):
                 manifest.refuse_others(path)
-                manifest.record(root, {manifest.relative(path, root): hashlib.sha256(data).hexdigest()})
+                manifest.record(root, {manifest.relative(path, root): sha.hexdigest()})
             Path(name).replace(path)
         except BaseException:
             Path(name).unlink(missing_ok=True)

@@ -41,6 +41,8 @@ _QUOTED_ROWS = (
     "missing there."
 )
 
+_SAID: set[tuple[Path, str]] = set()
+
 # Bytes that are no UTF-8 come through as surrogates, so that one bad row stays one bad row.
 _BAD_BYTES = re.compile("[\udc80-\udcff]")
 _NOT_UTF8 = "not UTF-8 text"
@@ -167,6 +169,9 @@ def _read_table(path: Path, name: str, delimiter: str, quoting: Any) -> Iterator
                 doubtful.setdefault(doubt, []).append(source)
             yield source, dict(zip(header, cells, strict=False)), problem
     for doubt, sources in doubtful.items():
+        if (path, doubt) in _SAID:  # the file is read a second time
+            continue
+        _SAID.add((path, doubt))
         rows = f"{sources[0]} is the first of {len(sources)}" if len(sources) > 1 else f"at {sources[0]}"
         logger.warning(f"%s: {doubt}", path, rows)
 

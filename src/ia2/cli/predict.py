@@ -31,7 +31,7 @@ def predict(
     """Label new rows: label, confidence and label distribution of each."""
     from ia2.cli.output import print_json, start
     from ia2.errors import ConfigError
-    from ia2.files import output_file, write_text
+    from ia2.files import output_file, write_bytes
 
     start(quiet, files=[output])
     code = {"trust_remote_code": trust_remote_code, "parser": parser}
@@ -39,20 +39,23 @@ def predict(
         raise ConfigError(f"{output}: predictions are written to a .jsonl or a .csv file.")
     if output is not None:
         output_file(output, data, adapter, model)
-    from ia2.applying import predict_rows, prediction_text
+    from ia2.applying import predict_blocks, prediction_text
     from ia2.imports import for_one_forward_pass
 
     with for_one_forward_pass():
-        rows = predict_rows(
+        count, blocks = predict_blocks(
             adapter, data, split=split, data_config=data_config, device=device, base=model, code=code
         )
-    if output is not None:
-        write_text(output, prediction_text(rows, output.suffix), listed=False)
-        if json:
-            print_json({"rows": len(rows), "output": str(output)})
+        if output is not None:
+            suffix = output.suffix
+            texts = (prediction_text(rows, suffix, header=not n) for n, rows in enumerate(blocks))
+            write_bytes(output, (text.encode("utf-8") for text in texts), listed=False)
+        elif json:
+            print_json([row for rows in blocks for row in rows])
         else:
-            print(f"{len(rows)} predictions: {output}")
-    elif json:
-        print_json(rows)
-    else:
-        print(prediction_text(rows, ".jsonl"), end="")
+            for rows in blocks:
+                print(prediction_text(rows, ".jsonl"), end="", flush=True)
+    if output is not None and json:
+        print_json({"rows": count, "output": str(output)})
+    elif output is not None:
+        print(f"{count} predictions: {output}")
