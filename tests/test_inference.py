@@ -36,7 +36,8 @@ from ia2.batching import token_budget
 from ia2.capture import ActivationCapture, eager_attention
 from ia2.config_sections import AdapterConfig
 from ia2.console import progress
-from ia2.inference import AnswerOutput, Generated, answer_pass, cut_answer, generate_answers
+from ia2.generation import Generated, cut_answer, generate_answers
+from ia2.inference import AnswerOutput, answer_pass
 from ia2.packing import packs
 from ia2.tokens import Ids, common_prefix, fed_ids
 

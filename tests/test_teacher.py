@@ -18,7 +18,7 @@ from ia2 import targets
 from ia2 import teacher as module
 from ia2.context import Contexts
 from ia2.errors import RunFolderError
-from ia2.inference import Generated
+from ia2.generation import Generated
 from ia2.teacher import Teacher
 
 ROWS = 7
@@ -181,9 +181,13 @@ def _peak(where: str, count: int, folder: str, out: Any) -> None:
     rows = word_examples(count)
     contexts = Contexts.pool(tokenizer, rows, rows[:3], max_length=1024, reserve=256)
     # the answers do not matter here, their length does
-    module.generate_answers = lambda model, tokenizer, prompts, **_: [
-        Generated((20,) * _TOKENS, "", False) for _ in prompts
-    ]
+    def generate(model: Any, tokenizer: Any, prompts: Any, *, on_answer: Any, **_: Any) -> list[Generated]:
+        answers = [Generated((20,) * _TOKENS, "", False) for _ in prompts]
+        for place, answer in enumerate(answers):
+            on_answer(place, answer, None)
+        return answers
+
+    module.generate_answers = generate
     targets._SHARD_BYTES = 8 * 2**20
     teacher = Teacher(model, tokenizer, _TOKENS)
     if where == "store":

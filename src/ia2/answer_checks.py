@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ia2.errors import DataError
 from ia2.evaluation.answers import CHARACTERS, exact_match, load_parser
-from ia2.inference import cut_answer
+from ia2.generation import cut_answer
 from ia2.tokens import Ids, encode_prompt, encode_texts
 
 if TYPE_CHECKING:

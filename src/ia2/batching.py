@@ -99,16 +99,50 @@ def token_budget(model: Any, keys: int = 0) -> int:
     import psutil
     import torch
 
-    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    width = getattr(config, "hidden_size", 1024)
-    inner = getattr(config, "intermediate_size", None) or 4 * width
-    layers = getattr(config, "num_hidden_layers", 32)
     parameter = next(iter(model.parameters()))
-    # residual stream and attention, MLP, KV cache over all layers, float32 softmax and norms
-    per_token = parameter.element_size() * (8 * width + 3 * inner + 2 * layers * width) + 16 * width
-    per_token += parameter.element_size() * keys * layers * getattr(config, "num_attention_heads", 32)
+    per_token = _read_bytes(model, keys)
     if parameter.device.type == "cuda":
         free, ceiling = torch.cuda.mem_get_info(parameter.device)[0], 131072
     else:
         free, ceiling = psutil.virtual_memory().available, 4096
     return max(512, min(ceiling, int(free // 4 // per_token)))
+
+
+def writing_budget(model: Any, reach: int, *, captured: bool) -> tuple[int, int]:
+    """As :func:`token_budget`, of a batch that is written: half the memory, for keys and values alone.
+
+    Args:
+        model: bare or wrapped causal model.
+        reach: ids that are written of each row.
+        captured: activations of all layers are kept at each of them.
+
+    Returns:
+        Tokens of one batch, and how many of them a row needs beside its prompt.
+    """
+    width, _, layers, size = _sizes(model)
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 1
+    grouped = getattr(config, "num_key_value_heads", None) or heads
+    held = 2 * size * layers * grouped * (getattr(config, "head_dim", None) or width // heads)
+    # once while they are collected, once in the answers
+    seen = 2 * size * layers * width if captured else 0
+    tokens = token_budget(model) * max(1.0, _read_bytes(model) / held / 2)
+    return int(tokens), reach * (held + seen) // held
+
+
+def _sizes(model: Any) -> tuple[int, int, int, int]:
+    """Width, width of the MLP, layers, bytes of a number."""
+    config = model.config.get_text_config()
+    width = getattr(config, "hidden_size", 1024)
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    layers = getattr(config, "num_hidden_layers", 32)
+    return width, inner, layers, next(iter(model.parameters())).element_size()
+
+
+def _read_bytes(model: Any, keys: int = 0) -> int:
+    """A generous estimate of what a token of a forward pass needs."""
+    width, inner, layers, size = _sizes(model)
+    # residual stream and attention, MLP, KV cache over all layers, float32 softmax and norms
+    per_token = size * (8 * width + 3 * inner + 2 * layers * width) + 16 * width
+    heads = getattr(model.config.get_text_config(), "num_attention_heads", 32)
+    return int(per_token + size * keys * layers * heads)

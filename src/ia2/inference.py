@@ -2,7 +2,7 @@
 
 :func:`answer_pass` gives logits and activations at answer positions; the teacher's targets, the
 scoring of labels and the similarity measures are all made of it. :func:`answers_pass` gives the logits of
-many short answers behind each prompt. :func:`generate_answers` writes answers greedily. All sort by
+many short answers behind each prompt (answers are written by :mod:`ia2.generation`). All sort by
 length, share a common prefix through the KV cache, choose a batch size that fits in memory and halve it
 when it does not.
 """
@@ -342,17 +342,6 @@ def check_finite(model: Any, values: torch.Tensor, name: str) -> None:
     raise ModelError(f"{called}: its {name} are not finite in {dtype}. {advice}")
 
 
-def refusing_nan(model: Any) -> LogitsProcessorList:
-    """What ``generate`` is given to have :func:`check_finite` see every token's logits."""
-    from transformers import LogitsProcessorList
-
-    def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        check_finite(model, scores.amax(-1), "logits")
-        return scores
-
-    return LogitsProcessorList([process])
-
-
 def half_precision(model: Any) -> str:
     """What to do about numbers that are not finite, where float16 is what makes them so; else empty."""
     import torch
@@ -360,166 +349,6 @@ def half_precision(model: Any) -> str:
     if next(iter(unwrap(model).parameters())).dtype != torch.float16:
         return ""
     return "float16 ends at 65504: load the model with --dtype bfloat16 or float32."
-
-
-@dataclass
-class Generated:
-    """A greedy answer.
-
-    Attributes:
-        ids: answer ids without the stop text; ends with the end-of-sequence id if ``ended``.
-        text: the decoded answer.
-        ended: the answer ended by itself (end of sequence or the stop text), not at the limit.
-    """
-
-    ids: Ids
-    text: str
-    ended: bool
-
-
-def generate_answers(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Ids],
-    *,
-    max_new_tokens: int,
-    stop_texts: Sequence[str] = (),
-    end_id: int | None = None,
-    share_prefix: bool = True,
-    description: str = "generating",
-    batch_tokens: int | None = None,
-) -> list[Generated]:
-    """Greedy answers to prompts, batched, with a KV cache.
-
-    An answer ends at the end of sequence, just before a stop text, or at ``max_new_tokens`` ids
-    (METHOD: definitions). The end-of-sequence id is appended where it ended by itself.
-
-    Returns:
-        One :class:`Generated` a prompt, in input order.
-
-    Raises:
-        ModelError: logits that are not finite.
-    """
-    import torch
-    from transformers import GenerationConfig
-
-    # Room to see a stop text that begins at the very last allowed id.
-    lookahead = max((len(encode_answer(tokenizer, text)) for text in stop_texts), default=0)
-    ends = end_ids(model, tokenizer, end_id)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens + lookahead,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=pad_id(tokenizer),
-        eos_token_id=ends or None,
-        bos_token_id=tokenizer.bos_token_id,
-        use_cache=True,
-    )
-    shared = 0
-    if share_prefix and len(prompts) > 1 and takes_cache(model):
-        shared = min(common_prefix(prompts), min(len(p) for p in prompts) - 1)
-        if shared < MIN_SHARED_PREFIX:
-            shared = 0
-    reach = max_new_tokens + lookahead
-    plan = plan_batches(
-        [p[shared:] for p in prompts],
-        [1] * len(prompts),
-        batch_tokens or token_budget(model),
-        0,
-        grow=reach,
-        equal_lengths=padding_counts(model, shared),
-    )
-    results: dict[int, Generated] = {}
-    with evaluating(model), greedy(model), torch.no_grad(), progress(description, len(prompts)) as bar:
-        prefix = _prefill(model, prompts[0][:shared], None) if shared else None
-        device = input_device(model)
-
-        def run(members: list[int]) -> list[tuple[int, Generated]]:
-            width = max(len(prompts[i]) for i in members)
-            ids = torch.full((len(members), width), pad_id(tokenizer), dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(members):
-                prompt = torch.tensor(prompts[i])
-                ids[row, :shared], mask[row, :shared] = prompt[:shared], 1
-                rest = len(prompt) - shared
-                ids[row, width - rest :], mask[row, width - rest :] = prompt[shared:], 1
-            options: dict[str, Any] = {}
-            if prefix is not None:
-                options["past_key_values"] = _repeated(prefix, len(members))
-            if stop_texts:
-                options["stopping_criteria"] = [_StopAtText(tokenizer, stop_texts, width)]
-            output = model.generate(  # type: ignore[operator]
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                generation_config=config,
-                logits_processor=refusing_nan(model),
-                **options,
-            )
-            return [
-                (i, cut_answer(tokenizer, row[width:].tolist(), ends, stop_texts, max_new_tokens, end_id))
-                for i, row in zip(members, output, strict=True)
-            ]
-
-        for i, answer in in_halves(plan, run, bar):
-            results[i] = answer
-    return [results[i] for i in range(len(prompts))]
-
-
-def cut_answer(
-    tokenizer: PreTrainedTokenizerBase,
-    ids: Sequence[int],
-    ends: Sequence[int],
-    stop_texts: Sequence[str],
-    limit: int,
-    end_id: int | None = None,
-) -> Generated:
-    """Cut raw generated ids at the end of sequence, the stop text or the limit.
-
-    ``end_id`` is appended where the answer ended by itself; by default the tokenizer's.
-    """
-    ids = list(ids)
-    ended = False
-    for place, token in enumerate(ids):
-        if token in ends:
-            ids, ended = ids[:place], True
-            break
-    text = decode(tokenizer, ids)
-    stops = [place for place in (text.find(stop) for stop in stop_texts) if place >= 0]
-    if stops:
-        text = text[: min(stops)]
-        kept = len(ids)
-        while kept and len(decode(tokenizer, ids[:kept])) > len(text):
-            kept -= 1
-        exact = decode(tokenizer, ids[:kept]) == text
-        # a token that reaches across the boundary is replaced by the ids of the text before it
-        ids = ids[:kept] if exact else list(encode_answer(tokenizer, text)) if text else []
-        ended = True
-    if len(ids) > limit or (len(ids) == limit and not ended):
-        ids, ended = ids[:limit], False
-        text = decode(tokenizer, ids)
-    end = tokenizer.eos_token_id if end_id is None else end_id
-    if ended and end is not None:
-        ids = [*ids, int(end)]
-    if not ids:  # no end-of-sequence token and an answer that stops at once
-        ids = [pad_id(tokenizer)]
-    return Generated(tuple(ids), text, ended)
-
-
-class _StopAtText:
-    """Stopping criterion by row: the text generated so far contains a stop text."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_texts: Sequence[str], start: int) -> None:
-        self.tokenizer, self.stop_texts, self.start = tokenizer, stop_texts, start
-        # enough ids to hold any stop text, whatever the tokens
-        self.tail = max(len(text) for text in stop_texts) + 8
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        import torch
-
-        tails = input_ids[:, max(self.start, input_ids.shape[1] - self.tail) :]
-        texts = self.tokenizer.batch_decode(tails, skip_special_tokens=True)
-        hits = [any(stop in text for stop in self.stop_texts) for text in texts]
-        return torch.tensor(hits, device=input_ids.device, dtype=torch.bool)
 
 
 # ----------------------------------------------------------------------------------- shared prefix

@@ -1,9 +1,10 @@
 """The teacher: the base model with demonstrations in its prompt.
 
 For each query it gives the greedy answer ``Ŷ`` and the activations ``A_ICL`` at its answer positions.
-For single-token tasks both come out of one forward pass over the prompt; otherwise the answer is
-generated first and then fed once, behind the prompt. Where several processes were launched, each takes a
-share of the queries.
+For single-token tasks both come out of one forward pass over the prompt. Longer answers are generated, and
+the activations are those of the steps that wrote them; answers that are known, further orders of the
+demonstrations and attention weights take a pass over prompt and answer. Where several processes were
+launched, each takes a share of the queries.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from ia2.console import logger
 from ia2.context import Contexts
 from ia2.distributed import gathered, is_first, joined, share, wait
 from ia2.files import atomic_dir
-from ia2.inference import AnswerOutput, answer_pass, generate_answers
+from ia2.generation import Generated, generate_answers
+from ia2.inference import AnswerOutput, answer_pass
 from ia2.targets import (
     MemoryTargets,
     OnlineTargets,
@@ -184,14 +186,14 @@ class Teacher:
                 text = f"{description} {start}–{start + len(members)} of {count}"
             if known is not None:
                 found = [known[i] for i in members]
+                if self.site != ANSWERS:
+                    gather = self._gatherer(sink, contexts.permutations)
+                    orders = range(contexts.permutations)
+                    self._feed(contexts, members, found, capture, gather, text, orders)
             elif self.single_token:
-                answers += self._single(contexts, members, capture, sink, text)
-                give_back_memory()
-                continue
+                found = self._single(contexts, members, capture, sink, text)
             else:
-                found = self._generated(contexts, members, capture, text)
-            if self.site != ANSWERS:
-                self._feed(contexts, members, found, capture, sink, text)
+                found = self._generated(contexts, members, capture, sink, text)
             answers += found
             give_back_memory()
         return joined(answers)
@@ -216,8 +218,10 @@ class Teacher:
             share = output.logits[0] if contexts.permutations == 1 else output.logits[0].softmax(-1)
             votes[i] = votes[i] + share if i in votes else share
 
-        anything = TeacherAnswer((pad_id(self.tokenizer),), "")
-        self._feed(contexts, members, [anything] * len(members), capture, sink, description, vote)
+        anything = [TeacherAnswer((pad_id(self.tokenizer),), "")] * len(members)
+        gather = self._gatherer(sink, contexts.permutations)
+        orders = range(contexts.permutations)
+        self._feed(contexts, members, anything, capture, gather, description, orders, vote)
         tokens = [int(votes[i].argmax()) for i in members]
         return [TeacherAnswer((token,), decode(self.tokenizer, [token])) for token in tokens]
 
@@ -226,11 +230,26 @@ class Teacher:
         contexts: Contexts,
         members: list[int],
         capture: ActivationCapture | None,
+        sink: _Sink,
         description: str,
     ) -> list[TeacherAnswer]:
-        """Generate under the first order."""
+        """Generate under the first order, and feed what generation does not give the targets of."""
         if capture is not None:
             capture.disarm()  # generation runs through the hooked modules too
+        gather = self._gatherer(sink, contexts.permutations)
+        # Not attention weights, which have spans, nor whole distributions, which would fill the memory.
+        soft = self.site == "soft" and self.top_k is not None and contexts.permutations == 1
+        watched = capture if self.site != "weights" else None
+        unseen: list[int] = []
+
+        def take(place: int, answer: Generated, seen: torch.Tensor | None) -> None:
+            if seen is None:
+                unseen.append(place)
+            elif soft:
+                sink.add(members[place], 0, seen)
+            else:
+                gather(members[place], 0, seen)
+
         generated = generate_answers(
             self.model,
             self.tokenizer,
@@ -239,8 +258,18 @@ class Teacher:
             stop_texts=self.stop_texts,
             end_id=self.end_id,
             description=f"{description}: answers",
+            capture=watched,
+            keep=(lambda logits: pack_soft(logits.softmax(-1), self.top_k)) if soft else None,
+            on_answer=take,
         )
-        return [TeacherAnswer(g.ids, g.text, g.ended) for g in generated]
+        found = [TeacherAnswer(g.ids, g.text, g.ended) for g in generated]
+        if self.site != ANSWERS:
+            rest = [members[place] for place in sorted(unseen)]
+            known = [found[place] for place in sorted(unseen)]
+            self._feed(contexts, rest, known, capture, gather, description, orders=[0])
+            others = range(1, contexts.permutations)
+            self._feed(contexts, members, found, capture, gather, description, orders=others)
+        return found
 
     def _feed(
         self,
@@ -248,16 +277,18 @@ class Teacher:
         members: list[int],
         answers: Sequence[TeacherAnswer],
         capture: ActivationCapture | None,
-        sink: _Sink,
+        gather: Callable[[int, int, torch.Tensor], None],
         description: str,
+        orders: Sequence[int],
         on_output: Callable[[int, AnswerOutput], None] | None = None,
     ) -> None:
-        """Feed each answer under every order, and hand on what is to be kept."""
-        gather = self._gatherer(sink, contexts.permutations)
+        """Feed each answer under some orders, and hand on what is to be kept."""
+        if not members:
+            return
         spans = None
         if self.site == "weights":
             spans = [span(contexts, i, answer.ids) for i, answer in zip(members, answers, strict=True)]
-        for k in range(contexts.permutations):
+        for k in orders:
             pairs = [(contexts.context_ids(i, k), a.ids) for i, a in zip(members, answers, strict=True)]
             order = "" if contexts.permutations == 1 else f" (order {k + 1}/{contexts.permutations})"
             for output in answer_pass(

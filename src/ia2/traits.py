@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,25 +48,13 @@ def has_virtual_tokens(model: Any) -> bool:
     return bool(prompting) and not getattr(model, "_adapters_disabled", False)
 
 
-def padding_counts(model: Any, shared: int) -> bool:
-    """Whether padding just before the query, behind ``shared`` cached ids, would change its answer.
+def padding_counts(model: Any) -> bool:
+    """Whether padding on the left of a prompt would change its answer.
 
-    Attention skips padding; what matters is whether the distance over it counts. A recurrent layer reads
-    it, unless the family silences it there.
+    Attention skips padding. A recurrent layer reads it, unless the family silences it there.
     """
     if has_virtual_tokens(model):
         return True  # they stand before the padding, and PEFT drops the position ids
-    if _reads_padding(model):
-        return True
-    if not shared:
-        return False
-    # without position ids, distances may be those in the padded row (MPT)
-    positioned = "position_ids" in inspect.signature(unwrap(model).forward).parameters
-    return not positioned or has_sliding_window(model)
-
-
-def _reads_padding(model: Any) -> bool:
-    """Whether padding on the left changes the state of recurrent layers."""
     inner = unwrap(model)
     recurrent = getattr(inner, "_is_stateful", False) or any(k in _RECURRENT for k in layer_kinds(model))
     if not recurrent:

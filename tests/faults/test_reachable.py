@@ -20,7 +20,7 @@ from ia2.errors import DataError
 from ia2.evaluation.answers import exact_match, load_parser
 from ia2.evaluation.scoring import answer_freely
 from ia2.examples import Example, Examples
-from ia2.inference import cut_answer
+from ia2.generation import cut_answer
 from ia2.prompts import query_prompts
 from ia2.rendering import Rendering
 from ia2.task import Task, make_task

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ia2.console import progress
-from ia2.inference import answer_pass, cut_answer, refusing_nan
+from ia2.generation import cut_answer, refusing_nan
+from ia2.inference import answer_pass
 from ia2.tokens import Ids, encode_prompt, pad_id
 from ia2.traits import end_ids, evaluating, greedy, input_device
 

@@ -29,7 +29,8 @@ from ia2.batching import give_back_memory
 from ia2.errors import DataError
 from ia2.examples import Example, Examples
 from ia2.files import digest
-from ia2.inference import answer_pass, generate_answers
+from ia2.generation import generate_answers
+from ia2.inference import answer_pass
 from ia2.models import BaseModel
 from ia2.prompts import Prompts, query_prompts
 from ia2.task import Task

@@ -12,11 +12,13 @@ import numpy as np
 from ia2.distributed import gathered, joined, share
 from ia2.examples import Example
 from ia2.files import json_lines, write_text
-from ia2.inference import AnswerOutput, answer_pass, answers_pass, generate_answers
+from ia2.generation import Generated, generate_answers
+from ia2.inference import AnswerOutput, answer_pass, answers_pass
 from ia2.task import Task
 from ia2.tokens import Ids, decode
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
@@ -249,7 +251,7 @@ def answer_freely(
     *,
     description: str = "evaluating",
 ) -> FreeAnswers:
-    """Generate an answer to every prompt and read it; confidences come from one more pass over them.
+    """Generate an answer to every prompt and read it; confidences are those of the steps that wrote it.
 
     Where several processes were launched, each answers a share of the prompts, and all get all answers.
     """
@@ -259,6 +261,25 @@ def answer_freely(
 
     parse = load_parser(task.parser)
     prompts = [prompts[i] for i in share(len(prompts), lambda i: len(prompts[i]))]
+    first = np.zeros(len(prompts))
+    total = np.zeros(len(prompts))
+    unseen: list[int] = []
+    end = tokenizer.eos_token_id if task.append_end is None else task.append_end
+
+    def keep(logits: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of the most probable token and of the one that ends an answer, ``[1, B, 2]``."""
+        log_p = logits.log_softmax(-1)
+        best = log_p.amax(-1)
+        return torch.stack([best, best if end is None else log_p[:, end]], dim=-1)[None]
+
+    def take(i: int, answer: Generated, log_p: torch.Tensor | None) -> None:
+        if log_p is None or (end is None and not answer.text):
+            unseen.append(i)
+            return
+        # what ended an answer need not be the token that stands for it
+        chosen = [*log_p[0, :-1, 0].tolist(), float(log_p[0, -1, int(answer.ended)])]
+        first[i], total[i] = np.exp(chosen[0]), sum(chosen)
+
     generated = generate_answers(
         model,
         tokenizer,
@@ -267,15 +288,16 @@ def answer_freely(
         stop_texts=task.stop_texts,
         end_id=task.append_end,
         description=description,
+        keep=keep,
+        on_answer=take,
     )
-    first = np.zeros(len(prompts))
-    total = np.zeros(len(prompts))
-    pairs = [(prompt, g.ids) for prompt, g in zip(prompts, generated, strict=True)]
+    pairs = [(prompts[i], generated[i].ids) for i in unseen]
     for output in answer_pass(model, tokenizer, pairs, description=f"{description}: confidence"):
         assert output.logits is not None
-        ids = torch.tensor(generated[output.index].ids)
+        i = unseen[output.index]
+        ids = torch.tensor(generated[i].ids)
         log_p = output.logits.log_softmax(-1)[torch.arange(len(ids)), ids]
-        first[output.index], total[output.index] = float(log_p[0].exp()), float(log_p.sum())
+        first[i], total[i] = float(log_p[0].exp()), float(log_p.sum())
     texts = joined([g.text for g in generated])
     first, total = np.concatenate(gathered(first)), np.concatenate(gathered(total))
     return FreeAnswers(texts, [parse(text) for text in texts], first, total)

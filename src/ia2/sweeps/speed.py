@@ -20,7 +20,8 @@ from ia2.config import AdaptConfig
 from ia2.errors import UserError
 from ia2.evaluation.run import evaluate_prompts
 from ia2.examples import Example, Examples, FewShotSplit
-from ia2.inference import answer_pass, generate_answers
+from ia2.generation import generate_answers
+from ia2.inference import answer_pass
 from ia2.models import BaseModel
 from ia2.sweeps.costs import Line, Shape, Speed, padded, shared_prefix
 from ia2.tokens import Ids
