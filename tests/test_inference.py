@@ -29,7 +29,7 @@ from test_context import awkward
 from transformers import FalconConfig, PreTrainedModel, PreTrainedTokenizerFast, RecurrentGemmaConfig
 from words import make_word_tokenizer
 
-from ia2 import batching, inference, packing
+from ia2 import batching, generation, inference, packing
 from ia2.adapter_weights import attach, base_weights
 from ia2.adapters import peft_config
 from ia2.batching import token_budget
@@ -247,8 +247,9 @@ def test_adapted_models(
     pairs, prompts = pairs_of(20), prompts_of(20)
     with ActivationCapture(model) as capture:
         check(model, pairs, list(answer_pass(model, word_tokenizer, pairs, capture=capture)))
-        answers = generate_answers(model, word_tokenizer, prompts, max_new_tokens=6)
+        answers, seen = seen_of(model, word_tokenizer, prompts, max_new_tokens=6, capture=capture)
         assert [a.ids for a in answers] == [greedy(model, p, 6) for p in prompts]
+        check_seen(model, prompts, answers, seen)
         with base_weights(model):
             check(model, pairs, list(answer_pass(model, word_tokenizer, pairs, capture=capture)))
             answers = generate_answers(model, word_tokenizer, prompts, max_new_tokens=6)
@@ -283,6 +284,160 @@ def test_generation(name: str, shared: int, word_tokenizer: PreTrainedTokenizerF
         )
         assert [answer.ids for answer in answers] == expected
         assert [answer.ended for answer in answers] == [ids[-1] == EOS for ids in expected]
+
+
+def seen_of(
+    model: Any, tokenizer: Any, prompts: list[Ids], **options: Any
+) -> tuple[list[Generated], dict[int, torch.Tensor | None]]:
+    """Answers, and what was handed out with each."""
+    seen: dict[int, torch.Tensor | None] = {}
+
+    def take(i: int, answer: Generated, tensor: torch.Tensor | None) -> None:
+        given[i] = answer
+        seen[i] = tensor
+
+    given: dict[int, Generated] = {}
+    answers = generate_answers(model, tokenizer, prompts, on_answer=take, **options)
+    assert [given[i] for i in range(len(prompts))] == answers
+    return answers, seen
+
+
+def check_seen(
+    model: Any, prompts: list[Ids], answers: list[Generated], seen: dict[int, torch.Tensor | None]
+) -> None:
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        tensor = seen[i]
+        assert tensor is not None and tensor.shape[1] == len(answer.ids)
+        torch.testing.assert_close(tensor, naive(model, (prompt, answer.ids))[1], atol=1e-5, rtol=1e-5)
+
+
+@family
+@sharing
+def test_what_is_seen_while_writing_is_the_forward_pass(
+    name: str, shared: int, word_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model, prompts = ALL[name](), prompts_of(shared)
+    plain = generate_answers(model, word_tokenizer, prompts, max_new_tokens=9)
+    # one answer ends early, others elsewhere or not at all
+    end = max(plain, key=lambda answer: len(answer.ids)).ids[4]
+    with ActivationCapture(model) as capture:
+        for options in ({"end_id": end}, {"batch_tokens": 80}):
+            answers, seen = seen_of(
+                model, word_tokenizer, prompts, max_new_tokens=9, capture=capture, **options
+            )
+            check_seen(model, prompts, answers, seen)
+            assert capture._stored == {} and not capture._armed
+    assert answers == plain
+
+
+@pytest.mark.parametrize("site", ["heads", "residual", "neurons"])
+def test_other_sites_are_seen_too(site: str, word_tokenizer: PreTrainedTokenizerFast) -> None:
+    model, prompts = FAMILIES["opt"](), prompts_of(20)
+    with ActivationCapture(model, site=site) as capture:
+        answers, seen = seen_of(model, word_tokenizer, prompts, max_new_tokens=6, capture=capture)
+        pairs = [(prompt, answer.ids) for prompt, answer in zip(prompts, answers, strict=True)]
+        for output in answer_pass(model, word_tokenizer, pairs, capture=capture, logits=False):
+            torch.testing.assert_close(seen[output.index], output.activations, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_kept_of_the_logits(
+    tiny_llama: PreTrainedModel, word_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    prompts = prompts_of(20)
+    answers, seen = seen_of(
+        tiny_llama, word_tokenizer, prompts, max_new_tokens=6, keep=lambda logits: logits[None, :, :50]
+    )
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        logits = naive(tiny_llama, (prompt, answer.ids))[0]
+        torch.testing.assert_close(seen[i], logits[None, :, :50], atol=1e-5, rtol=1e-5)
+
+
+def test_an_answer_whose_ids_were_not_written_was_not_seen(tiny_llama: PreTrainedModel) -> None:
+    """The stop text begins within a token, so the ids before it are others than those written."""
+    tokenizer, prompts = make_word_tokenizer(), prompts_of(0)
+    plain = generate_answers(tiny_llama, tokenizer, prompts, max_new_tokens=8)
+    longest = max(plain, key=lambda answer: len(answer.text)).text
+    stop = longest.split()[2][1:] + " "  # all but the first letter of a word
+    with ActivationCapture(tiny_llama) as capture:
+        answers, seen = seen_of(
+            tiny_llama, tokenizer, prompts, max_new_tokens=8, stop_texts=[stop], capture=capture
+        )
+    assert None in seen.values()
+    for i, tensor in seen.items():
+        fed = answers[i].ids[:-1]
+        assert (tensor is None) == (fed != plain[i].ids[: len(fed)])
+        if tensor is not None:
+            expected = naive(tiny_llama, (prompts[i], answers[i].ids))[1]
+            torch.testing.assert_close(tensor, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_that_have_ended_leave_the_batch(
+    tiny_llama: PreTrainedModel, word_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    prompts = prompts_of(20)
+    plain = generate_answers(tiny_llama, word_tokenizer, prompts, max_new_tokens=12)
+    # ids that end some answers early
+    long = [answer.ids for answer in plain if len(answer.ids) > 5]
+    ends = [EOS, long[0][1], long[1][3]]
+    tiny_llama.generation_config.eos_token_id = ends
+    expected = [
+        next((ids[:k] for k, token in enumerate(ids) if token in ends), ids)
+        for ids in (answer.ids for answer in plain)
+    ]
+    widths: list[int] = []
+    hook = tiny_llama.lm_head.register_forward_hook(lambda _m, inputs, _o: widths.append(len(inputs[0])))
+    with ActivationCapture(tiny_llama) as capture:
+        answers, seen = seen_of(tiny_llama, word_tokenizer, prompts, max_new_tokens=12, capture=capture)
+    hook.remove()
+    assert [a.ids[:-1] if a.ended else a.ids for a in answers] == expected
+    assert len({len(ids) for ids in expected}) > 2
+    check_seen(tiny_llama, prompts, answers, seen)
+    writing = widths[2:]  # behind the prefix and the prompts
+    assert writing == sorted(writing, reverse=True) and len(set(writing)) > 1
+    for step, width in enumerate(writing):
+        assert width < 2 * sum(len(answer.ids) > step for answer in answers) + 1
+
+
+def test_prompts_are_read_in_small_batches_and_answered_in_a_wide_one(
+    tiny_llama: PreTrainedModel, word_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = prompts_of(20)
+    monkeypatch.setattr(generation, "token_budget", lambda model: 4 * 40)
+    monkeypatch.setattr(generation, "writing_budget", lambda model, reach, captured: (10**6, reach))
+    fed: list[tuple[int, ...]] = []
+    hook = tiny_llama.model.embed_tokens.register_forward_hook(
+        lambda _m, inputs, _o: fed.append(tuple(inputs[0].shape))
+    )
+    answers = generate_answers(tiny_llama, word_tokenizer, prompts, max_new_tokens=4)
+    hook.remove()
+    # each prompt but its last id is read once, then all answers are written side by side
+    assert fed[:4] == [(1, 20), (4, 10), (2, 2), (6, 1)] and len(fed) == 3 + 4
+    assert [answer.ids for answer in answers] == [greedy(tiny_llama, prompt, 4) for prompt in prompts]
+
+
+def test_answers_are_handed_out_as_batches_finish(
+    tiny_llama: PreTrainedModel, word_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a store can write them: what is in memory does not grow with the prompts."""
+    prompts, order = prompts_of(0), []
+    generate = tiny_llama.generate
+
+    def noted(**inputs: Any) -> Any:
+        order.append(-len(inputs["input_ids"]))
+        return generate(**inputs)
+
+    monkeypatch.setattr(tiny_llama, "generate", noted)
+    generate_answers(
+        tiny_llama,
+        word_tokenizer,
+        prompts,
+        max_new_tokens=3,
+        batch_tokens=30,
+        on_answer=lambda i, answer, seen: order.append(i),
+    )
+    # rows 1 and 4 are the longest; generation goes on with one where the other has ended
+    first = order.index(next(entry for entry in order if entry >= 0))
+    assert set(order[first : first + 2]) == {1, 4} and min(order[first + 2 :]) < 0
 
 
 def recurrent_gemma() -> PreTrainedModel:
@@ -587,6 +742,19 @@ def test_token_budget() -> None:
         assert 512 <= token_budget(make()) <= 4096
     # attention weights that are kept leave room for fewer
     assert token_budget(llama(), keys=10**9) == 512
+
+
+def test_writing_budget() -> None:
+    for name, make in FAMILIES.items():
+        model = make()
+        tokens, row = batching.writing_budget(model, 10, captured=False)
+        assert tokens >= token_budget(model) and row == 10
+        # activations of every layer, twice, beside keys and values of as many heads or half of them
+        grouped = getattr(model.config, "num_key_value_heads", None) or HEADS
+        assert batching.writing_budget(model, 10, captured=True) == (tokens, 10 + 10 * HEADS // grouped), name
+    # few heads of keys and values: a batch holds more rows than it could read
+    wide, one = {"hidden_size": 576, "num_attention_heads": 9, "intermediate_size": 1536}, 1
+    assert batching.writing_budget(llama(**wide, num_key_value_heads=one), 1, captured=False)[0] > 8192
 
 
 def test_fixture_prompts_share_what_they_claim() -> None:

@@ -180,6 +180,7 @@ def _peak(where: str, count: int, folder: str, out: Any) -> None:
     tokenizer = make_word_tokenizer(1024)
     rows = word_examples(count)
     contexts = Contexts.pool(tokenizer, rows, rows[:3], max_length=1024, reserve=256)
+
     # the answers do not matter here, their length does
     def generate(model: Any, tokenizer: Any, prompts: Any, *, on_answer: Any, **_: Any) -> list[Generated]:
         answers = [Generated((20,) * _TOKENS, "", False) for _ in prompts]

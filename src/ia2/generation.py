@@ -73,7 +73,7 @@ def generate_answers(
         batch_tokens: tokens of one batch; None chooses from the free memory.
         capture: an entered :class:`~ia2.capture.ActivationCapture` (or what is used as one) of which the
             activations at the answer positions are wanted; not of the site ``weights``.
-        keep: where there is no capture: what is kept of the float32 logits ``[B, V]`` of a step, ``[K, B, d]``.
+        keep: without a capture: what of the float32 logits ``[B, V]`` of a step is kept, ``[L, B, d]``.
         on_answer: called with the place of each prompt, its answer, and what was captured or kept at its
             answer positions, ``[L, G, d]``, in the order in which batches finish. That is None where the ids
             of the answer are not those that were written (a token that reaches into a stop text is replaced):
@@ -100,7 +100,8 @@ def generate_answers(
     shared = min(common_prefix(prompts), shortest - 2) if share_prefix and joins and len(prompts) > 1 else 0
     if shared < MIN_SHARED_PREFIX:
         shared = 0
-    tokens, grow, reading = batch_tokens or token_budget(model), reach, batch_tokens
+    reading = tokens = batch_tokens or token_budget(model)
+    grow = reach
     if joins and not batch_tokens:
         # a quarter of a batch is read beside what is held of those before it
         reading = tokens // 4
@@ -252,7 +253,7 @@ class _Ending:
             texts = self.tokenizer.batch_decode(tails, skip_special_tokens=True)
         for k, (token, text) in enumerate(zip(last, texts, strict=True)):
             self.ended[k] |= token in self.ends or any(stop in text for stop in self.stop_texts)
-        stops = [self.drops and 2 * sum(self.ended) >= len(self.ended) or over for over in self.ended]
+        stops = [(self.drops and 2 * sum(self.ended) >= len(self.ended)) or over for over in self.ended]
         return torch.tensor(stops, device=input_ids.device, dtype=torch.bool)
 
 

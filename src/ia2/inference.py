@@ -24,25 +24,20 @@ from ia2.tokens import (
     Batch,
     Ids,
     common_prefix,
-    decode,
-    encode_answer,
     fed_ids,
     pad_id,
     pad_rows,
 )
 from ia2.traits import (
-    end_ids,
     evaluating,
-    greedy,
     input_device,
-    padding_counts,
     takes_cache,
 )
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import LogitsProcessorList, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from ia2.capture import Capture
 

@@ -17,8 +17,8 @@ from ia2.traits import input_device
 class RoomyLayer(DynamicLayer):
     """A layer's keys and values, with room behind them for what will be written.
 
-    :class:`~transformers.DynamicLayer` copies all that it holds at every step; of prompts of a thousand tokens
-    that takes as long as reading the weights.
+    A :class:`~transformers.DynamicLayer` copies all that it holds at every step; of prompts of a thousand
+    tokens that takes as long as reading the weights.
 
     Args:
         keys: ``[B, H, T + R, d]``, of which the first T hold something.
@@ -61,7 +61,8 @@ def read(model: Any, rows: Sequence[Ids], cache: DynamicCache, padding: int) -> 
     """
     device = input_device(model)
     batch = pad_rows(rows, [1] * len(rows), padding)
-    held = torch.ones(len(batch.input_ids), cache.get_seq_length(), dtype=batch.attention_mask.dtype)
+    assert batch.attention_mask is not None
+    held = torch.ones(len(rows), cache.get_seq_length(), dtype=batch.attention_mask.dtype)
     model(
         input_ids=batch.input_ids.to(device),
         attention_mask=torch.cat([held, batch.attention_mask], dim=1).to(device),
@@ -86,24 +87,24 @@ def read_joined(
     """
     lengths = [prefix.get_seq_length() + len(row) for row in rows]
     width = max(lengths)
-    whole: list[tuple[torch.Tensor, torch.Tensor]] = []
+    whole: list[list[torch.Tensor]] = []  # keys and values of each layer
     for members in plan_batches(rows, [1] * len(rows), budget, 0):
         part = copy.deepcopy(prefix)
         part.batch_repeat_interleave(len(members))
         read(model, [rows[i] for i in members], part, padding)
-        for index, layer in enumerate(part.layers):
+        read_layers: list[Any] = part.layers
+        for index, layer in enumerate(read_layers):
+            own = (layer.keys, layer.values)
             if index == len(whole):
-                whole.append(tuple(
-                    held.new_zeros(len(rows), held.shape[1], width + room, held.shape[3])
-                    for held in (layer.keys, layer.values)
-                ))
-            for held, target in zip((layer.keys, layer.values), whole[index], strict=True):
+                whole.append([t.new_zeros(len(rows), t.shape[1], width + room, t.shape[3]) for t in own])
+            for held, target in zip(own, whole[index], strict=True):
                 for place, i in enumerate(members):
                     target[i, :, width - lengths[i] : width] = held[place, :, : lengths[i]]
     cache = DynamicCache(config=model.config)
+    layers: list[Any] = cache.layers
     for index, (keys, values) in enumerate(whole):
-        if cache.layers[index].is_sliding:
-            cache.layers[index].update(keys[:, :, :width], values[:, :, :width])
+        if layers[index].is_sliding:
+            layers[index].update(keys[:, :, :width], values[:, :, :width])
         else:
-            cache.layers[index] = RoomyLayer(keys, values, width)
+            layers[index] = RoomyLayer(keys, values, width)
     return cache
