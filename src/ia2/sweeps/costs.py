@@ -67,7 +67,7 @@ class Speed:
         context: of queries behind demonstrations that they share.
         teacher: of the teacher pass.
         decoding: seconds of one generated token by the rows of a batch; None where nothing is generated.
-        batch_tokens: tokens of one batch of generation.
+        batch_tokens: tokens of one batch of answers that are written.
         steps: seconds of an optimiser step by its tokens, for each adapter's digest.
         adapter_bytes: of its weights, for each adapter's digest.
         refused: adapters that cannot be trained, and why.
@@ -368,11 +368,14 @@ class UnitCosts:
     def _teacher(self, needed: Pass, config: AdaptConfig) -> float:
         shape, own = self.shape, self.shape.evaluated[0]
         orders, rest = config.demo_permutations, own.answer - 1
+        written = own.limit > 1 and not self._passes  # a later pass knows the answers
+        if written and needed[0] not in ("weights", "soft"):
+            orders -= 1  # the steps that write the answers give the targets of the first order
         fed = shape.train * (shape.context + rest) * orders
         if shape.dev:
             fed += (shape.prefix + shape.dev * (shape.extra + own.tokens + rest)) * orders
         seconds = fed / self.speed.teacher
-        if own.limit > 1 and not self._passes:  # a later pass knows the answers
+        if written:
             prompts = shape.train * shape.context + shape.prefix + shape.dev * (shape.extra + own.tokens)
             seconds += prompts / self.speed.teacher
             seconds += self._decoding(shape.train + shape.dev, own, shape.context)
@@ -430,12 +433,10 @@ class UnitCosts:
         rate = self.speed.context if behind else self.speed.bare
         prefix = self.shape.prefix if behind else 0
         each = queries.tokens + (self.shape.extra if behind else 0.0)
-        fed = prefix + queries.count * queries.labels * (each + queries.answer - 1)
-        seconds = fed / rate
-        if queries.free:  # written first, then fed once for its confidence
-            seconds += (prefix + queries.count * each) / rate
-            seconds += self._decoding(queries.count, queries, each)
-        return seconds
+        if queries.free:
+            read = prefix + queries.count * each
+            return read / rate + self._decoding(queries.count, queries, each)
+        return (prefix + queries.count * queries.labels * (each + queries.answer - 1)) / rate
 
     def _decoding(self, rows: int, queries: Queries, width: float) -> float:
         """Seconds to write so many answers, each to its limit, behind prompts of that many tokens."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from ia2.adapter_checks import check_adapter
 from ia2.adapter_weights import adapter_state
-from ia2.batching import give_back_memory, token_budget
+from ia2.batching import give_back_memory, writing_budget
 from ia2.config import AdaptConfig
 from ia2.errors import UserError
 from ia2.evaluation.run import evaluate_prompts
@@ -80,7 +80,7 @@ def measure(
         passes.context,
         passes.teacher,
         passes.decoding,
-        token_budget(base.model),
+        writing_budget(base.model, 1, captured=False)[0],
         lines,
         sizes,
         refused,
@@ -245,7 +245,7 @@ class _Passes:
         """Seconds of one generated token, by the rows of a batch."""
         own = max(shape.evaluated, key=lambda queries: queries.limit)
         test = shape.rows[shape.evaluated.index(own)].test
-        fits = int(token_budget(self.base.model) // (own.tokens + own.limit))
+        fits = int(writing_budget(self.base.model, 1, captured=False)[0] // (own.tokens + own.limit))
         points = []
         for rows in sorted({min(2, len(test)), max(1, min(fits, _MOST, len(test)))}):
             prompts = shape.bench.prompts(test[:rows])
