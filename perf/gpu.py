@@ -37,7 +37,8 @@ from ia2.config_sections import AdapterConfig
 from ia2.distributed import is_first, process_state
 from ia2.example_trainer import _disable_checkpointing
 from ia2.files import write_json
-from ia2.inference import answer_pass, generate_answers
+from ia2.generation import generate_answers
+from ia2.inference import answer_pass
 from ia2.manifest import begin
 from ia2.runs import machine, versions
 from ia2.targets import MemoryTargets, TeacherAnswer

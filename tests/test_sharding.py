@@ -20,7 +20,8 @@ from ia2.config_sections import AdapterConfig
 from ia2.console import Progress
 from ia2.errors import ConfigError
 from ia2.example_trainer import ExampleTrainer
-from ia2.inference import answer_pass, generate_answers
+from ia2.generation import generate_answers
+from ia2.inference import answer_pass
 from ia2.models import load_base
 from ia2.recipes import ADAPTER_NAMES
 from ia2.sharding import NEEDS_WHOLE

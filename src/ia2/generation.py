@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ia2.batching import give_back_memory, in_halves, plan_batches, token_budget, writing_budget
+from ia2.batching import in_halves, plan_batches, token_budget, writing_budget
 from ia2.console import progress
 from ia2.inference import MIN_SHARED_PREFIX, check_finite
 from ia2.tokens import Batch, Ids, common_prefix, decode, encode_answer, pad_id
@@ -133,8 +133,6 @@ def generate_answers(
             fed = len(answer.ids) - 1
             same = list(answer.ids[:fed]) == written[:fed] and fed < len(steps)
             done.append((i, answer, torch.stack(steps[: fed + 1], dim=1) if same else None))
-        del cache
-        give_back_memory()
         return done
 
     with evaluating(model), greedy(model), torch.no_grad(), progress(description, len(prompts)) as bar:

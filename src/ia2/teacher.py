@@ -283,8 +283,6 @@ class Teacher:
         on_output: Callable[[int, AnswerOutput], None] | None = None,
     ) -> None:
         """Feed each answer under some orders, and hand on what is to be kept."""
-        if not members:
-            return
         spans = None
         if self.site == "weights":
             spans = [span(contexts, i, answer.ids) for i, answer in zip(members, answers, strict=True)]
