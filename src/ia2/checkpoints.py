@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class BestWeights(TrainerCallback):
-    """Keeps the adapter of the best dev loss, stops when it does not improve, evaluates at epoch ends.
+    """Keeps the adapter of the best dev loss, and stops when it does not improve.
 
     Stops at once where the loss, the dev loss or the weights are not finite.
 
@@ -78,7 +78,7 @@ class BestWeights(TrainerCallback):
         control.should_evaluate = control.should_save = control.should_log = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluate after an epoch's last step too; without dev rows, never.
+        """Log, and with dev rows evaluate, where the schedule says so.
 
         Not in ``on_epoch_end``: a checkpoint of that step, written before, would not know of the
         evaluation, and a resumed stage would leave it out.
@@ -91,10 +91,9 @@ class BestWeights(TrainerCallback):
         if not (loss and weights):
             # the loss of a step is that of the weights before it
             self._end(control, state.global_step if loss else state.global_step - 1)
-        elif not len(self.trainer.eval_dataset):
-            control.should_evaluate = False
-        elif state.global_step % self.trainer.steps_per_epoch == 0:
-            control.should_evaluate = True
+        elif self.trainer.schedule.due(state.global_step):
+            control.should_log = True
+            control.should_evaluate = len(self.trainer.eval_dataset) > 0
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Complete a checkpoint: without these files it is not resumed from."""

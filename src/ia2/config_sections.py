@@ -131,10 +131,15 @@ class StageConfig(Section):
     eval_every: int | None = Field(
         None,
         ge=1,
-        description="Optimiser steps between dev evaluations; by default four an epoch, at least two "
-        "steps apart.",
+        description="Optimiser steps between dev evaluations, besides each epoch's end; by default up to "
+        "four an epoch, that cost at most a quarter of training.",
     )
-    patience: int = Field(5, ge=1, description="Stop after this many dev evaluations without improvement.")
+    patience: int = Field(
+        5,
+        ge=1,
+        description="Stop after this many dev evaluations without improvement (after two at least where they "
+        "are seldom).",
+    )
     restore_best: bool = Field(
         True, description="End with the weights of the best dev loss (false: with the last ones)."
     )

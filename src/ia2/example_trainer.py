@@ -29,6 +29,7 @@ from ia2.errors import ConfigError, RunFolderError
 from ia2.imports import for_training
 from ia2.manifest import begin, root_of
 from ia2.packing import packs, row_attention
+from ia2.schedule import Schedule
 from ia2.tokens import pad_id
 
 with for_training():
@@ -51,8 +52,9 @@ class StageSettings:
         epochs: at most.
         batch_size: examples of one optimiser step, over all processes.
         micro_batch_size: rows of one forward pass and process; None: all at once.
-        eval_every: optimiser steps between dev evaluations; None: four an epoch, two steps apart at least.
-        patience: dev evaluations without improvement before stopping.
+        eval_every: optimiser steps between dev evaluations, besides each epoch's end; None: see
+            :class:`~ia2.schedule.Schedule`.
+        patience: dev evaluations without improvement before stopping; fewer where they are seldom.
         restore_best: end with the weights of the best dev loss.
         seed: of the order and of dropout.
         checkpoint_every: optimiser steps between checkpoints.
@@ -134,10 +136,18 @@ class ExampleTrainer(Trainer, ABC):
             raise ConfigError(REENTRANT + ".")
         self.settings = settings
         self._orders: dict[int, list[int]] = {}
-        self.best = BestWeights(settings.patience, settings.restore_best)
         self._loss_is_finite: torch.Tensor | None = None  # of this process, since the last step
         collator = Collator(pad_id(tokenizer), alike=shards_model())
         arguments = self._arguments(settings, len(train_dataset), next(model.parameters()).device)
+        self.schedule = Schedule(
+            self.steps_per_epoch,
+            settings.epochs,
+            self._per_step,
+            len(eval_dataset) * eval_dataset.permutations,
+            settings.eval_every,
+            settings.patience,
+        )
+        self.best = BestWeights(self.schedule.waits, settings.restore_best)
         super().__init__(
             model=model,
             args=arguments,
@@ -168,7 +178,6 @@ class ExampleTrainer(Trainer, ABC):
         accumulation = -(-per_process // micro)
         self._slots = micro * accumulation * world
         self.steps_per_epoch = -(-count // self._per_step)
-        self.eval_every = settings.eval_every or max(2, -(-self.steps_per_epoch // 4))
         arguments = TrainingArguments(
             output_dir=str(settings.output_dir),
             per_device_train_batch_size=micro,
@@ -179,10 +188,9 @@ class ExampleTrainer(Trainer, ABC):
             weight_decay=0.0,
             max_grad_norm=0.0,
             num_train_epochs=settings.epochs,
-            eval_strategy="steps",
-            eval_steps=self.eval_every,
-            logging_strategy="steps",
-            logging_steps=self.eval_every,
+            # BestWeights asks for both, by the stage's schedule
+            eval_strategy="no",
+            logging_strategy="no",
             save_strategy="steps",
             save_steps=settings.checkpoint_every,
             save_total_limit=2,

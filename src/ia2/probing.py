@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import tempfile
 import time
@@ -26,6 +25,7 @@ from ia2.examples import MAX_DEV, Examples, FewShotSplit
 from ia2.manifest import begin
 from ia2.models import BaseModel
 from ia2.runs import machine
+from ia2.schedule import Schedule
 from ia2.stages import plan
 from ia2.task import Task, make_task
 from ia2.tokens import Ids
@@ -270,9 +270,9 @@ def _cost(
     most, training = 0, 0.0
     for stage in stages:
         steps = per_epoch * stage.settings.epochs
-        every = stage.settings.eval_every or max(2, -(-per_epoch // 4))
-        # every few steps, and at the end of each epoch
-        evaluations = steps // every + steps // per_epoch - steps // math.lcm(every, per_epoch)
+        settings, batch = stage.settings, min(config.batch_size, train)
+        schedule = Schedule(per_epoch, settings.epochs, batch, dev, settings.eval_every)
+        evaluations = steps * schedule.per_step
         most = max(most, steps)
         training += steps * step + evaluations * dev * dev_row
     return {

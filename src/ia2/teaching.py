@@ -36,7 +36,7 @@ from ia2.tokens import Ids, decode
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 2  # of target stores and stage folders; bump when their meaning changes
+FORMAT = 3  # of target stores and stage folders; bump when their meaning changes
 
 # Test queries that similarity to ICL is measured on; more would narrow its interval by little.
 SIMILARITY_QUERIES = 100

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from ia2.files import digest
 from ia2.inference import MIN_SHARED_PREFIX
 from ia2.models import BaseModel
 from ia2.recipes import ALIGN
+from ia2.schedule import Schedule
 from ia2.stages import PlannedStage, plan
 from ia2.sweeps.grid import Cell, Unit
 from ia2.sweeps.unit import load_rows, task_of
@@ -399,11 +399,14 @@ class UnitCosts:
         if stage.teacher_answers:
             dev *= orders
         per_epoch = -(-shape.train // min(config.batch_size, shape.train))
-        every = settings.eval_every or max(2, -(-per_epoch // 4))
+        rows, looked = (
+            min(config.batch_size, shape.train),
+            shape.dev * (orders if stage.teacher_answers else 1),
+        )
+        schedule = Schedule(per_epoch, settings.epochs, rows, looked, settings.eval_every)
 
         def seconds(steps: float) -> float:
-            evaluations = steps / every + steps / per_epoch - steps / math.lcm(every, per_epoch)
-            return steps * step + evaluations * dev
+            return steps * (step + schedule.per_step * dev)
 
         steps = steps_at_most(stage, config, shape.train)
         share = self.shares.get(stage.kind, self.shares.get("", 1.0))
