@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -311,16 +312,18 @@ def test_a_rate_that_diverges_stands_beside_those_that_do_not(
 ) -> None:
     ran = ia2("train", "--learning-rates", "1e30", "1e-3", "1e29", "--test-data", "test.jsonl")
     assert ran.status == 0, ran.err
-    assert "rate 1e+30: diverged at step 1" in ran.err
+    # which of the first passes overflows depends on how the rows of a step are laid out
+    assert re.search(r"rate 1e\+30: diverged at step [12]\b", ran.err)
     metrics = strict((here / "out" / "metrics.json").read_text())
     assert metrics["learning_rate"] == 1e-3
     tried = metrics["dev_loss_by_learning_rate"]
     assert list(tried) == ["1e+30", "0.001", "1e+29"]
     assert tried["1e+30"] is None and tried["1e+29"] is None and tried["0.001"] > 0
-    assert metrics["diverged"] == {"1e+30": "align at step 1", "1e+29": "align at step 1"}
+    assert list(metrics["diverged"]) == ["1e+30", "1e+29"]
+    assert all(re.fullmatch(r"align at step [12]", where) for where in metrics["diverged"].values())
     # the stage by name; what follows is not trained, and its weights are not kept
     stage = strict((here / "out" / "align" / "lr-1e+30" / "stage.json").read_text())
-    assert (stage["diverged"], stage["diverged_step"], stage["dev_loss"]) == (True, 1, None)
+    assert (stage["diverged"], stage["dev_loss"]) == (True, None) and stage["diverged_step"] in (1, 2)
     assert [path.name for path in (here / "out" / "align" / "lr-1e+30").iterdir()] == ["stage.json"]
     assert not (here / "out" / "sft" / "lr-1e+30").exists()
     good = strict((here / "out" / "sft" / "lr-0.001" / "stage.json").read_text())
@@ -394,7 +397,8 @@ def test_without_dev_rows_training_itself_tells(here: Path, caplog: pytest.LogCa
 
 def test_a_rate_whose_last_stage_alone_diverges(ia2: Command, here: Path) -> None:
     line = refused(ia2("train", "--sft-learning-rate", "1e30", "--learning-rates", "1e-3", "1e-2"))
-    assert all(f"{rate} (sft with its rate 1e+30 at step 1)" in line for rate in (0.001, 0.01))
+    for rate in ("0.001", "0.01"):
+        assert re.search(rf"{re.escape(rate)} \(sft with its rate 1e\+30 at step [12]\)", line)
     assert "sft.learning_rate" in line
 
 
@@ -450,7 +454,8 @@ def test_a_comparison_names_what_diverged(ia2: Command, here: Path) -> None:
     assert list(summary["recipes"]) == ["base", "sft"]
     assert list(summary["diverged"]) == ["ia2"]
     assert "seed-0: " in summary["diverged"]["ia2"]
-    assert summary["recipes"]["sft"]["diverged"] == ["1e+30 (sft at step 1)"]
+    (diverged,) = summary["recipes"]["sft"]["diverged"]
+    assert re.fullmatch(r"1e\+30 \(sft at step [12]\)", diverged)
     assert summary["recipes"]["sft"]["learning_rates"] == [1e-3, 1e-3]
     for text in (ran.out, (here / "out" / "table.md").read_text()):
         assert "ia2 diverged at every learning rate" in text

@@ -12,6 +12,8 @@ import pytest
 import torch
 from benches import base_of, bench_of, icl_base, icl_examples, rows_of, word_examples, wordy_model
 
+from ia2.batches import Row
+from ia2.tokens import fed_ids
 from ia2.trainer import AlignTrainer, SftTrainer, StageSettings
 
 TRAIN, DEV = 10, 4  # ten examples, eight a step: the last step of an epoch has two
@@ -108,9 +110,10 @@ def test_attention_implementations_agree(tiny_icl_model_path: Path, tmp_path: Pa
     assert losses["eager"] == pytest.approx(losses["sdpa"], rel=1e-5)
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("kind", ["align", "sft"])
 def test_neighbours_and_padding_change_no_examples_loss(
-    kind: str, word_tokenizer: Any, tmp_path: Path
+    kind: str, packed: bool, word_tokenizer: Any, tmp_path: Path
 ) -> None:
     rows = word_examples(TRAIN + DEV, label_words=4)
     base = base_of(wordy_model(), word_tokenizer)
@@ -125,13 +128,22 @@ def test_neighbours_and_padding_change_no_examples_loss(
         for micro in (None, 1, 3)
     ]
     trainer = trainers[0]
+    for each in trainers:
+        assert each.data_collator.packed
+        each.data_collator.packed = packed
 
     def losses(order: list[int]) -> dict[int, float]:
         batch = trainer._prepare_inputs(trainer.data_collator([train[i] for i in order]))
-        batch["input_ids"] = torch.where(
-            batch["attention_mask"] == 1, batch["input_ids"], torch.randint(3, 50, batch["input_ids"].shape)
-        )
+        if not packed:
+            # the longest row first; what stands in the padding does not matter
+            order = sorted(order, key=lambda i: -len(fed(train.row(i))))
+            for part in batch["parts"]:
+                noise = torch.randint(3, 50, part["input_ids"].shape)
+                part["input_ids"] = torch.where(part["attention_mask"] == 1, part["input_ids"], noise)
         return dict(zip(order, trainer.example_losses(bench.model, batch).tolist(), strict=True))
+
+    def fed(row: Row) -> tuple[int, ...]:
+        return fed_ids(row.query, row.answer)
 
     alone = {i: losses([i])[i] for i in range(TRAIN)}
     assert len({len(row.query) + len(row.answer) for row in rows_of(train)}) > 1
