@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from command_line import write_rows
 from tiny_icl.tasks import sample_task
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ia2.adaptation import adapt
 from ia2.applying import predict_rows
 from ia2.config import TrainConfig
+from ia2.example_trainer import Trainer  # as it is imported for training
 from ia2.examples import Examples
 from ia2.tokens import _KEPT_IDS, _Kept
 
@@ -140,3 +141,18 @@ def test_ids_that_are_kept_are_the_newest() -> None:
     assert kept.get(4) is None
     kept.put(77, ())
     assert kept.get(77) == ()
+
+
+def test_a_trainer_of_transformers_takes_data_sets_afterwards(
+    tiny_llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    """One that had no package datasets when it was imported: it looks at the package's version too."""
+    from datasets import Dataset
+
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7]] * 2, "labels": [[5, 6, 7]] * 2, "other": ["a", "b"]})
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True
+    )
+    trainer = Trainer(tiny_llama, arguments, train_dataset=rows)
+    assert next(iter(trainer.get_train_dataloader())).keys() == {"input_ids", "labels"}
+    assert trainer.train().global_step == 1

@@ -160,7 +160,7 @@ class _WhenUsed(ModuleType):
     """A module that is imported when one of its names is asked for."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what the import system and inspect ask of any module
+        if name.startswith("__") and name != "__version__":  # what the import system and inspect ask
             raise AttributeError(name)
         _give_way()
         if sys.modules.get(self.__name__) is self:
