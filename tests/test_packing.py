@@ -212,6 +212,22 @@ def test_no_more_logits_than_memory_allows(monkeypatch: pytest.MonkeyPatch) -> N
     assert [len(output.logits) for output in passes] == [3, 3]
 
 
+def test_rows_that_share_nothing_are_not_compared_with_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a pass as in training: attention takes one row at a time, and no mask is made."""
+    seen: list[Any] = []
+    attend = packing._row_attention
+
+    def watching(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+        seen.append(mask)
+        return attend(module, query, key, value, mask, **options)
+
+    model = llama()
+    assert packs(model)
+    monkeypatch.setattr(packing, "_row_attention", watching)
+    compare(model, [(4, 5, 6), (7, 8), (9, 9, 9, 9)], [1, 1, 1], size=100)
+    assert [mask.tolist() for mask in seen] == [[[[4, 3, 2]]]] * model.config.num_hidden_layers
+
+
 # -------------------------------------------------------------------------------------- small parts
 
 

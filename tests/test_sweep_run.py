@@ -39,6 +39,7 @@ VARIANTS = {"dora": {"adapter": {"type": "dora", "rank": 2}}, "cosine": {"align.
 def whole(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a sweep of all recipes, with variants and an OOD partner."""
     folder = tmp_path_factory.mktemp("whole") / "out"
+    unit._loaded.clear()  # what other tests have loaded would not be loaded here
     done = swept(files, folder, recipes=ALL, variants=VARIANTS, ood=True)
     assert not done.failed
     return folder

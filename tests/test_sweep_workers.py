@@ -94,8 +94,13 @@ def test_two_processes_give_the_same_cells(
 
 
 def test_a_worker_that_is_killed_loses_nothing(
-    files: Path, here: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    files: Path,
+    here: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # for the only worker
     killed: list[int] = []
     lost: list[Lost] = []
 
@@ -209,7 +214,7 @@ def test_an_interrupt_ends_workers_and_keeps_what_is_done(files: Path, tmp_path:
         process.wait()
     said = (tmp_path / "log").read_text().splitlines()
     assert said[0].startswith("sweep: 4 cells in 4 units; 0 finished before, 4 to do.")
-    assert all(line.startswith("[") for line in said[1:-2])
+    assert [line for line in said[1:-2] if not line.startswith("[")] == []
     assert said[-2:] == ["", "ia2: interrupted; start the same command again to continue."]
     assert records(tmp_path / "out")[0]["spec"]["recipe"] == "base"
 

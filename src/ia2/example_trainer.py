@@ -184,7 +184,7 @@ class ExampleTrainer(Trainer, ABC):
             gradient_accumulation_steps=accumulation,
             learning_rate=settings.learning_rate,
             lr_scheduler_type="constant",
-            optim="adamw_torch",
+            optim="adamw_torch_fused",
             weight_decay=0.0,
             max_grad_norm=0.0,
             num_train_epochs=settings.epochs,

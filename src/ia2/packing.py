@@ -43,6 +43,9 @@ _TOLERANCE, _TOLERANCE_HALF = 1e-3, 0.5
 # Model → kind of adapter and attention → whether it packs.
 _known: weakref.WeakKeyDictionary[Any, dict[Any, bool]] = weakref.WeakKeyDictionary()
 
+# Model → the configurations of its parts.
+_configs: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
+
 
 def pack_size(model: Any) -> int:
     """Tokens of a pack on the model's device."""
@@ -198,10 +201,12 @@ def row_attention(model: Any) -> Iterator[None]:
     if inner.config._attn_implementation != "sdpa":
         yield
         return
+    if inner not in _configs:  # a search through all modules takes longer than the rest of this function
+        found = {id(module.config): module.config for module in inner.modules() if hasattr(module, "config")}
+        _configs[inner] = list(found.values())
     AttentionInterface.register(_ROWS, _row_attention)
     AttentionMaskInterface.register(_ROWS, sdpa_mask)
-    configs = {id(module.config): module.config for module in inner.modules() if hasattr(module, "config")}
-    changed = [c for c in configs.values() if getattr(c, "_attn_implementation", None) == "sdpa"]
+    changed = [c for c in _configs[inner] if getattr(c, "_attn_implementation", None) == "sdpa"]
     try:
         for config in changed:
             config._attn_implementation = _ROWS
@@ -507,8 +512,10 @@ def _run(
     if cache is not None:
         options["past_key_values"] = cache
     branching = any(node.parent is not None and id(node.parent) in begins for node in nodes)
+    lengths = [len(node.ids) for node in nodes]
     if not past and not branching:
-        options["attention_mask"] = _rows_mask(model, [len(node.ids) for node in nodes], queries)
+        with row_attention(model):
+            options["attention_mask"] = _rows_mask(model, lengths, queries)
     elif past or len(nodes) > 1:
         visible = torch.zeros(len(ids), past + len(ids), dtype=torch.bool, device=device)
         visible[:, :past] = True

@@ -272,7 +272,7 @@ def _cost(
         steps = per_epoch * stage.settings.epochs
         settings, batch = stage.settings, min(config.batch_size, train)
         schedule = Schedule(per_epoch, settings.epochs, batch, dev, settings.eval_every)
-        evaluations = steps * schedule.per_step
+        evaluations = schedule.total if dev else 0
         most = max(most, steps)
         training += steps * step + evaluations * dev * dev_row
     return {

@@ -74,10 +74,12 @@ class Schedule:
         return within in {-(-part * self.per_epoch // count) for part in range(1, count + 1)}
 
     @property
-    def per_step(self) -> float:
-        """Evaluations for each optimiser step, on average."""
+    def total(self) -> int:
+        """Evaluations of a stage that goes to its last epoch."""
+        steps = self.per_epoch * self.epochs
         if self.every is not None:
-            return 1 / self.every + 1 / self.per_epoch - 1 / math.lcm(self.every, self.per_epoch)
+            both = math.lcm(self.every, self.per_epoch)
+            return steps // self.every + self.epochs - steps // both
         if self.apart >= self.per_epoch:
-            return 1 / self.apart
-        return self.per_epoch // self.apart / self.per_epoch
+            return -(-steps // self.apart)
+        return self.epochs * (self.per_epoch // self.apart)

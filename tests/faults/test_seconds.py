@@ -16,6 +16,7 @@ from ia2.config import AdaptConfig, ProbeConfig
 from ia2.files import read_json
 from ia2.models import BaseModel
 from ia2.probing import probe
+from ia2.schedule import Schedule
 from ia2.trainer import SftTrainer
 
 ROWS = icl_examples(12)
@@ -126,12 +127,12 @@ def test_a_probe_counts_the_rows_and_steps_of_the_run(
     per_row = 4 * 64 * 4  # layers, width, bytes
     assert cost["target_bytes"] == per_row * (train + dev)
     per_epoch = -(-train // min(probed.batch_size, train))
-    every = max(2, -(-per_epoch // 4))
     steps, seconds = [], 0.0
     for section in (probed.align, probed.sft):
         steps.append(per_epoch * section.epochs)
         done = range(1, steps[-1] + 1)
-        evaluations = sum(step % every == 0 or step % per_epoch == 0 for step in done) if dev else 0
+        schedule = Schedule(per_epoch, section.epochs, min(probed.batch_size, train), dev)
+        evaluations = sum(map(schedule.due, done)) if dev else 0
         seconds += cost["step_seconds"] * steps[-1] + cost["evaluation_seconds"] * evaluations
     assert cost["max_steps_a_stage"] == max(steps)
     rates = len(probed.learning_rates or [0])

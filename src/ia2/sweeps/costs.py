@@ -406,7 +406,7 @@ class UnitCosts:
         schedule = Schedule(per_epoch, settings.epochs, rows, looked, settings.eval_every)
 
         def seconds(steps: float) -> float:
-            return steps * (step + schedule.per_step * dev)
+            return steps * (step + dev * schedule.total / (per_epoch * settings.epochs))
 
         steps = steps_at_most(stage, config, shape.train)
         share = self.shares.get(stage.kind, self.shares.get("", 1.0))
