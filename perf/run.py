@@ -32,6 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+OLDER = ", older version"  # that of --against
+
 ROOT = Path(__file__).resolve().parents[1]
 if "IA2_PERF_SOURCE" not in os.environ:  # a child that measures another version has its own
     sys.path.insert(0, str(ROOT / "src"))
@@ -50,12 +52,11 @@ from ia2.comparison import compare  # noqa: E402
 from ia2.config import AdaptConfig, CompareConfig  # noqa: E402
 from ia2.config_sections import AdapterConfig  # noqa: E402
 from ia2.console import configure  # noqa: E402
-from ia2.context import Contexts, DemonstrationContexts, LeaveOneOut  # noqa: E402
+from ia2.context import Contexts  # noqa: E402
 from ia2.errors import ModelError  # noqa: E402
 from ia2.examples import Example, Examples, FewShotSplit  # noqa: E402
 from ia2.files import read_json, write_json  # noqa: E402
 from ia2.models import BaseModel, load_base  # noqa: E402
-from ia2.rendering import Rendering  # noqa: E402
 from ia2.rounds import rounds_of  # noqa: E402
 from ia2.runs import machine, versions  # noqa: E402
 from ia2.targets import MemoryTargets, TeacherAnswer  # noqa: E402
@@ -304,6 +305,19 @@ def teacher_labels(given: Given) -> list[dict[str, Any]]:
     return found
 
 
+class First:
+    """The first of some contexts, in any version of ia2."""
+
+    def __init__(self, contexts: Any, count: int) -> None:
+        self.contexts, self.count = contexts, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.contexts, name)
+
+
 def memory(given: Given) -> list[dict[str, Any]]:
     """Peak memory of the teacher at N = 128; of contexts that share little, only the first 16 are made."""
     base = load_base("demo")
@@ -311,10 +325,7 @@ def memory(given: Given) -> list[dict[str, Any]]:
     order = demo_orders()[-1]
     teacher, contexts = leave_one_out(base, count, order)
     if order == "random":
-        pool, _ = short_rows()
-        contexts = DemonstrationContexts(
-            Rendering(base.tokenizer), pool[:part], pool[:count], LeaveOneOut(count), base.max_length, 2
-        )
+        contexts = First(contexts, part)
     before = peak_mb()
     ours, _ = timed(lambda: teacher.to_memory(contexts))
     work = f"teacher, N = {count}, {order} orders, {len(contexts)} rows"
@@ -668,7 +679,7 @@ def predict(given: Given) -> list[dict[str, Any]]:
 
 def both(given: Given) -> list[tuple[str, Path | None]]:
     """This version, and the one it is held against."""
-    return [("", None), *([(f" ({given.against})", given.against)] if given.against else [])]
+    return [("", None), *([(OLDER, given.against)] if given.against else [])]
 
 
 def write_rows(path: Path, rows: Sequence[Example]) -> None:
@@ -877,13 +888,17 @@ def main() -> int:
 
 def rows_of(name: str, given: Given) -> list[dict[str, Any]]:
     """The lines of a row; of one that cannot be measured, why."""
-    try:
-        lines: list[dict[str, Any]] = measured(name, given)["lines"]
-        if name == "memory" and given.against:
-            older = measured(name, given, given.against)["lines"][0]
-            lines.append({**older, "work": f"{older['work']} ({given.against})"})
-    except RuntimeError as error:
-        return [{"work": name, "skipped": f"failed: {' '.join(str(error).split())[-300:]}", "right": False}]
+    sources = [None, given.against] if name == "memory" and given.against else [None]
+    lines: list[dict[str, Any]] = []
+    for source in sources:
+        where = OLDER if source else ""
+        try:
+            found = measured(name, given, source)["lines"]
+        except RuntimeError as error:
+            why = f"failed: {' '.join(str(error).split())[-300:]}"
+            lines.append({"work": f"{name}{where}", "skipped": why, "right": False})
+        else:
+            lines += [{**each, "work": f"{each['work']}{where}"} for each in found]
     return lines
 
 
