@@ -225,7 +225,7 @@ def test_rows_that_share_nothing_are_not_compared_with_each_other(monkeypatch: p
     assert packs(model)
     monkeypatch.setattr(packing, "_row_attention", watching)
     compare(model, [(4, 5, 6), (7, 8), (9, 9, 9, 9)], [1, 1, 1], size=100)
-    assert [mask.tolist() for mask in seen] == [[[[4, 3, 2]]]] * model.config.num_hidden_layers
+    assert [mask.flatten().tolist() for mask in seen] == [[4, 3, 2]] * model.config.num_hidden_layers
 
 
 # -------------------------------------------------------------------------------------- small parts
