@@ -93,8 +93,7 @@ class Collator:
     ``parts`` are forward passes over the answers behind their queries: one pack of all rows, or batches of
     padded rows of near lengths. ``response`` are the same with the teacher's answers, and left out where they
     would be fed the same ids; ``context`` are the teacher's answers in their contexts, where targets are
-    computed online. Rows are in the same order everywhere; where
-    they are padded, the longest is first.
+    computed online. Rows are in the same order everywhere; where they are padded, the longest is first.
 
     Attributes:
         padding: id to fill rows with.

@@ -439,7 +439,8 @@ def tree_pass(
         if alone:
             node = nodes[0]
             grown = _branch(cache) if cache is not None or node.children else None
-            output = _run(model, nodes, grown, logits, before)
+            with row_attention(model):  # not around what the caller does between two passes
+                output = _run(model, nodes, grown, logits, before)
             if output.parts:
                 yield output
             if node.children:
@@ -458,7 +459,10 @@ def tree_pass(
                 waiting.append(([node], cache, True))
         for together in groups([node.total for node in small], size):
             for part in _within([small[i] for i in together], most):
-                yield _run(model, _in_order(part), None if cache is None else _branch(cache), logits, before)
+                own = None if cache is None else _branch(cache)
+                with row_attention(model):
+                    output = _run(model, _in_order(part), own, logits, before)
+                yield output
 
 
 def _within(nodes: Sequence[_Node], most: int) -> list[list[_Node]]:
@@ -514,8 +518,7 @@ def _run(
     branching = any(node.parent is not None and id(node.parent) in begins for node in nodes)
     lengths = [len(node.ids) for node in nodes]
     if not past and not branching:
-        with row_attention(model):
-            options["attention_mask"] = _rows_mask(model, lengths, queries)
+        options["attention_mask"] = _rows_mask(model, lengths, queries)
     elif past or len(nodes) > 1:
         visible = torch.zeros(len(ids), past + len(ids), dtype=torch.bool, device=device)
         visible[:, :past] = True
@@ -540,11 +543,10 @@ def _run(
     )
     keep = batch.keep(device) if logits and kept else 1
     before()
-    with row_attention(model):
-        output = model(
-            input_ids=batch.input_ids.to(device),
-            position_ids=queries[None],
-            logits_to_keep=keep,
-            **options,
-        )
+    output = model(
+        input_ids=batch.input_ids.to(device),
+        position_ids=queries[None],
+        logits_to_keep=keep,
+        **options,
+    )
     return TreeOutput(batch, output.logits[0] if logits and kept else None, parts)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ia2.console import logger
+from ia2.console import warn_once
 from ia2.errors import DataError
 from ia2.user_files import check_text, open_file, strict_json
 from ia2.wording import counted, names_of, one_line
@@ -40,8 +40,6 @@ _QUOTED_ROWS = (
     "a quoted cell goes on over lines of which each could be a row (%s). Check that no quotation mark is "
     "missing there."
 )
-
-_SAID: set[tuple[Path, str]] = set()
 
 # Bytes that are no UTF-8 come through as surrogates, so that one bad row stays one bad row.
 _BAD_BYTES = re.compile("[\udc80-\udcff]")
@@ -169,11 +167,8 @@ def _read_table(path: Path, name: str, delimiter: str, quoting: Any) -> Iterator
                 doubtful.setdefault(doubt, []).append(source)
             yield source, dict(zip(header, cells, strict=False)), problem
     for doubt, sources in doubtful.items():
-        if (path, doubt) in _SAID:  # the file is read a second time
-            continue
-        _SAID.add((path, doubt))
         rows = f"{sources[0]} is the first of {len(sources)}" if len(sources) > 1 else f"at {sources[0]}"
-        logger.warning(f"%s: {doubt}", path, rows)
+        warn_once(f"{path}: {doubt % rows}")  # a file may be read twice
 
 
 def _kept(file: io.TextIOWrapper, lines: list[str]) -> Iterator[str]:

@@ -143,10 +143,12 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
     """Ids of whole prompts, as of :func:`encode_prompt`; empty where a text has no token.
 
     Example:
-        >>> from ia2.models import load_base
-        >>> tokenizer = load_base("demo").tokenizer  # doctest: +SKIP
-        >>> encode_prompts(tokenizer, ["Good morning"])  # doctest: +SKIP
-        [(14421, 5738)]
+        >>> class Letters:
+        ...     def __call__(self, texts, add_special_tokens, **options):
+        ...         first = [1] if add_special_tokens else []
+        ...         return {"input_ids": [[*first, *map(ord, text)] for text in texts]}
+        >>> encode_prompts(Letters(), ["ab", ""])
+        [(1, 97, 98), ()]
     """
     rows = _encode(tokenizer, texts, True)
     (probe,), (plain_probe,) = _encode(tokenizer, ["a"], True), _encode(tokenizer, ["a"], False)
@@ -183,10 +185,11 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     """Ids of texts on their own, without special tokens; each text is tokenised once.
 
     Example:
-        >>> from ia2.models import load_base
-        >>> tokenizer = load_base("demo").tokenizer  # doctest: +SKIP
-        >>> encode_texts(tokenizer, [" positive", " negative"])  # doctest: +SKIP
-        [(4242,), (4600,)]
+        >>> class Letters:
+        ...     def __call__(self, texts, **options):
+        ...         return {"input_ids": [list(map(ord, text)) for text in texts]}
+        >>> encode_texts(Letters(), [" a", " b"])
+        [(32, 97), (32, 98)]
     """
     return _encode(tokenizer, texts, False)
 
