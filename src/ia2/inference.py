@@ -101,7 +101,8 @@ def answer_pass(
         raise ValueError("spans must be between 1 and the number of ids that are fed")
     weights = capture is not None and capture.site == "weights"
     with evaluating(model), progress(description, len(rows)) as bar:
-        if rows and not weights and packs(model):
+        # of one row there is nothing to share or to pad, and to find out whether a model packs costs more
+        if len(rows) > 1 and not weights and packs(model):
             yield from _packed(model, rows, lengths, capture, logits, bar, batch_tokens)
         else:
             yield from _padded(model, tokenizer, rows, lengths, capture, spans, logits, bar, batch_tokens)
