@@ -195,7 +195,7 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
     found = run(capsys, "env", "--json").json
     assert found["versions"]["ia2"] == ia2.__version__
     assert found["machine"]["cpu_cores"] >= 1
-    assert set(found["demo_models"]) == {"demo", "demo-gemma"}
+    assert list(found["packaged_models"]) == ["demo", "demo-gemma", "demo-qwen", "demo-qwen-1.5b"]
     assert "transformers: " in run(capsys, "env").out
 
 

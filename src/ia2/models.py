@@ -1,4 +1,4 @@
-"""Base model and tokenizer: a hub id, a local folder, a GGUF file, or a packaged demo model."""
+"""Base model and tokenizer: a hub id, a local folder, a GGUF file, or a packaged model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from ia2.distributed import first_then_all, process_state, shards_model
 from ia2.errors import ConfigError, ModelError, UserError, suggest
-from ia2.gguf import DEMO_MODELS, convert, demo_folder
+from ia2.gguf import convert, packaged_folder
 from ia2.identity import (
     differences,
     folder_identity,
     memory_identity,
 )
 from ia2.machine_errors import memory_exhausted
+from ia2.packaged_models import PACKAGED_MODELS
 from ia2.sharding import in_turns, on_device
 from ia2.user_files import user_path
 from ia2.wording import quoted
@@ -42,7 +43,7 @@ class BaseModel:
         tokenizer: its tokenizer; never modified.
         name: what the user gave.
         path: what ``from_pretrained`` was given: a hub id, or an absolute path (of the converted folder, for
-            GGUF and demo models).
+            GGUF and packaged models).
         revision: commit on the hub, or None.
         identity: digests that tell this model from any other, wherever it lies (:mod:`ia2.identity`); part of
             every fingerprint. Of a model that was made in memory: of its tensors when it is put in here.
@@ -69,9 +70,9 @@ class BaseModel:
 
     @property
     def source(self) -> str:
-        """The name as it can be used from any working folder: an absolute path, a hub id or a demo's name."""
+        """The name, usable from any working folder: an absolute path, a hub id or a packaged model's name."""
         file = user_path(self.name)
-        if self.name in DEMO_MODELS:
+        if self.name in PACKAGED_MODELS:
             return self.name
         return str(file.resolve()) if file.is_file() else self.path
 
@@ -107,7 +108,7 @@ def load_base(
     """Load a base model and its tokenizer.
 
     Args:
-        name: hub id, local folder, ``.gguf`` file, or ``demo`` / ``demo-gemma``.
+        name: hub id, local folder, ``.gguf`` file, or a packaged model's (:mod:`ia2.packaged_models`).
         dtype: ``auto`` is bfloat16 on an accelerator and float32 on a CPU.
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; None takes an accelerator if there is one.
         revision: hub branch, tag or commit.
@@ -219,10 +220,10 @@ def resolve(name: str) -> str:
     """What ``from_pretrained`` can read for the name a user gave; converts GGUF files on first use.
 
     Raises:
-        ModelError: a demo model that is not installed, a missing file, or a name that is neither.
+        ModelError: a packaged model that is not installed, a missing file, or a name that is neither.
     """
-    if name in DEMO_MODELS:
-        return str(demo_folder(name))
+    if name in PACKAGED_MODELS:
+        return str(packaged_folder(name))
     path = user_path(name)
     if path.is_file():
         if path.suffix != ".gguf":
@@ -238,7 +239,7 @@ def resolve(name: str) -> str:
         return str(path.resolve())
     if name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"{name}: no such file or folder.")
-    if "/" not in name and (hint := suggest(name, list(DEMO_MODELS))):
+    if "/" not in name and (hint := suggest(name, list(PACKAGED_MODELS))):
         raise ModelError(f"model '{name}' is unknown.{hint}")
     return name
 
@@ -398,5 +399,5 @@ def _explain(name: str, path: str, error: Exception) -> str:
         return f"model {name} cannot be read: {kind}{first}"
     return (
         f"model '{name}' was found neither as a local folder or .gguf file nor on the hub "
-        f"(known names: {', '.join(DEMO_MODELS)}). {type(error).__name__}: {first}"
+        f"(known names: {', '.join(PACKAGED_MODELS)}). {type(error).__name__}: {first}"
     )

@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from ia2.cli.options import Json, Overwrite, Quiet
+from ia2.packaged_models import PACKAGED_MODELS
 
 
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Folder for results.")] = Path("out/demo"),
-    model: Annotated[str, typer.Option(help="demo, demo-gemma, or any other model.")] = "demo",
+    model: Annotated[str, typer.Option(help=f"{', '.join(PACKAGED_MODELS)}, or any other model.")] = "demo",
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions, each with examples of its own.")] = 1,
     json: Json = False,
     quiet: Quiet = False,

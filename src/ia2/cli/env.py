@@ -30,7 +30,7 @@ def env(
         return
     from ia2.cli.output import print_json, start
     from ia2.files import cache_dir
-    from ia2.gguf import installed_demo_models
+    from ia2.gguf import installed_packaged_models
     from ia2.runs import machine, versions
 
     start(True)
@@ -38,7 +38,7 @@ def env(
         "versions": versions(),
         "machine": machine(),
         "cache": str(cache_dir()),
-        "demo_models": installed_demo_models(),
+        "packaged_models": installed_packaged_models(),
     }
     if json:
         print_json(found)

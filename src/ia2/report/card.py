@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ia2.gguf import DEMO_MODELS
+from ia2.packaged_models import PACKAGED_MODELS
 from ia2.recipes import describe
 from ia2.task import Task
 
@@ -50,7 +50,7 @@ def model_card(metrics: dict[str, Any], facts: dict[str, Any], task: Task) -> st
     model = config["model"]
     labels = ", ".join(f"`{label.strip()}`" for label in task.labels[:20])
     front = "library_name: peft\ntags: [ia2, few-shot, adapter]\n"
-    if model not in DEMO_MODELS:
+    if model not in PACKAGED_MODELS:
         front = f"base_model: {_yaml_text(model)}\n" + front
     return _CARD.format(
         front=front,
@@ -82,7 +82,7 @@ def _loading(model: str, adapter: dict[str, Any]) -> str:
     kind = adapter["peft"]["peft_type"] if adapter["peft"] else adapter["type"]
     # PEFT learns of this type when it is imported
     first = "import ia2.bottleneck\n" if str(kind).lower() == "bottleneck" else ""
-    if model in DEMO_MODELS:
+    if model in PACKAGED_MODELS:
         base = f'from ia2 import load_base\n\nbase = load_base("{model}").model'
     else:
         base = (
