@@ -56,34 +56,34 @@ ROWS: dict[str, tuple[dict[str, Any], str, dict[str, str]]] = {
     "SST2": (
         {"idx": 7, "sentence": "a slow but rewarding film ", "label": 1},
         "Text:a slow but rewarding film \nLabel:",
-        {"digits": "1", "words": " positive"},
+        {"digits": "1", "words": " positive", "swapped": " negative", "neutral": " blue"},
     ),
     "FinS": (
         {"sentence": "Operating profit fell to EUR 3 mn .", "label": 0},
         "Text:Operating profit fell to EUR 3 mn .\nLabel:",
-        {"digits": "0", "words": " negative"},
+        {"digits": "0", "words": " negative", "swapped": " positive", "neutral": " red"},
     ),
     "PoemS": (
         {"id": 850, "verse_text": "radiant as moses from the mount, he stood", "label": 1},
         "Text:radiant as moses from the mount, he stood\nLabel:",
-        {"digits": "1", "words": " positive"},
+        {"digits": "1", "words": " positive", "swapped": " negative", "neutral": " blue"},
     ),
     "AGN": (
         {"text": "Chip maker opens plant The plant will employ 300 people.", "label": 3},
         "Text:Chip maker opens plant The plant will employ 300 people.\nLabel:",
-        {"digits": "3", "words": " Technology"},
+        {"digits": "3", "words": " Technology", "swapped": " World", "neutral": " black"},
     ),
     "BBCN": (
         {"text": NEWS, "label": 4, "label_text": "politics"},
         "Text:the old harbour is to be dredged again this spring  the port authority said on monday. "
         "two ships ran aground there in march  and the pilots have refused to bring in larger ones since. "
         "the work is to take six weeks and to cost four million pounds  of\nLabel:",
-        {"digits": "0", "words": " World"},
+        {"digits": "0", "words": " World", "swapped": " Sports", "neutral": " red"},
     ),
     "STF": (
         {"qid": "678cd91b0e940994a15f", "question": STRATEGY, "answer": True},
         f"Question:{STRATEGY}\nAnswer:",
-        {"digits": "1", "words": " yes"},
+        {"digits": "1", "words": " yes", "swapped": " no", "neutral": " blue"},
     ),
     "SciQr": (
         PLANTS,
@@ -126,7 +126,7 @@ ROWS: dict[str, tuple[dict[str, Any], str, dict[str, str]]] = {
     "Intents": (
         {"text": "Is it going to get chillier near Hocking State Forest?", "label": "get_weather"},
         "Text: Is it going to get chillier near Hocking State Forest?\nLabel:",
-        {"words": " weather"},
+        {"words": " weather", "swapped": " music", "neutral": " red"},
     ),
 }
 
