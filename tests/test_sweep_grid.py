@@ -274,6 +274,7 @@ def test_axes_change_keys() -> None:
     everything = [
         *keys(learning_rates=[1e-3, 1e-4], seeds=2, num_examples=[8, 4]),
         *keys(max_test=100),
+        *keys(hold_back=100),
         *keys(verbaliser="words"),
         *keys(models=["demo-gemma"]),
         *keys(benchmarks=["FinS"]),
@@ -282,7 +283,7 @@ def test_axes_change_keys() -> None:
         *keys(revision="main"),
         *keys(quantization="4bit"),
     ]
-    assert len(everything) == len(set(everything)) == 8 + 8
+    assert len(everything) == len(set(everything)) == 8 + 9
 
 
 def test_names_and_places_change_no_key() -> None:
@@ -436,6 +437,7 @@ _HERE = {"benchmarks": ["SST2"], "models": ["demo"], "recipes": ["sft"]}
         ({**_HERE, "seeds": [0, -1]}, ["seeds: seeds are 0 or greater"]),
         ({**_HERE, "num_examples": [8, 1]}, ["num_examples: at least two examples are needed"]),
         ({**_HERE, "max_test": 1}, ["max_test: "]),
+        ({**_HERE, "hold_back": 0}, ["hold_back: "]),
         ({**_HERE, "select": "best"}, ["select: ", "'dev' or 'test'"]),
         ({**_HERE, "parts": [{"seeds": 0}]}, ["parts.0.seeds: at least one seed is needed"]),
         (

@@ -305,6 +305,17 @@ def test_the_first_test_rows_only(files: Path, whole: Path, tmp_path: Path) -> N
 # --------------------------------------------------------------------------------------- computed once
 
 
+def test_rows_that_are_held_back_are_not_drawn(files: Path, tmp_path: Path) -> None:
+    pool = load_benchmark(files / "two.yaml").load(files).pool
+    for held in (None, 10):
+        swept(files, tmp_path / f"{held}", recipes=["icl"], hold_back=held)
+        (record,) = records(tmp_path / f"{held}")
+        assert record["data"]["pool"] == pool[: len(pool) - (held or 0)].fingerprint
+    grid = GridConfig(**grid_of(files, recipes=["icl"], hold_back=len(pool)))
+    (failed,) = sweep(grid, tmp_path / "all").failed
+    assert failed["error"] == "Two: hold_back 24 leaves nothing of a pool of 24 rows. Lower it."
+
+
 def test_what_cells_share_is_computed_once(files: Path, counted: Counter[str], tmp_path: Path) -> None:
     swept(files, tmp_path / "out", recipes=["base", "icl", "sft", "ia2", "ia2-sft"], seeds=2, ood=True)
     seeds = 2

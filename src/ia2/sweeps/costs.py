@@ -18,7 +18,7 @@ from ia2.recipes import ALIGN
 from ia2.schedule import Schedule
 from ia2.stages import PlannedStage, plan
 from ia2.sweeps.grid import Cell, Unit
-from ia2.sweeps.unit import load_rows, task_of
+from ia2.sweeps.unit import load_rows, task_of, without_held_back
 from ia2.task import Task
 from ia2.teaching import SIMILARITY_QUERIES
 from ia2.tokens import common_prefix
@@ -169,7 +169,8 @@ def kind_of(unit: Unit) -> str:
     first = unit.cells[0]
     config = first.config.model_dump(exclude={"seed", "recipe", "learning_rates", "joint", "adapter"})
     rows = [(benchmark.name, verbaliser) for benchmark, verbaliser in unit.benchmarks]
-    return digest([unit.model, rows, first.spec["max_test"], first.spec["num_examples"], config])
+    drawn = first.spec["num_examples"], first.spec.get("hold_back", 0)
+    return digest([unit.model, rows, first.spec["max_test"], *drawn, config])
 
 
 def measure_shape(
@@ -197,9 +198,12 @@ def measure_shape(
     longest = config.max_answer_tokens
     data = tuple(
         # the pool of free answers depends on how long they may be
-        load_rows(b, v, unit.data_dir, None, longest)
-        if longest and b.kind == "generation"
-        else rows[b.name, v]
+        without_held_back(
+            load_rows(b, v, unit.data_dir, None, longest)
+            if longest and b.kind == "generation"
+            else rows[b.name, v],
+            first.spec.get("hold_back", 0),
+        )
         for b, v in unit.benchmarks
     )
     tasks = tuple(task_of(part, config, base, ood=n > 0) for n, part in enumerate(data))

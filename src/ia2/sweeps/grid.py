@@ -51,6 +51,11 @@ class GridPart(Section):
     )
     betas: list[float] | None = Field(None, min_length=1, description="β of ia2+sft, one cell each (0.5).")
     max_test: int | None = Field(None, ge=2, description="Evaluate on the first so many test rows.")
+    hold_back: int | None = Field(
+        None,
+        ge=1,
+        description="Draw no row from the pool's last so many, on which something was chosen beforehand.",
+    )
     ood: bool | None = Field(None, description="Evaluate on the benchmark's OOD partners too (yes).")
     settings: dict[str, Any] = Field({}, description="Any settings of a run, nested or dotted.")
     axes: dict[str, list[Any]] = Field({}, description="Dotted setting → values; all combinations are run.")
@@ -301,6 +306,7 @@ def _cells(
                 continue  # the variant changes nothing of this recipe
             variant = chosen.title(matters)
             for rate, beta in _rates(part, recipe, config, stages, prefix):
+                held = {"hold_back": part.hold_back} if part.hold_back and recipe != "base" else {}
                 spec = {
                     "benchmark": benchmark.name,
                     "verbaliser": where.benchmarks[0][1],
@@ -312,6 +318,7 @@ def _cells(
                     "learning_rate": rate,
                     "beta": beta,
                     "max_test": part.max_test,
+                    **held,
                     "settings": used,
                 }
                 # neither a variant's name nor where model and context lie is part of what a cell is
@@ -333,6 +340,7 @@ def _cells(
                 teacher = {
                     **{k: shared[k] for k in ("benchmark", "verbaliser", "model", "num_examples", "seed")},
                     "max_test": part.max_test,
+                    **held,
                     "settings": {k: v for k, v in told.items() if not k.startswith(TRAINING)},
                 }
                 yield (

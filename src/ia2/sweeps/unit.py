@@ -8,7 +8,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ia2.analysis.similarity import Similarity
 from ia2.benchmarks import Benchmark, BenchmarkData
 from ia2.config import AdaptConfig
-from ia2.errors import DivergedError, UserError
+from ia2.errors import DataError, DivergedError, UserError
 from ia2.evaluation.metrics import STATISTICS, Measured, RowMeasures
 from ia2.examples import Examples, FewShotSplit
 from ia2.files import digest, finite
@@ -129,6 +129,22 @@ def load_rows(
     return _rows(benchmark.model_dump_json(), verbaliser, data_dir, max_test, longest)
 
 
+def without_held_back(rows: BenchmarkData, count: int) -> BenchmarkData:
+    """A benchmark's rows less the last ``count`` of its pool.
+
+    Raises:
+        DataError: none would be left.
+    """
+    if not count or not len(rows.pool):
+        return rows
+    if count >= len(rows.pool):
+        raise DataError(
+            f"{rows.benchmark.name}: hold_back {count:,} leaves nothing of a pool of {len(rows.pool):,} "
+            "rows. Lower it."
+        )
+    return replace(rows, pool=rows.pool[:-count])
+
+
 def forget_rows() -> None:
     """Have :func:`load_rows` read everything again."""
     _rows.cache_clear()
@@ -189,7 +205,12 @@ class _Shared:
             self._own["load"] = time.perf_counter() - began
         self._counted: set[tuple[str, float]] = set()
         longest = first.config.max_answer_tokens
-        self.rows = [load_rows(b, v, unit.data_dir, self.max_test, longest) for b, v in unit.benchmarks]
+        self.rows = [
+            without_held_back(
+                load_rows(b, v, unit.data_dir, self.max_test, longest), first.spec.get("hold_back", 0)
+            )
+            for b, v in unit.benchmarks
+        ]
         self.tasks = [task_of(rows, first.config, self.base, ood=n > 0) for n, rows in enumerate(self.rows)]
         self.bench: Workbench | None = None
         self._on: tuple[str, Workbench] | None = None
