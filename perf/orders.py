@@ -135,7 +135,8 @@ def one(base: BaseModel, model: str, examples: int, seed: int) -> dict[str, dict
             if again and name == "shared":
                 row["targets apart"] = apart(kept["random"], kept[name])
             dev = bench.teaching.teacher().to_memory(bench.teaching.dev_contexts)
-            bench.teaching._targets["output", None] = kept[name], dev  # so as not to compute them again
+            for part, targets in (("train", kept[name]), ("dev", dev)):  # so as not to compute them again
+                bench.teaching._targets[part, "output", None] = targets
             trained = bench.train("ia2-sft")
             labels = bench.evaluate("ia2-sft", test).measured.plain["labels"]
             row["dev alignment loss"] = trained.stages[0].dev_loss

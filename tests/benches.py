@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ia2.config import AdaptConfig
 from ia2.examples import Example, Examples, FewShotSplit
 from ia2.models import BaseModel, load_base
 from ia2.task import make_task
+from ia2.unlabelled import with_unlabelled
 from ia2.workbench import Workbench
 
 _WORDS = tuple(
@@ -64,12 +66,19 @@ def icl_base(path: Path, **options: Any) -> BaseModel:
 
 
 def bench_of(
-    base: BaseModel, train: Examples, dev: Examples, folder: Path, randomise: bool = False, **settings: Any
+    base: BaseModel,
+    train: Examples,
+    dev: Examples,
+    folder: Path,
+    randomise: bool = False,
+    unlabelled: Sequence[Example] = (),
+    **settings: Any,
 ) -> Workbench:
     """A workbench; ``randomise`` gives LoRA's B random values, so that the adapter does something."""
-    config = AdaptConfig(**settings)
+    config = AdaptConfig(**settings, **({"unlabelled": "rows"} if len(unlabelled) else {}))
     task = make_task(Examples([*train, *dev], name=train.name), config, base.tokenizer)
-    bench = Workbench(base, FewShotSplit(train, dev), task, config, folder)
+    split = with_unlabelled(FewShotSplit(train, dev), unlabelled, config.max_unlabelled, config.seed)
+    bench = Workbench(base, split, task, config, folder)
     if randomise:
         generator = torch.Generator().manual_seed(7)
         for name, parameter in bench.model.named_parameters():

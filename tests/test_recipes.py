@@ -58,16 +58,23 @@ def test_names_that_settings_know() -> None:
     assert [name for name in RECIPES if not is_trained(name)] == ["base", "icl"]
 
 
+@pytest.mark.parametrize("rows", [0, 6], ids=["", "unlabelled"])
 @pytest.mark.parametrize("recipe", TRAINED)
-def test_a_recipe_trains_and_is_found_again(recipe: str, learner: BaseModel, tmp_path: Path) -> None:
-    bench = small(learner, tmp_path)
+def test_a_recipe_trains_and_is_found_again(
+    recipe: str, rows: int, learner: BaseModel, tmp_path: Path
+) -> None:
+    bench = small(learner, tmp_path, unlabelled=ROWS[9 : 9 + rows])
+    if recipe == "pseudo-sft" and not rows:
+        with pytest.raises(ConfigError, match=r"^recipe 'pseudo-sft': its stage sft needs unlabelled rows"):
+            bench.train(recipe)
+        return
     trained = bench.train(recipe)
-    assert [stage.name for stage in trained.stages] == list(RECIPES[recipe].stages)
+    assert [stage.name for stage in trained.stages] == list(RECIPES[recipe].kinds)
     assert all(stage.steps and math.isfinite(stage.dev_loss) for stage in trained.stages)
     changed = [name for name, value in trained.state.items() if not torch.equal(value, bench._initial[name])]
     assert changed
     bench.close()
-    again = small(clone(learner), tmp_path).train(recipe)
+    again = small(clone(learner), tmp_path, unlabelled=ROWS[9 : 9 + rows]).train(recipe)
     assert [stage.steps for stage in again.stages] == [stage.steps for stage in trained.stages]
     assert all(torch.equal(again.state[name], value) for name, value in trained.state.items())
 
@@ -294,7 +301,7 @@ def test_layers_can_be_chosen(layers: Any, count: int | None, learner: BaseModel
     if count is not None:
         assert how.layers is not None and len(how.layers) == count
     if layers == "top-2":
-        shift = bench.teaching.shift
+        shift = bench.teaching.shift()
         assert set(how.layers or ()) == set(sorted(range(len(shift)), key=lambda i: -shift[i])[:2])
     train, dev = bench._rows(stage, how)
     trainer = AlignTrainer(bench.model, train, dev, settings_of(tmp_path), bench.tokenizer, layers=how.layers)

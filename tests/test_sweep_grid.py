@@ -253,7 +253,7 @@ def test_a_setting_changes_the_cells_that_it_matters_to(name: str, value: Any, r
 def test_every_setting_is_known_to_matter_or_not() -> None:
     """A new setting belongs into the list above (or among the axes or the task's own)."""
     listed = {name.split(".")[0] for name, *_ in SETTINGS}
-    axes = {"recipe", "seed", "num_examples", "learning_rates"}
+    axes = {"recipe", "seed", "num_examples", "learning_rates", "unlabelled", "max_unlabelled"}
     # of the task, as separator; of a context, as context_text; of the order, as demo_order; of training
     alike = {
         *("task", "labels", "parser", "thinking"),
@@ -361,7 +361,7 @@ def test_the_defaults_are_those_that_finished_cells_were_run_with(tiny_llama: Pr
         values = {name: getattr(made, name, None) for name in _ADAPTER_DEFAULTS}
         adapters[kind] = {k: sorted(v) if isinstance(v, (set, list)) else v for k, v in values.items()}
     known = digest([FORMAT, AdaptConfig().model_dump(), adapters])
-    assert known == "5c3cb9d12f4ec69c", (
+    assert known == "01126ab5ea9ee8e6", (
         "A default of AdaptConfig, or of an adapter type, is not what it was. Keys of cells leave defaults "
         "out: if a default changed (or what one means, or what a record holds), bump FORMAT in "
         "src/ia2/sweeps/grid.py, so that no old cell passes for a new one. If a setting or a type is new and "

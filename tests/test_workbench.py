@@ -94,7 +94,7 @@ def test_averages_cannot_be_computed_online(
 
 
 def test_what_the_teacher_answers_rightly(model: BaseModel, tmp_path: Path, word_tokenizer: Any) -> None:
-    assert made(model, tmp_path / "a", targets="memory").teaching.correct()[0] == list(range(6))
+    assert made(model, tmp_path / "a", targets="memory").teaching.correct() == list(range(6))
     rows = word_examples(6, label_words=3)
     free = bench_of(
         base_of(wordy_model(), word_tokenizer),
@@ -106,7 +106,7 @@ def test_what_the_teacher_answers_rightly(model: BaseModel, tmp_path: Path, word
     )
     texts = [answer.text.strip() for answer in free.teaching.answers()[0]]
     right = [i for i, text in enumerate(texts) if text == (rows[i].answer or "").strip()]
-    assert free.teaching.correct()[0] == right
+    assert free.teaching.correct() == right
 
 
 def test_rows_of_the_stages(word_tokenizer: Any, tmp_path: Path) -> None:

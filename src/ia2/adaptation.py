@@ -37,6 +37,7 @@ from ia2.runs import (
 )
 from ia2.stages import TrainedRecipe
 from ia2.task import Task, make_task
+from ia2.unlabelled import counts_unlabelled, distinct_from, unlabelled_facts, with_unlabelled
 from ia2.workbench import Workbench
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def adapt(
     output_dir: str | Path | None = None,
     overwrite: bool = False,
     context: ContextFunction | None = None,
+    unlabelled: Examples | None = None,
 ) -> AdaptResult:
     """Train an adapter on labelled examples with one recipe.
 
@@ -102,6 +104,7 @@ def adapt(
         overwrite: replace another run in that folder.
         context: makes the context of an example from it and the other training examples: a text, chat
             messages, or a list of examples. Demonstrations by default.
+        unlabelled: rows of the same task, read with ``labelled=False``, to align on.
 
     Returns:
         The trained model with its metrics.
@@ -117,6 +120,10 @@ def adapt(
         data = examples
     else:
         data = examples.split(num_examples=config.num_examples, seed=config.seed, balanced=config.balanced)
+    every = examples if isinstance(examples, Examples) else _joined(data)
+    if more := distinct_from(unlabelled, config.unlabelled, [every, test]):
+        data = with_unlabelled(data, more, config.max_unlabelled, config.seed)
+        config = config.model_copy(update={"unlabelled": config.unlabelled or more.name})
     base = load_base_of(model, config)
     facts = {
         "config": _settings(base, config),
@@ -124,14 +131,18 @@ def adapt(
             "train": data.train.fingerprint,
             "dev": data.dev.fingerprint,
             "test": test.fingerprint if test is not None else "",
+            **unlabelled_facts(data),
             **content_facts(base, config),
         },
     }
-    every = examples if isinstance(examples, Examples) else _joined(data)
     template = getattr(config, "prompt_template", None)
     task = make_task(every, config, base.tokenizer, template, test)
     rows = test if test is not None else data.dev
     logger.info("Examples: %d to train on, %d dev rows.", len(data.train), len(data.dev))
+    if len(data.unlabelled):
+        logger.info(
+            "Unlabelled rows: %d to train on, %d held out.", len(data.unlabelled), len(data.unlabelled_dev)
+        )
     if not len(data.dev):
         logger.warning("No dev rows: no early stopping, no choice of learning rate, no temperature scaling.")
     with ExitStack() as stack:
@@ -202,6 +213,7 @@ def _metrics(bench: Workbench, trained: TrainedRecipe, base: BaseModel) -> dict[
         "steps": {stage.name: stage.steps for stage in trained.stages},
         "num_train": len(bench.data.train),
         "num_dev": len(bench.data.dev),
+        **counts_unlabelled(bench.data),
         "machine": machine(),
     }
 
@@ -323,6 +335,28 @@ def load_both(config: Any) -> tuple[Examples, Examples | None]:
             raise DataError(f"{str(error).rstrip('.')}; and {other}") from None
         raise
     return rows, load_test_examples(config)
+
+
+def load_unlabelled(config: Any) -> Examples | None:
+    """The rows of ``config.unlabelled``, or None if none were named; their labels are not read.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    if not config.unlabelled:
+        return None
+    format = row_format(config)
+    rows = Examples.load(
+        config.unlabelled,
+        split=config.unlabelled_split,
+        config=config.data_config if config.unlabelled == config.data else None,
+        format=format,
+        labelled=False,
+    )
+    columns = format.completion_columns
+    if all(rows[0].fields.get(column) is not None for column in columns):
+        logger.info("%s: labels (%s) are not read.", rows.name, ", ".join(columns))
+    return rows
 
 
 def load_test_examples(config: Any) -> Examples | None:

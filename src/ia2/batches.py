@@ -12,7 +12,7 @@ import torch
 
 from ia2.capture import ActivationCapture
 from ia2.packing import inputs, pack_rows
-from ia2.targets import Targets, pack_targets
+from ia2.targets import JoinedTargets, Targets, pack_targets
 from ia2.tokens import Batch, Ids, fed_ids, pad_rows
 
 # Padded tokens that cost as much as one more small forward pass.
@@ -61,6 +61,28 @@ class AnswerDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
     def of(cls, rows: Sequence[Row], targets: Targets | None = None) -> AnswerDataset:
         """Rows that are there already."""
         return cls(lambda i, _: rows[i], range(len(rows)), targets)
+
+    @classmethod
+    def joined(cls, parts: Sequence[AnswerDataset]) -> AnswerDataset:
+        """The rows of all parts, which learn from the same kind of targets, or none of them from any."""
+        if len(parts) == 1:
+            return parts[0]
+        places = [(part, place) for part in parts for place in range(len(part))]
+
+        def make(i: int, permutation: int) -> Row:
+            part, place = places[i]
+            return part.row(place, permutation)
+
+        def together(known: Sequence[Targets | None]) -> Targets | None:
+            there = [targets for targets in known if targets is not None]
+            return JoinedTargets(there, [part.indices for part in parts]) if there else None
+
+        return cls(
+            make,
+            range(len(places)),
+            together([part.targets for part in parts]),
+            together([part.soft for part in parts]),
+        )
 
     def __len__(self) -> int:
         return len(self.indices)

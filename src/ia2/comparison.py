@@ -31,6 +31,7 @@ from ia2.runs import claimed, content_facts, machine, stored_settings, versions
 from ia2.stages import TrainedRecipe
 from ia2.task import Task, make_task
 from ia2.teaching import IclReference
+from ia2.unlabelled import counts_unlabelled, distinct_from
 from ia2.workbench import Evaluated, Workbench
 
 
@@ -109,6 +110,7 @@ def compare(
     test: Examples | None = None,
     output_dir: str | Path,
     overwrite: bool = False,
+    unlabelled: Examples | None = None,
 ) -> Comparison:
     """Train and evaluate recipes on the same examples.
 
@@ -123,11 +125,14 @@ def compare(
         test: labelled test rows.
         output_dir: run folder; a killed run started again continues there.
         overwrite: replace another run in that folder.
+        unlabelled: rows of the same task without answers (see :func:`ia2.adapt`).
 
     Raises:
         UserError: a mistake in data, settings or model.
     """
-    return prepare(model, examples, config or CompareConfig(), test, Path(output_dir), overwrite)()
+    return prepare(
+        model, examples, config or CompareConfig(), test, Path(output_dir), overwrite, unlabelled
+    )()
 
 
 def prepare(
@@ -137,6 +142,7 @@ def prepare(
     test: Examples | None,
     folder: Path,
     overwrite: bool,
+    unlabelled: Examples | None = None,
 ) -> Callable[[], Comparison]:
     """Refuse what cannot work; returns what does the rest of :func:`compare`, which has the arguments."""
     if test is None and config.max_test:
@@ -144,7 +150,9 @@ def prepare(
     if test is not None and config.max_test and config.max_test < len(test):
         logger.info("Evaluating on %d of %d test rows, drawn once.", config.max_test, len(test))
         test = drawn_test(test, config.max_test)
-    rounds = rounds_of(examples, test, config, folder)
+    if more := distinct_from(unlabelled, config.unlabelled, [examples, test]):
+        config = config.model_copy(update={"unlabelled": config.unlabelled or more.name})
+    rounds = rounds_of(examples, test, config, folder, more)
     if test is None:
         logger.info(
             "No test data: %d-fold cross-fitting over the %d rows given, %d seeds.",
@@ -157,6 +165,7 @@ def prepare(
     data = {
         "data": examples.fingerprint,
         "test": test.fingerprint if test is not None else "",
+        **({"unlabelled": more.fingerprint} if more else {}),
         **content_facts(base, config),
     }
     settings = stored_settings(config.model_dump(), base)
@@ -384,6 +393,7 @@ def _summary(
             "kind": "test data" if test is not None else f"{config.folds}-fold cross-fitting",
             "num_train": len(train),
             "num_dev": len(dev),
+            **counts_unlabelled(rounds[0].data),
             "num_test": len(test) if test is not None else len(examples),
             "seeds": list(range(config.seed, config.seed + config.seeds)),
             "task": task.kind,

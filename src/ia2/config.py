@@ -53,6 +53,17 @@ class AdaptConfig(Section):
         "used: two thirds train, one third dev.",
     )
     balanced: bool = Field(False, description="Draw the same number of rows of each answer.")
+    unlabelled: str | None = Field(
+        None,
+        min_length=1,
+        description="Rows of the same task without labels (if there are any, they are not read), named and "
+        "read as the data are. Alignment learns on them from the model that is shown all training examples.",
+    )
+    max_unlabelled: int = Field(
+        256,
+        ge=2,
+        description="Use at most this many unlabelled rows, drawn by the seed; a fifth is held out.",
+    )
     task: Literal["auto", "classification", "generation"] = Field(
         "auto", description="Whether answers are labels of a fixed set, or free text."
     )
@@ -278,6 +289,7 @@ class DataOptions(Section):
     )
     split: str | None = Field(None, description="Split of a hub data set or folder.")
     test_split: str | None = Field(None, description="Split of the test data.")
+    unlabelled_split: str | None = Field(None, description="Split of the unlabelled rows.")
     data_config: str | None = Field(None, description="Configuration (subset) of a hub data set.")
     prompt_template: str | None = Field(
         None, description=r"For example 'Text: {text}\nLabel:'; by default the column `prompt`."

@@ -29,6 +29,9 @@ MAX_SEEDS = 10_000
 
 Rate = Annotated[float, Field(gt=0)]
 
+Rows = Literal["labelled", "unlabelled", "both"]
+"""Which rows a stage trains on."""
+
 Width = Annotated[int, Field(ge=1, le=2**16)]
 """Of what an adapter adds to a model; more than any layer is wide."""
 
@@ -148,6 +151,11 @@ class StageConfig(Section):
 class TeacherStageConfig(StageConfig):
     """A stage that learns from the teacher: the base model with the context in its prompt."""
 
+    rows: Rows | None = Field(
+        None,
+        description="What is learnt from the teacher on: unlabelled rows (all training examples are their "
+        "context), labelled ones (the others are), or both; by default unlabelled ones, where there are any.",
+    )
     only_correct: bool = Field(
         False, description="Only examples that the teacher answers rightly (dev rows too)."
     )
@@ -187,6 +195,10 @@ class AlignConfig(TeacherStageConfig):
 class SftConfig(TeacherStageConfig):
     """The supervised stage."""
 
+    rows: Rows | None = Field(
+        None,
+        description="labelled rows (the default), unlabelled ones with the teacher's answers, or both.",
+    )
     answers: Literal["ground_truth", "icl_responses"] = Field(
         "ground_truth", description="Train on the true answers, or on the teacher's own."
     )

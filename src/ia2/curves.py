@@ -45,6 +45,7 @@ def curve(
     test: Examples,
     output_dir: str | Path,
     overwrite: bool = False,
+    unlabelled: Examples | None = None,
 ) -> Curve:
     """Compare recipes at every size; draws of one seed contain each other.
 
@@ -55,6 +56,7 @@ def curve(
         test: labelled test rows, the same for every size.
         output_dir: run folder, with one comparison a size in it; a killed run started again continues.
         overwrite: replace other runs in that folder.
+        unlabelled: rows without answers (see :func:`ia2.adapt`), the same for every size.
 
     Raises:
         UserError: a mistake in data, settings or model; too few rows for the largest size.
@@ -72,12 +74,14 @@ def curve(
     base = load_base_of(model, config)
     shared = {name: getattr(config, name) for name in CompareConfig.model_fields}
     data = {"data": examples.fingerprint, "test": test.fingerprint, **content_facts(base, config)}
+    if unlabelled is not None:
+        data["unlabelled"] = unlabelled.fingerprint
     settings = stored_settings(config.model_dump(), base)
     # what cannot work at one size is refused before anything is written or trained
     runs = {}
     for size in config.sizes:
         sized = CompareConfig(**{**shared, "num_examples": size, "output_dir": None})
-        runs[size] = prepare(base, examples, sized, test, folder / f"n-{size}", overwrite)
+        runs[size] = prepare(base, examples, sized, test, folder / f"n-{size}", overwrite, unlabelled)
     found = {}
     with claimed(folder, "curve", settings, data, overwrite):
         for size, run in runs.items():

@@ -393,10 +393,19 @@ def _rendered(read: Iterable[Read], place: str, format: RowFormat, *, labelled: 
 
 @dataclass(frozen=True)
 class FewShotSplit:
-    """The examples to learn from, and those held out for early stopping and selection."""
+    """The examples to learn from, and those held out for early stopping and selection.
+
+    Attributes:
+        train: labelled examples to learn from.
+        dev: labelled ones that are held out.
+        unlabelled: rows without answers, to learn from what the teacher does with them.
+        unlabelled_dev: the same, held out.
+    """
 
     train: Examples
     dev: Examples
+    unlabelled: Examples = field(default_factory=lambda: Examples([], name="unlabelled"))
+    unlabelled_dev: Examples = field(default_factory=lambda: Examples([], name="unlabelled"))
 
     def rest(self, examples: Sequence[Example]) -> list[Example]:
         """Those of the examples it was drawn from that are in neither part."""

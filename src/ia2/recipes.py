@@ -11,14 +11,30 @@ from dataclasses import dataclass
 from typing import Any
 
 ALIGN, SFT, JOINT, SOFT = "align", "sft", "joint", "soft"
+LABELLED, UNLABELLED = "labelled", "unlabelled"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Stages, one after the other, and what they amount to."""
+    """Stages, one after the other, and what they amount to.
 
-    stages: tuple[str, ...]
+    Attributes:
+        stages: kinds; or, as in schedules, settings that differ from those of the kind named by ``stage``.
+        description: one line.
+    """
+
+    stages: tuple[str | Mapping[str, Any], ...]
     description: str
+
+    @property
+    def settings(self) -> list[Mapping[str, Any]]:
+        """The stages as a schedule has them."""
+        return [{"stage": stage} if isinstance(stage, str) else stage for stage in self.stages]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kind of each stage."""
+        return tuple(stage["stage"] for stage in self.settings)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -30,6 +46,9 @@ RECIPES: dict[str, Recipe] = {
     "sft-ia2": Recipe((SFT, ALIGN), "fine-tuning, then alignment"),
     "ia2+sft": Recipe((JOINT,), "alignment and fine-tuning jointly"),
     "soft-sft": Recipe((SOFT,), "distillation of the teacher's token distributions"),
+    "pseudo-sft": Recipe(
+        ({"stage": SFT, "rows": "both"},), "fine-tuning on true answers and the teacher's to unlabelled rows"
+    ),
 }
 
 

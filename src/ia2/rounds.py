@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ia2.config import CompareConfig
 from ia2.examples import Example, Examples, FewShotSplit
+from ia2.unlabelled import with_unlabelled
 
 
 @dataclass
@@ -76,8 +77,10 @@ def places(config: CompareConfig, *, tested: bool) -> Iterator[tuple[int, int | 
             yield from ((seed, fold) for fold in range(config.folds))
 
 
-def draws(examples: Examples, config: CompareConfig, *, tested: bool) -> Iterator[Draw]:
-    """The rows of every round, in the order of :func:`places`.
+def draws(
+    examples: Examples, config: CompareConfig, *, tested: bool, unlabelled: Sequence[Example] = ()
+) -> Iterator[Draw]:
+    """The rows of every round, in the order of :func:`places`; each draws from all ``unlabelled`` ones.
 
     Raises:
         DataError: there are too few rows.
@@ -90,10 +93,18 @@ def draws(examples: Examples, config: CompareConfig, *, tested: bool) -> Iterato
             pools = [(i, rest, held) for i, (rest, held) in enumerate(examples.folds(config.folds, seed))]
         for fold, pool, held in pools:
             split = pool.split(num_examples=config.num_examples, seed=seed, balanced=config.balanced)
-            yield Draw(seed, fold, split, split.rest(pool), held)
+            rest = split.rest(pool)
+            split = with_unlabelled(split, unlabelled, config.max_unlabelled, seed)
+            yield Draw(seed, fold, split, rest, held)
 
 
-def rounds_of(examples: Examples, test: Examples | None, config: CompareConfig, folder: Path) -> list[Round]:
+def rounds_of(
+    examples: Examples,
+    test: Examples | None,
+    config: CompareConfig,
+    folder: Path,
+    unlabelled: Examples | None = None,
+) -> list[Round]:
     """The training sets of a comparison and what each is evaluated on; its folder need not be there yet.
 
     Raises:
@@ -101,7 +112,7 @@ def rounds_of(examples: Examples, test: Examples | None, config: CompareConfig, 
     """
     where = {id(example): place for place, example in enumerate(examples)}
     rounds: list[Round] = []
-    for draw in draws(examples, config, tested=test is not None):
+    for draw in draws(examples, config, tested=test is not None, unlabelled=unlabelled or ()):
         path = folder / place_of(draw.seed, draw.fold)
         if draw.held is not None:
             evaluated, positions = draw.held, [where[id(example)] for example in draw.held]

@@ -55,6 +55,13 @@ class RowFormat:
         if self.completion_template is not None:
             Template.parse(self.completion_template, "completion template")
 
+    @property
+    def completion_columns(self) -> tuple[str, ...]:
+        """Columns that the completion is made of."""
+        return tuple(
+            Template.parse(self.completion_template or "{completion}", "completion template").columns
+        )
+
 
 AS_IS = RowFormat()
 

@@ -33,8 +33,8 @@ REPORT_FILE = "report.html"
 CARD_FILE = "README.md"
 
 # Where model, rows and context are found. What they are is compared by content.
-_PATHS = ("model", "data", "test_data", "context_file")
-_WHERE = (*_PATHS, "revision", "split", "test_split", "data_config")
+_PATHS = ("model", "data", "test_data", "context_file", "unlabelled")
+_WHERE = (*_PATHS, "revision", "split", "test_split", "unlabelled_split", "data_config")
 # Settings that are compared by content: the rows' fingerprints, the model's identity.
 _BY_CONTENT = {*_WHERE, "dtype", "quantization", "trust_remote_code"}
 # Settings that do not change what a run computes.

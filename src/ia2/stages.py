@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from ia2.adapter_weights import adapter_state, read_adapter_state, save_adapter
 from ia2.config import AdaptConfig
-from ia2.config_sections import JointConfig, SftConfig, SoftConfig, StageConfig
+from ia2.config_sections import JointConfig, SftConfig, SoftConfig, StageConfig, TeacherStageConfig
 from ia2.console import logger, progress
 from ia2.distributed import is_first, wait
-from ia2.errors import RunFolderError
+from ia2.errors import ConfigError, RunFolderError
 from ia2.files import atomic_dir, digest, read_json, space_needed, write_json
 from ia2.manifest import check_tree
-from ia2.recipes import ALIGN, JOINT, RECIPES
+from ia2.recipes import ALIGN, JOINT, LABELLED, RECIPES, SFT, UNLABELLED
 
 if TYPE_CHECKING:
     import torch
@@ -37,19 +37,29 @@ class PlannedStage:
         kind: ``align``, ``sft``, ``joint`` or ``soft``.
         settings: its section of the configuration, changed where a schedule says so.
         label: names its folder; the kind, with a digest of the changes if there are any.
+        rows: kinds of rows that it trains on: ``labelled``, ``unlabelled`` or both.
     """
 
     kind: str
     settings: StageConfig
     label: str
+    rows: tuple[str, ...] = (LABELLED,)
 
     @property
     def teacher_answers(self) -> bool:
         """Whether it needs the teacher's answers ``Ŷ``."""
         settings = self.settings
         if isinstance(settings, SftConfig):
-            return settings.answers == "icl_responses" or settings.ia2_weight > 0
+            return UNLABELLED in self.rows or self.labelled_answers
         return True
+
+    @property
+    def labelled_answers(self) -> bool:
+        """Whether it needs those to labelled rows."""
+        settings = self.settings
+        if isinstance(settings, SftConfig):
+            return settings.answers == "icl_responses" or settings.ia2_weight > 0
+        return LABELLED in self.rows
 
     @property
     def aligns(self) -> bool:
@@ -65,16 +75,43 @@ class PlannedStage:
 
 
 def plan(recipe: str, config: AdaptConfig) -> list[PlannedStage]:
-    """The stages of a recipe, built in or of the configuration's own schedules."""
-    if recipe in RECIPES:
-        return [PlannedStage(kind, getattr(config, kind), kind) for kind in RECIPES[recipe].stages]
+    """The stages of a recipe, built in or of the configuration's own schedules.
+
+    Raises:
+        ConfigError: a stage is for unlabelled rows, and there are none, or it cannot use them.
+    """
     stages = []
-    for given in config.schedules[recipe]:
+    for given in RECIPES[recipe].settings if recipe in RECIPES else config.schedules[recipe]:
         kind, settings = given["stage"], config.stage_settings(given)
         changed = settings != getattr(config, kind)
         label = f"{kind}~{digest(settings.model_dump())[:6]}" if changed else kind
-        stages.append(PlannedStage(kind, settings, label))
+        stages.append(PlannedStage(kind, settings, label, _rows_of(recipe, kind, settings, config)))
     return stages
+
+
+def _rows_of(recipe: str, kind: str, settings: StageConfig, config: AdaptConfig) -> tuple[str, ...]:
+    """Kinds of rows that a stage trains on."""
+    assert isinstance(settings, TeacherStageConfig)
+    usual = UNLABELLED if config.unlabelled and kind not in (SFT, JOINT) else LABELLED
+    rows = settings.rows or usual
+    found = (LABELLED, UNLABELLED) if rows == "both" else (rows,)
+    where = f"recipe '{recipe}': its stage {kind} learns on {rows} rows"
+    if UNLABELLED in found and not config.unlabelled:
+        raise ConfigError(
+            f"recipe '{recipe}': its stage {kind} needs unlabelled rows. Name some with --unlabelled (in a "
+            "grid: unlabelled, a number)."
+        )
+    if found == (UNLABELLED,) and settings.only_correct:
+        raise ConfigError(
+            f"{where}, and only labels tell which answers are right. Leave out only_correct, or set "
+            f"{kind}.rows to labelled."
+        )
+    if isinstance(settings, SftConfig) and settings.ia2_weight and found != (LABELLED,):
+        raise ConfigError(
+            f"{where}, on which ia2_weight keeps no alignment. Leave one of them out, or take the stage "
+            "joint."
+        )
+    return found
 
 
 def stage_place(stages: Sequence[PlannedStage], tried: float, beta: float | None, *, alone: bool) -> Path:

@@ -138,6 +138,31 @@ class MemoryTargets:
         return self._tensors[index, permutation]
 
 
+class JoinedTargets:
+    """Targets of several sets of examples, one set after the other.
+
+    Args:
+        parts: of each set.
+        indices: of each set, the examples that count.
+    """
+
+    def __init__(self, parts: Sequence[Targets], indices: Sequence[Sequence[int]]) -> None:
+        self._places = [(part, i) for part, own in zip(parts, indices, strict=True) for i in own]
+        self.answers = [part.answers[i] for part, i in self._places]
+        self.layers, self.permutations = parts[0].layers, parts[0].permutations
+        self.online = any(getattr(part, "online", False) for part in parts)
+        # of all together: each layer's mean square is one over answer tokens
+        tokens = [sum(len(answer.ids) for answer in part.answers) for part in parts]
+        self.rms = [
+            (sum(n * rms**2 for n, rms in zip(tokens, layer, strict=True)) / sum(tokens)) ** 0.5
+            for layer in zip(*(part.rms for part in parts), strict=True)
+        ]
+
+    def get(self, index: int, permutation: int = 0) -> torch.Tensor | None:
+        part, own = self._places[index]
+        return part.get(own, permutation)
+
+
 class OnlineTargets:
     """Answers and scales only; the trainer computes the rest in every step."""
 

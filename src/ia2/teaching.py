@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ from ia2.context import Contexts
 from ia2.distributed import gathered, is_first, wait
 from ia2.errors import ConfigError
 from ia2.evaluation.answers import exact_match, load_parser
-from ia2.examples import Example, FewShotSplit
+from ia2.examples import Example, Examples, FewShotSplit
 from ia2.files import digest, read_json, write_json
 from ia2.inference import AnswerOutput, answer_pass
 from ia2.layers import layer_shift
@@ -43,6 +42,12 @@ SIMILARITY_QUERIES = 100
 
 # Training examples that a layer's shift under ICL is measured on.
 _SHIFT_EXAMPLES = 256
+
+PARTS = {"labelled": ("train", "dev"), "unlabelled": ("unlabelled", "unlabelled-dev")}
+"""Kind of rows → what is trained on and what is held out."""
+
+Key = tuple[str, str, "int | None"]
+"""Of targets: the part whose queries are answered, site and top k."""
 
 
 def pass_name(site: str, top_k: int | None) -> str:
@@ -90,7 +95,7 @@ class Teaching:
 
     Args:
         base: the model.
-        data: training and dev examples.
+        data: training and dev examples, and unlabelled rows if there are any.
         task: what counts as an answer.
         config: settings; those of adapter and stages do not matter here.
         folder: where targets lie.
@@ -113,7 +118,15 @@ class Teaching:
         self.base, self.data, self.task, self.config, self.folder = base, data, task, config, folder
         self.adapted: Any = None
         self.seconds: dict[str, float] = {}
-        self._targets: dict[tuple[str, int | None], tuple[Targets, Targets]] = {}
+        self._targets: dict[Key, Targets] = {}
+        self._parts = {
+            "train": data.train,
+            "dev": data.dev,
+            "unlabelled": data.unlabelled,
+            "unlabelled-dev": data.unlabelled_dev,
+        }
+        self._modes: dict[tuple[str, int | None], str] = {}
+        self._shifts: dict[str, list[float]] = {}
         self._judged = False
         window = base.max_length
         if config.max_context_tokens:
@@ -137,7 +150,27 @@ class Teaching:
     @property
     def dev_contexts(self) -> Contexts:
         """The dev examples behind all training examples."""
-        return self.prompts.pool_contexts(self.data.dev, self.train_contexts.permutations)
+        return self.contexts("dev")
+
+    def examples(self, part: str) -> Examples:
+        """Rows of a part, a value of :data:`PARTS`."""
+        return self._parts[part]
+
+    def contexts(self, part: str) -> Contexts:
+        """A part's queries in their contexts: training examples leave themselves out, all others need not."""
+        if part == "train":
+            return self.train_contexts
+        return self.prompts.pool_contexts(self._parts[part], self.config.demo_permutations)
+
+    def check_contexts(self, parts: Iterable[str]) -> None:
+        """Refuse queries of these parts that do not fit the context window.
+
+        Raises:
+            DataError: there is one.
+        """
+        for part in parts:
+            if len(self._parts[part]):
+                _ = self.contexts(part)
 
     # --------------------------------------------------------------------------------- targets
 
@@ -172,13 +205,18 @@ class Teaching:
                 width = config.num_attention_heads * max(1, self.window // 4)
             per_token = layers * width * size
         kept = self.config.demo_permutations if self.config.permutation_targets == "sample" else 1
-        examples = (len(self.data.train) + len(self.data.dev)) * kept
+        examples = sum(map(len, self._parts.values())) * kept
         return per_token * self.task.max_answer_tokens * examples
 
     def mode(self, site: str = "output", top_k: int | None = None) -> str:
-        """``store``, ``memory`` or ``online``; chosen from an estimate where left open."""
+        """``store``, ``memory`` or ``online``, of all parts; chosen from an estimate where left open."""
         if self.config.targets != "auto":
             return self.config.targets
+        if (site, top_k) not in self._modes:
+            self._modes[site, top_k] = self._estimated_mode(site, top_k)
+        return self._modes[site, top_k]
+
+    def _estimated_mode(self, site: str, top_k: int | None) -> str:
         needed = self.target_bytes(site, top_k)
         self.folder.mkdir(parents=True, exist_ok=True)
         fits = needed <= shutil.disk_usage(self.folder).free // 4
@@ -197,53 +235,55 @@ class Teaching:
         )
         return "store" if fits else "online"
 
-    def targets(self, site: str = "output", top_k: int | None = None) -> tuple[Targets, Targets]:
-        """The teacher's targets of the training and of the dev examples.
+    def targets(
+        self, site: str = "output", top_k: int | None = None, rows: str = "labelled"
+    ) -> tuple[Targets, Targets]:
+        """The teacher's targets of the rows that are trained on, and of those that are held out.
 
         Args:
             site: ``output``, ``heads``, ``residual``, ``weights``, ``soft`` for token distributions, or
                 ``answers`` for no targets at all.
             top_k: of token distributions.
+            rows: ``labelled`` (training and dev examples) or ``unlabelled``.
 
         Raises:
             ModelError: activations that this model does not give.
             RunFolderError: the folder holds targets of something else, or the disk is full.
         """
-        key = (site, top_k)
-        if key not in self._targets:
-            self._targets[key] = self._compute(site, top_k)
-        return self._targets[key]
-
-    def _compute(self, site: str, top_k: int | None) -> tuple[Targets, Targets]:
-        mode = self.mode(site, top_k)
-        first = next(iter(self._targets.values()), None)
-        with eager_attention(self.model) if site == "weights" else nullcontext():
-            train = self._part("train", self.train_contexts, site, top_k, mode, first and first[0].answers)
-            dev: Targets = MemoryTargets([], 1)
-            if len(self.data.dev):
-                dev = self._part("dev", self.dev_contexts, site, top_k, mode, first and first[1].answers)
-        wait()
-        self.seconds[pass_name(site, top_k)] = self.known_seconds(site, top_k)
+        train, dev = (self.part_targets(part, site, top_k) for part in PARTS[rows])
         return train, dev
 
-    def known_seconds(self, site: str, top_k: int | None = None) -> float:
+    def part_targets(self, part: str, site: str = "output", top_k: int | None = None) -> Targets:
+        """The teacher's targets of one part, a value of :data:`PARTS`; see :meth:`targets`."""
+        if not len(self._parts[part]):
+            return MemoryTargets([], 1)
+        key = (part, site, top_k)
+        if key not in self._targets:
+            known = self._targets_of(part)
+            with eager_attention(self.model) if site == "weights" else nullcontext():
+                self._targets[key] = self._compute(part, site, top_k, known.answers if known else None)
+            wait()
+            name = pass_name(site, top_k)
+            self.seconds[name] = self.seconds.get(name, 0.0) + self.known_seconds(*key)
+        return self._targets[key]
+
+    def _targets_of(self, part: str) -> Targets | None:
+        """What the first pass over a part gave."""
+        return next((targets for key, targets in self._targets.items() if key[0] == part), None)
+
+    def known_seconds(self, part: str, site: str, top_k: int | None = None) -> float:
         """What a teacher pass cost, also one that an earlier start has made; 0 if there was none."""
-        files = [self._place(part, site, top_k, ".seconds.json") for part in ("train", "dev")]
-        return sum(float(read_json(file)) for file in files if file.is_file())
+        file = self._place(part, site, top_k, ".seconds.json")
+        return float(read_json(file)) if file.is_file() else 0.0
 
     def _place(self, part: str, site: str, top_k: int | None, suffix: str = "") -> Path:
         name = part if site == "output" else f"{part}-{pass_name(site, top_k)}"
         return self.folder / "teacher" / f"{name}{suffix}"
 
-    def _part(
-        self,
-        part: str,
-        contexts: Contexts,
-        site: str,
-        top_k: int | None,
-        mode: str,
-        answers: Sequence[TeacherAnswer] | None,
+    def _compute(
+        self, part: str, site: str, top_k: int | None, answers: Sequence[TeacherAnswer] | None
     ) -> Targets:
+        contexts, mode = self.contexts(part), self.mode(site, top_k)
         what = "" if site == "output" else f", {site}"
         options: dict[str, Any] = {"answers": answers, "description": f"teacher pass ({part}{what})"}
         began = time.perf_counter()
@@ -282,28 +322,35 @@ class Teaching:
 
     # --------------------------------------------------------------------- what the teacher said
 
-    def answers(self) -> tuple[list[TeacherAnswer], list[TeacherAnswer]]:
-        """The teacher's answers to the training and to the dev examples, from whichever pass ran."""
-        train, dev = next(iter(self._targets.values()), None) or self.targets(ANSWERS)
-        return train.answers, dev.answers
+    def answers(self, rows: str = "labelled") -> tuple[list[TeacherAnswer], list[TeacherAnswer]]:
+        """The teacher's answers to the rows trained on and to the held-out ones, from whichever pass ran."""
+        train, dev = map(self.part_answers, PARTS[rows])
+        return train, dev
 
-    def correct(self) -> tuple[list[int], list[int]]:
-        """Indices of the training and of the dev examples that the teacher answers rightly."""
-        train, dev = self.answers()
-        return (
-            [i for i, example in enumerate(self.data.train) if self._is_right(example, train[i])],
-            [i for i, example in enumerate(self.data.dev) if self._is_right(example, dev[i])],
-        )
+    def part_answers(self, part: str) -> list[TeacherAnswer]:
+        """The teacher's answers to one part."""
+        return (self._targets_of(part) or self.part_targets(part, ANSWERS)).answers
 
-    def warn_if_icl_fails(self) -> None:
-        """When ICL is no better than chance, alignment cannot help; said once, before training."""
-        if self.task.kind != "classification" or self._judged:
+    def correct(self, part: str = "train") -> list[int]:
+        """Indices of a labelled part's examples that the teacher answers rightly."""
+        pairs = zip(self._parts[part], self.part_answers(part), strict=True)
+        return [i for i, (example, answer) in enumerate(pairs) if self._is_right(example, answer)]
+
+    def warn_if_icl_fails(self, *, unlabelled: bool = False) -> None:
+        """When ICL is no better than chance, alignment cannot help; said once, before training.
+
+        Args:
+            unlabelled: unlabelled rows are learnt on, so the dev rows, whose context is theirs, tell.
+        """
+        part = "dev" if unlabelled else "train"
+        examples = self._parts[part]
+        if self.task.kind != "classification" or self._judged or not len(examples):
             return
         self._judged = True
-        right, count = len(self.correct()[0]), len(self.data.train)
-        answers = self.data.train.answers
+        right, count, answers = len(self.correct(part)), len(examples), examples.answers
         frequent = max(answers.count(label) for label in set(answers))
-        logger.info("In context, the base model answers %d of %d training examples rightly.", right, count)
+        what = "dev rows" if unlabelled else "training examples"
+        logger.info("In context, the base model answers %d of %d %s rightly.", right, count, what)
         if right <= frequent:
             logger.warning(
                 "In context it is right on %d of %d, no better than always giving the most frequent label "
@@ -319,18 +366,21 @@ class Teaching:
         parse = load_parser(self.task.parser)
         return exact_match(parse(answer.text), parse(example.answer or ""))
 
-    @cached_property
-    def shift(self) -> list[float]:
+    def shift(self, part: str = "train") -> list[float]:
         """How much each layer's attention outputs change under ICL, ``[L]`` (see :func:`layer_shift`).
 
-        Measured on the first training examples, whatever activations the objective compares.
+        Measured on the first rows of a part, whatever activations the objective compares.
 
         Raises:
             ConfigError: targets that are computed online.
         """
-        train, _ = self.targets()
+        if part not in self._shifts:
+            self._shifts[part] = self._measure_shift(part)
+        return self._shifts[part]
+
+    def _measure_shift(self, part: str) -> list[float]:
+        train, contexts = self.part_targets(part), self.contexts(part)
         count = min(len(train.answers), _SHIFT_EXAMPLES)
-        contexts = self.train_contexts
         pairs = [(contexts.query_ids(i), train.answers[i].ids) for i in range(count)]
         with self.teacher().watching() as capture:
             outputs = list(
@@ -378,10 +428,10 @@ class Teaching:
         """The base model's answers and activations with demonstrations on the first test queries."""
         subset = test[:SIMILARITY_QUERIES]
         contexts = self.prompts.pool_contexts(subset)
-        if len(self.data.dev) and contexts is self.dev_contexts and ("output", None) in self._targets:
-            dev = self._targets["output", None][1]
-            if not isinstance(dev, OnlineTargets):  # of these very prompts
-                return IclReference(dev, len(subset))
+        dev = self._targets.get(("dev", "output", None))
+        known = dev is not None and not isinstance(dev, OnlineTargets)
+        if dev is not None and known and contexts is self.dev_contexts:  # of these very prompts
+            return IclReference(dev, len(subset))
         contexts.prepare()
         targets = self.teacher().to_memory(contexts, description="ICL reference")
         return IclReference(targets, len(subset))

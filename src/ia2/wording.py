@@ -49,3 +49,16 @@ def type_name(value: Any) -> str:
         return "null"
     kind = "dict" if isinstance(value, Mapping) else type(value).__name__
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+
+
+def rows_learnt_from(counts: Mapping[str, Any]) -> str:
+    """``8 training and 4 dev examples``, and unlabelled rows if there are any.
+
+    Args:
+        counts: ``num_train``, ``num_dev`` and, where there are some, ``num_unlabelled`` and
+            ``num_unlabelled_dev``.
+    """
+    text = f"{counts['num_train']} training and {counts['num_dev']} dev examples"
+    if counts.get("num_unlabelled"):
+        text += f", {counts['num_unlabelled']} unlabelled rows and {counts['num_unlabelled_dev']} held out"
+    return text

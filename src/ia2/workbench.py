@@ -8,7 +8,7 @@ run is started again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -29,7 +29,7 @@ from ia2.analysis.similarity import Similarity, SimilarityMeter
 from ia2.batching import MAX_LOGITS
 from ia2.capture import ActivationCapture
 from ia2.config import AdaptConfig
-from ia2.config_sections import AlignConfig, JointConfig, SftConfig, SoftConfig
+from ia2.config_sections import AlignConfig, JointConfig, SftConfig, SoftConfig, TeacherStageConfig
 from ia2.context import Contexts
 from ia2.distributed import share
 from ia2.errors import ConfigError, DataError, DivergedError
@@ -43,7 +43,7 @@ from ia2.layers import choose_layers
 from ia2.losses import OBJECTIVES
 from ia2.models import BaseModel
 from ia2.prompts import ContextFunction, query_prompts
-from ia2.recipes import SFT, is_trained
+from ia2.recipes import LABELLED, SFT, UNLABELLED, is_trained
 from ia2.stages import (
     PlannedStage,
     StageJob,
@@ -57,14 +57,14 @@ from ia2.stages import (
 from ia2.targets import Targets
 from ia2.task import Task
 from ia2.teacher import ANSWERS, span
-from ia2.teaching import FORMAT, SIMILARITY_QUERIES, IclReference, TakenReference, Teaching
+from ia2.teaching import FORMAT, PARTS, SIMILARITY_QUERIES, IclReference, Key, TakenReference, Teaching
 from ia2.tokens import Ids
 
 if TYPE_CHECKING:
     import torch
 
     from ia2.alignment import AlignmentSettings
-    from ia2.batches import AnswerDataset, Row
+    from ia2.batches import AnswerDataset
 
 
 Pass = tuple[str, "int | None"]
@@ -79,6 +79,25 @@ def teacher_passes(stages: Sequence[PlannedStage], config: AdaptConfig) -> list[
     own = [_own_pass(stage, config) for stage in stages]
     shared = next((each for each in own if each not in (None, (ANSWERS, None))), (ANSWERS, None))
     return [shared if each == (ANSWERS, None) else each for each in own]
+
+
+def held_out(stage: PlannedStage) -> str:
+    """The part by whose loss a stage is stopped: no label where it learns from unlabelled rows alone."""
+    # fine-tuning is for true answers, whatever it learns from
+    return PARTS[LABELLED if stage.kind == SFT else stage.rows[-1]][1]
+
+
+def answered_parts(stage: PlannedStage) -> set[str]:
+    """The parts that a stage needs the teacher's answers to."""
+    if not stage.teacher_answers:
+        return set()
+    parts = {PARTS[kind][0] for kind in stage.rows if kind == UNLABELLED or stage.labelled_answers}
+    return parts | ({held_out(stage)} if stage.kind != SFT or stage.labelled_answers else set())
+
+
+def _aligned_part(stage: PlannedStage) -> str:
+    """What the shift of layers is measured on."""
+    return PARTS[stage.rows[-1]][0]
 
 
 def _own_pass(stage: PlannedStage, config: AdaptConfig) -> Pass | None:
@@ -123,7 +142,7 @@ class Workbench:
 
     Args:
         base: the model; the workbench puts an adapter on it until :meth:`close`.
-        data: training and dev examples.
+        data: training and dev examples, and unlabelled rows where the settings name some.
         task: what counts as an answer.
         config: settings; its seed is used throughout.
         folder: where finished parts lie.
@@ -147,7 +166,7 @@ class Workbench:
     unused: Sequence[Example] = ()
     variant: str = ""
     by_content: bool = False
-    _used: set[Pass] = field(default_factory=set)
+    _used: set[Key] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         if len(self.data.train) < 2:
@@ -223,16 +242,14 @@ class Workbench:
         for stage in stages:
             if stage.aligns:
                 self._check_alignment(stage, capture)
-        if any(stage.teacher_answers for stage in stages):
-            _ = self.train_contexts
-            if len(self.data.dev):
-                _ = self.teaching.dev_contexts
+        self.teaching.check_contexts({part for stage in stages for part in answered_parts(stage)})
         if stages:
             train, dev = self.sft_rows()
             for rows in (train, dev):
                 for place in range(len(rows)):
                     rows.row(place)
-            self._check_bare(self.data.train, self.task, virtual)
+            for trained in (self.data.train, self.data.unlabelled, self.data.unlabelled_dev):
+                self._check_bare(trained, self.task, virtual)
         for task, rows_of in ((self.task, self.data.dev), (self.task, test), *elsewhere):
             if any(recipe != "icl" for recipe in recipes):
                 self._check_bare(rows_of, task, virtual)
@@ -341,7 +358,7 @@ class Workbench:
     @property
     def teacher_seconds(self) -> float:
         """What the teacher passes cost that the last trained recipe used."""
-        return sum(self.teaching.known_seconds(*each) for each in sorted(self._used, key=str))
+        return sum(self.teaching.known_seconds(*key) for key in sorted(self._used, key=str))
 
     def use(self, state: dict[str, torch.Tensor]) -> None:
         """Put these adapter weights on the model."""
@@ -366,9 +383,10 @@ class Workbench:
         rate = settings.learning_rate or tried
         folder = self.stage_folder(chain, tried, chain_beta)
         if needed is not None:
-            self._used.add(needed)
+            self._used |= {(part, *needed) for part in answered_parts(stage)}
             if stage.aligns and "top-" in str(_alignment_section(stage, self.config).layers):
-                self._used.add(("output", None))  # what the layers' shift is measured on
+                # what the layers' shift is measured on
+                self._used.add((_aligned_part(stage), "output", None))
         key = digest(
             {
                 "format": FORMAT,
@@ -386,6 +404,7 @@ class Workbench:
                 "targets": self.teaching.fingerprint(self.train_contexts, "output")
                 if stage.teacher_answers
                 else None,
+                **self._unlabelled_facts(stage),
                 "batch_size": self.config.batch_size,
                 "seed": self.config.seed,
                 "labels": self.task.labels,
@@ -403,6 +422,14 @@ class Workbench:
         job = StageJob(stage, rate, tried, beta, rows, folder, key, how, selection, facts)
         return run_stage(self.model, self.tokenizer, self.config, job)
 
+    def _unlabelled_facts(self, stage: PlannedStage) -> dict[str, Any]:
+        """What a stage on unlabelled rows depends on beside."""
+        if UNLABELLED not in stage.rows:
+            return {}
+        teaching = self.teaching
+        queries = [teaching.fingerprint(teaching.contexts(part), "output") for part in PARTS[UNLABELLED]]
+        return {"rows": stage.rows, UNLABELLED: queries}
+
     def _how(self, stage: PlannedStage) -> AlignmentSettings:
         from ia2.alignment import AlignmentSettings
 
@@ -410,7 +437,8 @@ class Workbench:
         layers = None
         if section.layers != "all":
             capture = ActivationCapture(self.base.model, self.config.attention_modules)
-            layers = choose_layers(section.layers, dict(capture), lambda: self.teaching.shift)
+            part = _aligned_part(stage)
+            layers = choose_layers(section.layers, dict(capture), lambda: self.teaching.shift(part))
         return AlignmentSettings(
             section.objective,
             section.temperature,
@@ -423,42 +451,56 @@ class Workbench:
         self, stage: PlannedStage, how: AlignmentSettings | None, needed: Pass | None = None
     ) -> tuple[AnswerDataset, AnswerDataset]:
         """Training and dev rows of a stage; ``needed``: the teacher pass, by default the stage's own."""
+        from ia2.batches import AnswerDataset
+
         needed = needed or _own_pass(stage, self.config)
         if needed is None:
             return self.sft_rows()
-        settings = stage.settings
-        given = self.teaching.targets(*needed)
         if self.one_recipe:
-            self.teaching.warn_if_icl_fails()
-        if isinstance(settings, SoftConfig):
-            return self.teacher_rows(soft=given, only_correct=settings.only_correct)
-        assert isinstance(settings, (AlignConfig, SftConfig))
-        own = "icl_responses"
-        if isinstance(settings, (JointConfig, SftConfig)):
-            own = settings.answers
+            self.teaching.warn_if_icl_fails(unlabelled=UNLABELLED in stage.rows)
+        train = [self._learnt(PARTS[kind][0], stage, how, needed) for kind in stage.rows]
+        return AnswerDataset.joined(train), self._learnt(held_out(stage), stage, how, needed)
+
+    def _learnt(
+        self, part: str, stage: PlannedStage, how: AlignmentSettings | None, needed: Pass
+    ) -> AnswerDataset:
+        """One part's rows, as a stage learns from them."""
+        settings, labelled = stage.settings, part in PARTS[LABELLED]
+        assert isinstance(settings, TeacherStageConfig)
+        if isinstance(settings, SftConfig) and labelled and not stage.labelled_answers:
+            return self.sft_rows()[PARTS[LABELLED].index(part)]
+        given = self.teaching.part_targets(part, *needed)
+        answers = settings.answers if isinstance(settings, (JointConfig, SftConfig)) else "icl_responses"
         return self.teacher_rows(
+            part,
             targets=given if how is not None else None,
-            true_answers=own == "ground_truth",
-            only_correct=settings.only_correct,
+            soft=given if isinstance(settings, SoftConfig) else None,
+            true_answers=labelled and answers == "ground_truth",
+            only_correct=labelled and settings.only_correct,
             spans=how is not None and how.site == "weights",
         )
 
-    def align_rows(self) -> tuple[AnswerDataset, AnswerDataset]:
-        """Training and dev rows of the alignment stage: queries, the teacher's answers, targets."""
-        return self.teacher_rows(targets=self.teaching.targets())
+    def align_rows(self, rows: str = LABELLED) -> tuple[AnswerDataset, AnswerDataset]:
+        """Training and held-out rows of the alignment stage: queries, the teacher's answers, targets."""
+        train, dev = (
+            self.teacher_rows(part, targets=self.teaching.part_targets(part)) for part in PARTS[rows]
+        )
+        return train, dev
 
     def teacher_rows(
         self,
+        part: str,
         *,
-        targets: tuple[Targets, Targets] | None = None,
-        soft: tuple[Targets, Targets] | None = None,
+        targets: Targets | None = None,
+        soft: Targets | None = None,
         true_answers: bool = False,
         only_correct: bool = False,
         spans: bool = False,
-    ) -> tuple[AnswerDataset, AnswerDataset]:
-        """Training and dev rows with the teacher's answers.
+    ) -> AnswerDataset:
+        """Rows of one part with the teacher's answers.
 
         Args:
+            part: a value of :data:`ia2.teaching.PARTS`.
             targets: activations to align with.
             soft: token distributions to distil.
             true_answers: cross-entropy is on the true answers, the teacher's are only aligned with.
@@ -466,43 +508,22 @@ class Workbench:
             spans: rows tell how many ids both contexts share (attention weights).
 
         Raises:
-            DataError: it answers none rightly.
+            DataError: it answers no training example rightly.
         """
-        from ia2.batches import AnswerDataset
+        from ia2.batches import AnswerDataset, Row
 
-        teaching = self.teaching
-        answers = teaching.answers()
-        keep: tuple[Sequence[int], Sequence[int]] = (
-            range(len(self.data.train)),
-            range(len(self.data.dev)),
-        )
+        teaching, examples = self.teaching, self.teaching.examples(part)
+        keep: Sequence[int] = range(len(examples))
         if only_correct:
-            keep = teaching.correct()
-            if not keep[0]:
+            keep = teaching.correct(part)
+            if not keep and part == "train":
                 raise DataError(
                     f"{self.data.train.name}: only_correct leaves no training example: the teacher answers "
                     "none rightly. Leave it out; `ia2 probe` tells whether alignment can help here."
                 )
-        found = []
-        for part, examples in enumerate((self.data.train, self.data.dev)):
-            mine = (targets or soft or ((), ()))[part]
-            make = self._maker(part, examples, answers[part], mine, true_answers, spans)
-            found.append(AnswerDataset(make, keep[part], targets and targets[part], soft and soft[part]))
-        return found[0], found[1]
-
-    def _maker(
-        self,
-        part: int,
-        examples: Sequence[Example],
-        answers: Any,
-        targets: Any,
-        true_answers: bool,
-        spans: bool,
-    ) -> Callable[[int, int], Row]:
-        from ia2.batches import Row
-
-        contexts = None if not len(examples) else (self.train_contexts, self.teaching.dev_contexts)[part]
-        online = getattr(targets, "online", False)
+        contexts = teaching.contexts(part) if len(examples) else None
+        answers = teaching.part_answers(part)
+        online = getattr(targets or soft, "online", False)
 
         def make(i: int, permutation: int) -> Row:
             assert contexts is not None
@@ -515,7 +536,7 @@ class Workbench:
                 span(contexts, i, response) if spans else 0,
             )
 
-        return make
+        return AnswerDataset(make, keep, targets, soft)
 
     def sft_rows(self) -> tuple[AnswerDataset, AnswerDataset]:
         """Training and dev rows of the supervised stage: queries and true answers."""

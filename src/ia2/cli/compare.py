@@ -21,13 +21,20 @@ def compare(
     start(quiet, folders=[config.output_dir])
     if not config.output_dir:
         raise ConfigError("no output folder given. Name one with --output-dir.")
-    from ia2.adaptation import load_both
+    from ia2.adaptation import load_both, load_unlabelled
 
-    run_comparison(config, *load_both(config), json=json, overwrite=overwrite)
+    examples, test = load_both(config)
+    run_comparison(config, examples, test, load_unlabelled(config), json=json, overwrite=overwrite)
 
 
 def run_comparison(
-    config: CompareConfig, examples: object, test: object, *, json: bool, overwrite: bool
+    config: CompareConfig,
+    examples: object,
+    test: object,
+    unlabelled: object = None,
+    *,
+    json: bool,
+    overwrite: bool,
 ) -> None:
     """Compare and print; what ``ia2 demo`` does too."""
     from ia2 import comparison
@@ -45,6 +52,7 @@ def run_comparison(
         test=test,  # type: ignore[arg-type]
         output_dir=config.output_dir,
         overwrite=overwrite,
+        unlabelled=unlabelled,  # type: ignore[arg-type]
     )
     if not is_first():
         return

@@ -21,7 +21,7 @@ def curve(
     if not config.output_dir:
         raise ConfigError("no output folder given. Name one with --output-dir.")
     from ia2 import curves
-    from ia2.adaptation import load_both
+    from ia2.adaptation import load_both, load_unlabelled
     from ia2.distributed import is_first
     from ia2.report.figures import try_curve_figure
 
@@ -29,7 +29,13 @@ def curve(
     if test is None:
         raise DataError("no test data given. A curve needs the same test rows at every size: --test-data.")
     result = curves.curve(
-        config.model, examples, config, test=test, output_dir=config.output_dir, overwrite=overwrite
+        config.model,
+        examples,
+        config,
+        test=test,
+        output_dir=config.output_dir,
+        overwrite=overwrite,
+        unlabelled=load_unlabelled(config),
     )
     if not is_first():
         return

@@ -22,7 +22,7 @@ def train(
     start(quiet, folders=[config.output_dir])
     if not config.output_dir:
         raise ConfigError("no output folder given. Name one with --output-dir.")
-    from ia2.adaptation import adapt, load_both
+    from ia2.adaptation import adapt, load_both, load_unlabelled
 
     examples, test = load_both(config)
     result = adapt(
@@ -32,6 +32,7 @@ def train(
         test=test,
         output_dir=config.output_dir,
         overwrite=overwrite,
+        unlabelled=load_unlabelled(config),
     )
     if not is_first():
         return

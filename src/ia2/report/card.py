@@ -21,7 +21,7 @@ _CARD = """\
 | base model | `{model}` |
 | recipe | `{recipe}` |
 | training examples | {train} (and {dev} dev rows) |
-| data (SHA-256, first 16 digits) | train `{train_hash}`, dev `{dev_hash}` |
+{unlabelled}| data (SHA-256, first 16 digits) | train `{train_hash}`, dev `{dev_hash}` |
 | learning rate | {rate:g}, chosen by {selected}{diverged} |
 | seed | {seed} |
 | answers | {answers} |
@@ -59,6 +59,7 @@ def model_card(metrics: dict[str, Any], facts: dict[str, Any], task: Task) -> st
         model=model,
         train=metrics["num_train"],
         dev=metrics["num_dev"],
+        unlabelled=_unlabelled(metrics),
         train_hash=facts["data"]["train"],
         dev_hash=facts["data"]["dev"],
         rate=metrics["learning_rate"],
@@ -68,6 +69,14 @@ def model_card(metrics: dict[str, Any], facts: dict[str, Any], task: Task) -> st
         answers=f"one of {labels}" if task.labels else f"free text, up to {task.max_answer_tokens} tokens",
         metrics=_metrics_table(metrics),
         load=_loading(model, config["adapter"]),
+    )
+
+
+def _unlabelled(metrics: dict[str, Any]) -> str:
+    if not metrics.get("num_unlabelled"):
+        return ""
+    return (
+        f"| unlabelled rows | {metrics['num_unlabelled']} (and {metrics['num_unlabelled_dev']} held out) |\n"
     )
 
 

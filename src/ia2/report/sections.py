@@ -17,6 +17,7 @@ from ia2.report.style import Figure, numbers_table
 from ia2.report.tables import comparison_lines, comparison_table
 from ia2.report.verdict import METHOD, signed_text
 from ia2.sweeps.tables import Table
+from ia2.wording import rows_learnt_from
 
 if TYPE_CHECKING:
     from ia2.analysis.signatures import Diagnosis
@@ -166,9 +167,8 @@ def _training(run: Run, figures: list[Figure]) -> Section:
     metrics, facts = run.summary, run.facts
     about = (
         f"Model {metrics['model']}; recipe {metrics['recipe']}: "
-        f"{describe(metrics['recipe'], facts['config'].get('schedules') or {})}; {metrics['num_train']} "
-        f"training and {metrics['num_dev']} dev examples; learning rate {metrics['learning_rate']:g}, "
-        f"{metrics['selected_by']}."
+        f"{describe(metrics['recipe'], facts['config'].get('schedules') or {})}; "
+        f"{rows_learnt_from(metrics)}; learning rate {metrics['learning_rate']:g}, {metrics['selected_by']}."
     )
     if metrics.get("diverged"):
         about += f" At {'; '.join(metrics['diverged'])} training diverged."

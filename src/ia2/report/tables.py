@@ -7,6 +7,7 @@ from typing import Any
 
 from ia2.sweeps.tables import Column as TableColumn
 from ia2.sweeps.tables import Entry, Table
+from ia2.wording import rows_learnt_from
 
 Column = tuple[str, Callable[[dict[str, Any]], str]]
 
@@ -57,8 +58,8 @@ def comparison_lines(summary: dict[str, Any]) -> list[str]:
     data = summary["data"]
     test = "test rows" if data["test"] else f"rows, {design['kind']}"
     return [
-        f"Model {summary['model']}; data {data['name']}; {design['num_train']} training and "
-        f"{design['num_dev']} dev examples, {design['num_test']} {test}; seeds "
+        f"Model {summary['model']}; data {data['name']}; {rows_learnt_from(design)}, {design['num_test']} "
+        f"{test}; seeds "
         f"{', '.join(map(str, design['seeds']))}; {rates(design)}; ICL uses "
         f"{design['icl_demonstrations']}.",
         "Means over seeds, 95% bootstrap intervals over seeds and rows. ECE has an upward bias on few rows. "

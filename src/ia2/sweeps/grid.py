@@ -29,6 +29,9 @@ from ia2.sweeps.settings import AXES, INCIDENTAL, TRAINING, flat, nested, planne
 if TYPE_CHECKING:
     from ia2.benchmarks import Benchmark
 
+REST = "the rest of the pool"
+"""Where unlabelled rows of a grid come from."""
+
 FORMAT = 1
 """Of cells; bump when the meaning of a setting's default, or of a record, changes (a test watches)."""
 
@@ -43,6 +46,11 @@ class GridPart(Section):
     models: list[str] | None = Field(None, min_length=1, description="As `--model` takes them.")
     recipes: list[str] | None = Field(None, min_length=1, description="Recipes, or names under `schedules`.")
     num_examples: list[int] | None = Field(None, min_length=1, description="Values of N.")
+    unlabelled: int | list[int] | None = Field(
+        None,
+        description="How many unlabelled rows there are, drawn from the rest of the pool; one cell each for "
+        "recipes that use them.",
+    )
     seeds: int | list[int] | None = Field(None, description="How many (from 0), or which.")
     learning_rates: list[float] | dict[str, list[float]] | None = Field(
         None,
@@ -73,6 +81,14 @@ class GridPart(Section):
             raise ValueError(f"at most {MAX_SEEDS} seeds are possible")
         if isinstance(value, list) and not 0 <= min(value) <= max(value) < 2**32:
             raise ValueError(f"seeds are 0 or greater, up to {2**32 - 1}")
+        return value
+
+    @field_validator("unlabelled")
+    @classmethod
+    def _none_or_some(cls, value: int | list[int] | None) -> int | list[int] | None:
+        counts = value if isinstance(value, list) else [value or 0]
+        if not counts or any(count < 0 or count == 1 for count in counts):
+            raise ValueError("0 (none) or at least two rows, or a list of such numbers")
         return value
 
     @field_validator("num_examples")
@@ -453,8 +469,10 @@ class _Variant:
 
 
 def _variants(part: GridPart) -> Iterator[_Variant]:
-    for values in product(*part.axes.values()):
-        axes = flat(dict(zip(part.axes, values, strict=True)))
+    counts = part.unlabelled if isinstance(part.unlabelled, list) else [part.unlabelled or 0]
+    every = {**part.axes, **({"unlabelled": counts} if any(counts) else {})}
+    for values in product(*every.values()):
+        axes = flat(dict(zip(every, values, strict=True)))
         if part.plain:
             yield _Variant("", axes, {})
         for name, settings in part.variants.items():
@@ -469,10 +487,14 @@ def _settings(
     part: GridPart, benchmark: tuple[Benchmark, str | None], changes: Mapping[str, Any], prefix: str
 ) -> AdaptConfig:
     entry, verbaliser = benchmark
+    count = changes.get("unlabelled")
+    changes = {name: value for name, value in changes.items() if name != "unlabelled"}
     given = {**flat(entry.settings(verbaliser)), **flat(part.settings), **changes}
     for name in AXES:
         if name in given:
             raise ConfigError(f"{prefix}settings: '{name}' is an axis of the grid. Give it beside `recipes`.")
+    if count:
+        given |= {"unlabelled": REST, "max_unlabelled": count}
     return validated(nested(given), f"{prefix}settings")
 
 

@@ -10,11 +10,11 @@ from ia2.config import AdaptConfig
 from ia2.config_reading import validate
 from ia2.config_sections import SECTIONS, SftConfig
 from ia2.errors import ConfigError, suggest
-from ia2.recipes import RECIPES
+from ia2.recipes import RECIPES, UNLABELLED
 from ia2.stages import PlannedStage, plan
 
 # Settings of a run that are axes of the grid themselves, and those that change no result.
-AXES = ("recipe", "seed", "num_examples", "learning_rates", "joint.betas")
+AXES = ("recipe", "seed", "num_examples", "learning_rates", "joint.betas", "unlabelled", "max_unlabelled")
 INCIDENTAL = ("report_to", "checkpoint_every", "targets")
 # Of the task: all that a model without demonstrations and training depends on.
 _TASK = (
@@ -29,6 +29,7 @@ _TASK = (
 )
 # Beside these, what is in the prompt; the teacher's part of a run depends on nothing else.
 TRAINING = ("adapter.", *(f"{name}." for name in SECTIONS), "schedules", "batch_size", "micro_batch_size")
+_UNLABELLED = ("unlabelled", "max_unlabelled")
 _ORDERS = ("demo_permutations", "permutation_targets")
 _TECHNICAL = ("activation_checkpointing", "activation_checkpointing_kwargs", "attention_modules")
 
@@ -57,7 +58,9 @@ def used_settings(
     teacher = any(stage.teacher_answers for stage in stages)
     found = {}
     for name, value in flat(config.model_dump()).items():
-        if name in (*AXES, *INCIDENTAL) or value == defaults.get(name):
+        if (name in (*AXES, *INCIDENTAL) and name not in _UNLABELLED) or value == defaults.get(name):
+            continue
+        if name in _UNLABELLED and not any(UNLABELLED in stage.rows for stage in stages):
             continue
         if recipe == "base" and name not in _TASK:
             continue

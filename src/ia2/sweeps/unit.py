@@ -29,6 +29,7 @@ from ia2.sweeps.grid import Cell, Unit
 from ia2.sweeps.records import count_seconds
 from ia2.task import Task, make_task
 from ia2.teaching import SIMILARITY_QUERIES, IclReference
+from ia2.unlabelled import counts_unlabelled, with_rest
 from ia2.workbench import Evaluated, Workbench
 
 if TYPE_CHECKING:
@@ -224,6 +225,9 @@ class _Shared:
             self.data = pool.split(
                 num_examples=spec["num_examples"], seed=spec["seed"], balanced=first.config.balanced
             )
+        self.unused = self.data.rest(pool)
+        if first.config.unlabelled:
+            self.data = with_rest(self.data, self.unused, self.rows[0].test, first.config)
 
     def run(self, cell: Cell, begun: float) -> dict[str, Any]:
         """A cell's record; ``begun``: when, by the clock of this process."""
@@ -261,6 +265,7 @@ class _Shared:
                     "test": first.test.fingerprint,
                     "num_train": 0 if recipe == "base" else len(self.data.train),
                     "num_dev": len(self.data.dev),
+                    **counts_unlabelled(self.data),
                     "notes": [f"{r.benchmark.name}: {note}" for r in self.rows for note in r.notes],
                 },
                 "training": None if trained is None else _training(trained),
@@ -288,7 +293,7 @@ class _Shared:
                 self.tasks[0],
                 cell.config,
                 self.folder,
-                unused=self.data.rest(self.rows[0].pool),
+                unused=self.unused,
                 by_content=True,
             )
         if not is_trained(cell.spec["recipe"]):

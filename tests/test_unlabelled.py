@@ -1,0 +1,292 @@
+"""Unlabelled rows: which are used, behind what the teacher answers them, and what learns from that."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benches import base_of, bench_of, clone, icl_base, icl_examples, word_examples, wordy_model
+from command_line import run, tree, write_rows
+from sweeping import cells_of, records, swept
+
+from ia2 import AdaptConfig, Examples, adapt
+from ia2.errors import ConfigError, DataError
+from ia2.examples import Example, FewShotSplit
+from ia2.files import read_json
+from ia2.models import BaseModel
+from ia2.recipes import LABELLED, UNLABELLED
+from ia2.stages import plan
+from ia2.unlabelled import distinct, with_unlabelled
+from ia2.workbench import Workbench, answered_parts, held_out
+
+ROWS = icl_examples(12, task=1, num_classes=2)
+MORE = icl_examples(20, seed=9, task=1, num_classes=2)
+BRIEF: dict[str, Any] = {
+    **{name: {"epochs": 2} for name in ("align", "sft", "joint", "soft")},
+    "learning_rates": [3e-3],
+}
+FLAGS = ["--align-epochs", "2", "--sft-epochs", "2", "--learning-rates", "3e-3"]
+
+
+@pytest.fixture(scope="module")
+def learner(tiny_icl_model_path: Path) -> BaseModel:
+    return icl_base(tiny_icl_model_path)
+
+
+def texts(count: int, name: str = "more") -> Examples:
+    return Examples([Example(f"query {i}", None, f"row {i}") for i in range(count)], name=name)
+
+
+def bench(base: BaseModel, folder: Path, **settings: Any) -> Workbench:
+    return bench_of(base, ROWS[:6], ROWS[6:9], folder, unlabelled=MORE[:10], **{**BRIEF, **settings})
+
+
+# -------------------------------------------------------------------------------------- which rows
+
+
+def test_rows_that_are_labelled_or_test_rows_or_repeated_are_left_out(caplog: Any) -> None:
+    rows = Examples([*texts(6), Example("query  1 ", None, "again"), *texts(1)], name="more")
+    with caplog.at_level(logging.INFO, "ia2"):
+        kept = distinct(rows, [texts(2), texts(1)])
+    assert [row.query for row in kept] == [f"query {i}" for i in range(2, 6)]
+    # the last two repeat labelled rows, and count as such
+    assert caplog.messages == ["Unlabelled rows: 4 that are labelled or test rows too of 8 left out."]
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "ia2"):
+        assert len(distinct(rows, [texts(0)])) == 6
+    assert caplog.messages == ["Unlabelled rows: 2 that repeat another of 8 left out."]
+
+
+@pytest.mark.parametrize(("known", "left"), [(6, 0), (5, 1)])
+def test_too_few_are_refused(known: int, left: int) -> None:
+    with pytest.raises(DataError) as caught:
+        distinct(texts(6), [texts(known)])
+    assert str(caught.value) == (
+        f"more: at least two unlabelled rows are needed, and {left} can be used of 6 rows, without {known} "
+        "that are labelled or test rows too. Give other rows, or leave out --unlabelled."
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "held"), [(2, 9, 1), (4, 9, 1), (10, 9, 1), (10, 10, 2), (400, 400, 48)]
+)
+def test_a_fifth_is_held_out(count: int, most: int, held: int) -> None:
+    split = with_unlabelled(FewShotSplit(ROWS[:2], ROWS[2:3]), texts(count), most, seed=3)
+    parts = [{row.query for row in part} for part in (split.unlabelled, split.unlabelled_dev)]
+    assert [len(part) for part in parts] == [min(count, most) - held, held]
+    assert not parts[0] & parts[1]
+
+
+def test_a_larger_draw_contains_a_smaller_one_and_no_labels() -> None:
+    before: tuple[set[str], set[str]] = (set(), set())
+    for most in (5, 12, 40, 300):
+        split = with_unlabelled(FewShotSplit(ROWS, ROWS[:0]), word_examples(300), most, seed=1)
+        assert all(row.answer is None for part in (split.unlabelled, split.unlabelled_dev) for row in part)
+        own = {row.source for row in split.unlabelled}, {row.source for row in split.unlabelled_dev}
+        assert before[0] <= own[0] and before[1] <= own[1]
+        before = own
+    other = with_unlabelled(FewShotSplit(ROWS, ROWS[:0]), word_examples(300), 40, seed=2)
+    assert {row.source for row in other.unlabelled} != before[0]
+
+
+# ------------------------------------------------------------------------------------- the teacher
+
+
+def test_the_teacher_answers_each_behind_all_training_examples(learner: BaseModel, tmp_path: Path) -> None:
+    made = bench(clone(learner), tmp_path)
+    teaching = made.teaching
+    train, held = made.align_rows(UNLABELLED)
+    assert [len(train), len(held)] == [8, 2]
+    for part, rows in (("unlabelled", train), ("unlabelled-dev", held)):
+        contexts = teaching.contexts(part)
+        shared = teaching.prompts.pool_contexts(ROWS[6:9])  # as the dev examples'
+        for i in range(len(rows)):
+            assert sorted(contexts.chosen(i)) == list(range(6))
+            assert contexts.chosen(i) == shared.chosen(0)
+            prompt = torch.tensor([contexts.context_ids(i)])
+            with torch.no_grad():
+                answer = int(clone(learner).model(prompt).logits[0, -1].argmax())
+            assert rows.row(i).answer == (answer,) == teaching.part_answers(part)[i].ids
+            assert rows[i]["target"] is not None
+
+
+def test_what_each_stage_learns_on_and_is_stopped_by() -> None:
+    config = AdaptConfig(unlabelled="more")
+    found = {
+        recipe: [
+            (stage.kind, stage.rows, sorted(answered_parts(stage)), held_out(stage))
+            for stage in plan(recipe, config)
+        ]
+        for recipe in ("sft", "ia2-sft", "soft-sft", "pseudo-sft")
+    }
+    on, both = (UNLABELLED,), (LABELLED, UNLABELLED)
+    aligned = ("align", on, ["unlabelled", "unlabelled-dev"], "unlabelled-dev")
+    tuned = ("sft", (LABELLED,), [], "dev")
+    assert found == {
+        "sft": [tuned],
+        "ia2-sft": [aligned, tuned],
+        "soft-sft": [("soft", *aligned[1:])],
+        "pseudo-sft": [("sft", both, ["unlabelled"], "dev")],
+    }
+    without = [(stage.rows, sorted(answered_parts(stage))) for stage in plan("ia2-sft", AdaptConfig())]
+    assert without == [((LABELLED,), ["dev", "train"]), ((LABELLED,), [])]
+    (both_kinds,) = plan("ia2", AdaptConfig(unlabelled="more", align={"rows": "both"}))
+    assert answered_parts(both_kinds) == {"train", "unlabelled", "unlabelled-dev"}
+
+
+def test_rows_of_both_kinds_are_aligned_on_together(learner: BaseModel, tmp_path: Path) -> None:
+    made = bench(clone(learner), tmp_path, align={"rows": "both", "epochs": 1})
+    (stage,) = plan("ia2", made.config)
+    train, held = made._rows(stage, made._how(stage))
+    ours, theirs = made.align_rows(LABELLED)[0], made.align_rows(UNLABELLED)
+    assert [train.row(i) for i in range(len(train))] == [
+        part.row(i) for part in (ours, theirs[0]) for i in range(len(part))
+    ]
+    assert all(torch.equal(train[6 + i]["target"], theirs[0][i]["target"]) for i in range(8))
+    assert [held.row(i) for i in range(2)] == [theirs[1].row(i) for i in range(2)]
+    # the root mean square is one over all answer tokens
+    stacked = torch.stack([train[i]["target"] for i in range(len(train))]).double()
+    assert train.targets is not None
+    expected = stacked.pow(2).mean((0, 2, 3)).sqrt()
+    assert torch.allclose(torch.tensor(train.targets.rms).double(), expected, rtol=1e-4)
+
+
+def test_pseudo_labels_are_the_teachers_answers_beside_true_ones(learner: BaseModel, tmp_path: Path) -> None:
+    made = bench(clone(learner), tmp_path)
+    (stage,) = plan("pseudo-sft", made.config)
+    train, dev = made._rows(stage, None)
+    answers = [train.row(i).answer for i in range(len(train))]
+    true = [made.sft_rows()[0].row(i).answer for i in range(6)]
+    assert answers == true + [answer.ids for answer in made.teaching.part_answers("unlabelled")]
+    assert [dev.row(i) for i in range(3)] == [made.sft_rows()[1].row(i) for i in range(3)]
+
+
+def test_answers_of_several_tokens_are_written_for_unlabelled_rows(
+    word_tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = word_examples(30, label_words=3)
+    base = base_of(wordy_model(), word_tokenizer)
+    made = bench_of(
+        base, rows[:5], rows[5:8], tmp_path, unlabelled=rows[8:20],
+        task="generation", max_answer_tokens=6, batch_size=5, **BRIEF,
+    )  # fmt: skip
+    train, _ = made.align_rows(UNLABELLED)
+    assert all(len(train.row(i).answer) > 1 for i in range(len(train)))
+    trained = made.train("ia2-sft")
+    assert [stage.name for stage in trained.stages] == ["align", "sft"]
+
+
+@pytest.mark.parametrize("targets", ["memory", "online"])
+def test_where_targets_lie_changes_nothing(targets: str, learner: BaseModel, tmp_path: Path) -> None:
+    settings = {"align": {"rows": "both", "epochs": 2}}
+    stored = bench(clone(learner), tmp_path / "store", targets="store", **settings).train("ia2")
+    other = bench(clone(learner), tmp_path / targets, targets=targets, **settings).train("ia2")
+    for name, value in stored.state.items():
+        assert torch.allclose(value, other.state[name], atol=1e-3), name
+
+
+# ----------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "said"),
+    [
+        (
+            "pseudo-sft",
+            {},
+            "recipe 'pseudo-sft': its stage sft needs unlabelled rows. Name some with --unlabelled (in a "
+            "grid: unlabelled, a number).",
+        ),
+        (
+            "ia2",
+            {"align": {"rows": "unlabelled"}},
+            "recipe 'ia2': its stage align needs unlabelled rows. Name some with --unlabelled (in a grid: "
+            "unlabelled, a number).",
+        ),
+        (
+            "ia2-sft",
+            {"unlabelled": "more", "align": {"only_correct": True}},
+            "recipe 'ia2-sft': its stage align learns on unlabelled rows, and only labels tell which answers "
+            "are right. Leave out only_correct, or set align.rows to labelled.",
+        ),
+        (
+            "sft",
+            {"unlabelled": "more", "sft": {"rows": "both", "ia2_weight": 1.0}},
+            "recipe 'sft': its stage sft learns on both rows, on which ia2_weight keeps no alignment. Leave "
+            "one of them out, or take the stage joint.",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused(recipe: str, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan(recipe, AdaptConfig(**settings))
+    assert str(caught.value) == said
+
+
+def test_rows_that_settings_name_must_be_given(learner: BaseModel) -> None:
+    with pytest.raises(ConfigError, match=r"^unlabelled is more\.jsonl, and no such rows were given"):
+        adapt(clone(learner), ROWS, AdaptConfig(unlabelled="more.jsonl"))
+
+
+# ---------------------------------------------------------------------------------------- a run
+
+
+def test_a_run_says_how_many_and_a_changed_file_is_another_run(learner: BaseModel, tmp_path: Path) -> None:
+    config, out = AdaptConfig(**BRIEF), tmp_path / "out"
+
+    def again(rows: Examples) -> Any:
+        return adapt(clone(learner), ROWS[:9], config, test=ROWS[9:], unlabelled=rows, output_dir=out)
+
+    # a test row among them is left out
+    first = again(Examples([*MORE[:10], ROWS[9]], name="more")).metrics
+    assert (first["num_unlabelled"], first["num_unlabelled_dev"]) == (8, 2)
+    assert "| unlabelled rows | 8 (and 2 held out) |" in (out / "README.md").read_text()
+    before = tree(out)
+    assert again(MORE[:10]).metrics == first and tree(out) == before
+    with pytest.raises(Exception, match=r"holds another run \(data of unlabelled differ\)"):
+        again(MORE[:9])
+
+
+def test_a_comparison_says_how_many(
+    tiny_icl_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": e.query, "completion": e.answer} for e in ROWS])
+    more = write_rows(tmp_path / "more.jsonl", [{"prompt": e.query, "completion": "?"} for e in MORE])
+    out = tmp_path / "out"
+    ran = run(
+        capsys, "compare", "--model", tiny_icl_model_path, "--data", data, "--unlabelled", more, "--recipes",
+        "sft,ia2-sft,pseudo-sft", "--seeds", "1", "--folds", "2", "--max-unlabelled", "10", *FLAGS,
+        "--output-dir", out,
+    )  # fmt: skip
+    assert ran.status == 0, ran.err
+    assert "more.jsonl: labels (completion) are not read." in ran.err
+    design = read_json(out / "compare.json")["design"]
+    assert (design["num_unlabelled"], design["num_unlabelled_dev"]) == (8, 2)
+    assert "8 unlabelled" in (out / "table.md").read_text()
+
+
+def test_a_grid_draws_them_from_the_rest_of_the_pool(files: Path, tmp_path: Path) -> None:
+    made = swept(files, tmp_path / "out", recipes=["sft", "ia2-sft"], unlabelled=[0, 5, 8])
+    assert not made.failed
+    found = {(r["spec"]["recipe"], r["spec"]["variant"]): r["data"] for r in records(tmp_path / "out")}
+    assert {name: data.get("num_unlabelled") for name, data in found.items()} == {
+        ("sft", ""): None,
+        ("ia2-sft", ""): None,
+        ("ia2-sft", "unlabelled=5"): 4,
+        ("ia2-sft", "unlabelled=8"): 7,
+    }
+    again = swept(files, tmp_path / "again", recipes=["ia2-sft"], unlabelled=19)
+    assert [failure["error"] for failure in again.failed] == [
+        "Two: asked for 19 unlabelled rows, 18 are left beside the labelled ones. Ask for fewer."
+    ]
+
+
+def test_unlabelled_rows_make_cells_of_their_own() -> None:
+    cells = cells_of(recipes=["sft", "ia2-sft"], unlabelled=[0, 5, 8])
+    assert [cell.spec["variant"] for cell in cells] == ["", "", "unlabelled=5", "unlabelled=8"]
+    assert len({cell.key for cell in cells}) == 4
+    # without them a cell is what it was
+    assert {cell.key for cell in cells_of(recipes=["sft", "ia2-sft"])} < {cell.key for cell in cells}
