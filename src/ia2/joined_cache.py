@@ -18,16 +18,29 @@ class RoomyLayer(DynamicLayer):
     """A layer's keys and values, with room behind them for what will be written.
 
     A :class:`~transformers.DynamicLayer` copies all that it holds at every step; of prompts of a thousand
-    tokens that takes as long as reading the weights.
+    tokens that takes as long as reading the weights. A shallow copy writes into the same room.
 
     Args:
-        keys: ``[B, H, T + R, d]``, of which the first T hold something.
+        keys: ``[B, H, T + R, d]``, of which the first T hold something; None: the layer is empty.
         values: as ``keys``.
         length: T.
+        room: R of an empty layer.
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+    def __init__(
+        self,
+        keys: torch.Tensor | None = None,
+        values: torch.Tensor | None = None,
+        length: int = 0,
+        *,
+        room: int = 0,
+    ) -> None:
         super().__init__()
+        self._more = room
+        if keys is not None and values is not None:
+            self._hold(keys, values, length)
+
+    def _hold(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
         self.lazy_initialization(keys, values)
         self._room = (keys, values)
         self.keys, self.values = keys[:, :, :length], values[:, :, :length]
@@ -35,6 +48,10 @@ class RoomyLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            both = (key_states, value_states)
+            keys, values = (t.new_empty(*t.shape[:2], self._more, t.shape[3]) for t in both)
+            self._hold(keys, values, 0)
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         keys, values = self._room

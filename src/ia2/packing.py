@@ -12,6 +12,7 @@ Which models can be packed is measured (:func:`packs`).
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -432,13 +433,14 @@ def tree_pass(
     """
     head = model.get_output_embeddings().weight.shape[0] if logits else 1
     most = max(1, MAX_LOGITS // int(head))
+    room = max(map(len, rows), default=0) + size
     # nodes behind the same ids, the cache of these ids, and whether the only node is to be run on its own
     waiting: list[tuple[list[_Node], Any, bool]] = [(_trie(rows, answer_lengths), None, False)]
     while waiting:
         nodes, cache, alone = waiting.pop()
         if alone:
             node = nodes[0]
-            grown = _branch(cache) if cache is not None or node.children else None
+            grown = _branch(cache, room) if cache is not None or node.children else None
             with row_attention(model):  # not around what the caller does between two passes
                 output = _run(model, nodes, grown, logits, before)
             if output.parts:
@@ -459,7 +461,7 @@ def tree_pass(
                 waiting.append(([node], cache, True))
         for together in groups([node.total for node in small], size):
             for part in _within([small[i] for i in together], most):
-                own = None if cache is None else _branch(cache)
+                own = None if cache is None else _branch(cache, room)
                 with row_attention(model):
                     output = _run(model, _in_order(part), own, logits, before)
                 yield output
@@ -478,16 +480,25 @@ def _within(nodes: Sequence[_Node], most: int) -> list[list[_Node]]:
     return found
 
 
-def _branch(cache: Any) -> Any:
+def _branch(cache: Any, room: int) -> Any:
     """A cache that holds what ``cache`` holds and grows on its own; an empty one of None.
 
-    Growing makes new tensors, so what is there need not be copied.
+    All branches write into the same memory, each behind its beginning, since the trie is walked depth first:
+    a branch is needed no more when the next one from the same beginning is run.
+
+    Args:
+        cache: of the way from the root, or None.
+        room: ids of the longest way, and of a pack behind it.
     """
     from transformers import DynamicCache
+
+    from ia2.joined_cache import RoomyLayer
 
     grown = DynamicCache()
     if cache is not None:
         grown.layers = [copy.copy(layer) for layer in cache.layers]
+    else:
+        grown.layer_class_to_replicate = functools.partial(RoomyLayer, room=room)  # type: ignore[assignment]
     return grown
 
 
