@@ -12,10 +12,11 @@ from ia2.evaluation.metrics import (
     STATISTICS,
     Measured,
     RowMeasures,
-    fit_free_temperatures,
-    fit_label_temperatures,
+    fitted_temperatures,
     free_rows,
+    free_temperature_losses,
     label_rows,
+    label_temperature_losses,
     measure_free,
     measure_labels,
     summarise,
@@ -112,7 +113,7 @@ def test_temperatures_make_dev_likelier_in_their_own_scope() -> None:
     logits[np.arange(60), np.array(TOKENS)[gold]] += 2
     logits *= 4  # overconfident
     dev = scores_of(logits, tuple(float(t) for t in TEMPERATURES))
-    found = fit_label_temperatures(dev, gold)
+    found = fitted_temperatures(label_temperature_losses(dev, gold))
     assert set(found) == {"vocabulary", "labels"}
     for scope, columns in (("vocabulary", slice(None)), ("labels", TOKENS)):
         truth = np.array(TOKENS)[gold] if scope == "vocabulary" else gold
@@ -176,7 +177,7 @@ def test_free_temperatures() -> None:
     confidence = np.full(80, 0.99)
     correct = (rng.random(80) < 0.7).astype(float)
     answers = FreeAnswers([], [], confidence, np.log(confidence))
-    found = fit_free_temperatures(answers, correct)
+    found = fitted_temperatures(free_temperature_losses(answers, correct))
     assert found["vocabulary"] == found["answer"] > 2
     measured = measure_free(answers, correct, found)
     assert measured.scaled["answer"].confidence.mean() == pytest.approx(correct.mean(), abs=0.02)

@@ -14,8 +14,8 @@ from families import FAMILIES, HYBRIDS
 
 from ia2.config import AdaptConfig
 from ia2.evaluation.calibration import TEMPERATURES as TEMPERATURES_TRIED
-from ia2.evaluation.metrics import fit_label_temperatures
-from ia2.evaluation.run import fit_temperatures
+from ia2.evaluation.metrics import label_temperature_losses
+from ia2.evaluation.run import temperature_losses
 from ia2.evaluation.scoring import (
     LabelScorer,
     LabelScores,
@@ -168,15 +168,17 @@ def test_temperatures_cost_no_passes_and_labels_no_prompts(tiny_llama: Any, word
     hook = tiny_llama.register_forward_pre_hook(
         lambda _module, _given, named: fed.append(named["input_ids"].numel()), with_kwargs=True
     )
-    found = fit_temperatures(tiny_llama, word_tokenizer, task, rows, prompts)
+    found = temperature_losses(tiny_llama, word_tokenizer, task, rows, prompts)
     # a label's first token is fed behind the prompt's last
     assert sum(fed) <= sum(map(len, prompts)) + len(rows) * 2 * len(words)
     hook.remove()
     grid = [float(t) for t in TEMPERATURES_TRIED]
     scores = score_labels(tiny_llama, word_tokenizer, task, prompts, temperatures=grid)
     gold = np.array([task.label_of(row) for row in rows])
-    expected = fit_label_temperatures(scores, gold)
-    assert found == pytest.approx(expected, rel=1e-6)
+    expected = label_temperature_losses(scores, gold)
+    assert found.keys() == expected.keys()
+    for scope, losses in found.items():
+        np.testing.assert_allclose(losses, expected[scope], rtol=1e-6)
 
 
 def test_scores_do_not_depend_on_the_company(

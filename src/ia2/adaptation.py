@@ -119,7 +119,7 @@ def adapt(
     if isinstance(examples, FewShotSplit):
         data = examples
     else:
-        data = examples.split(num_examples=config.num_examples, seed=config.seed, balanced=config.balanced)
+        data = examples.split(seed=config.seed, **config.drawn)
     every = examples if isinstance(examples, Examples) else _joined(data)
     if more := distinct_from(unlabelled, config.unlabelled, [every, test]):
         data = with_unlabelled(data, more, config.max_unlabelled, config.seed)
@@ -143,7 +143,7 @@ def adapt(
         logger.info(
             "Unlabelled rows: %d to train on, %d held out.", len(data.unlabelled), len(data.unlabelled_dev)
         )
-    if not len(data.dev):
+    if not len(data.dev) and config.selection == "dev":
         logger.warning("No dev rows: no early stopping, no choice of learning rate, no temperature scaling.")
     with ExitStack() as stack:
         if output_dir is None:

@@ -118,11 +118,18 @@ class BestWeights(TrainerCallback):
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take up what was known at the checkpoint."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        """Look at the dev rows before the first step, or take up what was known at the checkpoint.
+
+        Weights that come from an earlier stage may be better than any that this one reaches.
+        """
+        assert self.trainer is not None
         if state.global_step == 0:
+            if len(self.trainer.eval_dataset):
+                self.trainer.evaluate()
             return
         from safetensors.torch import load_file
+
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
         known = read_json(folder / "complete.json")
         self.loss = float("nan") if known["loss"] is None else known["loss"]

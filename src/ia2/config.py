@@ -64,6 +64,12 @@ class AdaptConfig(Section):
         ge=2,
         description="Use at most this many unlabelled rows, drawn by the seed; a fifth is held out.",
     )
+    selection: Literal["dev", "folds", "average", "last"] = Field(
+        "dev",
+        description="What chooses steps, rate, β and temperature: dev, rows that are held out; folds, "
+        "cross-fitting over all rows, which are all trained on; average, the mean of the folds' weights; "
+        "last, nothing (all rows, the last weights, one rate).",
+    )
     task: Literal["auto", "classification", "generation"] = Field(
         "auto", description="Whether answers are labels of a fixed set, or free text."
     )
@@ -162,6 +168,20 @@ class AdaptConfig(Section):
     joint: JointConfig = Field(default_factory=JointConfig)
     soft: SoftConfig = Field(default_factory=SoftConfig)
 
+    @property
+    def crosses(self) -> bool:
+        """Whether folds of the training rows choose, so that there are no dev rows."""
+        return self.selection in ("folds", "average")
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """What :meth:`ia2.Examples.split` is called with, beside the seed."""
+        return {
+            "num_examples": self.num_examples,
+            "balanced": self.balanced,
+            "dev": self.selection == "dev",
+        }
+
     @model_validator(mode="after")
     def _possible(self) -> AdaptConfig:
         self._check_schedules()
@@ -170,6 +190,10 @@ class AdaptConfig(Section):
         self._check_layers()
         if (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(REENTRANT)
+        if self.selection == "last" and (len(self.learning_rates or ()) > 1 or len(self.joint.betas) > 1):
+            raise ValueError(
+                "selection last chooses nothing: give one learning rate and one β, or set selection to folds"
+            )
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}"

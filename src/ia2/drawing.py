@@ -17,7 +17,12 @@ Answers = Sequence[str | None]
 
 
 def draw(
-    answers: Answers, name: str, num_examples: int | None, seed: int, balanced: bool
+    answers: Answers,
+    name: str,
+    num_examples: int | None,
+    seed: int,
+    balanced: bool,
+    dev: bool = True,
 ) -> tuple[list[int], list[int]]:
     """Rows to learn from and rows to hold out, in drawn order; as :meth:`ia2.Examples.split` says.
 
@@ -27,6 +32,7 @@ def draw(
         num_examples: how many to learn from; None: two thirds.
         seed: of the draw.
         balanced: as many rows of each answer as possible.
+        dev: whether rows are held out; else all are to learn from.
 
     Raises:
         DataError: there are too few rows, or too few of some answer.
@@ -40,16 +46,16 @@ def draw(
     if num_examples is None:
         if balanced:
             raise ConfigError("a balanced draw needs num_examples: else every row is used")
-        dev = _stratified_third(pools)
-        train = set(order) - dev
+        held = _stratified_third(pools) if dev else set()
+        train = set(order) - held
     else:
-        wanted_dev = _check_draw(name, len(answers), num_examples)
+        wanted = _check_draw(name, len(answers), num_examples, dev)
         if balanced:
-            train, dev = _balanced_draw(answers, name, pools, num_examples, wanted_dev)
+            train, held = _balanced_draw(answers, name, pools, num_examples, wanted)
         else:
             train = set(order[:num_examples])
-            dev = set(order[num_examples : num_examples + wanted_dev])
-    return [row for row in order if row in train], [row for row in order if row in dev]
+            held = set(order[num_examples : num_examples + wanted])
+    return [row for row in order if row in train], [row for row in order if row in held]
 
 
 def deal_folds(answers: Answers, name: str, k: int, seed: int) -> list[tuple[list[int], list[int]]]:
@@ -86,15 +92,20 @@ def _by_answer(answers: Answers, order: Iterable[int]) -> list[list[int]]:
     return list(pools.values())
 
 
-def _check_draw(name: str, rows: int, num_examples: int) -> int:
+def _check_draw(name: str, rows: int, num_examples: int, hold_out: bool) -> int:
     """How many rows are held out beside `num_examples`, if there are enough of both."""
     if num_examples < 2:
         raise ConfigError(
             f"num_examples is {num_examples}: at least 2 are needed, because each example "
             "is shown the others as demonstrations"
         )
-    dev = min(num_examples // 2, MAX_DEV)
+    dev = min(num_examples // 2, MAX_DEV) if hold_out else 0
     needed = num_examples + dev
+    if needed > rows and not hold_out:
+        raise DataError(
+            f"{name}: asked for {num_examples} examples, the data has {rows} rows: ask for at most {rows}, "
+            "or leave the number out to use every row"
+        )
     if needed > rows:
         fits = max((n for n in range(2, rows) if n + min(n // 2, MAX_DEV) <= rows), default=0)
         way_out = f"ask for at most {fits}, or leave" if fits else "leave"

@@ -256,7 +256,12 @@ class Examples(Sequence[Example]):
         )
 
     def split(
-        self, *, num_examples: int | None = None, seed: int = 0, balanced: bool = False
+        self,
+        *,
+        num_examples: int | None = None,
+        seed: int = 0,
+        balanced: bool = False,
+        dev: bool = True,
     ) -> FewShotSplit:
         """Draw the examples to learn from, and others to stop early and select by.
 
@@ -266,13 +271,14 @@ class Examples(Sequence[Example]):
                 occurs twice on both sides as far as the sizes allow.
             seed: Same rows, same seed: same split. A larger draw contains a smaller one's train.
             balanced: As many rows of each answer as possible; needs ``num_examples``.
+            dev: Whether rows are held out; without, all are to learn from.
 
         Raises:
             DataError: There are too few rows, or too few of some answer.
             ConfigError: ``num_examples`` is below two, or missing with ``balanced``.
         """
-        train, dev = draw(self._answers_or_none(), self.name, num_examples, seed, balanced)
-        return FewShotSplit(train=self._pick(train), dev=self._pick(dev))
+        train, held = draw(self._answers_or_none(), self.name, num_examples, seed, balanced, dev)
+        return FewShotSplit(train=self._pick(train), dev=self._pick(held))
 
     def folds(self, k: int, seed: int) -> list[tuple[Examples, Examples]]:
         """``k`` pairs (the rest, the held out); every row is held out once.

@@ -92,7 +92,7 @@ def draws(
         else:
             pools = [(i, rest, held) for i, (rest, held) in enumerate(examples.folds(config.folds, seed))]
         for fold, pool, held in pools:
-            split = pool.split(num_examples=config.num_examples, seed=seed, balanced=config.balanced)
+            split = pool.split(seed=seed, **config.drawn)
             rest = split.rest(pool)
             split = with_unlabelled(split, unlabelled, config.max_unlabelled, seed)
             yield Draw(seed, fold, split, rest, held)

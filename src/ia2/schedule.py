@@ -75,7 +75,7 @@ class Schedule:
 
     @property
     def total(self) -> int:
-        """Evaluations of a stage that goes to its last epoch."""
+        """Evaluations of a stage that goes to its last epoch, besides that before the first step."""
         steps = self.per_epoch * self.epochs
         if self.every is not None:
             both = math.lcm(self.every, self.per_epoch)

@@ -180,6 +180,7 @@ class TrainedRecipe:
         tried: rate (and β) → the loss that it is chosen by; NaN without dev rows, and where it diverged.
         selected_by: what chose.
         diverged: rate (and β) → the stage that diverged, and after how many steps.
+        temperatures: fitted on rows that were dev rows in turn; None where they are fitted on dev rows.
     """
 
     recipe: str
@@ -187,6 +188,7 @@ class TrainedRecipe:
     tried: dict[str, float]
     selected_by: str
     diverged: dict[str, str] = field(default_factory=dict)
+    temperatures: dict[str, float] | None = None
 
     @property
     def state(self) -> dict[str, torch.Tensor]:

@@ -33,8 +33,8 @@ from ia2.config_sections import AlignConfig, JointConfig, SftConfig, SoftConfig,
 from ia2.context import Contexts
 from ia2.distributed import share
 from ia2.errors import ConfigError, DataError, DivergedError
-from ia2.evaluation.metrics import Measured
-from ia2.evaluation.run import evaluate_prompts, fit_temperatures
+from ia2.evaluation.metrics import Measured, fitted_temperatures
+from ia2.evaluation.run import evaluate_prompts, temperature_losses
 from ia2.evaluation.scoring import Prediction
 from ia2.examples import Example, FewShotSplit
 from ia2.files import digest
@@ -61,6 +61,7 @@ from ia2.teaching import FORMAT, PARTS, SIMILARITY_QUERIES, IclReference, Key, T
 from ia2.tokens import Ids
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from ia2.alignment import AlignmentSettings
@@ -167,6 +168,7 @@ class Workbench:
     variant: str = ""
     by_content: bool = False
     _used: set[Key] = field(default_factory=set)
+    _fitted: dict[str, float] | None = None  # temperatures of the trained recipe, without dev rows
 
     def __post_init__(self) -> None:
         if len(self.data.train) < 2:
@@ -190,6 +192,24 @@ class Workbench:
             by_content=self.by_content,
         )
 
+    def of(self, data: FewShotSplit, folder: Path) -> Workbench:
+        """A workbench of other rows, with a teacher of its own, that trains the same adapter."""
+        bench = Workbench(
+            self.base, data, self.task, self.config, folder, self.one_recipe, self.function,
+            variant=self.variant, by_content=self.by_content,
+        )  # fmt: skip
+        # put where the cached properties look
+        bench.__dict__.update(model=self.model, _initial=self._initial)
+        bench.teaching.adapted = self.model
+        return bench
+
+    @cached_property
+    def folds(self) -> list[Workbench]:
+        """See :func:`ia2.selection.folds_of`."""
+        from ia2.selection import folds_of
+
+        return folds_of(self)
+
     @cached_property
     def model(self) -> Any:
         """The base model with a fresh adapter, which is put on when it is first asked for."""
@@ -206,7 +226,8 @@ class Workbench:
         if "model" in self.__dict__:
             detach(self.model)
             del self.model
-            self.__dict__.pop("_initial", None)
+            for name in ("_initial", "folds"):
+                self.__dict__.pop(name, None)
             self.teaching.adapted = None
 
     def check(
@@ -292,49 +313,85 @@ class Workbench:
         return self.config.learning_rates or [default_learning_rate(self.config.adapter)]
 
     def train(self, recipe: str) -> TrainedRecipe:
-        """Train a recipe at every learning rate (and β) and keep the one with the best dev loss.
+        """Train a recipe at every learning rate (and β) and keep the best, by what ``selection`` says.
 
         Raises:
             DivergedError: none of them is left.
             ConfigError: a loss that is not finite before anything is trained.
         """
+        from ia2.selection import cross_fitted
+
+        trained = cross_fitted(self, recipe) if self.config.crosses else self._best(recipe)
+        self.use(trained.state)
+        self._fitted = trained.temperatures
+        return trained
+
+    def _best(self, recipe: str) -> TrainedRecipe:
+        """The best by the dev rows, if there are any."""
         stages = plan(recipe, self.config)
         best: TrainedRecipe | None = None
         tried: dict[str, float] = {}
         diverged: dict[str, str] = {}
         betas: list[float | None] = next((s.betas for s in stages if s.betas != [None]), [None])
-        self._used = set()
-        passes = teacher_passes(stages, self.config)
         for rate, beta in product(self.learning_rates, betas):
-            state, key, done = self._initial, "", []
-            for place, stage in enumerate(stages):
-                # `align` is the same stage in `ia2` and in `ia2-sft`: the folder names what came before
-                chain = stages[: place + 1]
-                own_beta = beta if stage.betas != [None] else None
-                result = self._stage(stage, chain, rate, own_beta, beta, state, key, passes[place])
-                done.append(result)
-                state, key = result.state, result.key
-                if result.diverged is not None:
-                    break
-            name = f"{rate:g}" if beta is None else f"{rate:g}, β {beta:g}"
+            done = self.attempt(stages, rate, beta)
+            name = self.attempt_name(rate, beta)
             tried[name] = loss = done[-1].selection_loss
-            if (step := done[-1].diverged) is not None:
-                if step == 0 and len(done) == 1:
-                    raise ConfigError(self._senseless(recipe, stages[0]))
-                own = stage.settings.learning_rate
-                at = "" if own is None else f" with its rate {own:g}"
-                diverged[name] = f"{done[-1].name}{at} at step {step}"
+            if done[-1].diverged is not None:
+                diverged[name] = self.divergence(recipe, stages, done)
             # without dev rows all are nan, and the first stays
             elif best is None or loss < best.stages[-1].selection_loss:
                 best = TrainedRecipe(recipe, done, tried, "dev loss", diverged)
         if best is None:
-            raise self._all_diverged(recipe, diverged)
+            raise self.all_diverged(recipe, diverged)
         if not len(self.data.dev):
             best.selected_by = "given" if len(tried) == 1 else "first (no dev rows)"
-        self.use(best.state)
         return best
 
-    def _all_diverged(self, recipe: str, diverged: dict[str, str]) -> DivergedError:
+    def attempt(
+        self, stages: Sequence[PlannedStage], rate: float, beta: float | None = None
+    ) -> list[StageResult]:
+        """Train stages one after the other, from fresh weights; the last has diverged, or none has.
+
+        Args:
+            stages: at least one.
+            rate: of stages without one of their own.
+            beta: of the joint stage.
+        """
+        state, key, done = self._initial, "", []
+        self._used = set()
+        passes = teacher_passes(stages, self.config)
+        for place, stage in enumerate(stages):
+            # `align` is the same stage in `ia2` and in `ia2-sft`: the folder names what came before
+            chain = stages[: place + 1]
+            own_beta = beta if stage.betas != [None] else None
+            result = self._stage(stage, chain, rate, own_beta, beta, state, key, passes[place])
+            done.append(result)
+            state, key = result.state, result.key
+            if result.diverged is not None:
+                break
+        return done
+
+    @staticmethod
+    def attempt_name(rate: float, beta: float | None) -> str:
+        """What messages and results call an attempt."""
+        return f"{rate:g}" if beta is None else f"{rate:g}, β {beta:g}"
+
+    def divergence(self, recipe: str, stages: Sequence[PlannedStage], done: Sequence[StageResult]) -> str:
+        """Where an attempt diverged, in words.
+
+        Raises:
+            ConfigError: before the first step, which no rate helps.
+        """
+        last, stage = done[-1], stages[len(done) - 1]
+        if last.diverged == 0 and len(done) == 1:
+            raise ConfigError(self._senseless(recipe, stage))
+        own = stage.settings.learning_rate
+        at = "" if own is None else f" with its rate {own:g}"
+        return f"{last.name}{at} at step {last.diverged}"
+
+    def all_diverged(self, recipe: str, diverged: dict[str, str]) -> DivergedError:
+        """What is raised when no attempt is left."""
         rates = ", ".join(f"{name} ({where})" for name, where in diverged.items())
         own = [s for s in plan(recipe, self.config) if s.settings.learning_rate is not None]
         lower = " and ".join(["learning_rates", *dict.fromkeys(f"{s.kind}.learning_rate" for s in own)])
@@ -358,7 +415,8 @@ class Workbench:
     @property
     def teacher_seconds(self) -> float:
         """What the teacher passes cost that the last trained recipe used."""
-        return sum(self.teaching.known_seconds(*key) for key in sorted(self._used, key=str))
+        own = sum(self.teaching.known_seconds(*key) for key in sorted(self._used, key=str))
+        return own + sum(fold.teacher_seconds for fold in self.__dict__.get("folds", ()))
 
     def use(self, state: dict[str, torch.Tensor]) -> None:
         """Put these adapter weights on the model."""
@@ -593,7 +651,7 @@ class Workbench:
             test: labelled rows.
             reference: measure similarity to these activations too (not for ``icl`` itself).
             task: of the test rows, where they are of another distribution with other labels.
-            temperatures: fitted on the dev rows before; None fits them here.
+            temperatures: fitted before; None takes those of cross-fitting, or fits them on the dev rows.
             refer: of ``icl``, give the reference too, where the same pass has it: for answers of one token.
         """
         task = task or self.task
@@ -617,13 +675,14 @@ class Workbench:
             elif meter is not None and reference is not None and output.index < reference.count:
                 _compare(meter, output, reference)
 
-        fit = temperatures is None and len(self.data.dev) > 0
+        if temperatures is None and is_trained(recipe):
+            temperatures = self._fitted
+        fit = temperatures is None and (len(self.data.dev) > 0 or self.config.crosses)
         # without test rows the dev rows are evaluated: one pass for both
         with_fit = fit and test is self.data.dev and task is self.task and self._keeps_scores(len(test))
         with off:
             if fit and not with_fit:
-                dev_prompts = self.prompts(self.data.dev, demonstrations=in_context)
-                temperatures = fit_temperatures(model, self.tokenizer, self.task, self.data.dev, dev_prompts)
+                temperatures = fitted_temperatures(self.temperature_losses(in_context=in_context))
             with capture or nullcontext():
                 predictions, measured = evaluate_prompts(
                     model,
@@ -644,6 +703,24 @@ class Workbench:
         found = taken.finish(self.tokenizer) if taken is not None else None
         tokens = sum(len(prompt) for prompt in test_prompts) / len(test_prompts)
         return Evaluated(predictions, measured, similarity, seconds, tokens, found)
+
+    def temperature_losses(self, *, in_context: bool = False) -> dict[str, np.ndarray]:
+        """What temperatures are fitted on: the dev rows, as the model is now.
+
+        Without dev rows, the training rows, each in context without itself; right for what is not trained on
+        them.
+        """
+        rows = self.data.dev
+        if len(rows):
+            prompts = self.prompts(rows, demonstrations=in_context)
+        elif in_context:
+            rows, contexts = self.data.train, self.train_contexts
+            prompts = [contexts.context_ids(i) for i in range(len(rows))]
+        else:
+            rows = self.data.train
+            prompts = self.prompts(rows)
+        model = self.teaching.model
+        return temperature_losses(model, self.tokenizer, self.task, rows, prompts)
 
     def _keeps_scores(self, rows: int) -> bool:
         """Whether the logits of so many rows, from which temperatures are fitted, may stay in memory."""

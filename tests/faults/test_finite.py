@@ -409,13 +409,13 @@ def test_a_dev_loss_that_is_not_finite_ends_the_stage(bad: float, tmp_path: Path
     train, dev = bench.sft_rows()
     settings = StageSettings(tmp_path / "stage", epochs=5, batch_size=2, eval_every=1, checkpoint_every=1)
     trainer = SftTrainer(bench.model, train, dev, settings, bench.tokenizer)
-    scripted = iter([0.9, 0.8, bad, 0.1])
+    scripted = iter([1.0, 0.9, 0.8, bad, 0.1])  # the first before any step
     trainer._mean_loss = lambda dataset: next(scripted)  # type: ignore[method-assign]
     assert str(trainer.fit()) == "nan"
     assert trainer.best.diverged == 3
     assert trainer.state.global_step == 3
     logged = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert logged == [0.9, 0.8]
+    assert logged == [1.0, 0.9, 0.8]
 
 
 def test_weights_that_are_not_finite_end_the_stage(tmp_path: Path) -> None:

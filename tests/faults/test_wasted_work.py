@@ -264,7 +264,7 @@ def test_temperatures_are_fitted_on_what_is_evaluated(
         rows = Examples([replace(row, answer=names[i % 3]) for i, row in enumerate(rows)], name="rows")
     bench = bench_of(base_of(wordy_model(), word_tokenizer), rows[:5], rows[5:], tmp_path, **settings)
     apart = bench.evaluate("base", Examples(list(rows[5:]), name="test"))
-    monkeypatch.setattr(workbench, "fit_temperatures", None)
+    monkeypatch.setattr(workbench, "temperature_losses", None)
     one = bench.evaluate("base", bench.data.dev)
     assert one.measured.temperatures == apart.measured.temperatures
     for found, expected in (
@@ -286,13 +286,13 @@ def test_temperatures_are_fitted_once_for_each_cell(
 ) -> None:
     """Not again for every set of rows, nor where only a similarity is wanted."""
     fitted: list[int] = []
-    fit = workbench.fit_temperatures
+    fit = workbench.temperature_losses
 
     def counting(model: Any, tokenizer: Any, task: Any, examples: Any, prompts: Any) -> Any:
         fitted.append(len(examples))
         return fit(model, tokenizer, task, examples, prompts)
 
-    monkeypatch.setattr(workbench, "fit_temperatures", counting)
+    monkeypatch.setattr(workbench, "temperature_losses", counting)
     grid = GridConfig(**grid_of(files, recipes=["icl", "sft"], ood=True))
     assert sweep(grid, tmp_path / "out").done == 2
     assert fitted == [2, 2]

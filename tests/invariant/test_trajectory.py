@@ -43,7 +43,7 @@ def trained(
     lengths = [len(row.answer) for part in (bench.align_rows, bench.sft_rows) for row in rows_of(part()[0])]
     assert len(set(lengths[:TRAIN])) > 1 and len(set(lengths[TRAIN:])) > 1
     losses = [e["eval_loss"] for s in result.stages for e in s.history if "eval_loss" in e]
-    assert len(losses) == 6 * len(result.stages)
+    assert len(losses) == 7 * len(result.stages)  # one before the first step
     return result.state, losses
 
 

@@ -377,7 +377,7 @@ def _split_of(config: TrainConfig, data: Mapping[str, str]) -> tuple[FewShotSpli
     if examples is None:
         return None, reason
     try:
-        split = examples.split(num_examples=config.num_examples, seed=config.seed, balanced=config.balanced)
+        split = examples.split(seed=config.seed, **config.drawn)
     except UserError as error:
         return None, str(error)
     if (split.train.fingerprint, split.dev.fingerprint) != (data["train"], data["dev"]):

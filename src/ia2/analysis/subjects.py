@@ -174,7 +174,7 @@ def _of_training(run: Path, facts: dict[str, Any]) -> tuple[TrainConfig, Example
         raise RunFolderError(not_finished(run))
     config = settings_of(TrainConfig, run, facts)
     examples = load_examples(config)
-    data = examples.split(num_examples=config.num_examples, seed=config.seed, balanced=config.balanced)
+    data = examples.split(seed=config.seed, **config.drawn)
     known = facts["data"]
     _check_unchanged(run, config.data, data.train, known["train"])
     test = load_test_examples(config)

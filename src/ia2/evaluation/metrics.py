@@ -135,15 +135,21 @@ def _label_set_rows(log_p: np.ndarray, gold: np.ndarray, temperature: float) -> 
     )
 
 
-def fit_label_temperatures(dev: LabelScores, gold: np.ndarray) -> dict[str, float]:
-    """Temperatures of both scopes from dev scores taken at ``calibration.TEMPERATURES``."""
-    n = np.arange(len(gold))
-    vocabulary = -dev.log_probability[n, gold, :]
+def fitted_temperatures(losses: dict[str, np.ndarray]) -> dict[str, float]:
+    """The temperature of each scope that gives the lowest mean loss.
+
+    Args:
+        losses: negative log-likelihoods at ``calibration.TEMPERATURES``, scope → ``[n, T]``.
+    """
+    return {scope: fit_temperature(TEMPERATURES, nll) for scope, nll in losses.items()}
+
+
+def label_temperature_losses(dev: LabelScores, gold: np.ndarray) -> dict[str, np.ndarray]:
+    """What :func:`fitted_temperatures` takes, from dev scores taken at ``calibration.TEMPERATURES``."""
     at_one = dev.log_probability[:, :, int(np.argmin(np.abs(dev.temperatures - 1)))]
-    labels = np.stack([_label_set_rows(at_one, gold, float(t)).nll for t in TEMPERATURES], axis=1)
     return {
-        "vocabulary": fit_temperature(TEMPERATURES, vocabulary),
-        "labels": fit_temperature(TEMPERATURES, labels),
+        "vocabulary": -dev.log_probability[np.arange(len(gold)), gold, :],
+        "labels": np.stack([_label_set_rows(at_one, gold, float(t)).nll for t in TEMPERATURES], axis=1),
     }
 
 
@@ -159,7 +165,7 @@ def measure_labels(
         scores: taken at temperatures ``(1,)``, or ``(1, T)`` with T the vocabulary's temperature.
         gold: label indices, ``[n]``.
         label_tokens: see :func:`label_rows`.
-        temperatures: from :func:`fit_label_temperatures`, or None without dev rows.
+        temperatures: from :func:`fitted_temperatures`, or None without dev rows.
     """
     plain = label_rows(scores, gold, label_tokens)
     if temperatures is None:
@@ -193,19 +199,16 @@ def free_rows(answers: FreeAnswers, correct: np.ndarray, temperature: float = 1.
     return rows
 
 
-def fit_free_temperatures(answers: FreeAnswers, correct: np.ndarray) -> dict[str, float]:
-    """Temperatures of both scopes from dev answers."""
+def free_temperature_losses(answers: FreeAnswers, correct: np.ndarray) -> dict[str, np.ndarray]:
+    """What :func:`fitted_temperatures` takes, from dev answers."""
     grids = [free_rows(answers, correct, float(t)) for t in TEMPERATURES]
-    return {
-        scope: fit_temperature(TEMPERATURES, np.stack([grid[scope].nll for grid in grids], axis=1))
-        for scope in grids[0]
-    }
+    return {scope: np.stack([grid[scope].nll for grid in grids], axis=1) for scope in grids[0]}
 
 
 def measure_free(
     answers: FreeAnswers, correct: np.ndarray, temperatures: dict[str, float] | None
 ) -> Measured:
-    """Rows of a free-form evaluation; ``temperatures`` come from :func:`fit_free_temperatures`."""
+    """Rows of a free-form evaluation; ``temperatures`` come from :func:`fitted_temperatures`."""
     plain = free_rows(answers, correct)
     if temperatures is None:
         return Measured(plain, {}, {})

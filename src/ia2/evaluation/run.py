@@ -11,8 +11,9 @@ from ia2.evaluation.answers import exact_match, load_parser
 from ia2.evaluation.calibration import TEMPERATURES
 from ia2.evaluation.metrics import (
     Measured,
-    fit_free_temperatures,
-    fit_label_temperatures,
+    fitted_temperatures,
+    free_temperature_losses,
+    label_temperature_losses,
     measure_free,
     measure_labels,
 )
@@ -37,14 +38,14 @@ if TYPE_CHECKING:
     from ia2.capture import ActivationCapture
 
 
-def fit_temperatures(
+def temperature_losses(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     examples: Sequence[Example],
     prompts: Sequence[Ids],
-) -> dict[str, float]:
-    """Temperatures of every scope, fitted on these (dev) rows: the calibration baseline."""
+) -> dict[str, np.ndarray]:
+    """What :func:`ia2.evaluation.metrics.fitted_temperatures` takes, of these (dev) rows."""
     description = "fitting temperature"
     if task.kind == "classification":
         grid = [float(t) for t in TEMPERATURES]
@@ -52,9 +53,9 @@ def fit_temperatures(
         scores = score_labels(
             model, tokenizer, task, prompts, temperatures=grid, truth=gold, description=description
         )
-        return fit_label_temperatures(scores, gold)
+        return label_temperature_losses(scores, gold)
     answers = answer_freely(model, tokenizer, task, prompts, description=description)
-    return fit_free_temperatures(answers, _right(task, examples, answers))
+    return free_temperature_losses(answers, _right(task, examples, answers))
 
 
 def evaluate_prompts(
@@ -78,7 +79,8 @@ def evaluate_prompts(
         task: what counts as an answer.
         examples: labelled rows.
         prompts: what the model is asked for each, with or without demonstrations.
-        temperatures: from :func:`fit_temperatures`; None leaves scaled metrics out.
+        temperatures: from :func:`~ia2.evaluation.metrics.fitted_temperatures`; None leaves scaled metrics
+            out.
         fit: these are the dev rows: fit the temperatures on them, in the same pass.
         capture: for labels of one token, an entered capture whose activations ``on_output`` gets.
         on_output: called with every row's output, for labels of one token.
@@ -93,7 +95,7 @@ def evaluate_prompts(
         fitted: dict[str, float] = {}
 
         def fitting(scores: LabelScores) -> float:
-            fitted.update(fit_label_temperatures(scores, gold))
+            fitted.update(fitted_temperatures(label_temperature_losses(scores, gold)))
             return fitted["vocabulary"]
 
         scores = score_labels(
@@ -117,7 +119,7 @@ def evaluate_prompts(
     answers = answer_freely(model, tokenizer, task, prompts, description=description)
     right = _right(task, examples, answers)
     if fit:
-        temperatures = fit_free_temperatures(answers, right)
+        temperatures = fitted_temperatures(free_temperature_losses(answers, right))
     return free_predictions(task, examples, answers), measure_free(answers, right, temperatures)
 
 

@@ -210,7 +210,7 @@ def measure_shape(
     pool, count = data[0].pool, first.spec["num_examples"]
     split = FewShotSplit(pool[:2], Examples([], name=pool.name))
     if count is not None:
-        split = pool.split(num_examples=count, seed=first.spec["seed"], balanced=config.balanced)
+        split = pool.split(seed=first.spec["seed"], **{**config.drawn, "num_examples": count})
     bench = Workbench(base, split, tasks[0], config, scratch, unused=split.rest(pool), by_content=True)
     evaluated = tuple(
         _queries(bench, part, task, first.spec["max_test"]) for part, task in zip(data, tasks, strict=True)

@@ -223,7 +223,7 @@ class _Shared:
         self.data = nothing
         if spec["num_examples"] is not None:
             self.data = pool.split(
-                num_examples=spec["num_examples"], seed=spec["seed"], balanced=first.config.balanced
+                seed=spec["seed"], **{**first.config.drawn, "num_examples": spec["num_examples"]}
             )
         self.unused = self.data.rest(pool)
         if first.config.unlabelled:
@@ -287,6 +287,8 @@ class _Shared:
     def _bench(self, cell: Cell) -> Workbench:
         """The workbench with a cell's settings; an adapter stays on while it is the same."""
         if self.bench is None:
+            if cell.spec["num_examples"] is None:  # no rows to fit a temperature on
+                cell = replace(cell, config=cell.config.model_copy(update={"selection": "dev"}))
             self.bench = Workbench(
                 self.base,
                 self.data,
