@@ -731,20 +731,25 @@ def grown(work: str, points: dict[int, float], most: float, **others: Any) -> di
 
 
 def slope_n(given: Given) -> list[dict[str, Any]]:
-    """The teacher over N: in random orders the tokens grow with its square, which is said."""
+    """The teacher over N.
+
+    In random orders the tokens grow with its square, and what each of them attends to grows with N in any
+    order: the products of distinct tokens say how much there is to do.
+    """
     base, found = shallow(), []
+    floor = Floor(base.model)
     for order in demo_orders():
-        points, tokens = {}, {}
+        points, tokens, products = {}, {}, {}
         for count in (4, 8, 16, 32, 64, 128):
             teacher, contexts = leave_one_out(base, count, order)
-            tokens[count] = len(depths(contexts.context_ids(i) for i in range(count)))
+            rows = [contexts.context_ids(i) for i in range(count)]
+            tokens[count], products[count] = len(depths(rows)), floor.forward(rows, count)
             points[count], _ = timed(lambda t=teacher, c=contexts: t.to_memory(c))
-        by_tokens = slope({tokens[n]: points[n] for n in points})
-        grows = slope({n: float(t) for n, t in tokens.items()})
+        grows = slope(products)
         found.append(
             grown(
                 f"teacher over N, {order} orders", points, 1.15 * grows, distinct_tokens=tokens,
-                slope_of_tokens=grows, slope_over_tokens=by_tokens,
+                slope_of_products=grows,
             )
         )  # fmt: skip
     return found
