@@ -17,6 +17,7 @@ from ia2.files import digest
 from ia2.sweeps.grid import FORMAT, Cell, GridConfig, evaluated_on, expand, load_grid
 from ia2.sweeps.run import cells_of as units_of
 from ia2.sweeps.run import first_cells, read_benchmarks
+from ia2.sweeps.settings import KEPT
 
 ALL = ["base", "icl", "sft", "ia2", "ia2-sft", "sft-ia2", "ia2+sft", "soft-sft"]
 
@@ -201,7 +202,8 @@ def test_recipes_of_ones_own() -> None:
     schedules = {"twice": [{"stage": "sft"}, {"stage": "sft", "epochs": 3}], "other": [{"stage": "align"}]}
     (cell,) = cells_of(recipes=["twice"], settings={"schedules": schedules})
     assert cell.config.recipe == "twice"
-    assert cell.spec["settings"] == {"schedules": {"twice": schedules["twice"]}}  # others play no part
+    expected = {"balanced": True, "schedules": {"twice": schedules["twice"]}}  # others play no part
+    assert cell.spec["settings"] == expected
     assert keys(recipes=["twice"], settings={"schedules": {"twice": schedules["twice"]}}) == [cell.key]
 
 
@@ -215,7 +217,6 @@ SETTINGS: list[tuple[str, Any, set[str]]] = [
     ("max_answer_tokens", 3, set(ALL)),
     ("max_demonstrations", 2, set(ALL) - {"base"}),
     ("demo_order", "balanced", set(ALL) - {"base"}),
-    ("balanced", True, set(ALL) - {"base"}),
     ("context_text", "Be brief.", set(ALL) - {"base"}),
     ("attention_modules", "*attn", set(ALL) - {"base"}),
     ("icl_demonstrations", "fresh", {"icl"}),
@@ -239,7 +240,7 @@ def test_a_setting_changes_the_cells_that_it_matters_to(name: str, value: Any, r
     changed = {c.spec["recipe"]: c for c in cells_of(recipes=ALL, settings={name: value})}
     assert {r for r in ALL if plain[r].key != changed[r].key} == recipes
     # the record says so, and a value that is the default is none
-    assert {r for r in ALL if changed[r].spec["settings"] == {name: value}} == recipes
+    assert {r for r in ALL if _beside_the_draw(changed[r]) == {name: value}} == recipes
     default: Any = AdaptConfig()
     for part in name.split("."):
         default = getattr(default, part)
@@ -250,12 +251,28 @@ def test_a_setting_changes_the_cells_that_it_matters_to(name: str, value: Any, r
     assert len(both) == len(ALL) + len(recipes)
 
 
+def _beside_the_draw(cell: Cell) -> dict[str, Any]:
+    return {name: value for name, value in cell.spec["settings"].items() if name != "balanced"}
+
+
+def test_records_name_balanced_draws_and_keep_the_keys_of_random_ones() -> None:
+    """Cells from before draws were balanced by default are random ones, and their records say nothing."""
+    plain = {c.spec["recipe"]: c for c in cells_of(recipes=ALL)}
+    random = {c.spec["recipe"]: c for c in cells_of(recipes=ALL, settings={"balanced": False})}
+    assert all(c.spec["settings"] == {} and not c.config.balanced for c in random.values())
+    for recipe in set(ALL) - {"base"}:
+        assert plain[recipe].spec["settings"] == {"balanced": True} and plain[recipe].config.balanced
+        assert plain[recipe].key != random[recipe].key
+    assert plain["base"].key == random["base"].key  # nothing is drawn for it
+
+
 def test_every_setting_is_known_to_matter_or_not() -> None:
     """A new setting belongs into the list above (or among the axes or the task's own)."""
     listed = {name.split(".")[0] for name, *_ in SETTINGS}
     axes = {"recipe", "seed", "num_examples", "learning_rates", "unlabelled", "max_unlabelled"}
     # of the task, as separator; of a context, as context_text; of the order, as demo_order; of training
     alike = {
+        "balanced",  # has a test of its own
         *("task", "labels", "parser", "thinking"),
         *("context_file", "context_column", "context_function", "demo_search_orders"),
         *("permutation_targets", "micro_batch_size", "schedules"),
@@ -360,7 +377,7 @@ def test_the_defaults_are_those_that_finished_cells_were_run_with(tiny_llama: Pr
         made = peft_config(tiny_llama, AdapterConfig(type=kind))
         values = {name: getattr(made, name, None) for name in _ADAPTER_DEFAULTS}
         adapters[kind] = {k: sorted(v) if isinstance(v, (set, list)) else v for k, v in values.items()}
-    known = digest([FORMAT, AdaptConfig().model_dump(), adapters])
+    known = digest([FORMAT, {**AdaptConfig().model_dump(), **KEPT}, adapters])
     assert known == "01126ab5ea9ee8e6", (
         "A default of AdaptConfig, or of an adapter type, is not what it was. Keys of cells leave defaults "
         "out: if a default changed (or what one means, or what a record holds), bump FORMAT in "
@@ -506,3 +523,39 @@ def test_a_mistake_is_one_line(values: dict[str, Any], parts: list[str], tmp_pat
 def test_no_such_grid(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.yaml: no such file"):
         load_grid(tmp_path / "none.yaml")
+
+
+# --------------------------------------------------------------------------------- the paper's own grids
+
+PAPER = sorted(Path(__file__).parents[1].glob("paper/*.yaml"))
+
+
+@pytest.mark.parametrize("path", PAPER, ids=[path.stem for path in PAPER])
+def test_the_papers_grids_draw_at_random_and_show_its_labels(path: Path) -> None:
+    grid = load_grid(path)
+    cells = [cell for unit in expand(grid) for cell in unit.cells]
+    assert not any(cell.config.balanced for cell in cells)
+    if not path.stem.startswith("small"):
+        # 0 and 1, apple and Friday: no blank before a label, neither in training nor out of distribution
+        for unit in expand(grid):
+            assert {words for _, words in unit.benchmarks} <= {"digits", "bare", None}
+
+
+def test_figure_6_is_of_one_model_over_n_on_both_multiple_choice_benchmarks() -> None:
+    units = expand(load_grid(_paper("figure6")))
+    assert {unit.model for unit in units} == {"meta-llama/Llama-3.2-3B"}
+    assert {tuple(b.name for b, _ in unit.benchmarks) for unit in units} == {("SciQr", "QASCr")}
+    assert {cell.spec["num_examples"] for unit in units for cell in unit.cells} == {2, 4, 8, 16, 32, 64, 128}
+
+
+def test_table_8_has_every_n_and_out_of_distribution_pairs() -> None:
+    units = expand(load_grid(_paper("table8")))
+    for model in {unit.model for unit in units}:
+        sizes = {cell.spec["num_examples"] for unit in units if unit.model == model for cell in unit.cells}
+        assert sizes == {2, 4, 8, 16, 32, 64, 128}
+    pairs = {(unit.benchmarks[0][0].name, other.name) for unit in units for other, _ in unit.benchmarks[1:]}
+    assert {("SST2", "FinS"), ("AGN", "BBCN"), ("SciQr", "QASCr"), ("GSM8K", "GSM8Ks")} <= pairs
+
+
+def _paper(name: str) -> Path:
+    return next(path for path in PAPER if path.stem == name)

@@ -52,7 +52,9 @@ class AdaptConfig(Section):
         description="Train on N rows drawn from the data, with N/2 more as dev. By default all rows are "
         "used: two thirds train, one third dev.",
     )
-    balanced: bool = Field(False, description="Draw the same number of rows of each answer.")
+    balanced: bool = Field(
+        True, description="Draw N evenly over the answers, so that no label is missing; else at random."
+    )
     unlabelled: str | None = Field(
         None,
         min_length=1,

@@ -37,7 +37,6 @@ def demo_config(**changes: object) -> CompareConfig:
         "completion_template": COMPLETION_TEMPLATE,
         "label_map": LABEL_MAP,
         "num_examples": 8,
-        "balanced": True,
         "seeds": 1,
         "max_test": 60,
         "learning_rates": [1e-3],

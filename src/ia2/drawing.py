@@ -7,7 +7,6 @@ import random
 from collections.abc import Iterable, Sequence
 
 from ia2.errors import ConfigError, DataError
-from ia2.wording import quoted
 
 MAX_DEV = 48
 """No more rows than this are held out when a number of examples is asked for (METHOD.md §3)."""
@@ -29,14 +28,14 @@ def draw(
     Args:
         answers: of every row.
         name: what messages call the rows.
-        num_examples: how many to learn from; None: two thirds.
+        num_examples: how many to learn from; None: two thirds, of each answer in proportion.
         seed: of the draw.
-        balanced: as many rows of each answer as possible.
+        balanced: of ``num_examples`` as many rows of each answer as there are; at random otherwise.
         dev: whether rows are held out; else all are to learn from.
 
     Raises:
-        DataError: there are too few rows, or too few of some answer.
-        ConfigError: ``num_examples`` is below two, or missing with ``balanced``.
+        DataError: there are too few rows.
+        ConfigError: ``num_examples`` is below two.
     """
     rng = random.Random(seed)
     order = list(range(len(answers)))
@@ -44,14 +43,12 @@ def draw(
     pools = _by_answer(answers, order)
     rng.shuffle(pools)  # which answers get the odd row out is drawn, too
     if num_examples is None:
-        if balanced:
-            raise ConfigError("a balanced draw needs num_examples: else every row is used")
         held = _stratified_third(pools) if dev else set()
         train = set(order) - held
     else:
         wanted = _check_draw(name, len(answers), num_examples, dev)
         if balanced:
-            train, held = _balanced_draw(answers, name, pools, num_examples, wanted)
+            train, held = _balanced_draw(pools, num_examples, wanted)
         else:
             train = set(order[:num_examples])
             held = set(order[num_examples : num_examples + wanted])
@@ -117,19 +114,9 @@ def _check_draw(name: str, rows: int, num_examples: int, hold_out: bool) -> int:
     return dev
 
 
-def _balanced_draw(
-    answers: Answers, name: str, pools: list[list[int]], num_examples: int, wanted_dev: int
-) -> tuple[set[int], set[int]]:
+def _balanced_draw(pools: list[list[int]], num_examples: int, wanted_dev: int) -> tuple[set[int], set[int]]:
+    """One row of each answer in turn; an answer that has no more is passed over."""
     counts = _deal([len(pool) for pool in pools], num_examples)
-    if max(counts) - min(counts) > 1:
-        scarce = min(pools, key=len)
-        fits = len(pools) * len(scarce) + sum(len(pool) > len(scarce) for pool in pools)
-        answer = quoted(answers[scarce[0]] or "")
-        raise DataError(
-            f"{name}: a balanced draw of {num_examples} over {len(pools)} answers takes "
-            f"up to {-(-num_examples // len(pools))} rows of each, but {answer} has only "
-            f"{len(scarce)}: ask for at most {fits}, or for a draw that is not balanced"
-        )
     train = {row for pool, count in zip(pools, counts, strict=True) for row in pool[:count]}
     # Backwards, so that the odd row of dev goes to an answer that got none of train.
     left = [pool[count:] for pool, count in zip(pools, counts, strict=True)][::-1]

@@ -260,7 +260,7 @@ class Examples(Sequence[Example]):
         *,
         num_examples: int | None = None,
         seed: int = 0,
-        balanced: bool = False,
+        balanced: bool = True,
         dev: bool = True,
     ) -> FewShotSplit:
         """Draw the examples to learn from, and others to stop early and select by.
@@ -270,12 +270,13 @@ class Examples(Sequence[Example]):
                 ``None``: all rows are used, two thirds to learn from, with every answer that
                 occurs twice on both sides as far as the sizes allow.
             seed: Same rows, same seed: same split. A larger draw contains a smaller one's train.
-            balanced: As many rows of each answer as possible; needs ``num_examples``.
+            balanced: Draw ``num_examples`` evenly over the answers, as far as there are rows of each,
+                so that no label is missing; otherwise at random, as in the paper.
             dev: Whether rows are held out; without, all are to learn from.
 
         Raises:
-            DataError: There are too few rows, or too few of some answer.
-            ConfigError: ``num_examples`` is below two, or missing with ``balanced``.
+            DataError: There are too few rows.
+            ConfigError: ``num_examples`` is below two.
         """
         train, held = draw(self._answers_or_none(), self.name, num_examples, seed, balanced, dev)
         return FewShotSplit(train=self._pick(train), dev=self._pick(held))

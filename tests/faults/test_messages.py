@@ -279,7 +279,6 @@ def test_missing_config_file(refused: Refused) -> None:
         (["--parser", "no_such_module:f"], ["cannot import 'no_such_module'"]),
         (["--targets", "online", "--demo-permutations", "2"], ["permutation_targets to sample"]),
         (["--labels", "L1,L2", "--task", "generation"], ["labels are given, but task is generation"]),
-        (["--balanced"], ["num_examples"]),
         (["surplus"], ["surplus"]),
     ],
 )

@@ -208,7 +208,7 @@ def confidence_collapse(facts: Facts) -> Iterable[Finding]:
                 "problem",
                 f"Nearly every answer is the same label, {label!r}.",
                 f"{percent(share)} of the predictions; it is the truth of {percent(true)}",
-                "--balanced with --num-examples, --demo-order balanced, a lower rate (--learning-rates)",
+                "more examples (--num-examples), --demo-order balanced, a lower rate (--learning-rates)",
                 where,
                 numbers,
             )
@@ -314,8 +314,7 @@ def worse_than_base(facts: Facts) -> Iterable[Finding]:
                 f"accuracy {_in(facts)} {facts.mean(arm, facts.scope, 'accuracy'):.3f} against "
                 f"{facts.mean(base, facts.scope, 'accuracy'):.3f}: difference {difference['value']:+.3f} "
                 f"{range_text(difference)} (paired by row and seed)",
-                "a lower rate (--learning-rates), more rows (--num-examples), --balanced; see the findings "
-                "on training",
+                "a lower rate (--learning-rates), more rows (--num-examples); see the findings on training",
                 place_of(facts, arm.name),
                 difference,
             )
@@ -345,7 +344,7 @@ def worse_than_guessing(facts: Facts) -> Iterable[Finding]:
                 "The trained model is no better than always answering the most frequent label.",
                 f"accuracy in the label set {value:.3f}, guessing {guess:.3f}"
                 + (f", on {n} answers" if n else ""),
-                "ia2 probe tells whether the model can do the task; --balanced, more rows (--num-examples), "
+                "ia2 probe tells whether the model can do the task; more rows (--num-examples), "
                 "another rate (--learning-rates)",
                 place_of(facts, arm.name),
                 {"accuracy": value, "guessing": guess},

@@ -63,7 +63,7 @@ def icl_at_chance(facts: Facts) -> Iterable[Finding]:
             "In-context learning is no better than chance, so its activations hold nothing to align with.",
             figures,
             "ia2 probe before any training; label words that the model can read (--label-map), more "
-            "demonstrations (--num-examples, --balanced), or a stronger model (--model)",
+            "demonstrations (--num-examples), or a stronger model (--model)",
             place_of(facts, "icl" if measured else "teacher"),
             {"accuracy": value, "chance": chance, "rows": n, "low": low},
         )
@@ -478,7 +478,7 @@ def label_missing(facts: Facts) -> Iterable[Finding]:
                 if part == "train"
                 else "A label is in none of the dev rows: what is chosen by them does not look at it.",
                 f"no {part} row has {shown}",
-                "--balanced with --num-examples, more of them, or another --seed",
+                "rows of it in the data, more examples (--num-examples), or balanced draws (--balanced)",
                 f"{part} rows",
                 {"labels": sorted(lacking)},
             )

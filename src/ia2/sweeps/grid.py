@@ -24,7 +24,17 @@ from ia2.files import digest
 from ia2.prompts import given_text
 from ia2.recipes import RECIPES
 from ia2.stages import PlannedStage
-from ia2.sweeps.settings import AXES, INCIDENTAL, TRAINING, flat, nested, planned, used_settings, validated
+from ia2.sweeps.settings import (
+    AXES,
+    INCIDENTAL,
+    KEPT,
+    TRAINING,
+    flat,
+    nested,
+    planned,
+    used_settings,
+    validated,
+)
 
 if TYPE_CHECKING:
     from ia2.benchmarks import Benchmark
@@ -309,7 +319,7 @@ def _cells(
         where = _Where(evaluated[name], model)
         benchmark = evaluated[name][0][0]
         # what the benchmark itself settles is part of its contents, not of the settings
-        defaults = flat(validated(benchmark.settings(where.benchmarks[0][1]), name).model_dump())
+        defaults = {**flat(validated(benchmark.settings(where.benchmarks[0][1]), name).model_dump()), **KEPT}
         contents = [
             [b.name, v, fingerprints.get((b.name, v), ""), digest(b.settings(v))] for b, v in where.benchmarks
         ]
@@ -345,6 +355,7 @@ def _cells(
                 # made of what the key names alone, so that nothing else can play a part
                 own = {
                     **flat(benchmark.settings(where.benchmarks[0][1])),
+                    **KEPT,
                     **used,
                     **{name: getattr(config, name) for name in INCIDENTAL},
                     **({"recipe": recipe} if stages else {}),

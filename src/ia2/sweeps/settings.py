@@ -16,6 +16,10 @@ from ia2.stages import PlannedStage, plan
 # Settings of a run that are axes of the grid themselves, and those that change no result.
 AXES = ("recipe", "seed", "num_examples", "learning_rates", "joint.betas", "unlabelled", "max_unlabelled")
 INCIDENTAL = ("report_to", "checkpoint_every", "targets")
+
+# Values that stand for defaults in keys and records: a cell is random unless it says balanced, as every cell
+# was before balanced draws became the default.
+KEPT = {"balanced": False}
 # Of the task: all that a model without demonstrations and training depends on.
 _TASK = (
     "task",
