@@ -19,9 +19,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the tests' tasks
 
 from ia2 import CompareConfig, Examples, compare, load_base
-from ia2.evaluation.calibration import bootstrap_interval
+from ia2.evaluation.statistics import t_interval
 from ia2.files import finite, write_json
 from ia2.runs import machine, versions
+from ia2.wording import estimate
 from tests.tiny_icl.tasks import sample_task
 
 MODEL = Path(__file__).resolve().parents[1] / "tests" / "tiny_icl" / "model"
@@ -92,12 +93,11 @@ def main() -> None:
             entry: dict[str, Any] = {}
             for metric, found in metrics.items():
                 less = np.array(found) - np.array(values["one order"][recipe][metric])
-                interval = bootstrap_interval(np.mean, [less]).to_dict()
+                interval = t_interval(less).to_dict()
                 entry[metric] = {"mean": float(np.mean(found)), "less_one_order": interval}
             results["means"][f"{recipe}, {name}"] = entry
             cells = [
-                f"{m} {e['mean']:.3f} ({e['less_one_order']['value']:+.3f} "
-                f"[{e['less_one_order']['low']:+.3f}, {e['less_one_order']['high']:+.3f}])"
+                f"{m} {e['mean']:.3f} ({estimate(e['less_one_order'], signed=True)})"
                 for m, e in entry.items()
             ]
             print(f"{recipe:8s} {name:26s} " + "  ".join(cells), flush=True)

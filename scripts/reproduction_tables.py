@@ -16,45 +16,67 @@ from collections.abc import Callable, Sequence
 from operator import itemgetter
 from pathlib import Path
 
-from ia2.errors import ConfigError
 from ia2.files import write_text
+from ia2.sweeps.layouts import headroom_entries
 from ia2.sweeps.printing import make_report, print_tables
 from ia2.sweeps.records import filtered
-from ia2.sweeps.report import METHOD, RIVAL, TITLES, Report
+from ia2.sweeps.report import METHOD, RIVAL, TITLES, Report, answers_of
 from ia2.sweeps.selection import Task
-from ia2.sweeps.statistics import by_seed
-from ia2.sweeps.tables import markdown, signed
+from ia2.sweeps.statistics import by_seed, summarise
+from ia2.sweeps.tables import markdown
+from ia2.wording import MISSING, estimate
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reproduction.md"
 SMALL = ROOT / "results" / "small"
 VARIANTS = ROOT / "results" / "small-variants"
 
+SHOWN = ("base", "icl", RIVAL, "ia2", METHOD)
+GAINS = {"accuracy": "accuracy", "nll": "NLL", "accuracy_vocabulary": "accuracy over the vocabulary"}
 OTHERS = ("ia2+sft", "soft-sft")
 COMPARED = (RIVAL, "ia2", METHOD, *OTHERS)
 
 
 def results() -> list[str]:
-    """Table 1 of every model and N, as one."""
-    whole = make_report([SMALL])
-    lines: list[str] = []
-    for model in whole.models:
-        for size in whole.sizes:
-            try:
-                found = print_tables(make_report([SMALL], models=[model], sizes=[str(size)]), "1").tables
-            except ConfigError:  # no labels are trained on at this N
-                continue
-            for table in found:
-                head, rule, *rows = _rows(markdown(table))
-                lines = lines or [f"| model | N {head}", f"|---|---{rule}"]
-                lines += [f"| {model} | {size} {row}" for row in rows]
-    return lines
+    """Accuracy among the labels of every recipe, and what IA2 → SFT gains over SFT."""
+    report = make_report([SMALL])
+    columns = ["model", "N", "source", "eval", "draws", *(TITLES[recipe] for recipe in SHOWN)]
+    columns += [f"{TITLES[METHOD]} − SFT: {title} [95%]" for title in GAINS.values()]
+    columns += ["ICL − SFT [95%]", "ICL works"]
+    lines = []
+    for model in report.models:
+        for size in report.sizes:
+            for task in (task for task in report.tasks if task.model == model and report.labelled(task)):
+                for dataset in report.datasets(task):
+                    if line := _result(report, task, size, dataset):
+                        lines.append(_row([model, str(size), task.benchmark, dataset, *line]))
+    return [_row(columns), "|---" * len(columns) + "|", *lines]
+
+
+def _result(report: Report, task: Task, size: int, dataset: str) -> list[str]:
+    """The rest of a row of :func:`results`; empty without both recipes."""
+    pair = report.pair(task, size)
+    if pair is None or (less := report.compare(*pair, dataset, "accuracy")) is None:
+        return []
+    found = []
+    for recipe in SHOWN:
+        arm = report.plain(task, size, recipe)
+        of = None if arm is None else summarise(arm, dataset, "accuracy")
+        found.append(MISSING if of is None else f"{100 * of.mean:.1f}")
+    for measure in GAINS:
+        gain = report.compare(*pair, dataset, measure)
+        percent = measure.startswith("accuracy")
+        found.append(
+            estimate(None if gain is None else gain.interval.to_dict(), signed=True, percent=percent)
+        )
+    _, headroom, works = headroom_entries(report, task, size, dataset)
+    return [str(len(less.by_seed)), *found, headroom.text, works.text]
 
 
 def others() -> list[str]:
     """Accuracy on the benchmark's own rows over the draws that joint training and distillation have."""
     report = make_report([SMALL])
-    columns = ["model", "N", "benchmark", "draws", *(TITLES[recipe] for recipe in COMPARED)]
+    columns = ["model", "N", "benchmark", "draws", *(_with_answers(recipe) for recipe in COMPARED)]
     columns += [f"{TITLES[recipe]} less {TITLES[METHOD]} [95%]" for recipe in OTHERS]
     found = []
     for task in report.tasks:
@@ -63,6 +85,12 @@ def others() -> list[str]:
             if line is not None:
                 found.append(((report.models.index(task.model), size), _row(line)))
     return [_row(columns), "|---" * len(columns) + "|", *(row for _, row in sorted(found, key=itemgetter(0)))]
+
+
+def _with_answers(recipe: str) -> str:
+    """A recipe and the answers that its cells here were fine-tuned on: they are no like for like."""
+    answers = next(answers_of(arm) for arm in make_report([SMALL]).arms if arm.recipe == recipe)
+    return TITLES[recipe] if answers is None else f"{TITLES[recipe]}, {answers} answers"
 
 
 def _compared(report: Report, task: Task, size: int) -> list[str] | None:
@@ -84,13 +112,8 @@ def _compared(report: Report, task: Task, size: int) -> list[str] | None:
     for recipe in OTHERS:
         less = same.compare(arms[recipe], arms[METHOD], task.benchmark, "accuracy")
         assert less is not None  # they have the same seeds
-        line.append(signed(less.interval.value, less.interval.low, less.interval.high, percent=True))
+        line.append(estimate(less.interval.to_dict(), signed=True, percent=True))
     return line
-
-
-def icl() -> list[str]:
-    """``ia2 report results/small --table icl``."""
-    return _rows(markdown(print_tables(make_report([SMALL]), "icl").tables[0]))
 
 
 def variants() -> list[str]:
@@ -101,7 +124,6 @@ def variants() -> list[str]:
 TABLES: dict[str, Callable[[], list[str]]] = {
     "results": results,
     "others": others,
-    "icl": icl,
     "variants": variants,
 }
 

@@ -12,6 +12,7 @@ import numpy as np
 from ia2.evaluation.metrics import Measured, RowMeasures, summarise
 from ia2.files import finite, write_json, write_text
 from ia2.recipes import RECIPES, is_trained
+from ia2.report.tables import INTERVALS
 
 EVIL = '<script>window.hacked = 1</script></script><img src=x onerror="window.hacked = 2">'
 LABELS = ("no", "yes")
@@ -73,7 +74,9 @@ def write_comparison(
     value, low, high = difference
     found = {
         "accuracy": {"value": value, "low": low, "high": high},
-        "ece": {"value": -value, "low": -high, "high": -low},
+        "nll": {"value": -value, "low": -high, "high": -low},
+        "brier": {"value": 0.0, "low": -0.1, "high": 0.1},
+        "ece": {"value": 0.0, "low": -0.1, "high": 0.1},
     }
     summary = {
         "model": "owner/name",
@@ -87,6 +90,8 @@ def write_comparison(
         },
         "recipes": {recipe: _entry(recipe, measured[recipe]) for recipe in recipes},
         "differences": {f"ia2-sft − {r}": found for r in recipes if r != "ia2-sft" and "ia2-sft" in recipes},
+        "headroom": {"icl − sft": found} if {"icl", "sft"} <= set(recipes) else {},
+        "intervals": INTERVALS,
         "config": {"data": "/somebody/rows.jsonl", "num_examples": num_train, "adapter": {"type": "lora"}},
         **_FACTS,
     }  # fmt: skip

@@ -307,7 +307,8 @@ def test_the_report_has_it(
     names = [figure.name for figure in analysis_figures(whole)]
     assert len(set(names)) == len(names) > 5
     sentences = " ".join(analysis_verdict(whole))
-    assert "nearer to ICL inside than SFT" in sentences
+    # two draws: however large the difference, its interval holds zero
+    assert "as near to ICL as SFT" in sentences and "difference +0." in sentences
     assert "one constant" in sentences
     table = analysis_tables(whole)[0]
     assert [row[0].text for row in table.rows] == list(by_name(whole))
@@ -386,11 +387,9 @@ def test_free_text(base: BaseModel, tiny_icl_model_path: Path, tmp_path: Path) -
 def test_pools_join_folds_in_the_order_of_the_data() -> None:
     pool = Pool([0, 0, 1, 1], [[2, 0], [1], [0, 1], [2]])
     arrays = [np.array([20.0, 0.0]), np.array([10.0]), np.array([0.5, 10.5]), np.array([20.5])]
-    found, shared = pool.runs(arrays)
-    assert shared
+    found = pool.runs(arrays)
     np.testing.assert_array_equal(found, [[0, 10, 20], [0.5, 10.5, 20.5]])
-    found, shared = pool.runs([arrays[0], None, arrays[2], arrays[3]])
-    assert not shared
+    found = pool.runs([arrays[0], None, arrays[2], arrays[3]])
     assert [len(r) for r in found] == [2, 3]
 
 

@@ -1,16 +1,14 @@
-"""Calibration measures, temperature and bootstrap intervals, each against something independent."""
+"""Calibration measures and temperature, each against something independent."""
 
 from __future__ import annotations
 
-import json
 import math
-import time
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torchmetrics.functional.classification import (
     binary_calibration_error,
@@ -19,16 +17,12 @@ from torchmetrics.functional.classification import (
 
 from ia2.evaluation.calibration import (
     TEMPERATURES,
-    Interval,
-    bootstrap_interval,
     brier,
     brier_rows,
-    clustered_interval,
     ece_equal_mass,
     ece_equal_width,
     fit_temperature,
     nll,
-    paired_difference_interval,
     reliability_bins,
     scale_label_log_probabilities,
 )
@@ -281,181 +275,3 @@ def test_scaling_label_log_probabilities() -> None:
     for bad in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="temperature"):
             scale_label_log_probabilities(p, bad)
-
-
-# --- intervals ---------------------------------------------------------------------------------
-
-
-def bernoulli(n: int, p: float, seed: int) -> np.ndarray:
-    return (np.random.default_rng(seed).random(n) < p).astype(np.float64)
-
-
-def test_coverage_on_a_bernoulli() -> None:
-    found = [bootstrap_interval(np.mean, [bernoulli(200, 0.7, s)], seed=s) for s in range(200)]
-    covered = np.mean([i.low <= 0.7 <= i.high for i in found])
-    assert 0.90 <= covered <= 0.99
-    assert all(i.low <= i.value <= i.high for i in found)
-    width = np.mean([i.high - i.low for i in found])
-    assert width == pytest.approx(2 * 1.96 * math.sqrt(0.7 * 0.3 / 200), rel=0.1)
-
-
-def test_agrees_with_scipy() -> None:
-    from scipy import stats
-
-    x = np.random.default_rng(3).exponential(size=80)
-    expected = stats.bootstrap((x,), np.mean, n_resamples=1000, method="BCa", random_state=7)
-    found = bootstrap_interval(np.mean, [x], seed=7)
-    assert found.low == pytest.approx(expected.confidence_interval.low, rel=0.03)
-    assert found.high == pytest.approx(expected.confidence_interval.high, rel=0.03)
-
-
-def test_degenerate_data_give_an_interval_and_no_warning() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert bootstrap_interval(np.mean, [np.ones(50)]) == Interval(1.0, 1.0, 1.0)
-        assert bootstrap_interval(np.mean, [np.full(50, 0.1)]).low == pytest.approx(0.1)
-        one = bootstrap_interval(np.mean, [np.array([0.3])])
-        assert one == Interval(0.3, 0.3, 0.3)
-        for empty in (
-            bootstrap_interval(np.mean, [np.zeros(0)]),
-            clustered_interval(np.mean, []),
-            clustered_interval(np.mean, [[np.ones(3)], [np.zeros(0)]]),
-        ):
-            assert all(map(math.isnan, (empty.value, empty.low, empty.high)))
-        infinite = bootstrap_interval(np.mean, [np.array([1.0, np.inf, 2.0])])
-        assert infinite.value == infinite.high == np.inf
-        # All right, at different confidences: accuracy is constant, ECE is not.
-        confidence = np.random.default_rng(0).random(60)
-        ece = bootstrap_interval(ece_equal_mass, [confidence, np.ones(60)])
-        assert ece.low < ece.value < ece.high
-
-
-def test_only_the_degenerate_warning_is_silenced() -> None:
-    def warns(x: np.ndarray, axis: int = -1) -> np.ndarray:
-        warnings.warn("mine", UserWarning, stacklevel=1)
-        return np.mean(x, axis=axis)
-
-    with pytest.warns(UserWarning, match="mine"):
-        bootstrap_interval(warns, [np.ones(10)])
-
-
-def test_small_ece_keeps_a_width() -> None:
-    # BCa alone collapses here: resampling adds to a small ECE.
-    for seed in range(10):
-        rng = np.random.default_rng(seed)
-        confidence = rng.uniform(0.3, 1, 500)
-        correct = rng.random(500) < confidence
-        found = bootstrap_interval(ece_equal_mass, [confidence, correct], seed=seed)
-        assert 0 <= found.low <= found.value <= found.high
-        assert found.high - found.low > 0.01
-
-
-def test_determinism_by_seed() -> None:
-    x, y = bernoulli(100, 0.6, 0), np.random.default_rng(1).random(100)
-    for interval in (
-        lambda seed: bootstrap_interval(ece_equal_mass, [y, x], seed=seed),
-        lambda seed: clustered_interval(ece_equal_mass, [[y, x], [y[:50], x[:50]]], seed=seed),
-        lambda seed: clustered_interval(np.mean, [x, y], seed=seed, shared_rows=True),
-        lambda seed: paired_difference_interval(np.mean, x, y, seed=seed),
-    ):
-        assert interval(0) == interval(0)
-        assert interval(0) != interval(1)
-
-
-def test_large_and_fast() -> None:
-    confidence, correct = np.random.default_rng(0).random(500), bernoulli(500, 0.6, 0)
-    start = time.perf_counter()
-    bootstrap_interval(ece_equal_mass, [confidence, correct])
-    assert time.perf_counter() - start < 2  # 0.15 s on an idle core
-    big = bernoulli(20_000, 0.5, 0)  # percentile, in batches
-    found = bootstrap_interval(np.mean, [big], resamples=200)
-    assert found.high - found.low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(20_000), rel=0.2)
-
-
-def test_narrower_at_less_confidence() -> None:
-    x = bernoulli(100, 0.5, 0)
-    wide, narrow = (bootstrap_interval(np.mean, [x], confidence=c) for c in (0.99, 0.5))
-    assert wide.low < narrow.low < narrow.high < wide.high
-
-
-def test_paired_difference() -> None:
-    rng = np.random.default_rng(0)
-    common = rng.normal(size=300)
-    a, b = common + 0.1 + 0.01 * rng.normal(size=300), common
-    found = paired_difference_interval(np.mean, [a], [b])
-    assert found.value == pytest.approx(np.mean(a) - np.mean(b))
-    assert 0.09 < found.low < found.high < 0.11  # unpaired it would be ten times as wide
-    same = paired_difference_interval(np.mean, a, a)
-    assert same == Interval(0.0, 0.0, 0.0)
-    confidence, right, wrong = rng.random(300), np.ones(300), np.zeros(300)
-    ece = paired_difference_interval(ece_equal_mass, [confidence, right], [confidence, wrong])
-    assert ece.low <= ece.value <= ece.high
-    with pytest.raises(ValueError, match="one length"):
-        paired_difference_interval(np.mean, [a], [b[:10]])
-
-
-def test_one_run_is_the_row_bootstrap() -> None:
-    x = bernoulli(200, 0.7, 0)
-    found = clustered_interval(np.mean, [[x]])
-    rows_only = bootstrap_interval(np.mean, [x])
-    assert found.value == rows_only.value
-    assert found.low == pytest.approx(rows_only.low, abs=0.015)
-    assert found.high == pytest.approx(rows_only.high, abs=0.015)
-    shared = clustered_interval(np.mean, [[x]], shared_rows=True)
-    assert shared.low == pytest.approx(rows_only.low, abs=0.015)
-
-
-def test_runs_that_differ_widen_the_interval() -> None:
-    alike = [[bernoulli(400, 0.7, s)] for s in range(5)]
-    apart = [[bernoulli(400 + s, 0.5 + 0.1 * s, s)] for s in range(5)]
-    narrow, wide = clustered_interval(np.mean, alike), clustered_interval(np.mean, apart)
-    assert wide.value == pytest.approx(np.mean([run[0].mean() for run in apart]))
-    assert wide.high - wide.low > 3 * (narrow.high - narrow.low)
-    for found in (narrow, wide):
-        assert found.low <= found.value <= found.high
-
-
-def test_shared_rows_do_not_average_out() -> None:
-    # Five runs that agree on every row say no more about other rows than one run.
-    x = bernoulli(300, 0.7, 0)
-    runs = [[x]] * 5
-    one = clustered_interval(np.mean, [[x]], shared_rows=True)
-    shared = clustered_interval(np.mean, runs, shared_rows=True)
-    nested = clustered_interval(np.mean, runs)
-    assert shared.high - shared.low == pytest.approx(one.high - one.low, rel=0.2)
-    assert nested.high - nested.low < 0.6 * (shared.high - shared.low)
-    with pytest.raises(ValueError, match="equal length"):
-        clustered_interval(np.mean, [[x], [x[:10]]], shared_rows=True)
-
-
-@settings(deadline=None, max_examples=25)
-@given(rows, st.integers(0, 3))
-def test_ends_enclose_the_value(data: list[tuple[float, int]], seed: int) -> None:
-    confidence = np.array([c for c, _ in data])
-    correct = np.array([y for _, y in data])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for found in (
-            bootstrap_interval(ece_equal_mass, [confidence, correct], seed=seed, resamples=99),
-            bootstrap_interval(np.mean, correct, seed=seed, resamples=99),
-            clustered_interval(ece_equal_width, [[confidence, correct]] * 2, resamples=99),
-        ):
-            assert found.low <= found.value <= found.high
-
-
-def test_interval_refuses() -> None:
-    x = np.ones(3)
-    for bad in ([], [x, np.ones(2)], [np.ones((3, 2))], [np.array(1.0)]):
-        with pytest.raises(ValueError, match="row arrays"):
-            bootstrap_interval(np.mean, bad)
-    for confidence in (0.0, 1.0, 95.0):
-        with pytest.raises(ValueError, match="confidence"):
-            bootstrap_interval(np.mean, [x], confidence=confidence)
-    with pytest.raises(ValueError, match="resamples"):
-        clustered_interval(np.mean, [[x]], resamples=0)
-
-
-def test_interval_to_dict_is_json() -> None:
-    assert Interval(0.5, 0.4, 0.6).to_dict() == {"value": 0.5, "low": 0.4, "high": 0.6}
-    nothing = Interval(math.nan, math.nan, math.inf).to_dict()
-    assert json.loads(json.dumps(nothing, allow_nan=False)) == dict.fromkeys(nothing)

@@ -259,7 +259,7 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: Any) -> Ran:
 
 def test_train_prints_results_and_logs_apart(work: Path) -> None:
     out, err = (work / "train.out").read_text(), (work / "train.err").read_text()
-    assert "over the label set" in out
+    assert "among the labels" in out
     assert "asim to ICL" in out
     assert "ia2 predict --adapter" in out
     assert "Task: 3 labels" in err

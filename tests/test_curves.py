@@ -42,7 +42,10 @@ def test_a_point_for_every_size(tiny_icl_model_path: Path, tmp_path: Path) -> No
         assert [point["num_train"] for point in points] == [2, 4]
         for point in points:
             single = read_json(tmp_path / "run" / f"n-{point['num_train']}" / "compare.json")
-            assert point["accuracy"] == single["recipes"][recipe]["metrics"]["vocabulary"]["accuracy"]
+            assert point["accuracy"] == single["recipes"][recipe]["metrics"]["labels"]["accuracy"]
+            assert (
+                point["accuracy_vocabulary"] == single["recipes"][recipe]["metrics"]["vocabulary"]["accuracy"]
+            )
     assert "N = 2" in result.table() and "ia2-sft − sft" in result.table()
     # `ia2 doctor` and `ia2 analyze` take the folder for its sizes
     assert find_runs(tmp_path / "run") == [(tmp_path / "run" / f"n-{size}", "") for size in (2, 4)]

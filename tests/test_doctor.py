@@ -191,7 +191,7 @@ def test_committed_results_have_no_problem() -> None:
         for finding in found.findings:
             reads_well(finding)
     demo = diagnose(ROOT / "results" / "demo")
-    assert [finding.rule for finding in demo.findings] == ["labels-not-preferred"]
+    assert [finding.rule for finding in demo.findings] == ["icl-no-headroom", "labels-not-preferred"]
     assert "asim-no-gain" in demo.clear and "sft-undid-alignment" in demo.clear
 
 
@@ -233,7 +233,7 @@ def test_what_the_teacher_should_say_comes_from_the_rows_if_they_are_the_same(tr
 
 
 def test_icl_no_headroom(compared: Path) -> None:
-    answer(compared, "base", 0.975, "vocabulary")
+    answer(compared, "base", 0.975, "labels")
     assert fired(compared, "icl-no-headroom").severity == "warning"
 
 
@@ -398,7 +398,7 @@ def test_asim_no_gain_from_the_summary_alone(compared: Path, tmp_path: Path) -> 
         )
 
     edit(alone / "compare.json", swap)
-    assert "unpaired" in fired(alone, "asim-no-gain").evidence
+    assert "from the summary" in fired(alone, "asim-no-gain").evidence
 
 
 @pytest.mark.parametrize(("after", "severity"), [(0.5, "warning"), (0.38, "problem")])
@@ -497,8 +497,8 @@ def test_worse_than_guessing(compared: Path, trained: Path) -> None:
 
 
 def test_worse_than_sft(compared: Path) -> None:
-    answer(compared, "sft", 0.9, "vocabulary")
-    answer(compared, "ia2-sft", 0.6, "vocabulary")
+    answer(compared, "sft", 0.9, "labels")
+    answer(compared, "ia2-sft", 0.6, "labels")
     assert fired(compared, "worse-than-sft").severity == "warning"
 
 

@@ -26,6 +26,7 @@ from ia2.report.data import read_run
 from ia2.report.figures import cost_figure, frontier
 from ia2.report.html import page
 from ia2.report.run_figures import run_figures, wilson
+from ia2.report.tables import INTERVALS
 from ia2.report.verdict import comparison_verdict, curve_verdict
 
 # elements without an end tag
@@ -98,7 +99,7 @@ def test_everything_is_there(text: str) -> None:
         "Doctor", "Environment",
     ]  # fmt: skip
     assert [words.strip() for words in found.inside["h4"][:6]] == [
-        "Accuracy, calibration and similarity to ICL",
+        "Accuracy, NLL and similarity to ICL",
         "Reliability: is it right as often as it is confident?",
         "Similarity to ICL by layer",
         "Similarity to ICL against results",
@@ -106,10 +107,8 @@ def test_everything_is_there(text: str) -> None:
         "Training",
     ]
     verdict = found.inside["section"][1]
-    assert (
-        "IA2 → SFT beats SFT: it is more accurate (+0.200 [+0.100, +0.300]) and better calibrated" in verdict
-    )
-    assert "2 seeds, 20 test rows" in verdict
+    assert "IA2 → SFT beats SFT: it is more accurate (+0.200 [+0.100, +0.300]) and better in NLL" in verdict
+    assert "20 test rows, 95% t-intervals over 2 draws of training examples" in verdict
     everything = found.inside["body"][0]
     for expected in ("0123456789abcdef", "Linux x86_64, 2 cores", "torch 2.13.0", "0, 1", "adapter.type"):
         assert expected in everything
@@ -246,7 +245,7 @@ def test_the_doctor_s_findings(comparison: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "ece", "expected"),
+    ("accuracy", "nll", "expected"),
     [
         (
             (0.2, 0.1, 0.3),
@@ -268,8 +267,8 @@ def test_the_doctor_s_findings(comparison: Path, monkeypatch: pytest.MonkeyPatch
             (0.1, -0.05, 0.2),
             "beats SFT in accuracy: it is more accurate (+0.200 [+0.100, +0.300]) but",
         ),
-        ((0.0, -0.1, 0.1), (0.1, 0.05, 0.2), "loses to SFT in calibration: it is as accurate"),
-        ((0.2, 0.1, 0.3), (0.1, 0.05, 0.2), "beats SFT in accuracy and loses to it in calibration"),
+        ((0.0, -0.1, 0.1), (0.1, 0.05, 0.2), "loses to SFT in NLL: it is as accurate"),
+        ((0.2, 0.1, 0.3), (0.1, 0.05, 0.2), "beats SFT in accuracy and loses to it in NLL"),
         (
             (0.2, None, None),
             (-0.1, None, None),
@@ -278,33 +277,34 @@ def test_the_doctor_s_findings(comparison: Path, monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_the_verdict_says_what_the_intervals_say(
-    accuracy: tuple[Any, ...], ece: tuple[Any, ...], expected: str
+    accuracy: tuple[Any, ...], nll: tuple[Any, ...], expected: str
 ) -> None:
     found = {
         name: dict(zip(("value", "low", "high"), values, strict=True))
-        for name, values in (("accuracy", accuracy), ("ece", ece))
+        for name, values in (("accuracy", accuracy), ("nll", nll))
     }
     summary = {
         "design": {"seeds": [0], "num_test": 1, "icl_demonstrations": "a text"},
         "recipes": {"sft": {}, "ia2-sft": {}},
         "differences": {"ia2-sft − sft": found},
+        "intervals": INTERVALS,
     }
     first, second = comparison_verdict(summary)
     assert first.startswith(f"IA2 → SFT {expected}")
-    assert "1 seed, 1 test row." in first
+    assert first.endswith("; 1 test row, one draw of training examples: no intervals.")
     assert second.startswith("Without in-context learning in this comparison there is no verdict")
 
 
 def test_the_verdict_on_a_curve_goes_by_size(tmp_path: Path) -> None:
     better = {
         "accuracy": {"value": 0.1, "low": 0.05, "high": 0.2},
-        "ece": {"value": 0.1, "low": -0.1, "high": 0.2},
+        "nll": {"value": 0.1, "low": -0.1, "high": 0.2},
     }
     worse = {**better, "accuracy": {"value": -0.1, "low": -0.2, "high": -0.05}}
     lines = curve_verdict({"differences": {"4": worse, "8": better, "16": None}}, {})
     assert lines[0].startswith(
         "IA2 → SFT against SFT: more accurate at N = 8, less accurate at N = 4; neither better nor worse "
-        "calibrated for certain at N = 4, 8"
+        "in NLL for certain at N = 4, 8"
     )
     assert "not both run" in lines[1]
 
@@ -396,7 +396,7 @@ def test_a_curve(tmp_path: Path) -> None:
     assert text.count("data-marks") == 2 * 2 * 12
     assert {a.get("data-part") for a in found.all("tr") if "data-marks" in a} == {"N = 4", "N = 8"}
     assert any(a.get("name") == "part" for a in found.all("select"))
-    assert "Accuracy and calibration over the number of training examples" in found.inside["body"][0]
+    assert "Accuracy and NLL over the number of training examples" in found.inside["body"][0]
 
 
 def test_a_size_whose_comparison_is_gone_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -411,7 +411,7 @@ def test_an_adapter(tmp_path: Path) -> None:
     text = page([read_run(tmp_path / "run")])
     body = Page(text).inside["body"][0]
     for expected in (
-        "reaches an accuracy of",
+        "reaches an accuracy among the labels of",
         "compare",
         "aa11",
         "Dev rows also chose the weights.",

@@ -327,13 +327,13 @@ SHARES = {
 
 
 def test_summary_says_where_the_task_shows() -> None:
-    section = summarise([result(SHARES, seed=0), result(SHARES, seed=1)])
+    section = summarise([result(SHARES, seed=seed) for seed in range(5)])
     assert section["layers"] == [3, 4, 5, 6, 7, 8]
     assert section["chance"] == {"agreement": 0.5, "gold": 0.5}
     shows = {view["name"]: view["shows_at"] for view in section["views"]}
     # one layer in the middle is not enough; ia2 is above chance in the end, but no better than the base model
     assert shows == {"icl": 5, "base": 7, "sft": 8, "ia2": None}
-    assert all(view["n"] == 400 for view in section["views"])
+    assert all(view["n"] == 1000 for view in section["views"])
     icl = section["views"][0]
     assert set(icl) >= {"agreement_by_layer", "gold_by_layer", "log_probability_by_layer"}
     for part in (icl["agreement_by_layer"], icl["divergence_by_layer"]):
@@ -349,21 +349,6 @@ def test_view_of_some_trials_only() -> None:
     assert {view["name"]: view["n"] for view in section["views"]} == {
         "icl": 400, "base": 400, "sft": 200, "ia2": 200
     }  # fmt: skip
-
-
-def test_rows_that_trials_share_are_drawn_once() -> None:
-    alike = [result(SHARES), result(SHARES)]
-    apart = summarise(alike)["views"][1]["agreement_by_layer"]
-    shared = summarise(alike, shared_rows=True)["views"][1]["agreement_by_layer"]
-    assert shared["value"] == apart["value"]
-    assert _width(shared) > 1.05 * _width(apart)
-    # but not where the trials have left out different ones
-    odd = LensResult(**{**vars(alike[1]), "examples": list(range(1, 201))})
-    assert summarise([alike[0], odd], shared_rows=True)["views"][1]["agreement_by_layer"] == apart
-
-
-def _width(found: dict[str, list[float]]) -> float:
-    return float(np.mean(np.subtract(found["high"], found["low"])))
 
 
 # ------------------------------------------------------------------------------------------- figures

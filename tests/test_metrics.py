@@ -204,7 +204,7 @@ def test_summary() -> None:
         assert set(found["scaled"][scope]) == {*STATISTICS, "temperature"}
         for name in STATISTICS:
             interval = found[scope][name]
-            assert interval["low"] <= interval["value"] <= interval["high"]
+            assert (interval["low"], interval["high"]) == (None, None)  # one draw
         rows = run.plain[scope]
         assert found[scope]["accuracy"]["value"] == pytest.approx(rows.correct.mean())
         assert found[scope]["ece"]["value"] == pytest.approx(ece_equal_mass(rows.confidence, rows.correct))
@@ -213,19 +213,12 @@ def test_summary() -> None:
     json.dumps(found, allow_nan=False)
 
 
-def test_the_same_runs_give_the_same_summary() -> None:
-    runs = [measured(30, 3), measured(30, 4)]
-    assert summarise(runs) == summarise(runs)
-    assert summarise(runs, seed=1) != summarise(runs, seed=2)
-
-
 def test_several_runs_are_averaged_and_their_spread_counts() -> None:
     weak, strong = measured(60, 3, shift=-2), measured(60, 4, shift=4)
     both = summarise([weak, strong])["vocabulary"]["accuracy"]
     alone = [summarise([run])["vocabulary"]["accuracy"] for run in (weak, strong)]
     assert both["value"] == pytest.approx((alone[0]["value"] + alone[1]["value"]) / 2)
-    width = both["high"] - both["low"]
-    assert width > max(a["high"] - a["low"] for a in alone)
+    assert 0 <= both["low"] < alone[0]["value"] < alone[1]["value"] < both["high"] <= 1
 
 
 def test_runs_of_different_lengths() -> None:

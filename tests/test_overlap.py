@@ -322,7 +322,7 @@ def test_figures(section: dict[str, Any], tmp_path: Path) -> None:
     table = figures["updates"].numbers
     assert table.rows[1][0].text == "1"
     shown = section["updates"]["sft"]["by_layer"]["relative_norm"][1]["value"]
-    assert table.rows[1][1].text.startswith(f"{shown:.3g}")
+    assert table.rows[1][1].text.startswith(f"{shown:.3f}")
 
 
 def test_figures_of_little(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,19 @@ import yaml
 from ia2.config_sections import AdapterConfig
 from ia2.evaluation.metrics import Measured, RowMeasures, summarise
 from ia2.report.card import model_card
+from ia2.report.data import without_older_intervals
 from ia2.report.figures import comparison_figure, try_comparison_figure
 from ia2.report.tables import (
+    INTERVALS,
     comparison_columns,
     comparison_lines,
     comparison_markdown,
     difference_lines,
-    interval,
+    mean_of,
     seconds,
 )
 from ia2.task import Task
+from ia2.wording import estimate
 
 TASK = Task("classification", labels=(" no", " yes"), max_answer_tokens=1)
 
@@ -80,9 +84,18 @@ def test_card() -> None:
     ):
         assert text in card
     found = metrics()["test"]["labels"]["accuracy"]
-    assert f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]" in card
-    assert "| accuracy |" in card
-    assert "| nll |" in card
+    assert f"| accuracy | {found['value']:.3f} | " in card
+    # what `predict` answers comes first, proper scores before ECE, and one draw has no interval
+    assert "| metric | among the labels | over the vocabulary |" in card
+    assert re.findall(r"^\| (\w+) \| [\d.]+ \| [\d.]+ \|$", card, re.MULTILINE)[:4] == [
+        "accuracy",
+        "NLL",
+        "Brier",
+        "ECE",
+    ]
+    assert (
+        "one draw of training examples: no intervals" in card and "[" not in card.split("## Metrics")[1][:500]
+    )
 
 
 def test_the_snippet_of_a_card_is_python() -> None:
@@ -148,7 +161,7 @@ def test_card_of_free_text() -> None:
     given = metrics(test=summarise([measured(("vocabulary", "answer"))]))
     card = model_card(given, facts(), Task("generation", max_answer_tokens=80))
     assert "free text, up to 80 tokens" in card
-    assert "over the answer" in card
+    assert "of the whole answer" in card
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -161,7 +174,8 @@ def summary(
     found: dict[str, Any] = {}
     for seed, recipe in enumerate(recipes):
         entry: dict[str, Any] = {
-            "metrics": summarise([measured(scopes, seed)]),
+            "metrics": summarise([measured(scopes, seed), measured(scopes, seed + 10)]),
+            "answers": "true" if recipe == "ia2-sft" else None,
             "seconds": {"evaluate": 1.0} | ({"align": 2.0, "sft": 3.25} if recipe == "ia2-sft" else {}),
         }
         if recipe != "icl":
@@ -179,9 +193,13 @@ def summary(
         "differences": {
             "ia2-sft − base": {
                 "accuracy": {"value": 0.09, "low": 0.02, "high": 0.15},
-                "ece": {"value": -0.05, "low": -0.1, "high": 0.01},
+                "nll": {"value": -0.05, "low": -0.1, "high": 0.01},
+                "brier": {"value": -0.02, "low": -0.04, "high": 0.0},
+                "ece": {"value": 0.01, "low": -0.01, "high": 0.03},
             }
         },
+        "headroom": {"icl − sft": {"accuracy": {"value": 0.04, "low": -0.01, "high": 0.09}}},
+        "intervals": INTERVALS,
     }  # fmt: skip
 
 
@@ -192,17 +210,20 @@ def test_table() -> None:
     assert len(table) == 2 + 3
     assert len({line.count("|") for line in table}) == 1
     columns = comparison_columns(given)
-    assert {"accuracy", "acc. in label set", "ECE", "ECE, temp.-scaled", "NLL", "asim to ICL", "seconds"} <= {
-        title for title, _ in columns
-    }
+    assert [title for title, _ in columns] == [
+        "accuracy among the labels", "NLL", "Brier", "ECE", "acc. over the vocabulary", "ECE, temp.-scaled",
+        "asim to ICL", "answers", "seconds",
+    ]  # fmt: skip
     header, _, *rows = ([cell.strip(" `") for cell in line.strip("|").split("|")] for line in table)
     assert header == ["recipe", *(title for title, _ in columns)]
     for row, (recipe, entry) in zip(rows, given["recipes"].items(), strict=True):
         assert row == [recipe, *(cell(entry) for _, cell in columns)]
         cells, found = dict(zip(header, row, strict=True)), entry["metrics"]
-        assert cells["accuracy"] == interval(found["vocabulary"]["accuracy"])
-        assert cells["acc. in label set"] == interval(found["labels"]["accuracy"])
-        assert cells["ECE, temp.-scaled"] == interval(found["scaled"]["vocabulary"]["ece"])
+        assert cells["accuracy among the labels"] == estimate(found["labels"]["accuracy"])
+        assert "[" in cells["accuracy among the labels"]
+        assert cells["acc. over the vocabulary"] == mean_of(found["vocabulary"]["accuracy"])
+        assert cells["ECE, temp.-scaled"] == mean_of(found["scaled"]["labels"]["ece"])
+        assert cells["answers"] == ("true" if recipe == "ia2-sft" else "–")
         assert (cells["asim to ICL"] == "–") == (recipe == "icl")
         assert cells["seconds"].startswith("align 2") == (recipe == "ia2-sft")
 
@@ -210,15 +231,16 @@ def test_table() -> None:
 def test_table_of_free_text_measures_the_answer() -> None:
     given = summary(task="generation")
     titles = [title for title, _ in comparison_columns(given)]
-    assert "acc. in label set" not in titles
+    assert not [title for title in titles if "label" in title or "vocabulary" in title]
     cell = dict(comparison_columns(given))["ECE"](given["recipes"]["base"])
-    assert cell == interval(given["recipes"]["base"]["metrics"]["answer"]["ece"])
+    assert cell == estimate(given["recipes"]["base"]["metrics"]["answer"]["ece"])
 
 
 def test_lines_say_what_the_table_is_of() -> None:
     given = summary()
     lines = " ".join(comparison_lines(given))
-    expected = ["owner/name", "rows.jsonl", "8 training and 4 dev", "18 rows, 3-fold cross-fitting", "95%"]
+    expected = ["owner/name", "rows.jsonl", "8 training and 4 dev", "18 rows, 3-fold cross-fitting"]
+    expected += ["95% t-intervals over 2 draws"]
     for text in [*expected, "seeds 0, 1", "0.001/0.0003 by dev loss", "the same training examples"]:
         assert text in lines
     given["data"]["test"] = {"name": "t"}
@@ -227,15 +249,59 @@ def test_lines_say_what_the_table_is_of() -> None:
 
 def test_differences_are_signed() -> None:
     assert difference_lines(summary()) == [
-        "ia2-sft − base: accuracy +0.090 [+0.020, +0.150], ECE -0.050 [-0.100, +0.010] (paired by row, seed)"
+        "ia2-sft − base: accuracy +0.090 [+0.020, +0.150], NLL −0.050 [−0.100, +0.010], Brier −0.020 "
+        "[−0.040, +0.000], ECE +0.010 [−0.010, +0.030] (paired by draw and row)"
     ]
     assert "- ia2-sft − base: accuracy +0.090" in comparison_markdown(summary())
 
 
+def test_headroom_and_the_base_stand_under_the_table() -> None:
+    given = summary()
+    base = given["recipes"]["base"]["metrics"]["labels"]["accuracy"]["value"]
+    [line] = [line for line in comparison_lines(given) if line.startswith("Headroom")]
+    headroom = "Headroom, accuracy among the labels: icl − sft: +0.040 [−0.010, +0.090]"
+    assert line == f"{headroom}; base {base:.3f}."
+    del given["recipes"]["base"]
+    given["headroom"] = {}
+    [line] = [line for line in comparison_lines(given) if line.startswith("Headroom")]
+    assert line.endswith("ICL and SFT were not both run; the base model was not run.")
+
+
+def test_one_draw_is_said_to_be_one() -> None:
+    given = summary()
+    given["design"]["seeds"] = [0]
+    assert "One draw of training examples: no intervals." in " ".join(comparison_lines(given))
+
+
+def test_what_is_not_like_for_like_is_said() -> None:
+    given = summary()
+    given["differences"]["ia2-sft − base"]["answers"] = ["true", "ICL's"]
+    assert difference_lines(given)[0].endswith(
+        "(paired by draw and row; not like for like: true answers against ICL's)"
+    )
+
+
+def test_older_intervals_are_left_out() -> None:
+    """Bootstrap intervals covered less than they said, and older differences are over the vocabulary."""
+    given = summary()
+    del given["intervals"]
+    kept = given["recipes"]["base"]["metrics"]["labels"]["accuracy"]["value"]
+    without_older_intervals(given)
+    less = given["differences"]["ia2-sft − base"]["accuracy"]
+    ends = [given["recipes"][r]["metrics"]["labels"]["accuracy"]["value"] for r in ("ia2-sft", "base")]
+    assert less == {"value": ends[0] - ends[1], "low": None, "high": None}
+    assert given["recipes"]["base"]["metrics"]["labels"]["accuracy"] == {
+        "value": kept,
+        "low": None,
+        "high": None,
+    }
+    assert "intervals were too narrow and are left out" in " ".join(comparison_lines(given))
+    newer = summary()
+    without_older_intervals(newer)
+    assert newer["differences"]
+
+
 def test_what_is_unknown_is_a_dash() -> None:
-    assert interval(None) == "–"
-    assert interval({"value": None, "low": None, "high": None}) == "–"
-    assert interval({"value": 0.5, "low": None, "high": None}) == "0.500"
     assert seconds({"seconds": {"evaluate": 3.0}}) == "–"
     given = summary()
     given["differences"]["ia2-sft − base"]["ece"] = {"value": None, "low": None, "high": None}
@@ -261,10 +327,10 @@ def test_a_figure_is_the_same_every_time(tmp_path: Path) -> None:
     for expected in (
         "owner/name",
         "accuracy",
-        "ECE",
+        "NLL",
         "activation similarity to ICL",
         "ia2-sft",
-        "95% intervals",
+        "95% t-intervals over 2 draws",
     ):
         assert expected in text
     assert b"/work" not in first

@@ -20,7 +20,7 @@ def board_of(files: Path, known: int = 0, seconds: float = 10.0) -> tuple[Board,
     cells = [cell for unit in expand(grid) for cell in unit.cells]
 
     def record(cell: Any, took: float = seconds) -> dict[str, Any]:
-        metrics = {"vocabulary": {"accuracy": 0.5, "ece": 0.25}}
+        metrics = {"vocabulary": {"accuracy": 0.1, "nll": 9.0}, "labels": {"accuracy": 0.5, "nll": 0.25}}
         return {
             "spec": cell.spec,
             "evaluations": {"Two": {"metrics": metrics}},
@@ -81,7 +81,7 @@ def test_lines_where_there_is_no_terminal(files: Path, caplog: pytest.LogCapture
         board.lost(unit.only({unit.cells[0].key}), "was eaten")
     path = files / "model"
     assert caplog.messages == [
-        f"[2/8] Two {path} sft N=4 seed 0 rate 0.001: accuracy 0.500, ECE 0.250 (10 s, 60 s left)",
+        f"[2/8] Two {path} sft N=4 seed 0 rate 0.001: accuracy 0.500, NLL 0.250 (10 s, 60 s left)",
         f"Two {path} icl N=4 seed 1 failed: no",
         "A worker was eaten: 2 cells wait again.",
         "A worker was eaten: 1 cell waits again.",

@@ -17,7 +17,7 @@ from ia2.sweeps.figures import differences_figure, similarity_figure, sizes_figu
 from ia2.sweeps.layouts import paper_table
 from ia2.sweeps.printing import print_tables
 from ia2.sweeps.report import span
-from ia2.sweeps.tables import Column, Entry, Table, escape, latex, markdown, p_value, ranked, signed
+from ia2.sweeps.tables import Column, Entry, Table, escape, latex, markdown, p_value, ranked
 
 # ------------------------------------------------------------------------------------------- writing
 
@@ -33,7 +33,7 @@ def test_latex_escapes_what_tex_would_take_for_itself() -> None:
 
 
 def test_latex_literally() -> None:
-    columns = (Column("eval"), Column("acc", "A_1"), Column("ECE", "A_1"), Column("ICL works"))
+    columns = (Column("eval"), Column("acc", "A_1"), Column("NLL", "A_1"), Column("ICL works"))
     body = ((Entry("SST2"), Entry("90.4 (2.3)", "best"), Entry("0.06", "second"), Entry("")),)
     assert (
         latex(Table("1", "Accuracy in %.", columns, body, ("One.", "Two.")))
@@ -98,9 +98,6 @@ def test_marks_go_by_what_is_printed() -> None:
 
 
 def test_numbers() -> None:
-    assert signed(-0.1, -0.2, 0.05, percent=True) == "−10.0 [−20.0, +5.0]"
-    assert signed(0.1234, None, None, percent=False) == "+0.123"
-    assert signed(0.1, float("nan"), 0.2, percent=True) == "+10.0"
     assert [p_value(p) for p in (0.0001, 0.0124, 1.0, float("nan"))] == ["< 0.001", "0.012", "1.000", "–"]
     assert [span(s) for s in ([0, 1, 2, 3], [0, 2], [5], [])] == ["0–3", "0, 2", "5", "none"]
 
@@ -122,7 +119,7 @@ def test_figures_are_the_same_every_time_and_name_what_they_show(tmp_path: Path)
         assert data == (tmp_path / "a" / path.name).read_bytes()
         assert str(tmp_path).encode() not in data
         text = "".join(ElementTree.fromstring(data).itertext())
-        for expected in ("demo", "accuracy", "ECE", "lower is better"):
+        for expected in ("demo", "accuracy", "NLL", "lower is better"):
             assert expected in text
     assert "FinS (words), N = 32" in "".join(
         ElementTree.parse(tmp_path / "a" / drawn[1].name).getroot().itertext()

@@ -11,7 +11,7 @@ from ia2.adapters import ADAPTERS, narrowed
 from ia2.config import AdaptConfig, CompareConfig
 from ia2.config_reading import validate
 from ia2.errors import ConfigError
-from ia2.recipes import describe, is_trained
+from ia2.recipes import JOINT, SFT, SOFT, describe, is_trained
 from ia2.stages import plan
 
 METHOD = "ia2-sft"
@@ -32,6 +32,17 @@ class Arm:
     recipe: str
     variant: str
     config: AdaptConfig
+
+    @property
+    def answers(self) -> str | None:
+        """What its last supervised stage learns: ``true`` answers or ``ICL's``; None without such a stage."""
+        stages = plan(self.recipe, self.config) if is_trained(self.recipe) else []
+        found = [stage for stage in stages if stage.kind in (SFT, JOINT, SOFT)]
+        if not found:
+            return None
+        # soft labels are the teacher's by nature
+        given = getattr(found[-1].settings, "answers", "icl_responses")
+        return "true" if given == "ground_truth" else "ICL's"
 
     @property
     def description(self) -> str:

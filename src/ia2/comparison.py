@@ -18,14 +18,14 @@ from ia2.config import CompareConfig
 from ia2.console import logger
 from ia2.distributed import is_first, wait
 from ia2.errors import ConfigError, DivergedError
-from ia2.evaluation.calibration import clustered_interval
 from ia2.evaluation.metrics import STATISTICS, Measured, RowMeasures, summarise
 from ia2.evaluation.scoring import write_predictions
+from ia2.evaluation.statistics import main_scope, over_draws
 from ia2.examples import Examples
 from ia2.files import digest, read_json, write_json, write_text
 from ia2.models import BaseModel
 from ia2.recipes import is_trained
-from ia2.report.tables import comparison_markdown
+from ia2.report.tables import INTERVALS, comparison_markdown
 from ia2.rounds import Round, drawn_test, place_of, rounds_of
 from ia2.runs import claimed, content_facts, machine, stored_settings, versions
 from ia2.stages import TrainedRecipe
@@ -358,6 +358,7 @@ def _summary(
             "recipe": arm.recipe,
             "variant": arm.variant,
             "description": arm.description,
+            "answers": arm.answers,
             "metrics": summarise(merged[arm.name]),
             "seconds": _mean_seconds(all_folds),
             "learning_rates": [outcome.learning_rate for outcome in all_folds],
@@ -407,6 +408,8 @@ def _summary(
         "recipes": recipes,
         "diverged": diverged,
         "differences": _differences(finished, merged),
+        "headroom": _headroom(finished, merged),
+        "intervals": INTERVALS,
         "config": config.model_dump(exclude={"output_dir"}),
         "config_digest": digest(config.model_dump(exclude={"output_dir"})),
         "machine": machine(),
@@ -415,16 +418,9 @@ def _summary(
 
 
 def _asim_interval(by_seed: Sequence[Sequence[Outcome]]) -> dict[str, float | None]:
-    """Mean similarity to ICL over seeds and queries."""
-    places, runs = [], []
-    for folds in by_seed:
-        # measured on the first queries of each fold
-        where = np.concatenate([outcome.places[: len(outcome.asim or ())] for outcome in folds])
-        order = np.argsort(where, kind="stable")
-        places.append(where[order].tolist())
-        runs.append([np.concatenate([np.array(outcome.asim) for outcome in folds])[order]])
-    shared = all(where == places[0] for where in places)
-    return clustered_interval(lambda a, axis: a.mean(axis), runs, shared_rows=shared).to_dict()
+    """Mean similarity to ICL of each seed's queries, over seeds."""
+    runs = [[np.concatenate([np.array(outcome.asim) for outcome in folds])] for folds in by_seed]
+    return over_draws(np.mean, runs).to_dict()
 
 
 def _merge(folds: Sequence[Outcome]) -> Measured:
@@ -480,29 +476,47 @@ def _rates(every: Sequence[Arm]) -> dict[str, list[float]]:
     }
 
 
+DIFFERENCES = ("accuracy", "nll", "brier", "ece")
+"""Measures of paired differences, in the main scope."""
+
+
 def _differences(every: Sequence[Arm], merged: dict[str, list[Measured]]) -> dict[str, Any]:
-    """The method less every other arm that can be compared with it, paired by row and seed."""
+    """The method less every other arm that can be compared with it, paired by draw and row."""
     result: dict[str, Any] = {}
     for arm in every:
-        mine = merged[arm.name]
-        scope = "vocabulary" if "vocabulary" in mine[0].plain else "answer"
         for other in rivals(arm, every):
-            runs = [
-                [*a.plain[scope].arrays(), *b.plain[scope].arrays()]
-                for a, b in zip(mine, merged[other.name], strict=True)
-            ]
-            result[f"{arm.name} − {other.name}"] = {
-                name: clustered_interval(_paired(name), runs, shared_rows=True).to_dict()
-                for name in ("accuracy", "ece")
-            }
+            found = _paired_differences(merged[arm.name], merged[other.name])
+            if arm.answers != other.answers and None not in (arm.answers, other.answers):
+                found["answers"] = [arm.answers, other.answers]
+            result[f"{arm.name} − {other.name}"] = found
     return result
 
 
-def _paired(name: str) -> Any:
+def _headroom(every: Sequence[Arm], merged: dict[str, list[Measured]]) -> dict[str, Any]:
+    """ICL less each plain fine-tuning: what alignment could carry over."""
+    icl = next((arm for arm in every if arm.recipe == "icl"), None)
+    rivals = [arm for arm in every if arm.recipe == "sft"] if icl is not None else []
+    return {
+        f"{icl.name} − {arm.name}": _paired_differences(merged[icl.name], merged[arm.name])
+        for arm in rivals
+        if icl is not None
+    }
+
+
+def _paired_differences(mine: Sequence[Measured], other: Sequence[Measured]) -> dict[str, Any]:
+    scope = main_scope("labels" in mine[0].plain)
+    found = {name: _less(mine, other, scope, name) for name in DIFFERENCES}
+    if scope == "labels":
+        found["accuracy_vocabulary"] = _less(mine, other, "vocabulary", "accuracy")
+    return found
+
+
+def _less(mine: Sequence[Measured], other: Sequence[Measured], scope: str, name: str) -> dict[str, Any]:
     statistic = STATISTICS[name]
 
     def difference(*columns: np.ndarray, axis: int) -> Any:
         half = len(columns) // 2
         return statistic(*columns[:half], axis=axis) - statistic(*columns[half:], axis=axis)
 
-    return difference
+    runs = [[*a.plain[scope].arrays(), *b.plain[scope].arrays()] for a, b in zip(mine, other, strict=True)]
+    return over_draws(difference, runs).to_dict()

@@ -12,10 +12,11 @@ from ia2.config import CompareConfig, CurveConfig
 from ia2.console import logger
 from ia2.distributed import is_first, wait
 from ia2.errors import ConfigError, DataError
+from ia2.evaluation.statistics import main_scope
 from ia2.examples import MAX_DEV, Examples
 from ia2.files import write_json, write_text
 from ia2.models import BaseModel
-from ia2.report.tables import curve_markdown
+from ia2.report.tables import INTERVALS, MEASURES, curve_markdown
 from ia2.runs import claimed, content_facts, stored_settings
 from ia2.wording import counted
 
@@ -97,7 +98,7 @@ def curve(
 
 def _summary(found: dict[int, dict[str, Any]], config: CurveConfig) -> dict[str, Any]:
     first = found[config.sizes[0]]
-    scope = "vocabulary" if first["design"]["task"] == "classification" else "answer"
+    scope = main_scope(first["design"]["task"] == "classification")
     curves: dict[str, list[dict[str, Any]]] = {}
     nothing = dict.fromkeys(("value", "low", "high"))
     names = dict.fromkeys(name for s in found.values() for name in [*s["recipes"], *s["diverged"]])
@@ -105,26 +106,27 @@ def _summary(found: dict[int, dict[str, Any]], config: CurveConfig) -> dict[str,
         for recipe in names:
             # a recipe that diverged at this size has no figures there
             entry = summary["recipes"].get(recipe, {})
-            metrics = entry.get("metrics", {}).get(scope, {"accuracy": nothing, "ece": nothing})
-            curves.setdefault(recipe, []).append(
-                {
-                    "num_train": size,
-                    "accuracy": metrics["accuracy"],
-                    "ece": metrics["ece"],
-                    "asim": entry.get("asim"),
-                }
-            )
+            scopes = entry.get("metrics", {})
+            metrics = scopes.get(scope, {})
+            point = {"num_train": size, "asim": entry.get("asim")}
+            point |= {name: metrics.get(name, nothing) for name in MEASURES}
+            if scope == "labels":
+                point["accuracy_vocabulary"] = scopes.get("vocabulary", {}).get("accuracy", nothing)
+            curves.setdefault(recipe, []).append(point)
     seeds = first["design"]["seeds"]
     return {
         "model": first["model"],
         "data": first["data"],
         "title": f"{first['data']['name']}, {counted(first['design']['num_test'], 'test row')}, "
         f"{counted(len(seeds), 'seed')}",
+        "task": first["design"]["task"],
         "sizes": config.sizes,
         "curves": curves,
         "differences": {
             str(size): summary["differences"].get("ia2-sft − sft") for size, summary in found.items()
         },
+        "headroom": {str(size): summary["headroom"].get("icl − sft") for size, summary in found.items()},
+        "intervals": INTERVALS,
         "diverged": {str(size): s["diverged"] for size, s in found.items() if s["diverged"]},
         "seeds": seeds,
         "machine": first["machine"],

@@ -1,4 +1,4 @@
-"""``probe``: will alignment help here? ICL against the base and against guessing, before any training."""
+"""``probe``: will alignment help here? ICL against quick fine-tuning on rows held out, and the bare model."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from ia2.arms import METHOD
 from ia2.config import ProbeConfig
 from ia2.console import logger
 from ia2.context import Contexts, DemonstrationContexts
-from ia2.errors import DataError
+from ia2.errors import DataError, DivergedError
+from ia2.evaluation.headroom import Judgement, judge
 from ia2.evaluation.run import evaluate_prompts
+from ia2.evaluation.statistics import main_scope
 from ia2.examples import MAX_DEV, Examples, FewShotSplit
 from ia2.manifest import begin
 from ia2.models import BaseModel
 from ia2.runs import machine
 from ia2.schedule import Schedule
 from ia2.stages import plan
-from ia2.task import Task, make_task
+from ia2.task import make_task
 from ia2.tokens import Ids
 from ia2.workbench import Workbench, teacher_passes
 
-# ICL must beat guessing and the base at this level (one-sided) before help is called likely.
-SIGNIFICANCE = 0.05
+# Fine-tuning is tried on so many folds, for about so many steps each: enough for a few rows, and quick.
+FOLDS, STEPS = 3, 30
 
-# … and the base by this much accuracy: less leaves little for alignment to carry over.
-HEADROOM = 0.05
+_WORDS = {"yes": "likely to help", "unclear": "unclear", "no": "unlikely"}
 
 
 @dataclass
@@ -58,9 +59,11 @@ class Probe:
 
 
 def probe(model: str | BaseModel, examples: Examples, config: ProbeConfig | None = None) -> Probe:
-    """Compare ICL, leaving each row out of its own demonstrations, with the base model and guessing.
+    """Compare ICL with quick fine-tuning, the base model and guessing, on rows that neither has seen.
 
-    Where the settings give another context, the model with that context takes the place of ICL.
+    Folds of the rows are held out; ICL and fine-tuning have the others, so that both know the same.
+    Fine-tuning is :data:`STEPS` steps at one rate, a part of what a run would take. Where the settings give
+    another context, the model with that context takes the place of ICL.
 
     Args:
         model: what :func:`ia2.models.load_base` takes, or a loaded base model.
@@ -111,23 +114,103 @@ def _probe(bench: Workbench, rows: Examples, available: int) -> Probe:
         zero, zero_in_set = _right(bench, rows, bare, "base")
     guess = _majority(rows) if task.kind == "classification" else np.zeros(len(rows))
     step, evaluated = _training_seconds(bench)
+    bench.close()
+    tried = _held_out(bench, rows)
+    chance = max(float(guess.mean()), 1 / len(task.labels) if task.labels else 0.0)
+    judged = judge(
+        (icl_in_set if tried is None else tried.icl).tolist(),
+        None if tried is None else tried.sft.tolist(),
+        zero_in_set.tolist(),
+        chance,
+        units="rows",
+        name="ICL" if demonstrations else "the context",
+    )
     facts = {
         "rows": len(rows),
         "demonstrations": len(contexts.chosen(0)) if isinstance(contexts, DemonstrationContexts) else 0,
         "context": _context(bench, contexts),
         "accuracy": {
-            "icl": float(icl.mean()),
-            "base": float(zero.mean()),
-            "icl_in_label_set": float(icl_in_set.mean()),
-            "base_in_label_set": float(zero_in_set.mean()),
+            "icl": None if tried is None else float(tried.icl.mean()),
+            "sft": None if tried is None else float(tried.sft.mean()),
+            "icl_leave_one_out": float(icl_in_set.mean()),
+            "base": float(zero_in_set.mean()),
+            "icl_leave_one_out_vocabulary": float(icl.mean()),
+            "base_vocabulary": float(zero.mean()),
             "most_frequent_label": float(guess.mean()),
         },
+        "headroom": None if judged.headroom is None else judged.headroom.to_dict(),
+        "sft": None if tried is None else tried.about,
         "chance": 1 / len(task.labels) if task.labels else 0.0,
         "cost": _cost(bench, seconds_icl, step, evaluated, available),
         "machine": machine(),
     }
-    verdict, reason = judge(icl, zero, guess, task, in_label_set=icl_in_set, demonstrations=demonstrations)
-    return Probe(verdict, reason, facts)
+    return Probe(_WORDS[judged.word], reason_of(judged, len(rows)), facts)
+
+
+def reason_of(judged: Judgement, rows: int) -> str:
+    """One sentence with the numbers, and what to do."""
+    said = judged.reason[0].upper() + judged.reason[1:]
+    if "guessing" in said or ("above the bare model" in said and judged.word == "no"):
+        todo = "Try other label words (--label-map), more examples or a stronger model."
+    elif judged.word == "no":
+        todo = "Fine-tune without alignment: --recipe sft."
+    elif judged.word == "yes":
+        todo = "What is gained, `ia2 compare` tells."
+    else:
+        todo = "More labelled rows would tell, and so does `ia2 compare`."
+    return f"{said} ({judged.figures}, on {rows} rows). {todo}"
+
+
+@dataclass
+class _Tried:
+    """ICL and fine-tuning on held-out rows, in the order of the rows.
+
+    Attributes:
+        icl, sft: 0 or 1, among the labels (free text: of the answer), ``[n]``.
+        about: folds, training rows, steps and rate.
+    """
+
+    icl: np.ndarray
+    sft: np.ndarray
+    about: dict[str, Any]
+
+
+def _held_out(bench: Workbench, rows: Examples) -> _Tried | None:
+    """Both by folds; None where there are too few rows, or where fine-tuning diverged."""
+    if len(rows) < FOLDS:
+        return None
+    folds = rows.folds(FOLDS, bench.config.seed)
+    smallest = min(len(rest) for rest, _ in folds)
+    per_epoch = -(-smallest // bench.config.batch_size)
+    epochs = min(bench.config.sft.epochs, max(1, round(STEPS / per_epoch)))
+    config = bench.config.model_copy(
+        update={
+            "learning_rates": bench.learning_rates[:1],
+            "sft": bench.config.sft.model_copy(update={"epochs": epochs}),
+            "icl_demonstrations": "same",
+        }
+    )
+    place = {id(row): n for n, row in enumerate(rows)}
+    found = {recipe: np.zeros(len(rows)) for recipe in ("icl", "sft")}
+    scope = main_scope(bench.task.kind == "classification")
+    for number, (rest, held) in enumerate(folds):
+        data = FewShotSplit(train=rest, dev=Examples([], name=rows.name))
+        fold = Workbench(
+            bench.base, data, bench.task, config, bench.folder / f"fold-{number}", bench.one_recipe
+        )
+        try:
+            for recipe, right in found.items():
+                if recipe == "sft":
+                    fold.train(recipe)
+                measured = fold.evaluate(recipe, held).measured
+                right[[place[id(row)] for row in held]] = measured.plain[scope].correct
+        except DivergedError as error:
+            logger.warning("SFT diverged, so ICL cannot be held against it: %s", error.rates)
+            return None
+        finally:
+            fold.close()
+    about = {"folds": FOLDS, "rows": smallest, "steps": epochs * per_epoch, "rate": bench.learning_rates[0]}
+    return _Tried(found["icl"], found["sft"], about)
 
 
 def _context(bench: Workbench, contexts: Contexts) -> str:
@@ -142,72 +225,6 @@ def _context(bench: Workbench, contexts: Contexts) -> str:
     if config.context_function:
         return f"the context from {config.context_function} before it"
     return "the same text before it"
-
-
-def judge(
-    icl: np.ndarray,
-    base: np.ndarray,
-    guess: np.ndarray,
-    task: Task,
-    *,
-    in_label_set: np.ndarray | None = None,
-    demonstrations: bool = True,
-) -> tuple[str, str]:
-    """Verdict and reason from 0/1 arrays of right answers, ``[n]`` each.
-
-    Args:
-        icl: in-context learning, over the whole vocabulary.
-        base: the model without demonstrations (or another context), over the whole vocabulary.
-        guess: always giving the most frequent label.
-        task: what counts as an answer.
-        in_label_set: ICL when only the labels compete, as they do in a guess; by default ``icl``.
-        demonstrations: whether the context is made of them; otherwise there is no talk of ICL.
-    """
-    from scipy.stats import binomtest
-
-    n = len(icl)
-    chosen = icl if in_label_set is None else in_label_set
-    chance = max(float(guess.mean()), 1 / len(task.labels) if task.labels else 0.0)
-    what = "always answering the most frequent label" if task.labels else "no answer at all"
-    above_chance = (
-        binomtest(int(chosen.sum()), n, min(chance, 1 - 1e-9), alternative="greater").pvalue
-        if chance > 0
-        else float(chosen.sum() == 0)
-    )
-    better = int(((icl == 1) & (base == 0)).sum())
-    worse = int(((icl == 0) & (base == 1)).sum())
-    above_base = (
-        binomtest(better, better + worse, 0.5, alternative="greater").pvalue if better + worse else 1.0
-    )
-    among = f" ({chosen.mean():.0%} in the label set)" if in_label_set is not None else ""
-    name, short, without, more = "ICL", "ICL", "the model without demonstrations", "more examples"
-    if not demonstrations:
-        name, short = "the model with its context", "with context"
-        without, more = "without it", "another context"
-    subject = name[0].upper() + name[1:]
-    figures = f"{short} {icl.mean():.0%}{among}, base {base.mean():.0%}, {what} {chance:.0%}, on {n} rows"
-    if chosen.mean() <= chance or (above_chance > SIGNIFICANCE and n >= 16):
-        return (
-            "unlikely",
-            f"{subject} is at chance ({figures}): there is nothing in its activations to align with. Try "
-            f"other label words (--label-map), {more} or a stronger model.",
-        )
-    if above_chance > SIGNIFICANCE:
-        return (
-            "unclear",
-            f"too few rows to tell {name} from chance ({figures}). Give more labelled rows.",
-        )
-    if icl.mean() - base.mean() < HEADROOM:
-        return (
-            "unclear",
-            f"{subject} is hardly better than {without} ({figures}): little to carry over.",
-        )
-    if above_base > SIGNIFICANCE:
-        return (
-            "unclear",
-            f"{subject} looks better than the base, but the rows are too few to be sure ({figures}).",
-        )
-    return "likely to help", f"{subject} is clearly above the base and above chance ({figures})."
 
 
 def _right(

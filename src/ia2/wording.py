@@ -62,3 +62,32 @@ def rows_learnt_from(counts: Mapping[str, Any]) -> str:
     if counts.get("num_unlabelled"):
         text += f", {counts['num_unlabelled']} unlabelled rows and {counts['num_unlabelled_dev']} held out"
     return text
+
+
+MISSING = "–"
+
+
+def estimate(found: Mapping[str, Any] | None, *, signed: bool = False, percent: bool = False) -> str:
+    """A mean with its 95% interval, ``0.812 [0.760, 0.864]``; the mean alone where there is none.
+
+    Args:
+        found: ``value``, ``low``, ``high``; None for what is not known.
+        signed: for differences: a sign before each number, with a true minus.
+        percent: in percent (percentage points), with one digit behind the point.
+
+    >>> estimate({"value": 0.1, "low": -0.02, "high": 0.22}, signed=True, percent=True)
+    '+10.0 [−2.0, +22.0]'
+    """
+    if found is None or found["value"] is None or found["value"] != found["value"]:
+        return MISSING
+
+    def one(x: float) -> str:
+        text = f"{100 * x:.1f}" if percent else f"{x:.3f}"
+        if not float(text):
+            text = text.removeprefix("-")  # no minus before nothing
+        return ("+" + text if signed and not text.startswith("-") else text).replace("-", "−")
+
+    low, high = found["low"], found["high"]
+    if low is None or high is None or low != low or high != high:
+        return one(found["value"])
+    return f"{one(found['value'])} [{one(low)}, {one(high)}]"

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ia2.analysis.intervals import Means, mean_intervals
 from ia2.analysis.similarity import Similarity, SimilarityMeter
+from ia2.evaluation.statistics import Interval, mean_interval
 
 if TYPE_CHECKING:
     import torch
@@ -76,13 +76,13 @@ class Pool:
     def __init__(self, seeds: Sequence[int], places: Sequence[Sequence[int]]) -> None:
         self.seeds, self.places = list(seeds), [np.asarray(p) for p in places]
 
-    def runs(self, arrays: Sequence[np.ndarray | None]) -> tuple[list[np.ndarray], bool]:
-        """A run per seed, ``[n, …]``, and whether all runs have the same rows.
+    def runs(self, arrays: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+        """A run per seed, ``[n, …]``.
 
         Args:
             arrays: of each trial, ``[n_trial, …]``, or None where it has none.
         """
-        runs, rows = [], []
+        runs = []
         for seed in dict.fromkeys(self.seeds):
             mine = [
                 (p, a)
@@ -94,13 +94,11 @@ class Pool:
             places = np.concatenate([p for p, _ in mine])
             order = np.argsort(places, kind="stable")
             runs.append(np.concatenate([a for _, a in mine])[order])
-            rows.append(places[order])
-        return runs, all(np.array_equal(r, rows[0]) for r in rows)
+        return runs
 
-    def means(self, arrays: Sequence[np.ndarray | None]) -> Means:
-        """Means over rows and seeds with intervals."""
-        runs, shared = self.runs(arrays)
-        return mean_intervals(runs, shared_rows=shared)
+    def means(self, arrays: Sequence[np.ndarray | None]) -> Interval:
+        """Means over rows and seeds with intervals over seeds, or over the rows of a single one."""
+        return mean_interval(self.runs(arrays))
 
 
 def summarise(
@@ -116,10 +114,10 @@ def summarise(
         views: of each.
 
     Returns:
-        Means and 95% intervals over queries and seeds, by view and layer; differences of views paired by
-        query. Intervals of the variance unexplained hold the reference's variance fixed. ``centred`` is the
-        cosine with the mean ICL activation of the training examples taken off both: what is alike beyond
-        what all queries have in common.
+        Means and 95% t-intervals over seeds (of one seed over its queries), by view and layer; differences of
+        views paired by query. Intervals of the variance unexplained hold the reference's variance fixed.
+        ``centred`` is the cosine with the mean ICL activation of the training examples taken off both: what
+        is alike beyond what all queries have in common.
     """
     known: dict[str, View] = {}
     for own in views:
@@ -159,7 +157,7 @@ def _view(
     if any(b is not None for b in beyond):
         extra = {
             "centred": pool.means([_mean(b) for b in beyond]).to_dict(),
-            "centred_by_layer": _columns(pool.means(beyond)),
+            "centred_by_layer": pool.means(beyond).to_dict(),
         }
     return {
         "name": view.name,
@@ -170,8 +168,8 @@ def _view(
         "asim": pool.means([_mean(a) for a in asim]).to_dict(),
         "l2": pool.means([_mean(a) for a in l2]).to_dict(),
         "variance_unexplained": pool.means([_mean(a) for a in shares]).to_dict(),
-        "asim_by_layer": _columns(pool.means(asim)),
-        "l2_by_layer": _columns(pool.means(l2)),
+        "asim_by_layer": pool.means(asim).to_dict(),
+        "l2_by_layer": pool.means(l2).to_dict(),
         "variance_unexplained_by_layer": pool.means(shares).value.tolist(),
         "asim_by_token": {"value": np.sum(by_token, axis=0).tolist(), "count": count.tolist()},
         **extra,
@@ -199,7 +197,7 @@ def _difference(
         "a": a,
         "b": b,
         "asim": pool.means([_mean(r) for r in rows]).to_dict(),
-        "asim_by_layer": _columns(pool.means(rows)),
+        "asim_by_layer": pool.means(rows).to_dict(),
     }
 
 
@@ -211,7 +209,3 @@ def _mean(array: np.ndarray | None) -> np.ndarray | None:
 def _positive(variance: np.ndarray) -> np.ndarray:
     found: np.ndarray = np.where(variance > 0, variance, np.nan)
     return found
-
-
-def _columns(means: Means) -> dict[str, Any]:
-    return {"value": means.value.tolist(), "low": means.low.tolist(), "high": means.high.tolist()}

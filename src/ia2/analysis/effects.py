@@ -21,8 +21,8 @@ from ia2.config import AdaptConfig
 from ia2.config_reading import validate
 from ia2.console import logger
 from ia2.errors import DataError
-from ia2.evaluation.calibration import Statistic, bootstrap_interval, clustered_interval
 from ia2.evaluation.run import evaluate_prompts
+from ia2.evaluation.statistics import Statistic, mean_interval, over_draws
 from ia2.examples import Example, Examples
 from ia2.inference import answer_pass
 from ia2.prompts import query_prompts
@@ -194,19 +194,17 @@ _Trials = Sequence[Mapping[str, Effects]]
 _Runs = list[list[np.ndarray]]
 
 
-def summarise(trials: _Trials, reference: str = "base", *, same_queries: bool = True) -> dict[str, Any]:
+def summarise(trials: _Trials, reference: str = "base") -> dict[str, Any]:
     """What was measured of each view, and how it differs from the reference on the same rows.
 
     Args:
         trials: for each training set view → what was measured of it.
         reference: the view that others are compared with, where a trial has it.
-        same_queries: whether the wordings of all trials are of the same queries (texts, benchmarks and
-            openings always are the same).
 
     Returns:
         The section: ``views``, ``reference``, and where measured ``perplexity``, ``benchmarks``,
-        ``diversity`` and ``wordings``. Every number is ``{"value", "low", "high"}``, with a 95% bootstrap
-        interval over rows and, where there are several, over trials; differences are paired by row.
+        ``diversity`` and ``wordings``. Every number is ``{"value", "low", "high"}``, with a 95% t-interval
+        over trials; of one trial over its rows, where it is a mean of them. Differences are paired by row.
     """
     views = list(dict.fromkeys(view for trial in trials for view in trial))
     benchmarks = dict.fromkeys(name for trial in trials for e in trial.values() for name in e.benchmarks)
@@ -214,17 +212,17 @@ def summarise(trials: _Trials, reference: str = "base", *, same_queries: bool = 
         "perplexity": _perplexity(trials, views, reference),
         "benchmarks": {name: _benchmark(trials, views, reference, name) for name in benchmarks},
         "diversity": _diversity(trials, views, reference),
-        "wordings": _wordings(trials, views, reference, same_queries),
+        "wordings": _wordings(trials, views, reference),
     }
     return {"views": views, "reference": reference, **{name: part for name, part in parts.items() if part}}
 
 
-def _interval(statistic: Statistic, runs: _Runs, same_rows: bool = True) -> dict[str, float | None]:
-    if len(runs) == 1:
-        return bootstrap_interval(statistic, runs[0]).to_dict()
-    # trials on the same rows share those rows' luck, as in ia2.evaluation.metrics.summarise
-    shared = same_rows and len({len(run[0]) for run in runs}) == 1
-    return clustered_interval(statistic, runs, shared_rows=shared).to_dict()
+def _interval(statistic: Statistic, runs: _Runs) -> dict[str, float | None]:
+    """Over trials; of one trial over its rows, where the statistic is a mean of them."""
+    if len(runs) == 1 and statistic in (_mean, _mean_difference):
+        rows = runs[0]
+        return mean_interval([rows[0] - rows[1] if statistic is _mean_difference else rows[0]]).to_dict()
+    return over_draws(statistic, runs).to_dict()
 
 
 def _mean(*rows: np.ndarray, axis: int) -> Any:
@@ -324,7 +322,7 @@ def _diversity(trials: _Trials, views: Sequence[str], reference: str) -> dict[st
     }
 
 
-def _wordings(trials: _Trials, views: Sequence[str], reference: str, same_queries: bool) -> dict[str, Any]:
+def _wordings(trials: _Trials, views: Sequence[str], reference: str) -> dict[str, Any]:
     """Only wordings that were measured everywhere; the others are named."""
     measured = [e.wordings for trial in trials for e in trial.values() if e.wordings]
     if not measured:
@@ -337,13 +335,13 @@ def _wordings(trials: _Trials, views: Sequence[str], reference: str, same_querie
         "scopes": {},
     }
     for scope in _scopes([each[UNCHANGED] for each in measured]):
-        found = {view: _under_wordings(trials, view, reference, names, scope, same_queries) for view in views}
+        found = {view: _under_wordings(trials, view, reference, names, scope) for view in views}
         entry["scopes"][scope] = {"views": {view: value for view, value in found.items() if value}}
     return entry
 
 
 def _under_wordings(
-    trials: _Trials, view: str, reference: str, names: Sequence[str], scope: str, same: bool
+    trials: _Trials, view: str, reference: str, names: Sequence[str], scope: str
 ) -> dict[str, Any]:
     """Accuracy under each wording, against the unchanged prompt; spread from best to worst."""
 
@@ -362,19 +360,19 @@ def _under_wordings(
         return {}
     runs = [run[0] for run in alone]
     first = names.index(UNCHANGED)
-    accuracies = {name: _interval(_mean, [[run[n]] for run in runs], same) for n, name in enumerate(names)}
+    accuracies = {name: _interval(_mean, [[run[n]] for run in runs]) for n, name in enumerate(names)}
     worst = min(accuracies, key=lambda name: accuracies[name]["value"] or 0.0)
     found = {
         "accuracy": accuracies,
         "difference": {
-            name: _interval(_mean_difference, [[run[n], run[first]] for run in runs], same)
+            name: _interval(_mean_difference, [[run[n], run[first]] for run in runs])
             for n, name in enumerate(names)
             if n != first
         },
-        "spread": _interval(spread, [list(run) for run in runs], same),
+        "spread": _interval(spread, [list(run) for run in runs]),
         "worst": {"wording": worst, "accuracy": accuracies[worst]["value"]},
     }
     if beside:
         both = [[*own, *base] for own, base in beside]
-        found["spread_difference"] = _interval(spread_difference, both, same)
+        found["spread_difference"] = _interval(spread_difference, both)
     return found

@@ -206,11 +206,6 @@ class Facts:
         """Where only the answers compete: the label set, or the whole answer of free text."""
         return "answer" if self.labelled is False else "labels"
 
-    @property
-    def main(self) -> str:
-        """The scope of the accuracy that tables begin with."""
-        return "answer" if self.labelled is False else "vocabulary"
-
     def arm(self, recipe: str, variant: str = "") -> ArmFacts | None:
         """The recipe with this variant, or with one that is part of it (``sft@dora`` beside ``dora-kl``)."""
         found = [

@@ -58,19 +58,16 @@ def range_text(interval: Mapping[str, Any], signed: bool = True) -> str:
 
 
 def difference_interval(runs: list[list[np.ndarray]]) -> dict[str, float] | None:
-    """Mean of the first column less the second (if any), 95% bootstrap over seeds and rows."""
-    from ia2.evaluation.calibration import clustered_interval
+    """Mean of the first column less the second (if any), 95% over seeds, or over the rows of a single one."""
+    from ia2.evaluation.statistics import mean_interval
 
     if not runs:
         return None
-
-    def statistic(*columns: np.ndarray, axis: int) -> Any:
-        mean = columns[0].mean(axis)
-        return mean - columns[1].mean(axis) if len(columns) > 1 else mean
-
-    shared = len({len(run[0]) for run in runs}) == 1
-    found = clustered_interval(statistic, runs, shared_rows=shared)
-    return {"value": found.value, "low": found.low, "high": found.high}
+    found = mean_interval([run[0] - run[1] if len(run) > 1 else run[0] for run in runs])
+    value = float(found.value)
+    if found.units < 2:  # one row
+        return {"value": value, "low": value, "high": value}
+    return {"value": value, "low": float(found.low), "high": float(found.high)}
 
 
 def correct_in(scope: str) -> Callable[[Evaluation], np.ndarray | None]:

@@ -143,7 +143,6 @@ class SideEffects:
     parsers: Sequence[str] = ()
     _trials: list[dict[str, Effects]] = field(default_factory=list)
     _base: Effects | None = None
-    _places: list[tuple[int, ...]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._texts = plain_texts(self.text)
@@ -182,7 +181,6 @@ class SideEffects:
             if subject is None:
                 self._base = found[name]
         self._trials.append(found)
-        self._places.append(look.trial.places)
 
     def _measured(self, look: Look, model: Any) -> Effects:
         tokenizer, rendering = look.base.tokenizer, look.teaching.prompts.rendering
@@ -211,5 +209,4 @@ class SideEffects:
 
     def section(self) -> dict[str, Any]:
         """Of all trials."""
-        same = all(places == self._places[0] for places in self._places)
-        return effects.summarise(self._trials, same_queries=same)
+        return effects.summarise(self._trials)

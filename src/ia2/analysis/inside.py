@@ -122,12 +122,11 @@ class Insides:
         """The sections of all trials together, by name."""
         trials, found = self.study.trials, self._found
         pool = activations.Pool([t.seed for t in trials], [t.places for t in trials])
-        shared = all(t.places == trials[0].places for t in trials)
         sections: dict[str, Any] = {}
         if "activations" in found:
             sections["activations"] = activations.summarise(pool, found["activations"], self._views)
         if "lens" in found:
-            sections["lens"] = lens.summarise(found["lens"], shared_rows=shared)
+            sections["lens"] = lens.summarise(found["lens"])
         if "heads" in found:
             sections["heads"] = heads.summarise(found["heads"], self._attention)
         if "residual" in found:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ia2.analysis.intervals import mean_intervals
 from ia2.analysis.readings import (
     LabelTokens,
     Reading,
@@ -29,6 +28,7 @@ from ia2.analysis.readings import (
 )
 from ia2.analysis.unembedding import Lens
 from ia2.errors import ModelError
+from ia2.evaluation.statistics import mean_interval
 from ia2.tokens import Ids
 
 if TYPE_CHECKING:
@@ -304,8 +304,8 @@ def _most_common(labels: Sequence[int]) -> float:
 # ------------------------------------------------------------------------------------------ all trials
 
 
-def summarise(trials: Sequence[LensResult], *, shared_rows: bool = False) -> dict[str, Any]:
-    """The section ``lens``: means by layer, with 95% intervals over examples and trials.
+def summarise(trials: Sequence[LensResult]) -> dict[str, Any]:
+    """The section ``lens``: means by layer, with 95% t-intervals over trials (of one, over examples).
 
     ``shows_at`` of a view is the first layer at which the task shows, there and at the next two layers (as
     far as there are any): where the interval of ``agreement`` lies above chance and, for views other than the
@@ -313,7 +313,6 @@ def summarise(trials: Sequence[LensResult], *, shared_rows: bool = False) -> dic
 
     Args:
         trials: of one model and task.
-        shared_rows: example i is the same query in every trial.
 
     Returns:
         ``{"layers", "over", "chance": {measure: share}, "views": [{"name", "n", "shows_at",
@@ -324,11 +323,9 @@ def summarise(trials: Sequence[LensResult], *, shared_rows: bool = False) -> dic
     views = []
     for view in dict.fromkeys(name for trial in trials for name in trial.views):
         having = [trial for trial in trials if view in trial.views]
-        # answers that do not begin as the labels do may have been left out of one trial only
-        shared = shared_rows and all(trial.examples == having[0].examples for trial in having)
         names = list(having[0].views[view])
         runs = [np.concatenate([trial.views[view][name] for name in names], axis=1) for trial in having]
-        means = mean_intervals(runs, shared_rows=shared)
+        means = mean_interval(runs)
         entry: dict[str, Any] = {"name": view, "n": sum(len(run) for run in runs), "shows_at": None}
         for place, name in enumerate(names):
             own = slice(place * len(first.layers), (place + 1) * len(first.layers))
@@ -340,7 +337,7 @@ def summarise(trials: Sequence[LensResult], *, shared_rows: bool = False) -> dic
         above = np.array(entry["agreement_by_layer"]["low"]) > chance.get("agreement", 0.0)
         if view != BASE and all(BASE in trial.views for trial in having):
             gain = [trial.views[view]["agreement"] - trial.views[BASE]["agreement"] for trial in having]
-            above &= mean_intervals(gain, shared_rows=shared).low > 0
+            above &= mean_interval(gain).low > 0
         if (start := _first_run(above)) is not None:
             entry["shows_at"] = first.layers[start]
         views.append(entry)

@@ -14,11 +14,11 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import stats
 
 from ia2.analysis.subspaces import MEASURES, Floats, LowRank, effective_rank, low_rank, overlap
 from ia2.config_sections import AdapterConfig
 from ia2.console import progress
+from ia2.evaluation.statistics import t_interval
 
 if TYPE_CHECKING:
     import torch
@@ -376,8 +376,8 @@ def over_seeds(values: Sequence[float], seeds: Sequence[Any], *, interval: bool 
         return {"value": math.nan, "low": math.nan, "high": math.nan, "n": 0, "ends": "range"}
     low, high, ends = float(means.min()), float(means.max()), "range"
     if interval and len(means) >= MIN_FOR_INTERVAL:
-        half = float(stats.t.ppf(0.975, len(means) - 1) * stats.sem(means))
-        low, high, ends = float(means.mean()) - half, float(means.mean()) + half, "95%"
+        student = t_interval(means)
+        low, high, ends = float(student.low), float(student.high), "95%"
     return {"value": float(means.mean()), "low": low, "high": high, "n": len(means), "ends": ends}
 
 

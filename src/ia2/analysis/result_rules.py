@@ -358,7 +358,7 @@ def worse_than_sft(facts: Facts) -> Iterable[Finding]:
     need_recipes(facts, "ia2-sft", "sft")
     told = False
     for arm, rival in _method_and_sft(facts):
-        difference = difference_interval(facts.columns((arm.name, rival.name), correct_in(facts.main)))
+        difference = difference_interval(facts.columns((arm.name, rival.name), correct_in(facts.scope)))
         if difference is None:
             difference = facts.differences.get(f"{arm.name} − {rival.name}", {}).get("accuracy")
         if difference is None or difference["high"] is None:

@@ -123,7 +123,7 @@ def icl_no_headroom(facts: Facts) -> Iterable[Finding]:
     need_recipes(facts, "base", "icl")
     icl, base = facts.arm("icl"), facts.arm("base")
     assert icl is not None and base is not None
-    one, two = (facts.mean(arm, facts.main, "accuracy") for arm in (icl, base))
+    one, two = (facts.mean(arm, facts.scope, "accuracy") for arm in (icl, base))
     if one is None or two is None:
         raise not_yet(facts, "evaluations of icl and base")
     if one - two < HEADROOM:

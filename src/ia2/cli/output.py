@@ -36,28 +36,18 @@ def print_metrics(metrics: dict[str, Any]) -> None:
     """The metrics of one adapter as a table."""
     from rich.table import Table
 
-    from ia2.report.tables import interval
+    from ia2.report.tables import metrics_rows
 
-    part = "test" if "test" in metrics else "dev"
-    if part not in metrics:
+    found = metrics_rows(metrics)
+    if found is None:
         print("Not evaluated: there were neither test nor dev rows.")
         return
-    found = metrics[part]
-    scopes = {
-        "vocabulary": "over the vocabulary",
-        "labels": "over the label set",
-        "answer": "whole answer",
-    }
-    shown = [scope for scope in scopes if scope in found]
-    table = Table(title=f"{metrics.get('recipe', '')} on {found['n']} {part} rows (95% intervals)")
-    table.add_column("metric")
-    for scope in shown:
-        table.add_column(scopes[scope], justify="right")
-    for name in ("accuracy", "ece", "ece_equal_width", "brier", "nll"):
-        table.add_row(name, *(interval(found[scope][name]) for scope in shown))
-    if "scaled" in found:
-        cells = [interval(found["scaled"][scope]["ece"]) for scope in shown]
-        table.add_row("ece, temperature-scaled", *cells)
+    of, columns, rows = found
+    table = Table(title=f"{metrics.get('recipe', '')} on {of}")
+    for place, title in enumerate(columns):
+        table.add_column(title, justify="right" if place else "left")
+    for row in rows:
+        table.add_row(*row)
     terminal().print(table)
     if "similarity_to_icl" in metrics:
         print(f"asim to ICL: {metrics['similarity_to_icl']['asim']:.3f}")

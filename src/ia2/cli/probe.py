@@ -10,7 +10,7 @@ from ia2.config import ProbeConfig
 
 @with_settings(ProbeConfig, leave_out=("recipe",))
 def probe(config: ProbeConfig, json: Json = False, quiet: Quiet = False) -> None:
-    """Will IA2 help here? ICL against the base and against guessing, and the cost, before any training."""
+    """Will IA2 help here? ICL against quick fine-tuning and the bare model on your rows, and the cost."""
     from ia2.cli.output import print_json, start
 
     start(quiet)
@@ -25,12 +25,17 @@ def probe(config: ProbeConfig, json: Json = False, quiet: Quiet = False) -> None
 
 
 def _print(verdict: str, reason: str, facts: dict[str, Any]) -> None:
-    accuracy, cost = facts["accuracy"], facts["cost"]
-    print(f"Each of {facts['rows']} rows, {facts['context']}:")
-    print("                        accuracy   in the label set")
+    accuracy, cost, sft = facts["accuracy"], facts["cost"], facts["sft"]
     name = "in-context learning" if facts["demonstrations"] else "with its context"
-    print(f"  {name:21} {accuracy['icl']:8.1%}   {accuracy['icl_in_label_set']:8.1%}")
-    print(f"  base model            {accuracy['base']:8.1%}   {accuracy['base_in_label_set']:8.1%}")
+    print(f"Accuracy on {facts['rows']} rows, among the labels (over the vocabulary):")
+    if sft is not None:
+        rows = f"held out, {sft['rows']} other rows or more"
+        trained = f"{rows}, {sft['steps']} steps at {sft['rate']:g}"
+        print(f"  {name:21} {accuracy['icl']:8.1%}   {rows} in the prompt")
+        print(f"  fine-tuning           {accuracy['sft']:8.1%}   {trained}")
+    alone, over = accuracy["icl_leave_one_out"], accuracy["icl_leave_one_out_vocabulary"]
+    print(f"  {name:21} {alone:8.1%}   ({over:.1%}) {facts['context']}")
+    print(f"  base model            {accuracy['base']:8.1%}   ({accuracy['base_vocabulary']:.1%})")
     print(f"  most frequent label   {accuracy['most_frequent_label']:8.1%}")
     megabytes, steps = cost["target_bytes"] / 1e6, cost["max_steps_a_stage"]
     print(f"Cost of ia2-sft on {cost['num_train']} training rows on this machine:")

@@ -1,38 +1,25 @@
-"""Calibration measures, temperature scaling and bootstrap intervals (METHOD.md, section 4).
+"""Calibration measures and temperature scaling (METHOD.md, section 4).
 
-Everything is numpy and scipy on small arrays. A *statistic* is a function that takes one or more
-row arrays and ``axis=-1`` and reduces that axis, such as ``np.mean`` or ``ece_equal_mass``; batches
-``[R, n]`` of resampled rows then cost one call instead of R.
+Everything is numpy and scipy on small arrays.
 
 Sources: Guo et al. 2017 (equal-width ECE, temperature scaling), Nixon et al. 2019 (equal-mass
-ECE), Brier 1950, Efron 1987 (BCa), Davison and Hinkley 1997 (two-level bootstrap), Owen 2007
-(crossed bootstrap).
+ECE), Brier 1950.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-import warnings
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.floating[Any]]
-Statistic = Callable[..., Any]
 
 # 33 points, so that the middle one is 10**0, exactly 1.0: "no scaling" is always a candidate.
 TEMPERATURES: Floats = np.logspace(-1.0, 1.0, 33)
 TEMPERATURES.setflags(write=False)
-
-# BCa needs a jackknife of n rows n times. Above this size it costs seconds and moves the ends
-# by O(1/n) only, so the percentile interval takes over.
-BCA_MAX_ROWS = 2000
-# Elements of a resample held at once (16 MB in float64).
-_BATCH_ELEMENTS = 2_000_000
 
 
 # --- calibration error -------------------------------------------------------------------------
@@ -232,7 +219,7 @@ def brier_rows(probabilities: ArrayLike, gold: ArrayLike) -> Floats:
         gold: ``[n]``, index of the right class.
 
     Returns:
-        ``[n]``, each in [0, 2]; 0 is best. Give these to `bootstrap_interval` with ``np.mean``.
+        ``[n]``, each in [0, 2]; 0 is best.
 
     Raises:
         ValueError: shapes do not fit or a gold index is outside ``[0, C)``.
@@ -339,245 +326,3 @@ def scale_label_log_probabilities(log_p: ArrayLike, temperature: float) -> Float
     scaled = np.where(np.isneginf(top), 0.0, scaled - np.where(np.isfinite(top), top, 0.0))
     with np.errstate(over="ignore"):  # to -inf, which is the limit
         return special.log_softmax(scaled / temperature, axis=-1)
-
-
-# --- intervals ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate and its confidence interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def to_dict(self) -> dict[str, float | None]:
-        """Plain values for JSON, which has neither NaN nor infinity: those become None."""
-        pairs = {"value": self.value, "low": self.low, "high": self.high}
-        return {name: x if math.isfinite(x) else None for name, x in pairs.items()}
-
-
-def bootstrap_interval(
-    statistic: Statistic,
-    arrays: Sequence[np.ndarray] | np.ndarray,
-    *,
-    seed: int = 0,
-    resamples: int = 1000,
-    confidence: float = 0.95,
-) -> Interval:
-    """Bootstrap interval of a statistic of one set of rows.
-
-    Rows are drawn jointly from all arrays. BCa (Efron 1987) up to `BCA_MAX_ROWS` rows, otherwise,
-    and where BCa has no finite ends, the percentile interval.
-
-    A small ECE needs care: resampling adds to it, so that most or all resamples lie above the
-    estimate. BCa then shrinks to nothing (often narrower than a hundredth of the standard error)
-    and the percentile interval misses the estimate. If the estimate lies outside the percentile
-    interval, that interval is moved by the mean bias of the resamples: it then tells how much the
-    estimate would vary over other samples of n rows. It does not remove the upward bias of an ECE
-    itself. The ends always enclose the value.
-
-    Args:
-        statistic: ``statistic(*arrays, axis=-1)``, reducing the last axis.
-        arrays: row arrays, each ``[n]``; a single array counts as one.
-        seed: of the resampling: the same seed gives the same interval.
-        resamples: number of resamples.
-        confidence: level of the interval, in (0, 1).
-
-    Returns:
-        Value and ends, in units of the statistic. NaN without rows; one row has no width.
-
-    Raises:
-        ValueError: arrays of different lengths or not ``[n]``, or impossible settings.
-    """
-    from scipy import stats  # slow to import, and no prediction needs it
-
-    rows = _as_rows(arrays)
-    _check_settings(resamples, confidence)
-    n = len(rows[0])
-    if n == 0:
-        return Interval(math.nan, math.nan, math.nan)
-    value = float(statistic(*rows, axis=-1))
-    if n == 1:
-        return Interval(value, value, value)
-    if n > BCA_MAX_ROWS or not math.isfinite(value):
-        drawn = _row_resamples(statistic, rows, resamples, np.random.default_rng(seed))
-        return _percentile(value, drawn, confidence).interval
-
-    def of_indices(index: NDArray[np.int64], axis: int = -1) -> Any:
-        return np.asarray(statistic(*(row[index] for row in rows), axis=axis), dtype=np.float64)
-
-    # scipy 1.15 renamed the argument
-    keyword = "rng" if "rng" in inspect.signature(stats.bootstrap).parameters else "random_state"
-    with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
-        # Data such as "all correct" have no BCa interval: that is what the fallback is for.
-        warnings.filterwarnings("ignore", category=stats.DegenerateDataWarning)
-        # One array of row numbers instead of `paired=True`: the same draws, and the row arrays
-        # keep their own dtypes.
-        result = stats.bootstrap(
-            (np.arange(n),),
-            of_indices,
-            n_resamples=resamples,
-            batch=_batch(n, max(resamples, n)),
-            vectorized=True,
-            axis=-1,
-            confidence_level=confidence,
-            method="BCa",
-            **{keyword: np.random.default_rng(seed)},
-        )
-    low, high = (float(end) for end in result.confidence_interval)
-    fallback = _percentile(value, result.bootstrap_distribution, confidence)
-    if not (math.isfinite(low) and math.isfinite(high)) or fallback.shifted:
-        return fallback.interval
-    return Interval(value, min(low, value), max(high, value))
-
-
-def paired_difference_interval(
-    statistic: Statistic,
-    a: Sequence[np.ndarray] | np.ndarray,
-    b: Sequence[np.ndarray] | np.ndarray,
-    *,
-    seed: int = 0,
-    resamples: int = 1000,
-    confidence: float = 0.95,
-) -> Interval:
-    """Bootstrap interval of ``statistic(a) - statistic(b)`` on the same rows.
-
-    Row i of ``a`` and row i of ``b`` must be the same example: they are drawn together, so that
-    what is common to both cancels. Otherwise as `bootstrap_interval`.
-
-    Args:
-        statistic: ``statistic(*arrays, axis=-1)``, reducing the last axis.
-        a: row arrays of one method, each ``[n]``.
-        b: row arrays of the other, each ``[n]``.
-        seed: of the resampling.
-        resamples: number of resamples.
-        confidence: level of the interval, in (0, 1).
-
-    Returns:
-        The difference and its ends, in units of the statistic.
-
-    Raises:
-        ValueError: as `bootstrap_interval`; also if ``a`` and ``b`` have different lengths.
-    """
-    first, second = _as_rows(a), _as_rows(b)
-
-    def difference(*arrays: np.ndarray, axis: int = -1) -> Any:
-        left = statistic(*arrays[: len(first)], axis=axis)
-        return left - statistic(*arrays[len(first) :], axis=axis)
-
-    return bootstrap_interval(
-        difference, [*first, *second], seed=seed, resamples=resamples, confidence=confidence
-    )
-
-
-def clustered_interval(
-    statistic: Statistic,
-    runs: Sequence[Sequence[np.ndarray] | np.ndarray],
-    *,
-    seed: int = 0,
-    resamples: int = 1000,
-    confidence: float = 0.95,
-    shared_rows: bool = False,
-) -> Interval:
-    """Interval of the mean of a statistic over runs (seeds): a two-level percentile bootstrap.
-
-    Each resample draws runs with replacement and, within each drawn run, rows with replacement
-    (Davison and Hinkley 1997, section 3.8). If all runs are evaluated on the same test rows, the
-    luck of those rows does not average out over runs: then say ``shared_rows=True``, and every
-    resample draws one set of rows for all its runs (crossed bootstrap, Owen 2007). With one run
-    both are the row bootstrap.
-
-    Args:
-        statistic: ``statistic(*arrays, axis=-1)``, reducing the last axis.
-        runs: for each run its row arrays, each ``[n_run]``; runs may differ in length.
-        seed: of the resampling.
-        resamples: number of resamples.
-        confidence: level of the interval, in (0, 1).
-        shared_rows: row i is the same example in every run.
-
-    Returns:
-        Mean over runs and ends, in units of the statistic. NaN without runs or if a run is empty.
-
-    Raises:
-        ValueError: arrays of different lengths within a run, impossible settings, or
-            ``shared_rows`` with runs of different lengths.
-    """
-    _check_settings(resamples, confidence)
-    parsed = [_as_rows(run) for run in runs]
-    lengths = [len(rows[0]) for rows in parsed]
-    if shared_rows and len(set(lengths)) > 1:
-        raise ValueError(f"shared_rows needs runs of equal length, not {lengths}")
-    if not parsed or 0 in lengths:
-        return Interval(math.nan, math.nan, math.nan)
-    value = float(np.mean([statistic(*rows, axis=-1) for rows in parsed]))
-    rng = np.random.default_rng(seed)
-    drawn_run = rng.integers(len(parsed), size=(resamples, len(parsed)))
-    if shared_rows:
-        row_seed = int(rng.integers(2**63))
-        # The same generator for every run draws the same rows for every run.
-        per_run = [
-            _row_resamples(statistic, rows, resamples, np.random.default_rng(row_seed)) for rows in parsed
-        ]
-        drawn = np.take_along_axis(np.stack(per_run, axis=1), drawn_run, axis=1)
-    else:
-        drawn = np.empty(drawn_run.shape)
-        for i, rows in enumerate(parsed):
-            here = drawn_run == i
-            drawn[here] = _row_resamples(statistic, rows, int(here.sum()), rng)
-    return _percentile(value, drawn.mean(axis=1), confidence).interval
-
-
-def _as_rows(arrays: Sequence[np.ndarray] | np.ndarray) -> list[np.ndarray]:
-    rows = [arrays] if isinstance(arrays, np.ndarray) else [np.asarray(array) for array in arrays]
-    shapes = [list(row.shape) for row in rows]
-    if not rows or rows[0].ndim != 1 or any(shape != shapes[0] for shape in shapes):
-        raise ValueError(f"expected row arrays of one length, each [n], not {shapes}")
-    return rows
-
-
-def _check_settings(resamples: int, confidence: float) -> None:
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, not {resamples}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
-
-
-def _batch(n: int, wanted: int) -> int:
-    return min(max(1, _BATCH_ELEMENTS // n), max(1, wanted))
-
-
-def _row_resamples(
-    statistic: Statistic, rows: list[np.ndarray], resamples: int, rng: np.random.Generator
-) -> Floats:
-    n = len(rows[0])
-    drawn = np.empty(resamples)
-    step = _batch(n, resamples)
-    for start in range(0, resamples, step):
-        index = rng.integers(n, size=(min(step, resamples - start), n))
-        drawn[start : start + step] = statistic(*(row[index] for row in rows), axis=-1)
-    return drawn
-
-
-class _Percentile(NamedTuple):
-    interval: Interval
-    shifted: bool
-
-
-def _percentile(value: float, drawn: Floats, confidence: float) -> _Percentile:
-    if np.isnan(drawn).any() or math.isnan(value):
-        return _Percentile(Interval(value, math.nan, math.nan), False)
-    tail = (1 - confidence) / 2
-    # Order statistics, not interpolation: between two infinite NLLs the latter gives NaN.
-    low = float(np.quantile(drawn, tail, method="lower"))
-    high = float(np.quantile(drawn, 1 - tail, method="higher"))
-    # A mean adds up in another order in each resample: rounding is not bias.
-    rounding = 1e-12 * max(1.0, abs(value)) if math.isfinite(value) else 0.0
-    shifted = not low - rounding <= value <= high + rounding
-    if shifted and np.isfinite(drawn).all() and math.isfinite(value):
-        bias = float(drawn.mean()) - value
-        low, high = low - bias, high - bias
-        if value >= 0 and drawn.min() >= 0:
-            low = max(low, 0.0)  # an error that is never negative gets no negative end
-    return _Percentile(Interval(value, min(low, value), max(high, value)), shifted)

@@ -7,7 +7,7 @@ are the probability of the first token and of the whole answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,13 @@ import numpy as np
 from ia2.evaluation.calibration import (
     TEMPERATURES,
     brier_rows,
-    clustered_interval,
     ece_equal_mass,
     ece_equal_width,
     fit_temperature,
     scale_label_log_probabilities,
 )
 from ia2.evaluation.scoring import FreeAnswers, LabelScores
+from ia2.evaluation.statistics import Statistic, bounded, over_draws
 
 _TINY = 1e-12
 _LEAST = float(np.log(np.finfo(float).tiny))
@@ -54,8 +54,6 @@ class RowMeasures:
         """Rows of several folds as one."""
         return cls(*(np.concatenate(columns) for columns in zip(*(p.arrays() for p in parts), strict=True)))
 
-
-Statistic = Callable[..., Any]
 
 # each takes (confidence, correct, brier, nll), with rows along the axis
 STATISTICS: dict[str, Statistic] = {
@@ -216,12 +214,11 @@ def measure_free(
     return Measured(plain, scaled, temperatures)
 
 
-def summarise(runs: Sequence[Measured], *, seed: int = 0) -> dict[str, Any]:
-    """Every metric of every scope, mean over runs, with 95% bootstrap intervals over runs and rows.
+def summarise(runs: Sequence[Measured]) -> dict[str, Any]:
+    """Every metric of every scope, mean over draws, with 95% t-intervals over draws; one draw has none.
 
     Args:
-        runs: one for each seed; all with the same scopes.
-        seed: of the bootstrap.
+        runs: one for each draw; all with the same scopes.
 
     Returns:
         ``{"n", "runs", scope: {metric: {"value", "low", "high"}}, "scaled": {scope: …}}``.
@@ -231,11 +228,11 @@ def summarise(runs: Sequence[Measured], *, seed: int = 0) -> dict[str, Any]:
         "n": len(next(iter(runs[0].plain.values())).correct),
     }
     for scope in runs[0].plain:
-        result[scope] = _intervals([run.plain[scope] for run in runs], seed)
+        result[scope] = _intervals([run.plain[scope] for run in runs])
     if all(run.scaled for run in runs):
         result["scaled"] = {
             scope: {
-                **_intervals([run.scaled[scope] for run in runs], seed),
+                **_intervals([run.scaled[scope] for run in runs]),
                 "temperature": float(np.mean([run.temperatures[scope] for run in runs])),
             }
             for scope in runs[0].scaled
@@ -243,11 +240,8 @@ def summarise(runs: Sequence[Measured], *, seed: int = 0) -> dict[str, Any]:
     return result
 
 
-def _intervals(runs: Sequence[RowMeasures], seed: int) -> dict[str, Any]:
+def _intervals(runs: Sequence[RowMeasures]) -> dict[str, Any]:
     rows = [run.arrays() for run in runs]
-    # Seeds evaluated on the same rows share those rows' luck; resampling them apart would hide it.
-    shared = len({len(run.correct) for run in runs}) == 1
     return {
-        name: clustered_interval(statistic, rows, seed=seed, shared_rows=shared).to_dict()
-        for name, statistic in STATISTICS.items()
+        name: bounded(over_draws(statistic, rows), name).to_dict() for name, statistic in STATISTICS.items()
     }

@@ -21,7 +21,7 @@ from ia2.report.layer_lines import (
 )
 from ia2.report.style import FAINT, Figure, Panel, numbers_table, plain_log
 from ia2.report.verdict import METHOD, RIVAL
-from ia2.sweeps.tables import MISSING
+from ia2.wording import MISSING, estimate
 
 _BROKEN = {"with demonstrations": "dashed", "other seed": "dash-dotted"}
 
@@ -191,10 +191,10 @@ def _differences_figure(section: Mapping[str, Any], heading: str) -> Figure | No
     limits = limits_of(pair["asim_by_layer"] for pair in pairs)
     titles = [f"{pair['a']} − {pair['b']}" for pair in pairs]
     rows = [
-        [str(layer), *(with_interval(pair["asim_by_layer"], place, "+.3f") for pair in pairs)]
+        [str(layer), *(with_interval(pair["asim_by_layer"], place, signed=True) for pair in pairs)]
         for place, layer in enumerate(layers)
     ]
-    overall = [f"{t}: {with_interval({k: [v] for k, v in p['asim'].items()}, 0, '+.3f')}"
+    overall = [f"{t}: {estimate(p['asim'], signed=True)}"
                for t, p in zip(titles, pairs, strict=True)]  # fmt: skip
     return Figure(
         "activations-differences",

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ia2.errors import RunFolderError
+from ia2.evaluation.statistics import side
 from ia2.files import read_json
 from ia2.report.style import Figure, numbers_table
-from ia2.report.tables import interval
-from ia2.report.verdict import METHOD, RIVAL, arm_title, side, signed_text
+from ia2.report.verdict import METHOD, RIVAL, arm_title
 from ia2.runs import ANALYSIS_FILE
 from ia2.sweeps.tables import Table
-from ia2.wording import counted
+from ia2.wording import counted, estimate
 
 # The maker of each section's figures, imported when there is something to draw.
 _FIGURES = {
@@ -92,7 +92,8 @@ def _activations(result: Mapping[str, Any]) -> Iterator[str]:
         words = {1: "nearer to ICL inside than", -1: "further from ICL inside than", 0: "as near to ICL as"}
         yield (
             f"{arm_title(method)} is {words[side(found)]} {arm_title(rival)}: asim "
-            f"{_value(views[method])} against {_value(views[rival])}, difference {signed_text(found)}."
+            f"{_value(views[method])} against {_value(views[rival])}, difference "
+            f"{estimate(found, signed=True)}."
         )
     else:
         yield "asim to ICL: " + ", ".join(f"{arm_title(a)} {_value(views[a])}" for a in arms) + "."
@@ -178,7 +179,7 @@ def _causal(result: Mapping[str, Any]) -> Iterator[str]:
         if whole is None or whole != whole:
             yield (
                 f"Causal check, {arm_title(name)}: it gives ICL's answer about as much probability as ICL "
-                f"does (gap {signed_text(gap)} nats), so there is no fraction to recover."
+                f"does (gap {estimate(gap, signed=True)} nats), so there is no fraction to recover."
             )
             continue
         layers = _largest(target["layers"], section["layers"], 3)
@@ -209,16 +210,19 @@ def _effects(result: Mapping[str, Any]) -> Iterator[str]:
     arms = [name for name in result["subjects"] if name in section["views"]]
     perplexity = section.get("perplexity")
     if perplexity:
-        found = [f"{arm_title(a)} {interval(perplexity['views'][a]['ratio'])}" for a in arms]
+        found = [f"{arm_title(a)} {estimate(perplexity['views'][a]['ratio'])}" for a in arms]
         yield f"Perplexity on plain text, over the base model's: {', '.join(found)}."
     worded = section.get("wordings")
-    if worded and "vocabulary" in worded["scopes"]:
-        views = worded["scopes"]["vocabulary"]["views"]
+    if worded and "labels" in worded["scopes"]:
+        views = worded["scopes"]["labels"]["views"]
         found = [
-            f"{arm_title(a)} {interval(views[a]['accuracy']['unchanged'])}, {_worst(views[a]['worst'])}"
+            f"{arm_title(a)} {estimate(views[a]['accuracy']['unchanged'])}, {_worst(views[a]['worst'])}"
             for a in arms
         ]
-        yield f"Accuracy as trained, and under the worst of the other wordings: {'; '.join(found)}."
+        yield (
+            "Accuracy among the labels as trained, and under the worst of the other wordings: "
+            f"{'; '.join(found)}."
+        )
 
 
 def _worst(found: Mapping[str, Any]) -> str:
@@ -250,7 +254,7 @@ def analysis_tables(result: Mapping[str, Any]) -> list[Table]:
         [
             view["name"],
             view["control"] or "–",
-            *(interval(view.get(name)) for name in ("asim", "centred", "variance_unexplained", "l2")),
+            *(estimate(view.get(name)) for name in ("asim", "centred", "variance_unexplained", "l2")),
         ]
         for view in section["views"]
     ]
@@ -258,7 +262,7 @@ def analysis_tables(result: Mapping[str, Any]) -> list[Table]:
         "views", "Similarity of attention outputs to ICL with 95% intervals", columns, rows
     )
     pairs: Sequence[Sequence[str]] = [
-        [f"{d['a']} − {d['b']}", signed_text(d["asim"])] for d in section["differences"]
+        [f"{d['a']} − {d['b']}", estimate(d["asim"], signed=True)] for d in section["differences"]
     ]
     differences = numbers_table(
         "view-differences", "Differences in asim, paired by query", ["difference", "asim"], pairs

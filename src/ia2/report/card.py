@@ -6,6 +6,7 @@ from typing import Any
 
 from ia2.packaged_models import PACKAGED_MODELS
 from ia2.recipes import describe
+from ia2.report.tables import metrics_rows
 from ia2.task import Task
 
 _CARD = """\
@@ -102,32 +103,14 @@ def _loading(model: str, adapter: dict[str, Any]) -> str:
 
 
 def _metrics_table(metrics: dict[str, Any]) -> str:
-    part = "test" if "test" in metrics else "dev"
-    if part not in metrics:
+    found = metrics_rows(metrics)
+    if found is None:
         return "Not evaluated: there were neither test nor dev rows.\n"
-    found = metrics[part]
-    scopes = [s for s in ("vocabulary", "labels", "answer") if s in found]
-    lines = [
-        f"On {found['n']} {part} rows, with 95% bootstrap intervals"
-        + (f" ({metrics['note']})" if "note" in metrics else "")
-        + ":",
-        "",
-        "| metric | "
-        + " | ".join(f"over the {s}" if s != "labels" else "over the label set" for s in scopes)
-        + " |",
-        "|---" * (len(scopes) + 1) + "|",
-    ]
-    for name in ("accuracy", "ece", "ece_equal_width", "brier", "nll"):
-        cells = [f"{_number(found[s][name])}" for s in scopes]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n\n"
-
-
-def _number(interval: dict[str, float | None]) -> str:
-    value, low, high = (interval[key] for key in ("value", "low", "high"))
-    if value is None:
-        return "–"
-    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    of, columns, rows = found
+    note = f" ({metrics['note']})" if "note" in metrics else ""
+    lines = [f"| {' | '.join(line)} |" for line in (columns, *rows)]
+    lines.insert(1, "|---" * len(columns) + "|")
+    return f"On {of}{note}:\n\n" + "\n".join(lines) + "\n\n"
 
 
 def _yaml_text(text: str) -> str:

@@ -11,6 +11,7 @@ from ia2.analysis.causal_summary import MIN_FRACTION
 from ia2.report.head_map import head_map
 from ia2.report.layer_lines import array, number
 from ia2.report.style import COLOURS, FAINT, Figure, Panel, numbers_table
+from ia2.wording import estimate
 
 LEVEL = 0.05
 
@@ -59,14 +60,11 @@ def _shown(target: Mapping[str, Any], fraction: str) -> tuple[str, str, str, str
 
 def _interval(values: Mapping[str, Any], place: tuple[int, ...], keys: Sequence[str]) -> str:
     value, low, high = (array(values[key])[place] for key in keys)
-    if not np.isfinite(value):
-        return number(None, "")
-    return f"{number(value, '.3f')} [{number(low, '.3f')}, {number(high, '.3f')}]"
+    return estimate({"value": value if np.isfinite(value) else None, "low": low, "high": high})
 
 
 def _gap(target: Mapping[str, Any]) -> str:
-    gap = target["gap"]
-    return f"{number(gap['value'], '+.2f')} [{number(gap['low'], '.2f')}, {number(gap['high'], '.2f')}] nats"
+    return f"{estimate(target['gap'], signed=True)} nats"
 
 
 def _explained(section: Mapping[str, Any], direction: str) -> str:

@@ -12,8 +12,10 @@ import numpy as np
 
 from ia2.console import logger
 from ia2.errors import RunFolderError
+from ia2.evaluation.statistics import main_scope
 from ia2.files import read_json, read_lines, understood
 from ia2.manifest import RUN_FILE
+from ia2.report.tables import INTERVALS, MEASURES
 from ia2.runs import not_finished, read_run_file
 
 Kind = Literal["compare", "curve", "train", "sweep"]
@@ -187,7 +189,8 @@ def _compare(folder: Path, summary: dict[str, Any], facts: dict[str, Any], part:
     if isinstance(rates, list):  # before several adapter types could be compared
         summary["design"]["learning_rates"] = {summary["config"]["adapter"]["type"]: rates}
     arms = list(summary["recipes"])
-    scope = "vocabulary" if summary["design"]["task"] == "classification" else "answer"
+    scope = main_scope(summary["design"]["task"] == "classification")
+    without_older_intervals(summary)
     evaluations: dict[str, list[Evaluation]] = {}
     rows: list[Row] = []
     total = 0
@@ -203,6 +206,7 @@ def _compare(folder: Path, summary: dict[str, Any], facts: dict[str, Any], part:
 
 
 def _curve(folder: Path, summary: dict[str, Any]) -> Run:
+    without_older_intervals(summary)
     parts: dict[int, Run] = {}
     for size in summary["sizes"]:
         where = folder / f"n-{size}"
@@ -232,6 +236,45 @@ def _train(folder: Path, summary: dict[str, Any], facts: dict[str, Any]) -> Run:
     )
     evaluations = {arm: [evaluation]} if known else {}
     return Run("train", folder, summary, facts, evaluations, _stages(folder), rows[:MAX_ROWS], len(rows))
+
+
+def without_older_intervals(summary: dict[str, Any]) -> None:
+    """Take off what an older version says of uncertainty: intervals, and differences over the vocabulary.
+
+    What it measured stays, and differences are those of the means. Where intervals are of draws, nothing is
+    changed.
+    """
+    if summary.get("intervals") == INTERVALS:
+        return
+    recipes = summary.get("recipes", {})
+    pairs = [name.split(" − ") for name in summary["differences"]] if recipes else []
+    summary["differences"] = {f"{a} − {b}": _of_means(recipes[a], recipes[b]) for a, b in pairs}
+    if {"icl", "sft"} <= set(recipes):
+        summary["headroom"] = {"icl − sft": _of_means(recipes["icl"], recipes["sft"])}
+    todo: list[Any] = [summary]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict):
+            if {"value", "low", "high"} <= set(value):
+                value |= {"low": None, "high": None}
+            todo += value.values()
+        elif isinstance(value, list):
+            todo += value
+    for points in summary.get("curves", {}).values():
+        for point in points:  # over the vocabulary, which is all that was kept
+            point["accuracy_vocabulary"] = point.pop("accuracy")
+            point.pop("ece", None)
+
+
+def _of_means(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Differences of two recipes' means, without intervals."""
+    scope = main_scope("labels" in first["metrics"])
+    found: dict[str, Any] = {}
+    for name in MEASURES:
+        one, two = (entry["metrics"][scope].get(name, {}).get("value") for entry in (first, second))
+        value = None if one is None or two is None else one - two
+        found[name] = {"value": value, "low": None, "high": None}
+    return found
 
 
 def _number(path: Path) -> int:

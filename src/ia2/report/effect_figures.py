@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ia2.report.style import FAINT, INK, Figure, Panel, arm_styles, numbers_table, plain_log
+from ia2.wording import estimate
 
 # A ratio beyond this leaves nothing to see of the others on a linear axis.
 _LARGE = 5
@@ -35,14 +36,6 @@ def effect_figures(section: Mapping[str, Any], heading: str) -> list[Figure]:
         wordings_figure(section, heading),
     )
     return [figure for figure in found if figure is not None]
-
-
-def _text(found: Mapping[str, Any] | None, form: str = ".3f") -> str:
-    if found is None or found["value"] is None:
-        return "–"
-    if found["low"] is None or found["high"] is None:
-        return f"{found['value']:{form}}"
-    return f"{found['value']:{form}} [{found['low']:{form}}, {found['high']:{form}}]"
 
 
 def _dots(
@@ -102,7 +95,7 @@ def perplexity_figure(section: Mapping[str, Any], heading: str) -> Figure | None
     if not ratios:
         return None
     rows = [
-        [view, _text(found["perplexity"], ".2f"), _text(found.get("ratio"))]
+        [view, estimate(found["perplexity"]), estimate(found.get("ratio"))]
         for view, found in part["views"].items()
     ]
     return Figure(
@@ -138,7 +131,7 @@ def benchmarks_figure(section: Mapping[str, Any], heading: str) -> Figure | None
         title = f"{name} ({part[name]['rows']} rows)"
         panels.append(Panel(_dots(entries, section["views"], title, zero=True), height=_height(len(entries))))
     rows = [
-        [name, scope, view, _text(value["accuracy"]), _text(value.get("difference"), "+.3f")]
+        [name, scope, view, estimate(value["accuracy"]), estimate(value.get("difference"), signed=True)]
         for name, found in part.items()
         for scope, entry in found["scopes"].items()
         for view, value in entry["views"].items()
@@ -181,7 +174,7 @@ def diversity_figure(section: Mapping[str, Any], heading: str) -> Figure | None:
             Panel(_dots(entries, section["views"], _TITLES[measure], zero=True), height=_height(len(entries)))
         )
     rows = [
-        [measure, view, _text(value["mean"]), _text(value.get("difference"), "+.3f")]
+        [measure, view, estimate(value["mean"]), estimate(value.get("difference"), signed=True)]
         for measure, found in measures.items()
         for view, value in found["views"].items()
     ]
@@ -210,12 +203,12 @@ def wordings_figure(section: Mapping[str, Any], heading: str) -> Figure | None:
     part = section.get("wordings")
     if not part:
         return None
-    scope = "vocabulary" if "vocabulary" in part["scopes"] else next(iter(part["scopes"]))
+    scope = "labels" if "labels" in part["scopes"] else next(iter(part["scopes"]))
     found = part["scopes"][scope]["views"]
     rows = [
         [view]
-        + [_text(value["accuracy"][name]) for name in part["wordings"]]
-        + [_text(value["spread"]), str(value["worst"]["wording"])]
+        + [estimate(value["accuracy"][name]) for name in part["wordings"]]
+        + [estimate(value["spread"]), str(value["worst"]["wording"])]
         for view, value in found.items()
     ]
     told = "; ".join(f"{name}: {about}" for name, about in part["wordings"].items())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ia2.console import logger
+from ia2.evaluation.statistics import main_scope
 from ia2.report.style import (
     FAINT,
     INK,
@@ -18,10 +19,11 @@ from ia2.report.style import (
     numbers_table,
     plain_log,
 )
-from ia2.report.tables import interval
-from ia2.wording import counted
+from ia2.report.tables import MEASURES, intervals_of
+from ia2.wording import estimate
 
-_MEASURES = {"accuracy": "accuracy (higher is better)", "ece": "ECE (lower is better)"}
+_MEASURES = {"accuracy": "accuracy (higher is better)", "nll": "NLL (lower is better)"}
+"""What is drawn; the tables beside the figures have the others too."""
 
 
 def try_comparison_figure(summary: dict[str, Any], folder: Path) -> Path | None:
@@ -43,7 +45,7 @@ def _try(draw: Callable[[dict[str, Any], Path], None], summary: dict[str, Any], 
 
 
 def comparison_figure(summary: dict[str, Any], path: Path) -> None:
-    """Accuracy, ECE and similarity to ICL of each recipe, with 95% intervals.
+    """Accuracy, NLL and similarity to ICL of each recipe, with 95% intervals over draws.
 
     Args:
         summary: what ``compare.json`` holds.
@@ -53,7 +55,7 @@ def comparison_figure(summary: dict[str, Any], path: Path) -> None:
 
 
 def curve_figure(summary: dict[str, Any], path: Path) -> None:
-    """Accuracy and ECE of each recipe over the number of training examples, with 95% intervals.
+    """Accuracy and NLL of each recipe over the number of training examples, with 95% intervals over draws.
 
     Args:
         summary: what ``curve.json`` holds.
@@ -67,20 +69,20 @@ def heading(summary: Mapping[str, Any]) -> str:
     design = summary["design"]
     return (
         f"{summary['model']}: {design['num_train']} examples, {design['num_test']} test rows, "
-        f"{counted(len(design['seeds']), 'seed')}, 95% intervals"
+        f"{intervals_of(summary)}"
     )
 
 
 def scope_of(summary: Mapping[str, Any]) -> str:
     """The scope of a comparison's main metrics."""
-    return "vocabulary" if summary["design"]["task"] == "classification" else "answer"
+    return main_scope(summary["design"]["task"] == "classification")
 
 
 # ------------------------------------------------------------------------------------------- results
 
 
 def results_figure(summary: Mapping[str, Any]) -> Figure:
-    """Accuracy, ECE and similarity to ICL of each arm of a comparison."""
+    """Accuracy, NLL and similarity to ICL of each arm of a comparison."""
     scope, entries = scope_of(summary), summary["recipes"]
     values = {
         title: {name: entry["metrics"][scope][measure] for name, entry in entries.items()}
@@ -92,14 +94,16 @@ def results_figure(summary: Mapping[str, Any]) -> Figure:
     panels = tuple(
         Panel(_bars(title, found, styles), height=height) for title, found in values.items() if found
     )
-    rows = [[name, *(interval(found.get(name)) for found in values.values())] for name in entries]
+    rows = [[name, *(estimate(found.get(name)) for found in values.values())] for name in entries]
     return Figure(
         "compare",
-        "Accuracy, calibration and similarity to ICL",
+        "Accuracy, NLL and similarity to ICL",
         heading(summary),
-        "Bars are means over seeds; lines are 95% intervals over seeds and test rows.",
+        "Bars are means over draws; lines are 95% t-intervals over draws, of which one draw "
+        "has none. Accuracy "
+        "and NLL are among the labels, where there are labels.",
         panels,
-        numbers_table("compare", "Accuracy, ECE and similarity to ICL by recipe", ["recipe", *values], rows),
+        numbers_table("compare", "Accuracy, NLL and similarity to ICL by recipe", ["recipe", *values], rows),
     )
 
 
@@ -107,7 +111,7 @@ def _bars(title: str, values: Mapping[str, Any], styles: Mapping[str, Any]) -> C
     known = {name: found for name, found in values.items() if found["value"] is not None}
 
     def draw(axis: Any) -> None:
-        ends = [0.05 if "ECE" in title else 1.0]
+        ends = [0.05 if "NLL" in title else 1.0]
         for place, (name, found) in enumerate(known.items()):
             value, low, high = found["value"], found["low"], found["high"]
             axis.barh(place, value, color=styles[name]["color"], height=0.65)
@@ -128,22 +132,25 @@ def _bars(title: str, values: Mapping[str, Any], styles: Mapping[str, Any]) -> C
 
 
 def sizes_figure(summary: Mapping[str, Any]) -> Figure:
-    """Accuracy and ECE of each recipe over N."""
+    """Accuracy and NLL of each recipe over N."""
     rows = [
-        [name, str(point["num_train"]), interval(point["accuracy"]), interval(point["ece"])]
+        [name, str(point["num_train"]), *(estimate(point.get(measure)) for measure in MEASURES)]
         for name, points in summary["curves"].items()
         for point in points
     ]
     return Figure(
         "curve",
-        "Accuracy and calibration over the number of training examples",
-        f"{summary['model']}: {summary['title']}, 95% intervals",
-        "Lines are means over seeds; bands are 95% intervals over seeds and test rows.",
+        "Accuracy and NLL over the number of training examples",
+        f"{summary['model']}: {summary['title']}",
+        f"Lines are means over draws; bands: {intervals_of(summary)}. Among the "
+        "labels, where there are "
+        "labels.",
         tuple(
             Panel(_curves(summary, name, title), legend=True, width=4.3, height=3.4)
             for name, title in _MEASURES.items()
+            if any(name in point for points in summary["curves"].values() for point in points)
         ),
-        numbers_table("curve", "Accuracy and ECE by recipe and N", ["recipe", "N", "accuracy", "ECE"], rows),
+        numbers_table("curve", "Results by recipe and N", ["recipe", "N", *MEASURES.values()], rows),
         columns=2,
     )
 
@@ -153,7 +160,7 @@ def _curves(summary: Mapping[str, Any], name: str, title: str) -> Callable[[Any]
 
     def draw(axis: Any) -> None:
         for recipe, points in summary["curves"].items():
-            known = [p for p in points if p[name]["value"] is not None]
+            known = [p for p in points if p.get(name, {}).get("value") is not None]
             values = [p[name]["value"] for p in known]
             ends = [
                 [v if p[name][end] is None else p[name][end] for p, v in zip(known, values, strict=True)]
@@ -176,7 +183,7 @@ def _curves(summary: Mapping[str, Any], name: str, title: str) -> Callable[[Any]
 
 
 def cost_figure(summary: Mapping[str, Any]) -> Figure | None:
-    """Accuracy and ECE against tokens per query; None for runs that did not count them."""
+    """Accuracy and NLL against tokens per query; None for runs that did not count them."""
     scope = scope_of(summary)
     points = {
         name: (float(entry["tokens_per_query"]), entry["metrics"][scope])
@@ -187,7 +194,7 @@ def cost_figure(summary: Mapping[str, Any]) -> Figure | None:
     if len(points) < 2:
         return None
     rows = [
-        [name, f"{tokens:.1f}", *(interval(metrics[measure]) for measure in _MEASURES)]
+        [name, f"{tokens:.1f}", *(estimate(metrics[measure]) for measure in _MEASURES)]
         for name, (tokens, metrics) in points.items()
     ]
     return Figure(

@@ -12,7 +12,7 @@ from ia2.analysis.heads import CONTROL
 from ia2.report.head_map import head_map
 from ia2.report.layer_lines import array, number
 from ia2.report.style import FAINT, Figure, Panel, arm_styles, numbers_table
-from ia2.sweeps.tables import MISSING
+from ia2.wording import MISSING
 
 _TITLES = {
     "first": "to the first token",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ia2.report.style import FAINT, INK, arm_styles
-from ia2.sweeps.tables import MISSING
+from ia2.wording import MISSING, estimate
 
 OTHER, MEAN = "icl-other", "icl-mean"
 
@@ -42,10 +42,9 @@ def number(value: Any, form: str = ".3f") -> str:
     return MISSING if value is None or value != value else format(value, form).replace("-", "−")
 
 
-def with_interval(found: Mapping[str, Any], place: int, form: str = ".3f") -> str:
+def with_interval(found: Mapping[str, Any], place: int, *, signed: bool = False) -> str:
     """One layer's value with its interval."""
-    value, low, high = (number(found[name][place], form) for name in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]" if low != MISSING else value
+    return estimate({name: found[name][place] for name in ("value", "low", "high")}, signed=signed)
 
 
 def draw_line(axis: Any, x: Sequence[int], found: Mapping[str, Any], label: str, **style: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ia2.report.layer_lines import OTHER, array, draw_line, layer_axis, view_styles, with_interval
 from ia2.report.style import FAINT, Figure, Panel, numbers_table
-from ia2.sweeps.tables import MISSING
+from ia2.wording import MISSING
 
 # Measures with a panel, and how it is titled; one more is in the numbers.
 _TITLES = {

@@ -10,8 +10,9 @@ import numpy as np
 
 from ia2.evaluation.calibration import ece_equal_mass, reliability_bins
 from ia2.report.data import Evaluation, Run, Stage
-from ia2.report.figures import cost_figure, heading, results_figure, sizes_figure
+from ia2.report.figures import cost_figure, heading, results_figure, scope_of, sizes_figure
 from ia2.report.style import FAINT, Figure, Panel, arm_styles, numbers_table, plain_log
+from ia2.wording import estimate
 
 BINS = 10
 
@@ -48,7 +49,7 @@ def reliability_figure(run: Run) -> Figure | None:
     bins = {arm: list(_bins(run.evaluations[arm])) for arm in arms}
     styles = arm_styles(arms)
     rows = [
-        [arm, str(count), f"{x:.3f}", f"{y:.3f} [{low:.3f}, {high:.3f}]"]
+        [arm, str(count), f"{x:.3f}", estimate({"value": y, "low": low, "high": high})]
         for arm in arms
         for count, x, y, low, high in bins[arm]
     ]
@@ -93,8 +94,7 @@ def _reliability(
     eces = [float(ece_equal_mass(e.confidence, e.correct)) for e in run.evaluations[arm]]
     ece = sum(eces) / len(eces)
     if run.kind == "compare":  # as the table has it: folds are one evaluation there
-        scope = "vocabulary" if run.summary["design"]["task"] == "classification" else "answer"
-        ece = run.summary["recipes"][arm]["metrics"][scope]["ece"]["value"] or 0.0
+        ece = run.summary["recipes"][arm]["metrics"][scope_of(run.summary)]["ece"]["value"] or 0.0
 
     def draw(axis: Any) -> None:
         axis.plot([0, 1], [0, 1], color=FAINT, linewidth=0.8, linestyle="--")
@@ -201,7 +201,7 @@ def _points(run: Run) -> dict[str, list[tuple[float, float, float]]]:
                 points.setdefault(arm, []).append((e.asim, float(e.correct.mean()), ece))
     if run.evaluations:
         return points
-    scope = "vocabulary" if run.summary["design"]["task"] == "classification" else "answer"
+    scope = scope_of(run.summary)
     for arm, entry in run.summary["recipes"].items():
         metrics = entry["metrics"][scope]
         values = [entry.get("asim", {}).get("value"), metrics["accuracy"]["value"], metrics["ece"]["value"]]

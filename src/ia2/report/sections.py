@@ -14,10 +14,10 @@ from ia2.report.analysis import analysis_heading, analysis_tables, analysis_verd
 from ia2.report.data import MAX_QUERY, Answer, Row, Run
 from ia2.report.printing import tables, verdict
 from ia2.report.style import Figure, numbers_table
-from ia2.report.tables import comparison_lines, comparison_table
-from ia2.report.verdict import METHOD, signed_text
+from ia2.report.tables import MEASURES, comparison_lines, comparison_table, unlike
+from ia2.report.verdict import METHOD
 from ia2.sweeps.tables import Table
-from ia2.wording import rows_learnt_from
+from ia2.wording import estimate, rows_learnt_from
 
 if TYPE_CHECKING:
     from ia2.analysis.signatures import Diagnosis
@@ -223,20 +223,25 @@ def _examined(folder: Path) -> Doctor:
 
 def _differences(summary: Mapping[str, Any]) -> list[Table]:
     rows = [
-        [name, signed_text(found["accuracy"]), signed_text(found["ece"])]
-        for name, found in summary["differences"].items()
+        [
+            name,
+            *(estimate(found.get(measure), signed=True) for measure in MEASURES),
+            unlike(found).removeprefix("; "),
+        ]
+        for name, found in {**summary.get("headroom", {}), **summary["differences"]}.items()
     ]
     if not rows:
         return []
-    columns = ["difference", "accuracy", "ECE (below zero is better)"]
-    return [numbers_table("differences", "Paired differences with 95% intervals", columns, rows)]
+    columns = ["difference", "accuracy", "NLL", "Brier", "ECE", "answers"]
+    title = "Paired differences (accuracy: above zero is better; all others: below)"
+    return [numbers_table("differences", title, columns, rows)]
 
 
 def _caveats(run: Run) -> list[str]:
     summary, notes = run.summary, []
     if len(summary["design"]["seeds"]) == 1:
         notes.append(
-            "One draw of training examples: the intervals cover test rows only, so they are too narrow."
+            "One draw of training examples: there are no intervals, and another draw may say something else."
         )
     if not run.evaluations:
         notes.append(
@@ -257,8 +262,7 @@ def _rows(run: Run) -> Rows | None:
     arms = list(dict.fromkeys(arm for row in run.rows for arm in row.answers))
     labelled = _labelled(run)
     note = (
-        "Right means that the most probable label is the true one, and confidence is its share of the label "
-        "set; the table's accuracy is over the whole vocabulary."
+        "Right means that the most probable label is the true one, and confidence is its share of the labels."
         if labelled
         else "Confidence is the probability of the whole answer."
     )

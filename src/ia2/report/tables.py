@@ -2,54 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ia2.evaluation.statistics import main_scope
 from ia2.sweeps.tables import Column as TableColumn
 from ia2.sweeps.tables import Entry, Table
-from ia2.wording import rows_learnt_from
+from ia2.wording import MISSING, counted, estimate, rows_learnt_from
 
 Column = tuple[str, Callable[[dict[str, Any]], str]]
+
+INTERVALS = "t over draws"
+"""How summaries of comparisons and curves say that their intervals are made."""
+
+MEASURES = {"accuracy": "accuracy", "nll": "NLL", "brier": "Brier", "ece": "ECE"}
+"""In the order in which they are shown: proper scores before ECE, which few rows cannot decide."""
+
+SCOPES = {"labels": "among the labels", "answer": "of the whole answer", "vocabulary": "over the vocabulary"}
+"""Where metrics are taken, in the order in which they are shown."""
 
 
 def comparison_columns(summary: dict[str, Any]) -> list[Column]:
     """Title and cell of each column; cells take a recipe's entry."""
     labelled = summary["design"]["task"] == "classification"
-    main = "vocabulary" if labelled else "answer"
+    main = main_scope(labelled)
 
     def metric(scope: str, name: str) -> Callable[[dict[str, Any]], str]:
-        return lambda entry: interval(entry["metrics"].get(scope, {}).get(name))
+        return lambda entry: estimate(entry["metrics"].get(scope, {}).get(name))
 
     def scaled(entry: dict[str, Any]) -> str:
-        return interval(entry["metrics"].get("scaled", {}).get(main, {}).get("ece"))
+        return mean_of(entry["metrics"].get("scaled", {}).get(main, {}).get("ece"))
 
-    columns: list[Column] = [("accuracy", metric(main, "accuracy"))]
+    among = f" {SCOPES[main]}" if labelled else ""
+    columns: list[Column] = [
+        (f"{title}{among}" if name == "accuracy" else title, metric(main, name))
+        for name, title in MEASURES.items()
+    ]
     if labelled:
-        columns.append(("acc. in label set", metric("labels", "accuracy")))
-    columns += [
-        ("ECE", metric(main, "ece")),
+        columns.append(
+            (
+                "acc. over the vocabulary",
+                lambda e: mean_of(e["metrics"].get("vocabulary", {}).get("accuracy")),
+            )
+        )
+    return [
+        *columns,
         ("ECE, temp.-scaled", scaled),
-        ("NLL", metric(main, "nll")),
-        ("asim to ICL", lambda entry: interval(entry.get("asim"))),
+        ("asim to ICL", lambda entry: mean_of(entry.get("asim"))),
+        ("answers", lambda entry: entry.get("answers") or MISSING),
         ("seconds", seconds),
     ]
-    return columns
 
 
-def interval(value: dict[str, Any] | None) -> str:
-    """``0.812 [.76–.86]``: short enough for a table of seven columns in a terminal."""
-    if value is None or value["value"] is None:
-        return "–"
-    if value["low"] is None or value["high"] is None:
-        return f"{value['value']:.3f}"
-    low, high = (f"{value[end]:.2f}".removeprefix("0") for end in ("low", "high"))
-    return f"{value['value']:.3f} [{low}–{high}]"
+def mean_of(found: Mapping[str, Any] | None) -> str:
+    """A mean without its interval, where a table has no room."""
+    return estimate(None if found is None else {**found, "low": None, "high": None})
 
 
 def seconds(entry: dict[str, Any]) -> str:
     """``teacher 3 + align 20 + sft 5``; a dash for recipes without training."""
     parts = [f"{name} {value:.0f}" for name, value in entry["seconds"].items() if name != "evaluate"]
-    return " + ".join(parts) if parts else "–"
+    return " + ".join(parts) if parts else MISSING
+
+
+def of_draws(count: int) -> str:
+    """What intervals are of: ``95% t-intervals over 5 draws``, or that one draw has none."""
+    if count < 2:
+        return "one draw of training examples: no intervals"
+    return f"95% t-intervals over {counted(count, 'draw')} of training examples"
+
+
+def intervals_of(summary: Mapping[str, Any]) -> str:
+    """The same of a comparison or curve; of one that an older version wrote, that it has none."""
+    if summary.get("intervals") != INTERVALS:
+        return "written by an older version, whose intervals were too narrow and are left out"
+    return of_draws(len(summary["seeds"] if "seeds" in summary else summary["design"]["seeds"]))
 
 
 def comparison_lines(summary: dict[str, Any]) -> list[str]:
@@ -57,13 +84,17 @@ def comparison_lines(summary: dict[str, Any]) -> list[str]:
     design = summary["design"]
     data = summary["data"]
     test = "test rows" if data["test"] else f"rows, {design['kind']}"
+    how = intervals_of(summary)
+    among = "NLL, Brier and ECE are among the labels. " if design["task"] == "classification" else ""
     return [
         f"Model {summary['model']}; data {data['name']}; {rows_learnt_from(design)}, {design['num_test']} "
         f"{test}; seeds "
         f"{', '.join(map(str, design['seeds']))}; {rates(design)}; ICL uses "
         f"{design['icl_demonstrations']}.",
-        "Means over seeds, 95% bootstrap intervals over seeds and rows. ECE has an upward bias on few rows. "
-        "Seconds of training are per seed and fold.",
+        f"{how[0].upper()}{how[1:]}. {among}ECE has an upward bias on few rows. Answers: what "
+        "is learned in the "
+        "last supervised stage. Seconds of training are per seed and fold.",
+        *_headroom_lines(summary),
         *_diverged(summary.get("diverged", {})),
         *(
             f"{name} diverged at {', '.join(entry['diverged'])}; another rate is chosen."
@@ -71,6 +102,16 @@ def comparison_lines(summary: dict[str, Any]) -> list[str]:
             if entry.get("diverged")
         ),
     ]
+
+
+def _headroom_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What alignment could carry over: ICL less SFT, and what the bare model does."""
+    scope = main_scope(summary["design"]["task"] == "classification")
+    base = summary["recipes"].get("base")
+    bare = f"base {mean_of(base['metrics'][scope]['accuracy'])}" if base else "the base model was not run"
+    found = summary.get("headroom") or {}
+    listed = "; ".join(f"{name}: {estimate(less['accuracy'], signed=True)}" for name, less in found.items())
+    return [f"Headroom, accuracy {SCOPES[scope]}: {listed or 'ICL and SFT were not both run'}; {bare}."]
 
 
 def _diverged(found: dict[str, str]) -> list[str]:
@@ -95,18 +136,21 @@ def rates(design: dict[str, Any]) -> str:
 def difference_lines(summary: dict[str, Any]) -> list[str]:
     """The paired differences, as sentences."""
     return [
-        f"{name}: accuracy {signed(found['accuracy'])}, ECE {signed(found['ece'])} (paired by row, seed)"
+        f"{name}: {_less(found)} (paired by draw and row{unlike(found)})"
         for name, found in summary["differences"].items()
     ]
 
 
-def signed(value: dict[str, Any]) -> str:
-    """``+0.09 [+0.02, +0.15]``."""
-    if value["value"] is None:
-        return "–"
-    if value["low"] is None or value["high"] is None:
-        return f"{value['value']:+.3f}"
-    return f"{value['value']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
+def unlike(found: Mapping[str, Any]) -> str:
+    """That the two of a difference learned other answers; empty where they learned the same."""
+    answers = found.get("answers")
+    return "" if not answers else f"; not like for like: {answers[0]} answers against {answers[1]}"
+
+
+def _less(found: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{title} {estimate(found[name], signed=True)}" for name, title in MEASURES.items() if name in found
+    )
 
 
 def comparison_table(summary: dict[str, Any]) -> Table:
@@ -123,36 +167,46 @@ def comparison_table(summary: dict[str, Any]) -> Table:
 
 
 def curve_table(summary: dict[str, Any]) -> Table:
-    """Accuracy and ECE by size and recipe."""
-    rows = [
-        [recipe, title, *(interval(point[name]) for point in points)]
-        for name, title in (("accuracy", "accuracy"), ("ece", "ECE"))
-        for recipe, points in summary["curves"].items()
-    ]
+    """Every measure by size and recipe."""
     columns = ["recipe", "measure", *(f"N = {size}" for size in summary["sizes"])]
+    rows = [[recipe, title, *cells] for recipe, title, cells in _curve_rows(summary)]
     title = f"{summary['model']} by the number of training examples N."
-    return _table(
-        "curve", title, columns, rows, [f"{summary['title']}; 95% intervals.", *_curve_lines(summary)]
-    )
+    return _table("curve", title, columns, rows, [f"{summary['title']}.", *_curve_lines(summary)])
 
 
-def metrics_table(metrics: dict[str, Any]) -> Table | None:
-    """Metrics of one adapter by scope; None where it was not evaluated."""
+def _curve_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
+    """Recipe, measure and its number at each size; only what was measured."""
+    found = []
+    for name, title in {**MEASURES, "accuracy_vocabulary": "accuracy over the vocabulary"}.items():
+        for recipe, points in summary["curves"].items():
+            if any(name in point for point in points):
+                found.append((recipe, title, [estimate(point.get(name)) for point in points]))
+    return found
+
+
+def metrics_rows(metrics: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]] | None:
+    """Of one adapter: what it was measured on, columns and rows; None where it was not evaluated."""
     part = "test" if "test" in metrics else "dev"
     if part not in metrics:
         return None
     found = metrics[part]
-    scopes = {"vocabulary": "over the vocabulary", "labels": "over the label set", "answer": "whole answer"}
-    shown = [scope for scope in scopes if scope in found]
-    rows = [
-        [name, *(interval(found[scope][name]) for scope in shown)]
-        for name in ("accuracy", "ece", "ece_equal_width", "brier", "nll")
-    ]
+    shown = [scope for scope in SCOPES if scope in found]
+    names = {**MEASURES, "ece_equal_width": "ECE, bins of equal width"}
+    rows = [[title, *(mean_of(found[scope][name]) for scope in shown)] for name, title in names.items()]
     if "scaled" in found:
-        rows.append(["ece, temperature-scaled", *(interval(found["scaled"][s]["ece"]) for s in shown)])
+        rows.append(["ECE, temperature-scaled", *(mean_of(found["scaled"][s]["ece"]) for s in shown)])
+    of = f"{found['n']} {part} rows, {of_draws(1)}"
+    return of, ["metric", *(SCOPES[scope] for scope in shown)], rows
+
+
+def metrics_table(metrics: dict[str, Any]) -> Table | None:
+    """Metrics of one adapter by scope; None where it was not evaluated."""
+    found = metrics_rows(metrics)
+    if found is None:
+        return None
+    of, columns, rows = found
     notes = [f"{metrics['note'].capitalize()}."] if "note" in metrics else []
-    title = f"{metrics['recipe']} on {found['n']} {part} rows, with 95% intervals."
-    return _table("metrics", title, ["metric", *(scopes[scope] for scope in shown)], rows, notes)
+    return _table("metrics", f"{metrics['recipe']} on {of}.", columns, rows, notes)
 
 
 def _table(
@@ -165,47 +219,47 @@ def _table(
 def comparison_markdown(summary: dict[str, Any]) -> str:
     """The table with what it is of and the paired differences."""
     columns = comparison_columns(summary)
-    lines = [
-        "| recipe | " + " | ".join(title for title, _ in columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
+    rows = [
+        [f"`{name}`", *(cell(entry) for _, cell in columns)] for name, entry in summary["recipes"].items()
     ]
-    for recipe, entry in summary["recipes"].items():
-        cells = [cell(entry) for _, cell in columns]
-        lines.append(f"| `{recipe}` | " + " | ".join(cells) + " |")
-    text = "\n".join(lines)
+    text = _pipes(["recipe", *(title for title, _ in columns)], rows)
     notes = "\n\n".join(comparison_lines(summary))
     differences = "\n".join(f"- {line}" for line in difference_lines(summary))
     return f"{text}\n\n{notes}\n\n{differences}\n"
 
 
 def curve_markdown(summary: dict[str, Any]) -> str:
-    """Accuracy and ECE by size and recipe, and the paired differences to fine-tuning."""
-    sizes = summary["sizes"]
-    lines = [
-        "| recipe | " + " | ".join(f"N = {size}" for size in sizes) + " |",
-        "|---" * (len(sizes) + 1) + "|",
-    ]
-    for name, title in (("accuracy", "accuracy"), ("ece", "ECE")):
-        for recipe, points in summary["curves"].items():
-            cells = [interval(point[name]) for point in points]
-            lines.append(f"| `{recipe}`, {title} | " + " | ".join(cells) + " |")
-    notes = [f"- {line}" for line in _curve_lines(summary)]
-    text = "\n".join(lines)
-    return (
-        f"{text}\n\nModel {summary['model']}; {summary['title']}; 95% intervals.\n\n"
-        + "\n".join(notes)
-        + "\n"
-    )
+    """Every measure by size and recipe, and the paired differences to fine-tuning."""
+    rows = [[f"`{recipe}`, {title}", *cells] for recipe, title, cells in _curve_rows(summary)]
+    text = _pipes(["recipe", *(f"N = {size}" for size in summary["sizes"])], rows)
+    notes = "\n".join(f"- {line}" for line in _curve_lines(summary))
+    return f"{text}\n\nModel {summary['model']}; {summary['title']}.\n\n{notes}\n"
+
+
+def _pipes(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head, *body = (f"| {' | '.join(line)} |" for line in (columns, *rows))
+    return "\n".join([head, "|---" * len(columns) + "|", *body])
 
 
 def _curve_lines(summary: dict[str, Any]) -> list[str]:
+    scope = main_scope(summary.get("task") != "generation")
     left_out = [
         f"N = {size}: {line}"
         for size, found in summary.get("diverged", {}).items()
         for line in _diverged(found)
     ]
-    return left_out + [
-        f"N = {size}: ia2-sft − sft: accuracy {signed(found['accuracy'])}, ECE {signed(found['ece'])}"
-        for size, found in summary["differences"].items()
-        if found is not None
+    headroom = [
+        f"N = {size}: headroom, icl − sft: accuracy {estimate(found['accuracy'], signed=True)}"
+        for size, found in summary.get("headroom", {}).items()
+        if found
+    ]
+    return [
+        f"Measures {SCOPES[scope]} unless they say otherwise; {intervals_of(summary)}.",
+        *left_out,
+        *headroom,
+        *(
+            f"N = {size}: ia2-sft − sft: {_less(found)}"
+            for size, found in summary["differences"].items()
+            if found
+        ),
     ]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ia2.wording import counted
+from ia2.evaluation.statistics import main_scope, side
+from ia2.report.tables import SCOPES, intervals_of, mean_of
+from ia2.wording import counted, estimate
 
 METHOD, RIVAL, TEACHER = "ia2-sft", "sft", "icl"
 
@@ -14,14 +16,14 @@ _TITLES = {METHOD: "IA2 → SFT", "ia2": "IA2", RIVAL: "SFT", TEACHER: "in-conte
 # (better, worse) of a higher value
 _WORDS = {
     "accuracy": ("more accurate", "less accurate"),
-    "ece": ("worse calibrated", "better calibrated"),
+    "nll": ("worse in NLL", "better in NLL"),
 }
 
 
 def comparison_verdict(summary: Mapping[str, Any]) -> list[str]:
     """Two sentences on a comparison, from its paired differences."""
-    seeds, rows = len(summary["design"]["seeds"]), summary["design"]["num_test"]
-    how = f"95% intervals, paired by row and seed, {counted(seeds, 'seed')}, {counted(rows, 'test row')}"
+    rows = summary["design"]["num_test"]
+    how = f"{counted(rows, 'test row')}, {intervals_of(summary)}"
     lines = []
     for other in (RIVAL, TEACHER):
         (name, rival), found = _difference(summary, other)
@@ -51,19 +53,18 @@ def curve_verdict(summary: Mapping[str, Any], parts: Mapping[int, Mapping[str, A
 
 def training_verdict(metrics: Mapping[str, Any]) -> list[str]:
     """Two sentences on a single adapter, which was compared with nothing."""
-    from ia2.report.tables import interval
-
     part = "test" if "test" in metrics else "dev"
     if part not in metrics:
         first = "The adapter was not evaluated: there were neither test nor dev rows."
     else:
         found = metrics[part]
-        scope = "vocabulary" if "labels" in found else "answer"
+        scope = main_scope("labels" in found)
         note = f"; {metrics['note']}" if "note" in metrics else ""
         first = (
-            f"{arm_title(metrics['recipe'])} reaches an accuracy of {interval(found[scope]['accuracy'])} and "
-            f"an ECE of {interval(found[scope]['ece'])} on {found['n']} {part} rows (95% intervals over "
-            f"rows{note})."
+            f"{arm_title(metrics['recipe'])} reaches an accuracy {SCOPES[scope]} of "
+            f"{mean_of(found[scope]['accuracy'])} and an NLL of {mean_of(found[scope]['nll'])} on "
+            f"{found['n']} "
+            f"{part} rows (one draw of training examples{note})."
         )
     return [
         first,
@@ -74,16 +75,19 @@ def training_verdict(metrics: Mapping[str, Any]) -> list[str]:
 
 def _outcome(found: Mapping[str, Any], other: str) -> str:
     """``beats SFT``, ``loses to SFT in accuracy``, ``cannot be told from SFT``."""
-    accuracy, calibration = side(found["accuracy"]), -side(found["ece"])
-    if accuracy == calibration == 0:
+    accuracy, score = side(found["accuracy"]), -side(found.get("nll") or _NOTHING)
+    if accuracy == score == 0:
         return f"cannot be told from {other} here"
-    if accuracy == calibration:
+    if accuracy == score:
         return f"beats {other}" if accuracy > 0 else f"loses to {other}"
-    if accuracy == 0 or calibration == 0:
-        what = "accuracy" if accuracy else "calibration"
-        return f"beats {other} in {what}" if accuracy + calibration > 0 else f"loses to {other} in {what}"
-    won, lost = ("accuracy", "calibration") if accuracy > 0 else ("calibration", "accuracy")
+    if accuracy == 0 or score == 0:
+        what = "accuracy" if accuracy else "NLL"
+        return f"beats {other} in {what}" if accuracy + score > 0 else f"loses to {other} in {what}"
+    won, lost = ("accuracy", "NLL") if accuracy > 0 else ("NLL", "accuracy")
     return f"beats {other} in {won} and loses to it in {lost}"
+
+
+_NOTHING: Mapping[str, Any] = {"value": None, "low": None, "high": None}
 
 
 def _difference(summary: Mapping[str, Any], other: str) -> tuple[tuple[str, str], Mapping[str, Any] | None]:
@@ -105,15 +109,13 @@ def _absent(summary: Mapping[str, Any], other: str) -> str:
 
 
 def _judged(found: Mapping[str, Any]) -> str:
-    """``more accurate (+0.10 [+0.04, +0.20]) but worse calibrated (ECE +0.05 [+0.01, +0.09])``."""
-    sides = {name: side(found[name]) for name in ("accuracy", "ece")}
-    parts = []
-    for name, mark in sides.items():
-        shown = signed_text(found[name])
-        parts.append(f"{_word(name, found[name], mark)} ({'ECE ' if name == 'ece' else ''}{shown})")
-    # a higher accuracy and a lower ECE pull the same way
-    joined = "and" if sides["accuracy"] == -sides["ece"] else "but"
-    return f"{parts[0]} {joined} {parts[1]}"
+    """``more accurate (+0.10 [+0.04, +0.20]) but worse in NLL (+0.05 [+0.01, +0.09])``."""
+    known = {name: found[name] for name in _WORDS if found.get(name)}
+    sides = {name: side(value) for name, value in known.items()}
+    parts = [f"{_word(name, of, sides[name])} ({estimate(of, signed=True)})" for name, of in known.items()]
+    # a higher accuracy and a lower NLL pull the same way
+    joined = "and" if sides["accuracy"] == -sides.get("nll", 0) else "but"
+    return f" {joined} ".join(parts)
 
 
 def _word(name: str, found: Mapping[str, Any], mark: int) -> str:
@@ -122,47 +124,30 @@ def _word(name: str, found: Mapping[str, Any], mark: int) -> str:
     if mark:
         return above if mark > 0 else below
     if value is None or value == 0:
-        return "as accurate" if name == "accuracy" else "as well calibrated"
+        return "as accurate" if name == "accuracy" else "as good in NLL"
     return f"not distinguishably {above if value > 0 else below}"
-
-
-def side(found: Mapping[str, Any]) -> int:
-    """1 above zero, -1 below it, 0 where the 95% interval holds zero or there is none."""
-    low, high = found["low"], found["high"]
-    if low is None or high is None:
-        return 0
-    return int(low > 0) - int(high < 0)
-
-
-def signed_text(found: Mapping[str, Any]) -> str:
-    """``+0.103 [+0.040, +0.197]``, with a true minus."""
-    from ia2.sweeps.tables import MISSING, signed
-
-    if found["value"] is None:
-        return MISSING
-    return signed(found["value"], found["low"], found["high"], percent=False)
 
 
 def _over_sizes(other: str, found: Mapping[int, Mapping[str, Any]]) -> str:
     if not found:
         return f"{arm_title(METHOD)} and {arm_title(other)} were not both run: there is no verdict on them."
     parts = []
-    for name in ("accuracy", "ece"):
-        above, below = _WORDS[name]
+    for name, (above, below) in _WORDS.items():
         by: dict[str, list[int]] = {}
         for size in sorted(found):
-            mark = side(found[size][name])
+            mark = side(found[size].get(name) or _NOTHING)
             by.setdefault(above if mark > 0 else below if mark < 0 else "neither", []).append(size)
         texts = [f"{word} at N = {_listed(by[word])}" for word in (above, below) if word in by]
         if "neither" in by:
             neither = (
-                "neither more nor less accurate"
-                if name == "accuracy"
-                else "neither better nor worse calibrated"
+                "neither more nor less accurate" if name == "accuracy" else "neither better nor worse in NLL"
             )
             texts.append(f"{neither} for certain at N = {_listed(by['neither'])}")
         parts.append(", ".join(texts))
-    return f"{arm_title(METHOD)} against {arm_title(other)}: {'; '.join(parts)} (95% intervals, paired)."
+    return (
+        f"{arm_title(METHOD)} against {arm_title(other)}: {'; '.join(parts)} (95% t-intervals "
+        "over draws, paired)."
+    )
 
 
 def _listed(sizes: Sequence[int]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ia2.report.style import COLOURS, FAINT, INK, Figure, Panel, arm_styles, numbers_table
+from ia2.wording import estimate
 
 _DRAWN = {
     "b": "by B's left singular vectors",
@@ -41,11 +42,8 @@ def _known(value: Any) -> bool:
     return value is not None and value == value
 
 
-def _text(entry: Mapping[str, Any], form: str = ".3f") -> str:
-    if not _known(entry["value"]):
-        return "–"
-    ends = f" [{entry['low']:{form}}, {entry['high']:{form}}]" if entry["n"] > 1 else ""
-    return f"{entry['value']:{form}}{ends}"
+def _text(entry: Mapping[str, Any]) -> str:
+    return estimate(entry if entry["n"] > 1 else {**entry, "low": None, "high": None})
 
 
 def _pairs(section: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -199,8 +197,8 @@ def updates_figure(section: Mapping[str, Any], heading: str) -> Figure | None:
     rows = [
         [str(layer)]
         + [
-            _text(found[measure][found["layers"].index(layer)], form) if layer in found["layers"] else "–"
-            for measure, form in ((norm, ".3g"), ("effective_rank", ".2f"))
+            _text(found[measure][found["layers"].index(layer)]) if layer in found["layers"] else "–"
+            for measure in (norm, "effective_rank")
             for found in arms.values()
         ]
         for layer in layers

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from ia2.console import is_shown, logger, printable, terminal
+from ia2.evaluation.statistics import main_scope
 from ia2.sweeps.grid import Cell, Unit
 from ia2.sweeps.records import count_seconds
 from ia2.wording import counted, in_words
@@ -69,14 +70,15 @@ class Board:
         self._done += 1
         self._leave(cell)
         seconds = self._note(cell, record)
-        own = next(iter(record["evaluations"].values()))["metrics"]["vocabulary"]
+        metrics = next(iter(record["evaluations"].values()))["metrics"]
+        own = metrics[main_scope("labels" in metrics)]
         self._say(
-            "[%d/%d] %s: accuracy %.3f, ECE %.3f (%.0f s%s)",
+            "[%d/%d] %s: accuracy %.3f, NLL %.3f (%.0f s%s)",
             self._done,
             self._total,
             cell.title,
             own["accuracy"],
-            own["ece"],
+            own["nll"],
             seconds,
             self._left_in_words(),
         )

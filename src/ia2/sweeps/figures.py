@@ -21,9 +21,10 @@ from ia2.report.style import (
 from ia2.sweeps.report import METHOD, TITLES, Report
 from ia2.sweeps.selection import Task
 from ia2.sweeps.statistics import by_seed, interval, paired_test
-from ia2.sweeps.tables import signed
+from ia2.wording import estimate
 
-_MEASURES = {"accuracy": "accuracy (higher is better)", "ece": "ECE (lower is better)"}
+_MEASURES = {"accuracy": "accuracy (higher is better)", "nll": "NLL (lower is better)"}
+"""Among the labels, where there are labels."""
 
 
 def try_figures(report: Report, folder: Path) -> list[Path]:
@@ -41,17 +42,17 @@ def sweep_figures(report: Report) -> list[Figure]:
 
 
 def sizes_figure(report: Report, model: str, path: Path) -> bool:
-    """Accuracy and ECE over N, a row of panels for each benchmark with several N; False without any."""
+    """Accuracy and NLL over N, a row of panels for each benchmark with several N; False without any."""
     return _save(_sizes(report, model), path)
 
 
 def differences_figure(report: Report, model: str, path: Path) -> bool:
-    """IA2 → SFT less SFT, accuracy and ECE, of each benchmark and N and over all; False without a pair."""
+    """IA2 → SFT less SFT, accuracy and NLL, of each benchmark and N and over all; False without a pair."""
     return _save(_differences(report, model), path)
 
 
 def similarity_figure(report: Report, model: str, path: Path) -> bool:
-    """Similarity to ICL against accuracy and ECE, one point a run of a plain recipe; False without any."""
+    """Similarity to ICL against accuracy and NLL, one point a run of a plain recipe; False without any."""
     return _save(_similarity(report, model), path)
 
 
@@ -84,24 +85,25 @@ def _sizes(report: Report, model: str) -> Figure | None:
     panels, rows = [], []
     for task, own in sizes.items():
         for measure, title in _MEASURES.items():
-            labelled = measure != "ece" or report.labelled(task)
+            labelled = measure == "accuracy" or report.labelled(task)
             found = {r: _curve(report, task, own, r, measure) for r in RECIPES} if labelled else {}
             panels.append(_curves_panel(own, f"{_name(task)}: {title}", found))
             for recipe, points in found.items():
-                rows += [[_name(task), TITLES[recipe], measure, str(n), _shown(i)] for n, i in points.items()]
+                rows += [
+                    [_name(task), TITLES[recipe], measure, str(n), estimate(i.to_dict())]
+                    for n, i in points.items()
+                ]
     return Figure(
         f"sizes-{_file_name(model)}",
-        f"Accuracy and calibration over N, {model}",
-        f"{model}, means with 95% intervals over seeds and test rows",
-        "Plain recipes; lines are means over seeds, bands 95% intervals over seeds and test rows.",
+        f"Accuracy and NLL over N, {model}",
+        f"{model}, means with 95% t-intervals over draws",
+        "Plain recipes, among the labels; lines are means over draws, bands 95% t-intervals "
+        "over draws, of which "
+        "one draw has none.",
         tuple(panels),
         numbers_table("sizes", "Values by N", ["benchmark", "recipe", "measure", "N", "value [95%]"], rows),
         columns=2,
     )
-
-
-def _shown(found: Any) -> str:
-    return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
 
 
 def _own_sizes(report: Report, task: Task) -> list[int]:
@@ -156,7 +158,7 @@ def _differences(report: Report, model: str) -> Figure | None:
         for task in _tasks(report, model):
             for size in report.sizes:
                 pair = report.pair(task, size)
-                if pair is None or (measure == "ece" and not report.labelled(task)):
+                if pair is None or (measure != "accuracy" and not report.labelled(task)):
                     continue
                 found = report.compare(*pair, task.benchmark, measure)
                 if found is not None:
@@ -167,20 +169,20 @@ def _differences(report: Report, model: str) -> Figure | None:
         return None
     height = 1.2 + 0.28 * (1 + max(map(len, lines.values())))
     rows = [
-        [name, measure, signed(i.value, i.low, i.high, percent=False)]
+        [name, measure, estimate(i.to_dict(), signed=True)]
         for measure, found_lines in lines.items()
         for name, i in found_lines
     ]
     for measure, pairs in pooled.items():
-        over = paired_test(pairs)
-        shown = signed(over.cluster_mean, over.low, over.high, percent=False)
-        rows.append(["over benchmarks", measure, shown])
+        over = paired_test(pairs).whole
+        rows.append(["over benchmarks", measure, estimate(over.to_dict(), signed=True)])
     return Figure(
         f"differences-{_file_name(model)}",
         f"{TITLES[METHOD]} less SFT, {model}",
-        f"{model}: {TITLES[METHOD]} − SFT, paired, 95% intervals",
-        "Squares: a benchmark and N, paired by seed and test row. Diamond: the mean over benchmarks, whose "
-        "interval draws benchmarks. Right of zero is better in accuracy, left of it in ECE.",
+        f"{model}: {TITLES[METHOD]} − SFT, paired, 95% t-intervals",
+        "Squares: a benchmark and N, over draws; one draw has no interval. Diamond: the mean "
+        "over benchmarks, "
+        "its interval over benchmarks. Right of zero is better in accuracy, left of it in NLL.",
         tuple(
             Panel(_forest(found_lines, pooled[measure], measure), width=4.6, height=height)
             for measure, found_lines in lines.items()
@@ -197,8 +199,8 @@ def _forest(
         for place, (_, found) in enumerate(lines):
             axis.plot([found.low, found.high], [place, place], color=COLOURS[0], linewidth=1.5)
             axis.plot(found.value, place, marker="s", markersize=4, color=COLOURS[0])
-        over = paired_test(pairs)
-        axis.plot(over.cluster_mean, len(lines), marker="D", markersize=6, color=COLOURS[5])
+        over = paired_test(pairs).whole
+        axis.plot(over.value, len(lines), marker="D", markersize=6, color=COLOURS[5])
         if over.low == over.low:
             axis.plot([over.low, over.high], [len(lines)] * 2, color=COLOURS[5], linewidth=1.5)
         names = [name for name, _ in lines] + ["over benchmarks"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ia2.errors import ConfigError
@@ -11,8 +11,18 @@ from ia2.sweeps.paper import Figure, PaperTable, paper_tables
 from ia2.sweeps.report import METHOD, RIVAL, TITLES, Report, adapter_label, adapter_type
 from ia2.sweeps.selection import Arm, Task
 from ia2.sweeps.significance import significance_table
-from ia2.sweeps.statistics import Summary, summarise
-from ia2.sweeps.tables import MISSING, Column, Entry, Table, mean_sd, ranked, signed
+from ia2.sweeps.statistics import Difference, Summary, summarise
+from ia2.sweeps.tables import Column, Entry, Table, mean_sd, ranked
+from ia2.wording import MISSING, estimate
+
+# Of each recipe: measure → title. The paper's accuracy and ECE are over the vocabulary.
+_OF_LABELS = {
+    "accuracy": "acc",
+    "nll": "NLL",
+    "accuracy_vocabulary": "acc (voc.)",
+    "ece_vocabulary": "ECE (voc.)",
+}
+_OF_TEXT = {"accuracy": "acc"}
 
 _ANSWERS = {"ground_truth": "the true answers", "icl_responses": "ICL's responses"}
 
@@ -69,7 +79,7 @@ def paper_table(report: Report, number: int, *, where_icl_works: bool = False) -
         for sizes in _sizes(report, paper, tasks):
             rows = _rows(report, paper, tasks, sizes)
             if where_icl_works:
-                rows = [row for row in rows if _icl_word(report, row) == "yes"]
+                rows = [row for row in rows if _works(report, row)]
             if rows and _fills(paper, rows):
                 tables.append(_table(report, paper, models, sizes, rows))
     if not tables:
@@ -198,60 +208,63 @@ def _fills(paper: PaperTable, rows: Sequence[_Row]) -> bool:
 def _table(
     report: Report, paper: PaperTable, models: str, sizes: Sequence[int], rows: Sequence[_Row]
 ) -> Table:
-    with_ece = paper.kind != "free" and any(report.labelled(row.task) for row in rows)
-    if paper.kind == "gaps":
-        with_ece = False
+    labelled = any(report.labelled(row.task) for row in rows)
+    measures = _OF_LABELS if labelled else _OF_TEXT
     counted = _Counted()
-    columns = _columns(paper, with_ece, rows)
+    columns = _columns(paper, measures)
     body, beside = [], 0
     for row in rows:
-        body.append(_ours(report, paper, row, rows, with_ece, counted))
-        theirs = _theirs(paper, row, with_ece, len(columns))
+        body.append(_ours(report, paper, row, rows, measures, counted))
+        theirs = _theirs(paper, row, measures, len(columns))
         if theirs:
             body.append(theirs)
             beside += 1
     of = "N" if paper.by == "size" else f"N = {', '.join(map(str, sizes))}"
     title = (
         f"Table {paper.number} of the paper, from these cells: accuracy in percent"
-        f"{' and ECE' if with_ece else ''}, mean (sd over seeds), {models}, {of}."
+        f"{' among the labels, then over the vocabulary as in the paper' if labelled else ''}, mean (sd over "
+        f"draws), {models}, {of}."
     )
     return Table(
         str(paper.number),
         title,
         columns,
         tuple(body),
-        tuple(_notes(report, paper, rows, beside, with_ece) + counted.notes()),
+        tuple(_notes(report, paper, rows, beside, labelled) + counted.notes()),
     )
 
 
-def _columns(paper: PaperTable, with_ece: bool, rows: Sequence[_Row]) -> tuple[Column, ...]:
+def _columns(paper: PaperTable, measures: Mapping[str, str]) -> tuple[Column, ...]:
     columns = [Column("source"), Column("eval")]
     if paper.by:
         columns.append(Column("N" if paper.by == "size" else "LoRA"))
     for recipe in paper.recipes:
-        columns.append(Column("acc", TITLES[recipe]))
-        if with_ece:
-            columns.append(Column("ECE", TITLES[recipe]))
+        columns += [Column(title, TITLES[recipe]) for title in measures.values()]
     method = TITLES[METHOD]
     if paper.kind == "gaps":
         columns.append(Column("acc [95%]", f"{method} − ICL"))
-    columns.append(Column("acc [95%]", f"{method} − SFT"))
-    if with_ece:
-        columns.append(Column("ECE [95%]", f"{method} − SFT"))
-    return (*columns, Column("ICL works"))
+    columns += [Column(f"{title} [95%]", f"{method} − SFT") for title in measures.values()]
+    return (*columns, Column("base"), Column("ICL − SFT [95%]"), Column("ICL works"))
 
 
 def _ours(
-    report: Report, paper: PaperTable, row: _Row, rows: Sequence[_Row], with_ece: bool, counted: _Counted
+    report: Report,
+    paper: PaperTable,
+    row: _Row,
+    rows: Sequence[_Row],
+    measures: Mapping[str, str],
+    counted: _Counted,
 ) -> tuple[Entry, ...]:
     expected = report.expected_seeds(row.task, row.size)
-    labelled = report.labelled(row.task)
-    measures = ["accuracy"] + ["ece"] * with_ece
+    known = _OF_LABELS if report.labelled(row.task) else _OF_TEXT
     entries: dict[str, list[Entry]] = {}
     for measure in measures:
+        if measure not in known:
+            entries[measure] = [Entry("n/a")] * len(paper.recipes)
+            continue
         entries[measure] = ranked(
-            [_entry(row, recipe, measure, expected, labelled, counted) for recipe in paper.recipes],
-            higher=measure == "accuracy",
+            [_entry(row, recipe, measure, expected, counted) for recipe in paper.recipes],
+            higher=_percent(measure),
             shown=[is_trained(recipe) for recipe in paper.recipes],
         )
     several = len({other.task.verbaliser for other in rows if other.task.benchmark == row.task.benchmark}) > 1
@@ -263,13 +276,27 @@ def _ours(
         found += [entries[measure][place] for measure in measures]
     if paper.kind == "gaps":
         found.append(_less(report, row, "icl", "accuracy"))
-    found += [_less(report, row, RIVAL, m) if m == "accuracy" or labelled else Entry("n/a") for m in measures]
-    return (*found, Entry(_icl_word(report, row, reason=True)))
+    found += [_less(report, row, RIVAL, m) if m in known else Entry("n/a") for m in measures]
+    return (*found, *headroom_entries(report, row.task, row.size, row.dataset))
 
 
-def _entry(row: _Row, recipe: str, measure: str, expected: int, labelled: bool, counted: _Counted) -> Entry:
-    if measure == "ece" and not labelled:
-        return Entry("n/a")
+def headroom_entries(report: Report, task: Task, size: int, dataset: str) -> tuple[Entry, Entry, Entry]:
+    """The base model, ICL − SFT, both among the labels and in percent, and whether ICL works."""
+    found = report.icl(task, size, dataset)
+    if found is None:
+        return Entry(MISSING), Entry(MISSING), Entry(MISSING)
+    base = MISSING if found.base is None else f"{100 * found.base:.1f}"
+    less = None if found.headroom is None else found.headroom.to_dict()
+    word = found.verdict if found.verdict == "yes" else f"{found.verdict}: {found.reason}"
+    return Entry(base), Entry(estimate(less, signed=True, percent=True), value=less), Entry(word)
+
+
+def _percent(measure: str) -> bool:
+    """Accuracies are in percent, and more of them is better."""
+    return measure.startswith("accuracy")
+
+
+def _entry(row: _Row, recipe: str, measure: str, expected: int, counted: _Counted) -> Entry:
     arm = row.arms[recipe]
     found = None if arm is None else summarise(arm, row.dataset, measure)
     first = measure == "accuracy"
@@ -284,7 +311,8 @@ def _entry(row: _Row, recipe: str, measure: str, expected: int, labelled: bool, 
         if first:
             counted.fewer.append(f"{recipe} on {row.dataset} ({seeds[0]} of {seeds[1]})")
     return Entry(
-        mean_sd(found.mean, found.sd, percent=first, seeds=seeds if first else None), value=as_value(found)
+        mean_sd(found.mean, found.sd, percent=_percent(measure), seeds=seeds if first else None),
+        value=as_value(found),
     )
 
 
@@ -298,47 +326,49 @@ def _less(report: Report, row: _Row, rival: str, measure: str) -> Entry:
     other = row.arms.get(rival)
     if method is None or other is None:
         return Entry(MISSING)
-    found = report.compare(method, other, row.dataset, measure)
+    return less_entry(report.compare(method, other, row.dataset, measure), percent=_percent(measure))
+
+
+def less_entry(found: Difference | None, *, percent: bool) -> Entry:
+    """A difference with its interval."""
     if found is None:
         return Entry(MISSING)
-    of = found.interval
-    return Entry(
-        signed(of.value, of.low, of.high, percent=measure == "accuracy"),
-        value={**of.to_dict(), "seeds": sorted(found.by_seed)},
-    )
+    of = found.interval.to_dict()
+    return Entry(estimate(of, signed=True, percent=percent), value={**of, "seeds": sorted(found.by_seed)})
 
 
-def _icl_word(report: Report, row: _Row, *, reason: bool = False) -> str:
+def _works(report: Report, row: _Row) -> bool:
     found = report.icl(row.task, row.size, row.dataset)
-    if found is None:
-        return MISSING
-    return f"{found.verdict}: {found.reason}" if reason and found.verdict != "yes" else found.verdict
+    return found is not None and found.verdict == "yes"
 
 
-def _theirs(paper: PaperTable, row: _Row, with_ece: bool, width: int) -> tuple[Entry, ...] | None:
+def _theirs(
+    paper: PaperTable, row: _Row, measures: Mapping[str, str], width: int
+) -> tuple[Entry, ...] | None:
     """The paper's row below ours, where model, N and settings are the same."""
     match = paper.find(row.task.benchmark, row.dataset, row.task.model, row.size, row.adapter)
     if match is None:
         return None
     entries = [Entry(""), Entry("the paper", "paper")] + [Entry("")] * bool(paper.by)
     for recipe in paper.recipes:
-        figure = match.figures[recipe]
-        entries.append(_figure(figure, "accuracy"))
-        if with_ece:
-            entries.append(_figure(figure, "ece"))
+        entries += [
+            _figure(match.figures[recipe], measure, labelled=len(measures) > 1) for measure in measures
+        ]
     return (*entries, *[Entry("")] * (width - len(entries)))
 
 
-def _figure(figure: Figure, measure: str) -> Entry:
-    if measure == "ece":
-        return Entry(
-            "n/a" if figure.ece is None else mean_sd(figure.ece, figure.ece_sd, percent=False), "paper"
-        )
-    sd = None if figure.accuracy_sd is None else figure.accuracy_sd / 100
-    return Entry(mean_sd(figure.accuracy / 100, sd, percent=True), "paper")
+def _figure(figure: Figure, measure: str, *, labelled: bool) -> Entry:
+    """The paper's number: its accuracies of labels are over the vocabulary."""
+    if measure == "ece_vocabulary" and figure.ece is not None:
+        return Entry(mean_sd(figure.ece, figure.ece_sd, percent=False), "paper")
+    of_text = figure.ece is None or not labelled
+    if measure == ("accuracy" if of_text else "accuracy_vocabulary"):
+        sd = None if figure.accuracy_sd is None else figure.accuracy_sd / 100
+        return Entry(mean_sd(figure.accuracy / 100, sd, percent=True), "paper")
+    return Entry("")
 
 
-def _notes(report: Report, paper: PaperTable, rows: Sequence[_Row], beside: int, with_ece: bool) -> list[str]:
+def _notes(report: Report, paper: PaperTable, rows: Sequence[_Row], beside: int, labelled: bool) -> list[str]:
     arms = [arm for row in rows for arm in row.arms.values() if arm is not None]
     unique = list({id(arm): arm for arm in arms}.values())
     tasks = list(dict.fromkeys(row.task for row in rows))
@@ -356,8 +386,9 @@ def _notes(report: Report, paper: PaperTable, rows: Sequence[_Row], beside: int,
     if variants and paper.by != "adapter":
         notes.append(f"Variants of the grid that stand here: {', '.join(variants)}.")
     notes.append(
-        "Bold: best trained recipe of the row, underlined: second. Intervals: 95% bootstrap over seeds and "
-        f"test rows, paired.{' ECE: 15 bins of equal mass.' if with_ece else ''}"
+        "Bold: best trained recipe of the row, underlined: second. Intervals: 95% t over "
+        "draws, paired; one draw "
+        f"has none.{' NLL is among the labels; ECE: 15 bins of equal mass.' if labelled else ''}"
     )
     there = {task.benchmark for task in tasks}
     if absent := [s for s in dict.fromkeys(row.source for row in paper.rows) if s not in there]:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ia2.probing import SIGNIFICANCE
+from ia2.evaluation.statistics import main_scope, side
+from ia2.sweeps.layouts import headroom_entries
 from ia2.sweeps.records import OVERHEAD, seconds_by_kind, work_in_words
-from ia2.sweeps.report import METHOD, RIVAL, TITLES, Report
+from ia2.sweeps.report import METHOD, RIVAL, TITLES, Report, answers_of
 from ia2.sweeps.selection import Arm, Task
 from ia2.sweeps.significance import works_on
 from ia2.sweeps.statistics import (
     PairedTest,
+    by_seed,
     differences_by_seed,
     interval,
     metric_by_seed,
@@ -23,9 +25,9 @@ from ia2.sweeps.statistics import (
     paired_test,
     summarise,
 )
-from ia2.sweeps.tables import MISSING, Column, Entry, Table, mean_sd, signed
+from ia2.sweeps.tables import Column, Entry, Table, mean_sd
 from ia2.sweeps.threshold import Threshold, effectiveness_threshold
-from ia2.wording import counted
+from ia2.wording import MISSING, counted, estimate
 
 # What "better" means in the second column of thresholds: accuracy falls to zero difference ever more slowly.
 MARGIN = 0.01
@@ -35,10 +37,12 @@ MARGIN = 0.01
 
 
 def full_table(report: Report, *, where_icl_works: bool = False) -> Table:
-    """Accuracy and calibration of every arm on everything that it was evaluated on."""
+    """Every measure of every arm on everything that it was evaluated on."""
     columns = (
-        *map(Column, ("model", "source", "eval", "N", "recipe", "seeds", "accuracy [95%]", "ECE [95%]")),
-        *map(Column, ("ECE, temp.-scaled", "NLL", "asim to ICL", "seconds")),
+        *map(Column, ("model", "source", "eval", "N", "recipe", "answers", "draws")),
+        *map(Column, ("accuracy [95%]", "NLL [95%]", "Brier [95%]", "ECE [95%]")),
+        *map(Column, ("accuracy (voc.) [95%]", "ECE (voc.)", "ECE, temp.-scaled", "asim to ICL", "seconds")),
+        *map(Column, ("base", "ICL − SFT [95%]", "ICL works")),
     )
     rows = []
     for task in report.tasks:
@@ -52,17 +56,20 @@ def full_table(report: Report, *, where_icl_works: bool = False) -> Table:
                     if arm is None or (arm.num_examples is None and size != (report.sizes or [0])[0]):
                         continue
                     if summarise(arm, dataset, "accuracy") is not None:
-                        rows.append(_full_row(report, task, dataset, arm))
+                        rows.append(_full_row(report, task, dataset, size, arm))
     notes = [
         *report.about(report.tasks, report.arms),
-        "Accuracy and ECE: means over seeds, 95% bootstrap intervals over seeds and test rows. The rest: "
-        "mean (sd over seeds). asim of `icl`: the base model without demonstrations, the null baseline. "
+        "Accuracy (in percent), NLL, Brier and ECE are among the labels; (voc.): over the "
+        "vocabulary. Means over "
+        "draws with 95% t-intervals over draws, of which one draw has none; the rest: mean (sd over draws). "
+        "Answers: what is learned in the last supervised stage. asim of `icl`: the base model "
+        "without demonstrations, the null baseline. "
         "Seconds: teacher and training, of one run.",
     ]
     return Table("full", f"All results of {report.results.name}.", columns, tuple(rows), tuple(notes))
 
 
-def _full_row(report: Report, task: Task, dataset: str, arm: Arm) -> tuple[Entry, ...]:
+def _full_row(report: Report, task: Task, dataset: str, size: int, arm: Arm) -> tuple[Entry, ...]:
     labelled = report.labelled(task)
     expected = report.expected_seeds(task, arm.num_examples) if arm.num_examples is not None else 1
     there = sum(dataset in cell.evaluations for cell in arm.runs.values())
@@ -78,13 +85,15 @@ def _full_row(report: Report, task: Task, dataset: str, arm: Arm) -> tuple[Entry
         Entry(dataset if own else f"{dataset} (OOD)"),
         Entry(str(arm.num_examples) if arm.num_examples is not None else "any"),
         Entry(arm.label),
+        Entry(answers_of(arm) or MISSING),
         Entry(str(there) if there == expected else f"{there} of {expected}"),
-        _with_interval(arm, dataset, "accuracy"),
-        _with_interval(arm, dataset, "ece") if labelled else Entry("n/a"),
-        _mean(metric_by_seed(arm, dataset, "scaled", "vocabulary", "ece")) if labelled else Entry("n/a"),
-        _mean(metric_by_seed(arm, dataset, "vocabulary", "nll")),
+        *(_with_interval(arm, dataset, measure) for measure in ("accuracy", "nll", "brier", "ece")),
+        _with_interval(arm, dataset, "accuracy_vocabulary") if labelled else Entry("n/a"),
+        _mean(by_seed(arm, dataset, "ece_vocabulary")) if labelled else Entry("n/a"),
+        _mean(metric_by_seed(arm, dataset, "scaled", main_scope(labelled), "ece")),
         _mean(asim),
         Entry(f"{sum(seconds.values()) / len(seconds):.0f}" if any(seconds.values()) else MISSING),
+        *headroom_entries(report, task, size, dataset),
     )
 
 
@@ -92,10 +101,8 @@ def _with_interval(arm: Arm, dataset: str, measure: str) -> Entry:
     found = interval(arm, dataset, measure)
     if found is None:
         return Entry(MISSING)
-    percent = measure == "accuracy"
-    low, high = ((f"{100 * x:.1f}" if percent else f"{x:.3f}") for x in (found.low, found.high))
-    mean = f"{100 * found.value:.1f}" if percent else f"{found.value:.3f}"
-    return Entry(f"{mean} [{low}, {high}]", value=found.to_dict())
+    of = found.to_dict()
+    return Entry(estimate(of, percent=measure.startswith("accuracy")), value=of)
 
 
 def _mean(values: dict[int | None, float]) -> Entry:
@@ -143,10 +150,12 @@ def threshold_table(report: Report, *, where_icl_works: bool = False) -> Table |
     tasks = list(dict.fromkeys(arm.task for arm in used))
     notes = [
         *report.about(tasks, used),
-        "In percentage points (seeds that both have). The threshold is the N at which the difference, "
-        "linear in log N between sizes, falls to zero for the last time; its interval comes from a bootstrap "
-        "over seeds and test rows, paired. An end outside the sizes tried means: in some of the resamples it "
-        "was never better, or still better at the largest.",
+        "In percentage points among the labels (draws that both have). The threshold is the N at which the "
+        "difference, linear in log N between sizes, falls to zero for the last time; its ends "
+        "are those of the "
+        "t-intervals over draws, paired. One draw at some size: no ends. An end outside the "
+        "sizes tried means: "
+        "by that end it was never better, or still better at the largest.",
     ]
     title = f"Effectiveness threshold: the N from which {TITLES[METHOD]} is no longer more accurate than SFT."
     return Table("thresholds", title, columns, tuple(rows), tuple(notes))
@@ -155,14 +164,14 @@ def threshold_table(report: Report, *, where_icl_works: bool = False) -> Table |
 def _at(found: tuple[float, int] | None) -> Entry:
     if found is None:
         return Entry(MISSING)
-    return Entry(f"{signed(found[0], None, None, percent=True)} ({found[1]})", value={"mean": found[0]})
+    mean = {"value": found[0], "low": None, "high": None}
+    return Entry(f"{estimate(mean, signed=True, percent=True)} ({found[1]})", value={"mean": found[0]})
 
 
 def _threshold_value(found: Threshold) -> dict[str, Any]:
     named = {math.inf: "still better", -math.inf: "never better"}
-    return {
-        name: named.get(x, x) for name, x in (("n", found.value), ("low", found.low), ("high", found.high))
-    }
+    ends = (("n", found.value), ("low", found.low), ("high", found.high))
+    return {name: None if math.isnan(x) else named.get(x, x) for name, x in ends}
 
 
 # ------------------------------------------------------------------------------------------------ icl
@@ -185,21 +194,17 @@ def icl_table(report: Report) -> Table | None:
                         Entry(dataset if dataset == task.benchmark else f"{dataset} (OOD)"),
                         Entry(str(size)),
                         Entry(f"{100 * found.icl:.1f}", value={"accuracy": found.icl}),
-                        Entry(MISSING if found.base is None else f"{100 * found.base:.1f}"),
                         Entry(f"{100 * found.chance:.1f}"),
-                        Entry(
-                            found.verdict if found.verdict == "yes" else f"{found.verdict}: {found.reason}"
-                        ),
+                        *headroom_entries(report, task, size, dataset),
                     )
                 )
     if not rows:
         return None
-    columns = ("model", "source", "eval", "N", "ICL", "base", "chance", "ICL works")
+    columns = ("model", "source", "eval", "N", "ICL", "chance", "base", "ICL − SFT [95%]", "ICL works")
     notes = [
         *report.about(list(dict.fromkeys(arm.task for arm in used)), used),
-        "Accuracy in percent, mean over seeds. As `ia2 probe` judges: `yes` needs ICL above chance among the "
-        "labels (binomial test) and above the base model by five points and beyond doubt (sign test on "
-        "rows); tests one-sided, 5%.",
+        "Accuracy among the labels in percent, mean over draws. As `ia2 probe` judges: `yes` needs ICL above "
+        "chance, and the 95% t-intervals over draws of ICL − SFT and of ICL − base above zero.",
     ]
     return Table(
         "icl", "Does in-context learning work?", tuple(map(Column, columns)), tuple(rows), tuple(notes)
@@ -245,13 +250,13 @@ def verdict_lines(report: Report) -> list[str]:
 
 
 def pooled(report: Report, *, where_icl_works: bool = False) -> dict[str, PairedTest | None]:
-    """IA2 → SFT less SFT over all models, N, benchmarks and seeds, by measure; ECE of labels only."""
+    """IA2 → SFT less SFT over models, N, benchmarks and seeds, by measure; only accuracy of free text."""
     found: dict[str, PairedTest | None] = {}
-    for measure in ("accuracy", "ece"):
+    for measure in ("accuracy", "nll", "accuracy_vocabulary"):
         pairs: dict[str, list[float]] = {}
         for task in report.tasks:
             for size in report.sizes:
-                if measure == "ece" and not report.labelled(task):
+                if measure != "accuracy" and not report.labelled(task):
                     continue
                 if where_icl_works and not works_on(report, task, size, task.benchmark):
                     continue
@@ -265,32 +270,35 @@ def pooled(report: Report, *, where_icl_works: bool = False) -> dict[str, Paired
 
 
 def _verdict(found: dict[str, PairedTest | None]) -> str:
-    accuracy, ece = found["accuracy"], found["ece"]
+    accuracy, nll, vocabulary = found["accuracy"], found["nll"], found["accuracy_vocabulary"]
     assert accuracy is not None
     word = _word(accuracy, "more accurate", "less accurate", "no more accurate")
-    shown = signed(accuracy.cluster_mean, accuracy.low, accuracy.high, percent=True)
-    text = f"{TITLES[METHOD]} is {word} than SFT, {shown} points"
-    if ece is not None:
-        word = _word(ece, "worse calibrated", "better calibrated", "no better calibrated")
-        shown = signed(ece.cluster_mean, ece.low, ece.high, percent=False)
-        text += f" and {word}, ECE {shown}"
+    text = f"{TITLES[METHOD]} is {word} than SFT, {_shown(accuracy, percent=True)} points"
+    if nll is not None and vocabulary is not None:
+        word = _word(nll, "worse", "better", "no better")
+        text += (
+            f" among the labels ({_shown(vocabulary, percent=True)} over the vocabulary), and {word} in NLL, "
+            f"{_shown(nll, percent=False)}"
+        )
     several = accuracy.clusters > 1
-    how = "95% over benchmarks and seeds" if several else "one benchmark: no interval over them"
+    how = "95% t over benchmarks" if several else "one benchmark: no interval over them"
     of = f"{counted(accuracy.clusters, 'benchmark')}, {counted(accuracy.pairs, 'pair')} of runs"
     return f"{text} ({of}; {how})."
 
 
+def _shown(found: PairedTest, *, percent: bool) -> str:
+    return estimate(found.whole.to_dict(), signed=True, percent=percent)
+
+
 def _word(found: PairedTest, above: str, below: str, equal: str) -> str:
-    if abs(found.cluster_mean) < 1e-12 and not found.low < 0 < found.high:
+    value = float(found.whole.value)
+    if abs(value) < 1e-12:
         return equal
-    word = above if found.cluster_mean > 0 else below
-    if found.low > 0 or found.high < 0:
-        # an interval that draws from a few benchmarks is too narrow: a t-test of them must agree
-        return word if found.p_cluster < SIGNIFICANCE else f"{word} on these few benchmarks"
-    if math.isnan(found.low):
-        # the seeds of one benchmark say nothing of others
+    word = above if value > 0 else below
+    if found.clusters < 2:
+        # the draws of one benchmark say nothing of others
         return f"{word} on this one benchmark"
-    return f"not distinguishably {word}"
+    return word if side(found.whole.to_dict()) else f"not distinguishably {word}"
 
 
 def _icl_lines(report: Report) -> list[str]:

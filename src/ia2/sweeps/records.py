@@ -12,6 +12,7 @@ import numpy as np
 
 from ia2.console import logger
 from ia2.errors import ConfigError, DataError, RunFolderError, suggest
+from ia2.evaluation.statistics import main_scope
 from ia2.files import read_json
 from ia2.sweeps.store import CELLS, loose_cells, read_lines
 from ia2.wording import in_words
@@ -54,9 +55,14 @@ class Evaluation:
         return "answer" not in self.metrics
 
     @property
-    def accuracy(self) -> float:
-        """Share of right rows."""
-        return float(self.correct.mean())
+    def scope(self) -> str:
+        """Of the measures that come first: among the labels, or of the whole answer."""
+        return main_scope(self.labelled)
+
+    def value(self, measure: str) -> float:
+        """A measure of :data:`ia2.sweeps.statistics.MEASURES`."""
+        name, _, vocabulary = measure.partition("_")
+        return float(self.metrics["vocabulary" if vocabulary else self.scope][name])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from ia2.benchmarks import BENCHMARKS
-from ia2.recipes import RECIPES, SFT, is_trained
+from ia2.recipes import JOINT, RECIPES, SFT, SOFT, is_trained
 from ia2.sweeps.records import Results
 from ia2.sweeps.selection import BY, Arm, Select, Task, make_arms
 from ia2.sweeps.statistics import Difference, IclVerdict, difference, icl_works
@@ -144,8 +144,8 @@ class Report:
 
     def icl(self, task: Task, size: int, dataset: str) -> IclVerdict | None:
         """Whether ICL works there."""
-        icl, base = self.plain(task, size, "icl"), self.plain(task, size, "base")
-        return None if icl is None else icl_works(icl, base, dataset, _num_labels(dataset))
+        icl, sft, base = (self.plain(task, size, recipe) for recipe in ("icl", RIVAL, "base"))
+        return None if icl is None else icl_works(icl, sft, base, dataset, _num_labels(dataset))
 
     # ------------------------------------------------------------------------- what a table is of
 
@@ -229,6 +229,21 @@ def fits(arm: Arm, *, adapter: str = "", answers: str = "", label: str = "") -> 
         return False
     fine_tunes = SFT in (RECIPES[arm.recipe].kinds if arm.recipe in RECIPES else ())
     return not (fine_tunes and answers) or arm.settings.get("sft.answers", "ground_truth") == answers
+
+
+def answers_of(arm: Arm) -> str | None:
+    """What its last supervised stage learns: ``true`` answers or ``ICL's``; None without such a stage."""
+    stages = RECIPES[arm.recipe].stages if arm.recipe in RECIPES else ()
+    found = [stage for stage in stages if stage in (SFT, JOINT, SOFT)]
+    if not found:
+        return None
+    # soft labels are the teacher's by nature
+    given = {
+        SFT: arm.settings.get("sft.answers", "ground_truth"),
+        JOINT: arm.settings.get("joint.answers", "icl_responses"),
+        SOFT: "icl_responses",
+    }
+    return "true" if given[found[-1]] == "ground_truth" else "ICL's"
 
 
 def adapter_type(arm: Arm) -> str:

@@ -84,9 +84,9 @@ def make_arms(cells: Iterable[Record], select: Select = "dev") -> list[Arm]:
 
     ``dev`` takes the lowest ``selection_loss``, averaged over seeds; ``dev-per-seed`` the lowest of each
     seed, which is what somebody with one training set can do; ``test`` the highest accuracy on the
-    benchmark's own test rows, averaged over seeds (the paper). Candidates are compared on the same
-    seeds: those of the candidate with most. Where none has a loss or an accuracy, and among equals, the
-    lowest rate is taken.
+    benchmark's own test rows, over the vocabulary and averaged over seeds (the paper). Candidates are
+    compared on the same seeds: those of the candidate with most. Where none has a loss or an accuracy, and
+    among equals, the lowest rate is taken.
 
     Cells with other settings are never averaged, whatever their folders call them: the name of a variant
     is made of the settings that set them apart, where the grid gives none.
@@ -179,4 +179,4 @@ def _loss(cell: Record) -> float:
 
 
 def _error(cell: Record) -> float:
-    return math.inf if cell.own is None else 1.0 - cell.own.accuracy
+    return math.inf if cell.own is None else 1.0 - cell.own.value("accuracy_vocabulary")

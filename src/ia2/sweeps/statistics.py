@@ -1,33 +1,33 @@
-"""Means, intervals, paired differences and tests over the cells of a sweep.
+"""Means, paired differences and tests over the cells of a sweep; intervals are Student's, over draws.
 
-Two things make a sweep's numbers alike that are not independent: the seeds of one benchmark share its
-test rows, and the N of one seed contain each other. Intervals of one benchmark therefore draw seeds, and
-one set of rows for all of them (:func:`ia2.evaluation.calibration.clustered_interval`); tests over several
-benchmarks are given twice, once over (benchmark, seed) as in the paper, and once with benchmarks as wholes.
+The unit is a cell: a draw of training examples, whose test rows make one number. Tests over several
+benchmarks are given twice, once over (benchmark, seed) as in the paper, and once with benchmarks as wholes,
+since the draws of one benchmark share its test rows and its peculiarities.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ia2.errors import DataError
-from ia2.evaluation.calibration import Interval, clustered_interval, ece_equal_mass
-from ia2.probing import HEADROOM, SIGNIFICANCE
+from ia2.evaluation.headroom import Judgement, judge
+from ia2.evaluation.statistics import Interval, bounded, t_interval, t_test, wilcoxon
 from ia2.sweeps.records import Evaluation
 from ia2.sweeps.selection import Arm
 
-# each takes (confidence, correct), with rows along the axis
-MEASURES: dict[str, Any] = {
-    "accuracy": lambda confidence, correct, axis: correct.mean(axis),
-    "ece": lambda confidence, correct, axis: ece_equal_mass(confidence, correct, axis=axis),
+MEASURES = {
+    "accuracy": "accuracy",
+    "nll": "NLL",
+    "brier": "Brier",
+    "ece": "ECE",
+    "accuracy_vocabulary": "accuracy over the vocabulary",
+    "ece_vocabulary": "ECE over the vocabulary",
 }
-
-RESAMPLES = 4000
+"""What tables show, among the labels (of free text: of the whole answer) unless it says otherwise."""
 
 
 # ------------------------------------------------------------------------------------ one benchmark
@@ -50,8 +50,7 @@ class Summary:
 
 def summarise(arm: Arm, dataset: str, measure: str) -> Summary | None:
     """Mean and standard deviation over the seeds that there are; None without any."""
-    values = by_seed(arm, dataset, measure)
-    return of_values(values)
+    return of_values(by_seed(arm, dataset, measure))
 
 
 def of_values(values: Mapping[int | None, float]) -> Summary | None:
@@ -65,16 +64,13 @@ def of_values(values: Mapping[int | None, float]) -> Summary | None:
 
 def by_seed(arm: Arm, dataset: str, measure: str) -> dict[int | None, float]:
     """Seed → value of a measure on all rows."""
-    return {
-        seed: float(MEASURES[measure](e.confidence, e.correct, axis=-1))
-        for seed, e in _evaluations(arm, dataset).items()
-    }
+    return {seed: e.value(measure) for seed, e in evaluations_of(arm, dataset).items()}
 
 
 def metric_by_seed(arm: Arm, dataset: str, *path: str) -> dict[int | None, float]:
-    """Seed → a recorded metric, such as ``("scaled", "vocabulary", "ece")``, where it was recorded."""
+    """Seed → a recorded metric, such as ``("scaled", "labels", "ece")``, where it was recorded."""
     found: dict[int | None, float] = {}
-    for seed, evaluation in _evaluations(arm, dataset).items():
+    for seed, evaluation in evaluations_of(arm, dataset).items():
         value: Any = evaluation.metrics
         for name in path:
             value = value.get(name) if isinstance(value, dict) else None
@@ -84,23 +80,18 @@ def metric_by_seed(arm: Arm, dataset: str, *path: str) -> dict[int | None, float
 
 
 def interval(arm: Arm, dataset: str, measure: str) -> Interval | None:
-    """Mean over seeds with its 95% interval over seeds and test rows, which the seeds share."""
-    evaluations = list(_evaluations(arm, dataset).values())
-    if not evaluations:
-        return None
-    _same_rows(evaluations)
-    return clustered_interval(
-        MEASURES[measure], [[e.confidence, e.correct] for e in evaluations], shared_rows=True
-    )
+    """Mean with its 95% t-interval over draws; None without any."""
+    values = list(by_seed(arm, dataset, measure).values())
+    return bounded(t_interval(values), measure) if values else None
 
 
 @dataclass(frozen=True)
 class Difference:
-    """``first − second``, paired by seed and row.
+    """``first − second``, paired by draw.
 
     Attributes:
-        interval: mean over seeds, 95% over seeds and rows.
-        by_seed: of each seed that both have.
+        interval: mean over draws, 95% over draws.
+        by_seed: of each draw that both have.
     """
 
     interval: Interval
@@ -116,45 +107,33 @@ def difference(first: Arm, second: Arm, dataset: str, measure: str) -> Differenc
     Raises:
         DataError: they were evaluated on other rows.
     """
-    runs = paired_runs(first, second, dataset)
-    if not runs:
-        return None
-    found = clustered_interval(paired(measure), list(runs.values()), shared_rows=True)
-    return Difference(found, {s: float(paired(measure)(*run, axis=-1)) for s, run in runs.items()})
+    found = differences_by_seed(first, second, dataset, measure)
+    return Difference(t_interval(list(found.values())), found) if found else None
 
 
 def differences_by_seed(first: Arm, second: Arm, dataset: str, measure: str) -> dict[int, float]:
-    """Seed → ``first − second`` on all rows, without the interval, which takes time."""
-    runs = paired_runs(first, second, dataset)
-    return {seed: float(paired(measure)(*run, axis=-1)) for seed, run in runs.items()}
+    """Seed → ``first − second`` on all rows."""
+    pairs = _paired(first, second, dataset)
+    return {seed: a.value(measure) - b.value(measure) for seed, (a, b) in pairs.items()}
 
 
-def paired_runs(first: Arm, second: Arm, dataset: str) -> dict[int, list[np.ndarray]]:
-    """Seed → confidence and right answers of the one, then of the other; rows are the same."""
-    mine, other = _evaluations(first, dataset), _evaluations(second, dataset)
+def _paired(first: Arm, second: Arm, dataset: str) -> dict[int, tuple[Evaluation, Evaluation]]:
+    mine, other = evaluations_of(first, dataset), evaluations_of(second, dataset)
     seeds = sorted(s for s in {*mine, *other} if s is not None)
     # the base model has one run, whose seed is None
     pairs = {s: (mine.get(s, mine.get(None)), other.get(s, other.get(None))) for s in seeds}
     whole = {s: (a, b) for s, (a, b) in pairs.items() if a is not None and b is not None}
-    _same_rows([evaluation for pair in whole.values() for evaluation in pair])
-    return {s: [a.confidence, a.correct, b.confidence, b.correct] for s, (a, b) in whole.items()}
+    same_rows([evaluation for pair in whole.values() for evaluation in pair])
+    return whole
 
 
-def paired(measure: str) -> Any:
-    """A statistic of confidence and right answers of two arms: the first less the second."""
-    statistic = MEASURES[measure]
-
-    def difference(*columns: np.ndarray, axis: int) -> Any:
-        return statistic(*columns[:2], axis=axis) - statistic(*columns[2:], axis=axis)
-
-    return difference
-
-
-def _evaluations(arm: Arm, dataset: str) -> dict[int | None, Evaluation]:
+def evaluations_of(arm: Arm, dataset: str) -> dict[int | None, Evaluation]:
+    """Seed → what a cell of the arm did on a benchmark's rows."""
     return {s: cell.evaluations[dataset] for s, cell in arm.runs.items() if dataset in cell.evaluations}
 
 
-def _same_rows(evaluations: Sequence[Evaluation]) -> None:
+def same_rows(evaluations: Sequence[Evaluation]) -> None:
+    """Refuse evaluations on different test rows."""
     for other in evaluations[1:]:
         first = evaluations[0]
         if (other.test, other.n) != (first.test, first.n):
@@ -177,8 +156,7 @@ class PairedTest:
         mean: of all pairs.
         t, p_t: paired t-test over pairs (the paper's table 8).
         p_wilcoxon: signed-rank test over pairs.
-        cluster_mean: mean of the benchmarks' means.
-        low, high: its 95% bootstrap interval, drawing benchmarks and then seeds; NaN with one benchmark.
+        whole: the mean of the benchmarks' means, with its 95% t-interval over benchmarks.
         p_cluster: t-test over the benchmarks' means; NaN with one benchmark.
         higher, lower: benchmarks whose mean difference is positive, negative.
     """
@@ -189,20 +167,18 @@ class PairedTest:
     t: float
     p_t: float
     p_wilcoxon: float
-    cluster_mean: float
-    low: float
-    high: float
+    whole: Interval
     p_cluster: float
     higher: int
     lower: int
 
 
-def paired_test(differences: Mapping[str, Sequence[float]], *, seed: int = 0) -> PairedTest:
+def paired_test(differences: Mapping[str, Sequence[float]]) -> PairedTest:
     """Test paired differences: benchmark → one of each seed.
 
     The pairs of one benchmark share their test rows and its peculiarities: tests over pairs take them for
-    independent and so find too much. What the benchmarks' means say, and the interval that draws
-    benchmarks as wholes (and seeds within them), is the honest answer to "does it hold elsewhere?".
+    independent and so find too much. What the benchmarks' means say is the honest answer to "does it hold
+    elsewhere?".
 
     Raises:
         ValueError: no difference.
@@ -212,70 +188,19 @@ def paired_test(differences: Mapping[str, Sequence[float]], *, seed: int = 0) ->
         raise ValueError("there are no differences to test")
     pairs = np.concatenate(groups)
     means = np.array([group.mean() for group in groups])
-    t, p_t = _t_test(pairs)
-    _, p_cluster = _t_test(means)
-    low, high = _cluster_interval(groups, seed)
+    t, p_t = t_test(pairs)
     return PairedTest(
         len(pairs),
         len(groups),
         float(pairs.mean()),
         t,
         p_t,
-        _wilcoxon(pairs),
-        float(means.mean()),
-        low,
-        high,
-        p_cluster,
+        wilcoxon(pairs),
+        t_interval(means),
+        t_test(means)[1],
         int((means > 0).sum()),
         int((means < 0).sum()),
     )
-
-
-def _t_test(values: np.ndarray) -> tuple[float, float]:
-    from scipy import stats
-
-    if len(values) < 2:
-        return math.nan, math.nan
-    # rounding is no variance: the same difference everywhere is either none or beyond a t-test
-    if np.ptp(values) <= 1e-12:
-        return (0.0, 1.0) if abs(values[0]) <= 1e-12 else (math.nan, math.nan)
-    found = stats.ttest_1samp(values, 0.0)
-    return float(found.statistic), float(found.pvalue)
-
-
-def _wilcoxon(values: np.ndarray) -> float:
-    from scipy import stats
-
-    # accuracies are multiples of 1/n: rounding would break their ties
-    rounded = np.round(values, 12)
-    if not rounded.any():
-        return 1.0
-    return float(stats.wilcoxon(rounded).pvalue)
-
-
-def _cluster_interval(groups: Sequence[np.ndarray], seed: int) -> tuple[float, float]:
-    if len(groups) < 2:
-        return math.nan, math.nan
-    rng = np.random.default_rng(seed)
-    drawn_means = np.stack(
-        [g[rng.integers(len(g), size=(RESAMPLES, len(groups), len(g)))].mean(-1) for g in groups]
-    )  # [benchmark, resample, place]
-    chosen = rng.integers(len(groups), size=(RESAMPLES, len(groups)))
-    resample, place = np.ogrid[:RESAMPLES, : len(groups)]
-    drawn = drawn_means[chosen, resample, place].mean(-1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's (1979) adjusted p-values of a family of tests, in the order given; NaN stays and counts not."""
-    known = [i for i, p in enumerate(p_values) if not math.isnan(p)]
-    adjusted = [math.nan] * len(p_values)
-    running = 0.0
-    for rank, i in enumerate(sorted(known, key=lambda i: p_values[i])):
-        running = max(running, min(1.0, (len(known) - rank) * p_values[i]))
-        adjusted[i] = running
-    return adjusted
 
 
 # ------------------------------------------------------------------------------------ does ICL work?
@@ -283,32 +208,43 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class IclVerdict:
-    """Whether there is anything in context to align with (``ia2 probe`` judges alike).
+    """Whether there is anything in context that fine-tuning lacks (``ia2 probe`` judges alike).
 
     Attributes:
-        verdict: ``yes``, ``unclear`` or ``no``.
-        reason: in a few words.
+        judged: word, reason and numbers.
         icl: accuracy, mean over seeds.
         base: accuracy of the base model without demonstrations; None where it was not run.
         chance: accuracy of guessing.
+        headroom: ICL − SFT; None where they have no seed together.
     """
 
-    verdict: str
-    reason: str
+    judged: Judgement
     icl: float
     base: float | None
     chance: float
+    headroom: Interval | None
+
+    @property
+    def verdict(self) -> str:
+        """``yes``, ``unclear`` or ``no``."""
+        return self.judged.word
+
+    @property
+    def reason(self) -> str:
+        """In a few words."""
+        return self.judged.reason
 
 
-def icl_works(icl: Arm, base: Arm | None, dataset: str, num_labels: int | None) -> IclVerdict | None:
-    """Judge in-context learning as ``ia2 probe`` does, on the test rows of all seeds.
+def icl_works(
+    icl: Arm, sft: Arm | None, base: Arm | None, dataset: str, num_labels: int | None
+) -> IclVerdict | None:
+    """Judge in-context learning by ICL − SFT, and by the base model, among the labels.
 
-    Rows are the units of the tests, each with its mean over seeds (counts are rounded against ICL), so
-    that seeds on the same rows do not count as more rows. Chance is one over the number of labels, or the
-    share of the most frequent one where records have it.
+    Chance is one over the number of labels, or the share of the most frequent one where records have it.
 
     Args:
         icl: its cells.
+        sft: those of plain fine-tuning; only draws that both have count.
         base: the base model's cell, if there is one.
         dataset: evaluated on.
         num_labels: of the benchmark, where records have none; None for free text, where guessing is never
@@ -317,48 +253,33 @@ def icl_works(icl: Arm, base: Arm | None, dataset: str, num_labels: int | None) 
     Returns:
         None where ICL was not evaluated on it.
     """
-    from scipy.stats import binomtest
-
-    evaluations = list(_evaluations(icl, dataset).values())
+    evaluations = evaluations_of(icl, dataset)
     if not evaluations:
         return None
-    first = evaluations[0]
-    n, accuracy = first.n, float(np.mean([e.accuracy for e in evaluations]))
-    # among the labels alone, as a guess is
-    chosen = accuracy
-    inside = metric_by_seed(icl, dataset, "labels", "accuracy")
-    if inside:
-        chosen = float(np.mean(list(inside.values())))
-    count = first.num_labels or num_labels
-    _same_rows(evaluations)
+    first = next(iter(evaluations.values()))
+    same_rows(list(evaluations.values()))
     # records of older versions lack the share, which is the same for all
-    majority = max(e.majority or 0.0 for e in evaluations)
+    majority = max(e.majority or 0.0 for e in evaluations.values())
+    count = first.num_labels or num_labels
     chance = max(majority, 1 / count if count and first.labelled else 0.0)
+    pairs = {} if sft is None else _paired(icl, sft, dataset)
     bare = None
-    if base is not None and (found := list(_evaluations(base, dataset).values())):
+    if base is not None and (found := list(evaluations_of(base, dataset).values())):
         bare = found[0]
-    of_base = None if bare is None else bare.accuracy
-
-    def verdict(word: str, reason: str) -> IclVerdict:
-        return IclVerdict(word, reason, accuracy, of_base, chance)
-
+        same_rows([first, bare])
+    judged = judge(
+        [a.value("accuracy") for a, _ in pairs.values()]
+        or [e.value("accuracy") for e in evaluations.values()],
+        [b.value("accuracy") for _, b in pairs.values()] or None,
+        None if bare is None else [bare.value("accuracy")],
+        chance,
+    )
     if first.labelled and chance == 0:
-        return verdict("unclear", "number of labels unknown")
-    # 1e-9: 0.57 · 100 is 56.999… in floating point
-    right = math.floor(chosen * n + 1e-9)
-    if chosen <= chance or (
-        chance > 0 and binomtest(right, n, min(chance, 1 - 1e-9), alternative="greater").pvalue > SIGNIFICANCE
-    ):
-        return verdict("no", "at chance" if chance > 0 else "no answer right")
-    if bare is None:
-        return verdict("unclear", "above chance, base not run")
-    _same_rows([first, bare])
-    if accuracy - bare.accuracy < HEADROOM:
-        return verdict("unclear", "hardly above base")
-    mean = np.mean([e.correct for e in evaluations], axis=0)
-    better = math.floor(np.clip(mean - bare.correct, 0, None).sum() + 1e-9)
-    worse = math.ceil(np.clip(bare.correct - mean, 0, None).sum() - 1e-9)
-    p = binomtest(better, better + worse, 0.5, alternative="greater").pvalue if better + worse else 1.0
-    if p > SIGNIFICANCE:
-        return verdict("unclear", "not clearly above base")
-    return verdict("yes", "above chance and base")
+        judged = replace(judged, word="unclear", reason="number of labels unknown")
+    return IclVerdict(
+        judged,
+        float(np.mean([e.value("accuracy") for e in evaluations.values()])),
+        None if bare is None else bare.value("accuracy"),
+        chance,
+        judged.headroom,
+    )

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
-Mark = Literal["", "best", "second", "paper"]
+from ia2.wording import MISSING
 
-MISSING = "–"
+Mark = Literal["", "best", "second", "paper"]
 
 # What TeX would take for something else, and signs that its text fonts lack.
 _TEX = {
@@ -194,18 +194,6 @@ def mean_sd(mean: float, sd: float | None, *, percent: bool, seeds: tuple[int, i
     shown = [f"{100 * x:.1f}" if percent else f"{x:.2f}" for x in (mean, sd) if x is not None]
     text = shown[0] + (f" ({shown[1]})" if len(shown) > 1 else "")
     return text if seeds is None or seeds[0] == seeds[1] else f"{text}, {seeds[0]} of {seeds[1]} seeds"
-
-
-def signed(value: float, low: float | None, high: float | None, *, percent: bool) -> str:
-    """``+10.2 [+3.1, +17.0]``, in percentage points or as it is, with a true minus."""
-
-    def one(x: float) -> str:
-        text = f"{100 * x:+.1f}" if percent else f"{x:+.3f}"
-        return text.replace("-", "−")
-
-    if low is None or high is None or low != low or high != high:
-        return one(value)
-    return f"{one(value)} [{one(low)}, {one(high)}]"
 
 
 def p_value(p: float) -> str:

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ia2.errors import DataError
 from ia2.sweeps.selection import Arm
-
-RESAMPLES = 4000
+from ia2.sweeps.statistics import difference, evaluations_of, same_rows
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class Threshold:
 
     Attributes:
         value: of the means over seeds.
-        low, high: 95% of the resamples.
+        low, high: of the 95% t-intervals; NaN where a size has one draw.
         sizes: the grid, ascending.
         differences: mean of each size.
         margin: a difference above it counts as better.
@@ -46,8 +44,10 @@ class Threshold:
             text = f"never better from N = {first} on"
         else:
             text = f"N ≈ {self.value:.3g}"
+        if math.isnan(self.low) or math.isnan(self.high):
+            return text
         if self.low == self.high and math.isinf(self.low):
-            return f"{text} (in 95% of the resamples or more)"
+            return f"{text} (for certain)"
         low = {-math.inf: f"below {first}", math.inf: f"above {last}"}.get(self.low, f"{self.low:.3g}")
         high = {-math.inf: f"below {first}", math.inf: f"above {last}"}.get(self.high, f"{self.high:.3g}")
         return f"{text} [{low}, {high}]"
@@ -88,19 +88,17 @@ def effectiveness_threshold(
     dataset: str,
     *,
     margin: float = 0.0,
-    seed: int = 0,
 ) -> Threshold | None:
-    """The N at which the method stops being more accurate than its rival, by a paired bootstrap.
+    """The N at which the method stops being more accurate than its rival, paired by draw.
 
-    Each resample draws one set of test rows for everything, and seeds (jointly for sizes with the same
-    seeds, whose examples contain each other); differences are paired by seed and row.
+    Its ends are where the lower and the upper ends of the differences' t-intervals fall to the margin; there
+    are none where a size has one draw.
 
     Args:
         method: N → its arm.
         rival: N → the other's.
         dataset: evaluated on.
         margin: by how much it must be better.
-        seed: of the resampling.
 
     Returns:
         None with fewer than two sizes that both have.
@@ -108,55 +106,29 @@ def effectiveness_threshold(
     Raises:
         DataError: sizes were evaluated on different rows.
     """
-    paired = {n: _pairs(method[n], rival[n], dataset) for n in sorted(set(method) & set(rival))}
-    paired = {n: found for n, found in paired.items() if found[0]}
-    if len(paired) < 2:
-        return None
-    sizes = tuple(paired)
-    tests = {test for _, _, test in paired.values()}
-    if len(tests) > 1:
-        raise DataError(
-            f"{dataset}: sizes were evaluated on different test rows; a curve needs the same at every N. "
-            "Report their folders apart."
-        )
-    rng = np.random.default_rng(seed)
-    rows = next(iter(paired.values()))[1].shape[1]
-    weights = rng.multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES) / rows  # [R, n]
-    drawn: dict[tuple[int, ...], np.ndarray] = {}
-    curves = np.empty((RESAMPLES, len(sizes)))
-    for place, (seeds, values, _) in enumerate(paired.values()):
-        if seeds not in drawn:
-            drawn[seeds] = rng.integers(len(seeds), size=(RESAMPLES, len(seeds)))
-        per_seed = weights @ values.T  # [R, S]
-        curves[:, place] = np.take_along_axis(per_seed, drawn[seeds], axis=1).mean(1)
-    means = np.array([values.mean() for _, values, _ in paired.values()])
-    found = np.sort(crossing(sizes, curves, margin))
-    low, high = found[int(0.025 * RESAMPLES)], found[math.ceil(0.975 * RESAMPLES) - 1]
-    return Threshold(
-        float(crossing(sizes, means, margin)),
-        float(low),
-        float(high),
-        sizes,
-        tuple(float(mean) for mean in means),
-        margin,
-        tuple(len(seeds) for seeds, _, _ in paired.values()),
+    sizes = sorted(set(method) & set(rival))
+    same_rows(
+        [e for n in sizes for arm in (method[n], rival[n]) for e in evaluations_of(arm, dataset).values()]
     )
-
-
-def _pairs(method: Arm, rival: Arm, dataset: str) -> tuple[tuple[int, ...], np.ndarray, tuple[str, int]]:
-    """Seeds, differences of right answers ``[S, n]`` and what rows they are of."""
-    seeds, values, tests = [], [], set()
-    for seed, cell in method.runs.items():
-        mine = cell.evaluations.get(dataset)
-        other = rival.runs[seed].evaluations.get(dataset) if seed in rival.runs else None
-        if mine is None or other is None or seed is None:
-            continue
-        tests |= {(mine.test, mine.n), (other.test, other.n)}
-        if len(tests) > 1:
-            raise DataError(
-                f"{dataset}: cells were evaluated on different test rows: they cannot be compared. "
-                "Report their folders apart."
-            )
-        seeds.append(seed)
-        values.append(mine.correct - other.correct)
-    return tuple(seeds), np.array(values), next(iter(tests), ("", 0))
+    found = {n: d for n in sizes if (d := difference(method[n], rival[n], dataset, "accuracy")) is not None}
+    if len(found) < 2:
+        return None
+    sizes = list(found)
+    curves = {
+        end: np.array([getattr(d.interval, end) for d in found.values()], float)
+        for end in ("value", "low", "high")
+    }
+    known = np.isfinite(curves["low"]).all()
+    value, low, high = (
+        float(crossing(sizes, curve, margin)) if end == "value" or known else math.nan
+        for end, curve in curves.items()
+    )
+    return Threshold(
+        value,
+        low,
+        high,
+        tuple(sizes),
+        tuple(curves["value"].tolist()),
+        margin,
+        tuple(d.interval.units for d in found.values()),
+    )

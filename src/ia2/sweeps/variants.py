@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from ia2.evaluation.calibration import Interval, clustered_interval
+from ia2.evaluation.statistics import Interval, side, t_interval
 from ia2.sweeps.report import METHOD, TITLES, Report
 from ia2.sweeps.selection import Arm, Task
 from ia2.sweeps.significance import works_on
-from ia2.sweeps.statistics import paired, paired_runs
-from ia2.sweeps.tables import MISSING, Column, Entry, Mark, Table, signed
+from ia2.sweeps.statistics import differences_by_seed
+from ia2.sweeps.tables import Column, Entry, Mark, Table
+from ia2.wording import MISSING, estimate
 
-_Runs = list[list[np.ndarray]]
+_MEASURES = ("accuracy", "nll")
+
+# Differences of each pair, by measure.
+_Runs = list[dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -27,28 +29,28 @@ class Half:
 
     Attributes:
         pairs: of benchmark and seed.
-        accuracy: difference, with its 95% interval over pairs and test rows.
-        ece: the same; less is better.
+        accuracy: difference, with its 95% t-interval over pairs.
+        nll: the same; less is better.
     """
 
     pairs: int
     accuracy: Interval
-    ece: Interval
+    nll: Interval
 
     @property
     def better(self) -> bool:
-        """Higher accuracy and lower ECE."""
-        return self.accuracy.value > 0 > self.ece.value
+        """Higher accuracy and lower NLL."""
+        return bool(self.accuracy.value > 0 > self.nll.value)
 
     @property
     def beyond_doubt(self) -> bool:
         """Better, with both intervals on the right side of zero."""
-        return self.accuracy.low > 0 > self.ece.high
+        return side(self.accuracy.to_dict()) > 0 > side(self.nll.to_dict())
 
     @property
     def gain(self) -> float:
-        """What variants are ranked by: a point of accuracy counts as much as a hundredth of ECE."""
-        return self.accuracy.value - self.ece.value
+        """What variants are ranked by: a point of accuracy counts as much as a hundredth of a nat."""
+        return float(self.accuracy.value - self.nll.value)
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def variants_table(report: Report, *, where_icl_works: bool = False) -> Table | 
         *(
             Column(title, group)
             for group in ("selection:", "confirmation:")
-            for title in ("pairs", "accuracy [95%]", "ECE [95%]")
+            for title in ("pairs", "accuracy [95%]", "NLL [95%]")
         ),
     )
     where = " where ICL works" if where_icl_works else ""
@@ -124,7 +126,7 @@ def variants_table(report: Report, *, where_icl_works: bool = False) -> Table | 
         (
             *report.about(list(dict.fromkeys(arm.task for arm in arms)), arms),
             "Pairs are of one benchmark and seed, dealt to the halves in turn: a benchmark with two seeds or "
-            "more is in both. Accuracy in percentage points; intervals over pairs and test rows.",
+            "more is in both. Accuracy in percentage points, both among the labels; t-intervals over pairs.",
             *(verdict(best[key], *key) for key in best),
         ),
     )
@@ -134,7 +136,7 @@ def verdict(chosen: Candidate | None, model: str, size: int) -> str:
     """What came of it, in a sentence."""
     at = f"{model}, N = {size}"
     if chosen is None:
-        return f"{at}: no variant is better in both accuracy and ECE on the selection half."
+        return f"{at}: no variant is better in both accuracy and NLL on the selection half."
     half = chosen.confirm
     if half is None:
         return f"{at}: selected {chosen.variant}; there are no pairs to confirm it on."
@@ -158,24 +160,21 @@ def _halves(report: Report, tasks: Sequence[Task], size: int, label: str) -> tup
     return halves
 
 
-def _runs(variant: Arm, plain: Arm) -> dict[int, list[np.ndarray]]:
-    return paired_runs(variant, plain, variant.task.benchmark)
+def _runs(variant: Arm, plain: Arm) -> dict[int, dict[str, float]]:
+    found = {name: differences_by_seed(variant, plain, variant.task.benchmark, name) for name in _MEASURES}
+    return {seed: {name: found[name][seed] for name in _MEASURES} for seed in found["accuracy"]}
 
 
 def _half(runs: _Runs) -> Half:
-    # benchmarks have rows of their own
-    accuracy, ece = (
-        clustered_interval(paired(name), runs, shared_rows=False) for name in ("accuracy", "ece")
-    )
-    return Half(len(runs), accuracy, ece)
+    return Half(len(runs), *(t_interval([run[name] for run in runs]) for name in _MEASURES))
 
 
 def _entries(half: Half | None) -> tuple[Entry, ...]:
     if half is None:
         return tuple(Entry(MISSING) for _ in range(3))
-    accuracy, ece = half.accuracy, half.ece
+    accuracy, nll = half.accuracy.to_dict(), half.nll.to_dict()
     return (
         Entry(str(half.pairs)),
-        Entry(signed(accuracy.value, accuracy.low, accuracy.high, percent=True), value=accuracy.to_dict()),
-        Entry(signed(ece.value, ece.low, ece.high, percent=False), value=ece.to_dict()),
+        Entry(estimate(accuracy, signed=True, percent=True), value=accuracy),
+        Entry(estimate(nll, signed=True), value=nll),
     )
