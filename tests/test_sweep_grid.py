@@ -92,7 +92,8 @@ def test_betas_are_of_the_joint_stage_only() -> None:
     values: dict[str, Any] = {"recipes": ["sft", "ia2+sft"], "betas": [0.2, 0.8]}
     assert specs("beta", **values) == [None, 0.2, 0.8]
     assert [c.config.joint.betas for c in cells_of(**values)[1:]] == [[0.2], [0.8]]
-    assert specs("beta", recipes=["ia2+sft"]) == [0.5]
+    # alignment is divided by its first value, and then there is no β
+    assert specs("beta", recipes=["ia2+sft"]) == [None]
     rates = cells_of(recipes=["ia2+sft"], betas=[0.2, 0.8], learning_rates=[0.1, 0.2])
     assert [(c.spec["learning_rate"], c.spec["beta"]) for c in rates] == [
         (0.1, 0.2),

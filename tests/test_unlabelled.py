@@ -13,14 +13,17 @@ from command_line import run, tree, write_rows
 from sweeping import cells_of, records, swept
 
 from ia2 import AdaptConfig, Examples, adapt
+from ia2.batches import EpochSampler
+from ia2.console import Progress
 from ia2.errors import ConfigError, DataError
 from ia2.examples import Example, FewShotSplit
 from ia2.files import read_json
 from ia2.models import BaseModel
 from ia2.recipes import LABELLED, UNLABELLED
-from ia2.stages import plan
+from ia2.stages import StageJob, _trainer, plan
+from ia2.trainer import AlignTrainer, MixedTrainer, SftTrainer, StageSettings
 from ia2.unlabelled import distinct, with_unlabelled
-from ia2.workbench import Workbench, answered_parts, held_out
+from ia2.workbench import Workbench, answered_parts, held_out, teacher_passes
 
 ROWS = icl_examples(12, task=1, num_classes=2)
 MORE = icl_examples(20, seed=9, task=1, num_classes=2)
@@ -186,6 +189,95 @@ def test_where_targets_lie_changes_nothing(targets: str, learner: BaseModel, tmp
     other = bench(clone(learner), tmp_path / targets, targets=targets, **settings).train("ia2")
     for name, value in stored.state.items():
         assert torch.allclose(value, other.state[name], atol=1e-3), name
+
+
+# ------------------------------------------------------------------------------------ the joint stage
+
+
+def joint(base: BaseModel, folder: Path, **settings: Any) -> tuple[Workbench, MixedTrainer]:
+    """The joint stage's trainer on different rows, and an adapter that does something."""
+    made = bench(base, folder, **settings)
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in made.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    (stage,) = plan("ia2+sft", made.config)
+    how, needed = made._how(stage), teacher_passes([stage], made.config)[0]
+    rows, beside = made._rows(stage, how, needed), made._beside(stage, needed)
+    job = StageJob(stage, 1e-3, 1e-3, None, rows, folder / "joint", "key", how, beside)
+    trainer = _trainer(made.model, made.tokenizer, made.config, job, folder / "stage", Progress())
+    assert isinstance(trainer, MixedTrainer)
+    return made, trainer
+
+
+def test_a_joint_step_aligns_on_unlabelled_rows_and_fine_tunes_on_labelled(
+    learner: BaseModel, tmp_path: Path
+) -> None:
+    made, trainer = joint(clone(learner), tmp_path)
+    trainer.scale = 0.25
+    train = trainer.train_dataset
+    batch = trainer._prepare_inputs(trainer.data_collator([train[i, 0, 1.0, 5 - i] for i in range(4)]))
+    found = trainer.example_losses(made.model, batch)
+    settings = StageSettings(tmp_path / "other")
+    align = AlignTrainer(made.model, *made.align_rows(UNLABELLED), settings, made.tokenizer)
+    aligned = align.example_losses(
+        made.model, trainer.data_collator([align.train_dataset[i] for i in range(4)])
+    )
+    sft = SftTrainer(made.model, *made.sft_rows(), settings, made.tokenizer)
+    tuned = sft.example_losses(
+        made.model, trainer.data_collator([sft.train_dataset[5 - i] for i in range(4)])
+    )
+    assert torch.allclose(found, 0.25 * aligned + 0.3 * tuned, rtol=1e-5)
+
+
+def test_joint_dev_loss_is_relative_to_the_first(learner: BaseModel, tmp_path: Path) -> None:
+    """No scale of the model is in it: before the first step alignment counts 1."""
+    made, trainer = joint(clone(learner), tmp_path)
+    first = trainer._first_alignment()
+    settings = StageSettings(tmp_path / "other")
+    align = AlignTrainer(made.model, *made.align_rows(UNLABELLED), settings, made.tokenizer)
+    assert first == pytest.approx(align.evaluate()["eval_loss"], rel=1e-5)
+    trainer.scale = 1 / first
+    sft = SftTrainer(made.model, *made.sft_rows(), settings, made.tokenizer)
+    expected = 1 + 0.3 * sft.evaluate()["eval_loss"]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"micro_batch_size": 1}, {"targets": "online"}])
+def test_how_a_joint_step_is_cut_changes_nothing(
+    settings: dict[str, Any], learner: BaseModel, tmp_path: Path
+) -> None:
+    whole = bench(clone(learner), tmp_path / "whole", batch_size=3).train("ia2+sft")
+    parts = bench(clone(learner), tmp_path / "parts", batch_size=3, **settings).train("ia2+sft")
+    assert whole.tried == pytest.approx(parts.tried, rel=1e-4)
+    for name, value in whole.state.items():
+        assert torch.allclose(value, parts.state[name], atol=1e-3), name
+
+
+def test_every_labelled_row_comes_as_often_as_any_other() -> None:
+    sampler = EpochSampler(20, 4, 6, 1, seed=3, epoch=lambda: 0, beside=6)
+    keys = list(sampler)
+    others = [key[3] for key in keys if key[2]]
+    assert [sorted(others[n : n + 6]) for n in (0, 6, 12)] == [list(range(6))] * 3
+    # fillers change nothing
+    without = EpochSampler(20, 4, 4, 1, seed=3, epoch=lambda: 0, beside=6)
+    assert list(without) == [key for key in keys if key[2]]
+
+
+def test_the_paper_has_beta_and_the_teachers_answers() -> None:
+    def stage(**given: Any) -> tuple[Any, ...]:
+        unlabelled = given.pop("unlabelled", None)
+        (planned,) = plan("ia2+sft", AdaptConfig(joint=given, unlabelled=unlabelled))
+        return planned.betas, planned.answers, planned.beside, sorted(answered_parts(planned))
+
+    assert stage() == ([None], "ground_truth", False, ["dev", "train"])
+    assert stage(betas=[0.1]) == ([0.1], "icl_responses", False, ["dev", "train"])
+    on = ["unlabelled", "unlabelled-dev"]
+    assert stage(unlabelled="more") == ([None], "ground_truth", True, on)
+    assert stage(unlabelled="more", betas=[0.1]) == ([0.1], "ground_truth", True, on)
+    assert stage(unlabelled="more", answers="icl_responses")[3] == ["dev", "train", *on]
+    with pytest.raises(ValueError, match="answer_weight does nothing beside betas"):
+        AdaptConfig(joint={"betas": [0.1], "answer_weight": 1.0})
 
 
 # ----------------------------------------------------------------------------------------- mistakes

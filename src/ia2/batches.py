@@ -50,12 +50,14 @@ class AnswerDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         indices: the examples that are trained on.
         targets: activations to align with, by the example's index.
         soft: token distributions to distil, by the example's index.
+        beside: rows of another loss, of which each row is given one (the key's fourth part).
     """
 
     make: Callable[[int, int], Row]
     indices: Sequence[int]
     targets: Targets | None = None
     soft: Targets | None = None
+    beside: AnswerDataset | None = None
 
     @classmethod
     def of(cls, rows: Sequence[Row], targets: Targets | None = None) -> AnswerDataset:
@@ -97,10 +99,12 @@ class AnswerDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         """The row at this place."""
         return self.make(self.indices[place], permutation)
 
-    def __getitem__(self, key: int | tuple[int, int, float]) -> dict[str, Any]:
-        place, permutation, weight = (key, 0, 1.0) if isinstance(key, int) else key
+    def __getitem__(self, key: int | tuple[int, int, float] | tuple[int, int, float, int]) -> dict[str, Any]:
+        place, permutation, weight, *other = (key, 0, 1.0) if isinstance(key, int) else key
         index = self.indices[place]
+        beside = {"beside": self.beside.row(other[0])} if self.beside is not None and other else {}
         return {
+            **beside,
             "row": self.make(index, permutation),
             "weight": weight,
             "target": self.targets.get(index, permutation) if self.targets is not None else None,
@@ -115,7 +119,8 @@ class Collator:
     ``parts`` are forward passes over the answers behind their queries: one pack of all rows, or batches of
     padded rows of near lengths. ``response`` are the same with the teacher's answers, and left out where they
     would be fed the same ids; ``context`` are the teacher's answers in their contexts, where targets are
-    computed online. Rows are in the same order everywhere; where they are padded, the longest is first.
+    computed online; ``beside`` are rows of another loss, with their answers.
+    Rows are in the same order everywhere; where they are padded, the longest is first.
 
     Attributes:
         padding: id to fill rows with.
@@ -140,6 +145,12 @@ class Collator:
         differ = any(a[:-1] != row.answer[:-1] for a, row in zip(responses, rows, strict=True))
         if differ or (self.alike and rows[0].response is not None):
             batch["response"] = self._parts(queries, responses)
+        if "beside" in items[0]:
+            others: list[Row] = [item["beside"] for item in items]
+            batch["beside"] = {
+                "parts": self._parts([row.query for row in others], [row.answer for row in others]),
+                "answers": torch.tensor([token for row in others for token in row.answer]),
+            }
         if rows[0].context:
             batch["context"] = self._parts([row.context for row in rows], responses)
         for name, key in (("targets", "target"), ("soft", "soft")):
@@ -249,6 +260,7 @@ class EpochSampler(torch.utils.data.Sampler):  # type: ignore[type-arg]
         permutations: targets an example has; one is drawn an epoch.
         seed: of the order.
         epoch: tells the current epoch.
+        beside: rows of another loss; each example is given one, in turn of a shuffled order.
     """
 
     def __init__(
@@ -259,8 +271,9 @@ class EpochSampler(torch.utils.data.Sampler):  # type: ignore[type-arg]
         permutations: int,
         seed: int,
         epoch: Callable[[], int],
+        beside: int = 0,
     ) -> None:
-        self.count, self.per_step, self.slots = count, per_step, slots
+        self.count, self.per_step, self.slots, self.beside = count, per_step, slots, beside
         self.permutations, self.seed, self.epoch = permutations, seed, epoch
 
     @property
@@ -271,11 +284,20 @@ class EpochSampler(torch.utils.data.Sampler):  # type: ignore[type-arg]
     def __len__(self) -> int:
         return self.steps * self.slots
 
-    def __iter__(self) -> Iterator[tuple[int, int, float]]:
+    def __iter__(self) -> Iterator[tuple[int, int, float] | tuple[int, int, float, int]]:
+        others = self._others()
         draw = random.Random(f"epoch {self.seed} {self.epoch()}")
         order = draw.sample(range(self.count), self.count)
         for start in range(0, self.count, self.per_step):
             step = order[start : start + self.per_step]
-            keys = [(i, draw.randrange(self.permutations), 1.0) for i in step]
-            keys += [(step[0], 0, 0.0)] * (self.slots - len(step))
+            keys: list[Any] = [(i, draw.randrange(self.permutations), 1.0) for i in step]
+            if self.beside:
+                keys = [(*key, next(others)) for key in keys]
+            # a filler takes none of the others, or the order would depend on how many there are
+            keys += [(step[0], 0, 0.0, *keys[0][3:])] * (self.slots - len(step))
             yield from keys
+
+    def _others(self) -> Iterator[int]:
+        draw = random.Random(f"beside {self.seed} {self.epoch()}")
+        while True:
+            yield from draw.sample(range(self.beside), self.beside)

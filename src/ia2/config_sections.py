@@ -32,6 +32,9 @@ Rate = Annotated[float, Field(gt=0)]
 Rows = Literal["labelled", "unlabelled", "both"]
 """Which rows a stage trains on."""
 
+# Of the joint stage.
+_ANSWER_WEIGHT = 0.3
+
 Width = Annotated[int, Field(ge=1, le=2**16)]
 """Of what an adapter adds to a model; more than any layer is wide."""
 
@@ -222,22 +225,45 @@ class SftConfig(TeacherStageConfig):
 
 
 class JointConfig(AlignConfig):
-    """The joint stage of ia2+sft: (1 − β)·alignment + β·cross-entropy."""
+    """The joint stage of ia2+sft: alignment and cross-entropy in each step.
 
-    betas: list[float] = Field(
-        [0.5], min_length=1, description="Values of β to try; the best is chosen by cross-entropy on dev."
+    Alignment is divided by its first value, and so needs no other weight from model to model.
+    """
+
+    rows: Rows | None = Field(
+        None,
+        description="Rows that are aligned on, unlabelled ones by default, where there are any; "
+        "cross-entropy is on labelled rows.",
     )
-    answers: Literal["ground_truth", "icl_responses"] = Field(
-        "icl_responses",
-        description="Answers of the cross-entropy: the teacher's (the paper) or the true ones.",
+    answer_weight: float = Field(
+        _ANSWER_WEIGHT,
+        gt=0,
+        description="Weight of cross-entropy beside alignment, which is divided by its first value.",
+    )
+    betas: list[float] | None = Field(
+        None,
+        min_length=1,
+        description="Instead, as the paper: (1 − β)·alignment + β·cross-entropy as they are, for values of β "
+        "to try; the best is chosen by cross-entropy on dev.",
+    )
+    answers: Literal["ground_truth", "icl_responses"] | None = Field(
+        None,
+        description="Answers of the cross-entropy: the true ones, or the teacher's (by default with betas, "
+        "where both losses are on the same rows).",
     )
 
     @field_validator("betas")
     @classmethod
-    def _shares(cls, value: list[float]) -> list[float]:
-        if any(not 0 < beta < 1 for beta in value):
+    def _shares(cls, value: list[float] | None) -> list[float] | None:
+        if value and any(not 0 < beta < 1 for beta in value):
             raise ValueError("β must lie between 0 and 1; for 0 or 1 take the recipes ia2 and sft")
         return value
+
+    @model_validator(mode="after")
+    def _one_weight(self) -> JointConfig:
+        if self.betas and self.answer_weight != _ANSWER_WEIGHT:
+            raise ValueError("answer_weight does nothing beside betas. Leave one of them out")
+        return self
 
 
 class SoftConfig(TeacherStageConfig):

@@ -135,7 +135,7 @@ class ExampleTrainer(Trainer, ABC):
         if settings.activation_checkpointing_kwargs.get("use_reentrant"):
             raise ConfigError(REENTRANT + ".")
         self.settings = settings
-        self._orders: dict[int, list[int]] = {}
+        self._orders: dict[int, tuple[AnswerDataset, list[int]]] = {}
         self._loss_is_finite: torch.Tensor | None = None  # of this process, since the last step
         collator = Collator(pad_id(tokenizer), alike=shards_model())
         arguments = self._arguments(settings, len(train_dataset), next(model.parameters()).device)
@@ -143,7 +143,7 @@ class ExampleTrainer(Trainer, ABC):
             self.steps_per_epoch,
             settings.epochs,
             self._per_step,
-            len(eval_dataset) * eval_dataset.permutations,
+            len(eval_dataset) * eval_dataset.permutations + len(eval_dataset.beside or ()),
             settings.eval_every,
             settings.patience,
         )
@@ -273,6 +273,7 @@ class ExampleTrainer(Trainer, ABC):
             dataset.permutations,
             self.settings.seed,
             lambda: self.state.global_step // self.steps_per_epoch,
+            len(dataset.beside) if dataset.beside is not None else 0,
         )
 
     # -------------------------------------------------------------------------------- evaluation
@@ -282,24 +283,28 @@ class ExampleTrainer(Trainer, ABC):
     ) -> dict[str, float]:
         """Mean loss over the dev examples; every process computes it and uses the first one's."""
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        loss = self._mean_loss(dataset)
-        if self.args.world_size > 1:
-            from accelerate.utils import broadcast
-
-            loss = float(broadcast(torch.tensor(loss, dtype=torch.float64, device=self.args.device)))
+        loss = self._everywhere(self._mean_loss(dataset))
         metrics = {f"{metric_key_prefix}_loss": loss}
         if math.isfinite(loss):
             self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _everywhere(self, value: float) -> float:
+        """The first process's value, in all of them."""
+        if self.args.world_size > 1:
+            from accelerate.utils import broadcast
+
+            value = float(broadcast(torch.tensor(value, dtype=torch.float64, device=self.args.device)))
+        return value
+
     def _mean_loss(self, dataset: AnswerDataset) -> float:
         if not len(dataset):
             return float("nan")
         if id(dataset) not in self._orders:
             by_length = sorted(range(len(dataset)), key=lambda i: -len(dataset.row(i).query))
-            self._orders[id(dataset)] = by_length
-        order = self._orders[id(dataset)]
+            self._orders[id(dataset)] = dataset, by_length  # kept, so that no other gets its id
+        _, order = self._orders[id(dataset)]
         size = self.settings.micro_batch_size or _EVAL_ROWS
         training = self.model.training
         self.model.eval()

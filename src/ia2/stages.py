@@ -58,8 +58,22 @@ class PlannedStage:
         """Whether it needs those to labelled rows."""
         settings = self.settings
         if isinstance(settings, SftConfig):
-            return settings.answers == "icl_responses" or settings.ia2_weight > 0
-        return LABELLED in self.rows
+            return self.answers == "icl_responses" or settings.ia2_weight > 0
+        return LABELLED in self.rows or self.answers == "icl_responses"
+
+    @property
+    def answers(self) -> str | None:
+        """Of the cross-entropy: ``ground_truth`` or ``icl_responses``; None of a stage that has none."""
+        settings = self.settings
+        if isinstance(settings, JointConfig):
+            together = bool(settings.betas) and not self.beside
+            return settings.answers or ("icl_responses" if together else "ground_truth")
+        return settings.answers if isinstance(settings, SftConfig) else None
+
+    @property
+    def beside(self) -> bool:
+        """Whether cross-entropy is on other rows than alignment: on labelled ones."""
+        return self.kind == JOINT and UNLABELLED in self.rows
 
     @property
     def aligns(self) -> bool:
@@ -70,8 +84,8 @@ class PlannedStage:
 
     @property
     def betas(self) -> list[float | None]:
-        """Values of β to try; only the joint stage has them."""
-        return list(self.settings.betas) if isinstance(self.settings, JointConfig) else [None]
+        """Values of β to try; only a joint stage may have them."""
+        return list(getattr(self.settings, "betas", None) or [None])
 
 
 def plan(recipe: str, config: AdaptConfig) -> list[PlannedStage]:
@@ -92,7 +106,7 @@ def plan(recipe: str, config: AdaptConfig) -> list[PlannedStage]:
 def _rows_of(recipe: str, kind: str, settings: StageConfig, config: AdaptConfig) -> tuple[str, ...]:
     """Kinds of rows that a stage trains on."""
     assert isinstance(settings, TeacherStageConfig)
-    usual = UNLABELLED if config.unlabelled and kind not in (SFT, JOINT) else LABELLED
+    usual = UNLABELLED if config.unlabelled and kind != SFT else LABELLED
     rows = settings.rows or usual
     found = (LABELLED, UNLABELLED) if rows == "both" else (rows,)
     where = f"recipe '{recipe}': its stage {kind} learns on {rows} rows"
@@ -224,6 +238,7 @@ class StageJob:
         tried: the rate of the recipe that this is part of.
         beta: of the joint stage.
         rows: training and dev rows.
+        beside: labelled rows of the cross-entropy, where they are others.
         selection_rows: dev rows with true answers, by whose cross-entropy the joint stage is selected.
         how: how alignment is measured, where the stage aligns.
         folder: written whole, at the end; checkpoints lie beside it meanwhile.
@@ -238,6 +253,7 @@ class StageJob:
     folder: Path
     key: str
     how: AlignmentSettings | None = None
+    beside: tuple[AnswerDataset, AnswerDataset] | None = None
     selection_rows: AnswerDataset | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -401,9 +417,9 @@ def _trainer(
             attention_modules=how.attention_modules,
             progress=bar,
         )
-    if job.beta is not None:
+    if isinstance(settings, JointConfig):
         assert how is not None
-        share = 1 - job.beta
+        share = 1.0 if job.beta is None else 1 - job.beta
         return MixedTrainer(
             model,
             train,
@@ -412,7 +428,9 @@ def _trainer(
             tokenizer,
             how=how,
             align_weight=lambda step: share,
-            answer_weight=job.beta,
+            answer_weight=settings.answer_weight if job.beta is None else job.beta,
+            beside=job.beside,
+            relative=job.beta is None,
             progress=bar,
         )
     if isinstance(settings, SoftConfig):
@@ -446,7 +464,7 @@ def _trainer(
 
 
 def _cross_entropy(model: Any, tokenizer: Any, config: AdaptConfig, job: StageJob, partial: Path) -> float:
-    """Cross-entropy on dev, comparable over β."""
+    """Cross-entropy on dev, comparable over β and other weights."""
     from ia2.trainer import SftTrainer, StageSettings
 
     rows = job.selection_rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ __all__ = [
     "StageSettings",
     "last_complete_checkpoint",
 ]
+
+# Training rows on which alignment is measured before the first step, where there are no dev rows.
+_FIRST = 32
 
 # Rows that are looked at for a short one, to find the weights that alignment reaches.
 _LOOK_AT = 64
@@ -152,8 +156,8 @@ class MixedTrainer(ExampleTrainer):
     """``w_align · L_IA2 + w_answer · cross-entropy``, with weights that may change from step to step.
 
     The joint stage of ``ia2+sft`` (METHOD: stages), and fine-tuning that keeps a decaying alignment term.
-    One forward pass gives both terms, unless the answer and the teacher's answer differ beyond their
-    last token.
+    On the same rows one forward pass gives both terms, unless the answer and the teacher's answer differ
+    beyond their last token. On different ones, every row that is aligned on comes with one ``beside`` it.
 
     Args:
         model: a PEFT model.
@@ -165,6 +169,8 @@ class MixedTrainer(ExampleTrainer):
         align_weight: weight of ``L_IA2`` at an optimiser step.
         answer_weight: weight of cross-entropy.
         dev: judge dev rows by both terms, or by cross-entropy alone.
+        beside: training and dev rows of the cross-entropy, where they are others.
+        relative: divide ``L_IA2`` by its value before the first step (METHOD: unlabelled queries).
         progress: advanced once a step.
     """
 
@@ -180,25 +186,88 @@ class MixedTrainer(ExampleTrainer):
         align_weight: Callable[[int], float],
         answer_weight: float = 1.0,
         dev: str = "both",
+        beside: tuple[AnswerDataset, AnswerDataset] | None = None,
+        relative: bool = False,
         progress: Progress | None = None,
     ) -> None:
         self.alignment = Alignment(model, how, _targets_of(train_dataset))
         self._may_pack = how.site != "weights"
         self.align_weight, self.answer_weight, self.dev = align_weight, answer_weight, dev
+        self.relative, self.scale = relative, 1.0
+        self._term: str | None = None  # of dev rows, where only one is asked for
+        if beside is not None:
+            train_dataset = replace(train_dataset, beside=beside[0])
+            eval_dataset = replace(eval_dataset, beside=beside[1])
         super().__init__(model, train_dataset, eval_dataset, settings, tokenizer, progress)
+
+    def fit(self) -> float:
+        """Train (see :meth:`ExampleTrainer.fit`); a relative ``L_IA2`` is measured first, on dev rows."""
+        if self.relative:
+            first = self._first_alignment()
+            self.scale = 1 / first if first > 0 else 0.0 if first == 0 else first
+        return super().fit()
+
+    def _first_alignment(self) -> float:
+        """``L_IA2`` of the weights that the stage begins with, the same after a restart and everywhere."""
+        rows = self.eval_dataset
+        if not len(rows):
+            rows = replace(self.train_dataset, indices=self.train_dataset.indices[:_FIRST])
+        return self._everywhere(self._mean_of("alignment", rows))
 
     def example_losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """The weighted sum of both terms for each row, ``[B]``."""
-        weight = self.align_weight(self.state.global_step)
-        return self._losses(model, batch, weight)
+        weight = self.align_weight(self.state.global_step) * self.scale
+        if "beside" not in batch:
+            return self._losses(model, batch, weight)
+        answers = self._cross_entropy(model, batch["beside"])
+        return self.answer_weight * answers + weight * self._alignment_losses(model, batch)
 
     def dev_losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
-        """The same, or cross-entropy alone, ``[B]``."""
-        return self._losses(model, batch, self.align_weight(0) if self.dev == "both" else 0.0)
+        """The same, or one term alone, ``[B]``."""
+        if self._term == "alignment":
+            return self._alignment_losses(model, batch)
+        if self._term == "answers":
+            return self._cross_entropy(model, batch)
+        return self._losses(model, batch, self.align_weight(0) * self.scale if self.dev == "both" else 0.0)
+
+    def _mean_loss(self, dataset: AnswerDataset) -> float:
+        if dataset.beside is None or self._term is not None:
+            return super()._mean_loss(dataset)
+        # without dev rows of one kind the other is what is left to go by
+        terms = [
+            weight * self._mean_of(term, rows)
+            for term, weight, rows in (
+                ("alignment", self.align_weight(0) * self.scale, dataset),
+                ("answers", self.answer_weight, dataset.beside),
+            )
+            if len(rows)
+        ]
+        return sum(terms) if terms else float("nan")
+
+    def _mean_of(self, term: str, dataset: AnswerDataset) -> float:
+        self._term = term
+        try:
+            return super()._mean_loss(dataset)
+        finally:
+            self._term = None
+
+    def _cross_entropy(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        parts = parts_of(batch)
+        logits, _ = run_parts(model, parts, logits=True)
+        assert logits is not None
+        return cross_entropy_losses(logits, batch["answers"].to(logits.device), lengths_of(parts))
+
+    def _alignment_losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        watched = self.alignment.watching(batch)
+        _, student = run_parts(model, parts_of(batch, "response"), logits=False, **watched)
+        assert student is not None
+        return self.alignment.losses(self.model, batch, student)
 
     def _losses(self, model: Any, batch: dict[str, Any], align_weight: float) -> torch.Tensor:
+        """Both terms of the same rows."""
         parts = parts_of(batch)
-        watched = self.alignment.watching(batch) if align_weight > 0 else {}
+        # a weight that is not finite is one that diverged
+        watched = self.alignment.watching(batch) if align_weight != 0 else {}
         together = "response" not in batch
         logits, student = run_parts(model, parts, logits=True, **(watched if together else {}))
         assert logits is not None
@@ -208,8 +277,7 @@ class MixedTrainer(ExampleTrainer):
         if not watched:
             return losses
         if student is None:
-            _, student = run_parts(model, parts_of(batch, "response"), logits=False, **watched)
-        assert student is not None
+            return losses + align_weight * self._alignment_losses(model, batch)
         return losses + align_weight * self.alignment.losses(self.model, batch, student)
 
 

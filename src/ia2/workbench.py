@@ -29,7 +29,7 @@ from ia2.analysis.similarity import Similarity, SimilarityMeter
 from ia2.batching import MAX_LOGITS
 from ia2.capture import ActivationCapture
 from ia2.config import AdaptConfig
-from ia2.config_sections import AlignConfig, JointConfig, SftConfig, SoftConfig, TeacherStageConfig
+from ia2.config_sections import AlignConfig, SftConfig, SoftConfig, TeacherStageConfig
 from ia2.context import Contexts
 from ia2.distributed import share
 from ia2.errors import ConfigError, DataError, DivergedError
@@ -43,7 +43,7 @@ from ia2.layers import choose_layers
 from ia2.losses import OBJECTIVES
 from ia2.models import BaseModel
 from ia2.prompts import ContextFunction, query_prompts
-from ia2.recipes import LABELLED, SFT, UNLABELLED, is_trained
+from ia2.recipes import JOINT, LABELLED, SFT, UNLABELLED, is_trained
 from ia2.stages import (
     PlannedStage,
     StageJob,
@@ -93,6 +93,8 @@ def answered_parts(stage: PlannedStage) -> set[str]:
     if not stage.teacher_answers:
         return set()
     parts = {PARTS[kind][0] for kind in stage.rows if kind == UNLABELLED or stage.labelled_answers}
+    if stage.beside and stage.answers == "icl_responses":
+        parts |= set(PARTS[LABELLED])
     return parts | ({held_out(stage)} if stage.kind != SFT or stage.labelled_answers else set())
 
 
@@ -474,10 +476,11 @@ class Workbench:
             return finished_stage(stage.kind, tried, folder, key)
         how = self._how(stage) if stage.aligns else None
         rows = self._rows(stage, how, needed)
-        selection = self.sft_rows()[1] if beta is not None else None
+        beside = self._beside(stage, needed) if stage.beside else None
+        selection = self.sft_rows()[1] if stage.kind == JOINT else None
         facts = {"layers": list(how.layers)} if how is not None and how.layers is not None else {}
         self.use(start)
-        job = StageJob(stage, rate, tried, beta, rows, folder, key, how, selection, facts)
+        job = StageJob(stage, rate, tried, beta, rows, folder, key, how, beside, selection, facts)
         return run_stage(self.model, self.tokenizer, self.config, job)
 
     def _unlabelled_facts(self, stage: PlannedStage) -> dict[str, Any]:
@@ -528,15 +531,24 @@ class Workbench:
         if isinstance(settings, SftConfig) and labelled and not stage.labelled_answers:
             return self.sft_rows()[PARTS[LABELLED].index(part)]
         given = self.teaching.part_targets(part, *needed)
-        answers = settings.answers if isinstance(settings, (JointConfig, SftConfig)) else "icl_responses"
         return self.teacher_rows(
             part,
             targets=given if how is not None else None,
             soft=given if isinstance(settings, SoftConfig) else None,
-            true_answers=labelled and answers == "ground_truth",
+            true_answers=labelled and stage.answers == "ground_truth" and not stage.beside,
             only_correct=labelled and settings.only_correct,
             spans=how is not None and how.site == "weights",
         )
+
+    def _beside(self, stage: PlannedStage, needed: Pass | None) -> tuple[AnswerDataset, AnswerDataset]:
+        """Labelled rows of a joint stage that aligns on others."""
+        if stage.answers == "ground_truth":
+            return self.sft_rows()
+        assert needed is not None
+        for part in PARTS[LABELLED]:
+            self.teaching.part_targets(part, *needed)  # whose answers they are
+        train, dev = (self.teacher_rows(part) for part in PARTS[LABELLED])
+        return train, dev
 
     def align_rows(self, rows: str = LABELLED) -> tuple[AnswerDataset, AnswerDataset]:
         """Training and held-out rows of the alignment stage: queries, the teacher's answers, targets."""

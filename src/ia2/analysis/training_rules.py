@@ -381,8 +381,8 @@ def dev_too_small(facts: Facts) -> Iterable[Finding]:
 
 
 def _candidates(arm: ArmFacts) -> int:
-    joint = arm.config.joint.betas if arm.config is not None and JOINT in arm.stages else [None]
-    return max(1, len(arm.rates)) * len(joint)
+    joint = arm.config.joint.betas if arm.config is not None and JOINT in arm.stages else None
+    return max(1, len(arm.rates)) * len(joint or [None])
 
 
 def _ties(facts: Facts, trained: Iterable[ArmFacts]) -> Iterable[Finding]:

@@ -22,7 +22,7 @@ from ia2.config_sections import MAX_SEEDS, Section
 from ia2.errors import ConfigError, suggest
 from ia2.files import digest
 from ia2.prompts import given_text
-from ia2.recipes import RECIPES
+from ia2.recipes import JOINT, RECIPES
 from ia2.stages import PlannedStage
 from ia2.sweeps.settings import (
     AXES,
@@ -67,7 +67,9 @@ class GridPart(Section):
         description="Rates, one cell each, for all recipes or by recipe (`default` for the others); by "
         "default the adapter type's own.",
     )
-    betas: list[float] | None = Field(None, min_length=1, description="β of ia2+sft, one cell each (0.5).")
+    betas: list[float] | None = Field(
+        None, min_length=1, description="β of the paper's ia2+sft, one cell each."
+    )
     max_test: int | None = Field(None, ge=2, description="Evaluate on the first so many test rows.")
     hold_back: int | None = Field(
         None,
@@ -542,6 +544,6 @@ def _rates(
             )
         rates = rates.get(recipe) or rates.get("default")
     rates = rates or [default_learning_rate(config.adapter)]
-    joint = any(stage.betas != [None] for stage in stages)
-    betas: Sequence[float | None] = (part.betas or config.joint.betas) if joint else [None]
+    joint = any(stage.kind == JOINT for stage in stages)
+    betas: Sequence[float | None] = (part.betas or config.joint.betas or [None]) if joint else [None]
     return list(product(rates, betas))
