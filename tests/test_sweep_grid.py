@@ -19,7 +19,7 @@ from ia2.sweeps.run import cells_of as units_of
 from ia2.sweeps.run import first_cells, read_benchmarks
 from ia2.sweeps.settings import KEPT
 
-ALL = ["base", "icl", "sft", "ia2", "ia2-sft", "sft-ia2", "ia2+sft", "soft-sft"]
+ALL = ["base", "icl", "sft", "ia2", "ia2-sft", "sft-ia2", "ia2+sft", "soft-sft", "constant-sft"]
 
 
 def keys(**values: Any) -> list[str]:
@@ -222,14 +222,15 @@ SETTINGS: list[tuple[str, Any, set[str]]] = [
     ("context_text", "Be brief.", set(ALL) - {"base"}),
     ("attention_modules", "*attn", set(ALL) - {"base"}),
     ("icl_demonstrations", "fresh", {"icl"}),
-    ("demo_permutations", 2, {"ia2", "ia2-sft", "sft-ia2", "ia2+sft", "soft-sft"}),
+    ("demo_permutations", 2, {"ia2", "ia2-sft", "sft-ia2", "ia2+sft", "soft-sft", "constant-sft"}),
     ("batch_size", 2, set(ALL) - {"base", "icl"}),
     ("adapter.rank", 4, set(ALL) - {"base", "icl"}),
     ("align.objective", "kl", {"ia2", "ia2-sft", "sft-ia2"}),
-    ("sft.epochs", 9, {"sft", "ia2-sft", "sft-ia2"}),
-    ("sft.ia2_weight", 1.0, {"sft", "ia2-sft", "sft-ia2"}),
+    ("sft.epochs", 9, {"sft", "ia2-sft", "sft-ia2", "constant-sft"}),
+    ("sft.ia2_weight", 1.0, {"sft", "ia2-sft", "sft-ia2", "constant-sft"}),
     ("joint.answers", "ground_truth", {"ia2+sft"}),
     ("soft.top_k", 5, {"soft-sft"}),
+    ("constant.only_correct", True, {"constant-sft"}),
     ("checkpoint_every", 3, set()),
     ("report_to", ["tensorboard"], set()),
     ("targets", "memory", set()),
@@ -428,8 +429,8 @@ def test_titles() -> None:
     cells = cells_of(recipes=["base", "ia2+sft"], variants={"v": {"joint.objective": "kl"}}, seeds=[2])
     assert [cell.title for cell in cells] == [
         "SST2 demo base",
-        "SST2 demo ia2+sft N=8 seed 2 rate 0.001 β 0.5",
-        "SST2 demo ia2+sft@v N=8 seed 2 rate 0.001 β 0.5",
+        "SST2 demo ia2+sft N=8 seed 2 rate 0.001",
+        "SST2 demo ia2+sft@v N=8 seed 2 rate 0.001",
     ]
 
 

@@ -13,8 +13,11 @@ from command_line import run, tree, write_rows
 from sweeping import cells_of, records, swept
 
 from ia2 import AdaptConfig, Examples, adapt
+from ia2.adaptation import load_adapter
+from ia2.adapter_weights import read_adapter_state
 from ia2.batches import EpochSampler
 from ia2.console import Progress
+from ia2.constant import ConstantTrainer
 from ia2.errors import ConfigError, DataError
 from ia2.examples import Example, FewShotSplit
 from ia2.files import read_json
@@ -278,6 +281,74 @@ def test_the_paper_has_beta_and_the_teachers_answers() -> None:
     assert stage(unlabelled="more", answers="icl_responses")[3] == ["dev", "train", *on]
     with pytest.raises(ValueError, match="answer_weight does nothing beside betas"):
         AdaptConfig(joint={"betas": [0.1], "answer_weight": 1.0})
+
+
+# ---------------------------------------------------------------------------------------- a constant
+
+
+def test_the_constant_is_the_mean_of_what_the_context_adds(learner: BaseModel, tmp_path: Path) -> None:
+    made = bench(clone(learner), tmp_path, adapter={"bias": True})
+    (constant, _) = made.train("constant-sft").stages
+    changed = {name for name, value in constant.state.items() if not torch.equal(value, made._initial[name])}
+    layers = len(made.teaching.part_targets("unlabelled").layers)
+    assert changed == {
+        f"base_model.model.model.layers.{i}.self_attn.o_proj.lora_B.bias" for i in range(layers)
+    }
+    made.use(constant.state)
+    # on average nothing is missing at any layer, for rows that it was computed from
+    train, held = made.align_rows(UNLABELLED)
+    settings = StageSettings(tmp_path / "other")
+    again = ConstantTrainer(made.model, train, held, settings, made.tokenizer)
+    for place in range(layers):
+        assert float(again._missing(place).abs().max()) < 1e-5
+    assert constant.dev_loss == pytest.approx(again.evaluate()["eval_loss"])
+    made.use(made._initial)
+    assert constant.dev_loss < again.evaluate()["eval_loss"]
+
+
+def test_a_constant_survives_saving_and_a_comparison(
+    tiny_icl_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], recwarn: Any
+) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [(e.query, e.answer or "") for e in ROWS])
+    more = write_rows(tmp_path / "more.jsonl", [{"prompt": e.query} for e in MORE])
+    given = [*("--model", tiny_icl_model_path, "--data", data, "--unlabelled", more), *FLAGS]
+    ran = run(capsys, "train", *given, "--recipe", "constant-sft", "--output-dir", tmp_path / "out")
+    assert ran.status == 0, ran.err
+    result, base = load_adapter(tmp_path / "out", base=str(tiny_icl_model_path))
+    found = result.model(torch.tensor([[5, 6, 7]])).logits
+    stage = tmp_path / "out" / "constant" / "lr-0.003"
+    assert any("bias" in name for name in read_adapter_state(stage, ""))
+    assert not torch.allclose(found, icl_base(tiny_icl_model_path).model(torch.tensor([[5, 6, 7]])).logits)
+    ran = run(capsys, "predict", "--adapter", tmp_path / "out", "--data", data)
+    assert ran.status == 0, ran.err
+    del base
+    # beside recipes whose adapters have no bias
+    ran = run(
+        capsys, "compare", *given, "--recipes", "sft,constant-sft,ia2", "--seeds", "1", "--folds", "2",
+        "--output-dir", tmp_path / "compared",
+    )  # fmt: skip
+    assert ran.status == 0, ran.err
+    for fold in ("fold-0", "fold-1"):
+        place = tmp_path / "compared" / "seed-0" / fold
+        biased = [
+            any("bias" in name for name in read_adapter_state(place / stage / "lr-0.003", ""))
+            for stage in ("sft", "constant-sft", "align")
+        ]
+        assert biased == [False, True, False]
+    assert not [w for w in recwarn if "lora" in str(w.message).lower()]
+
+
+def test_a_constant_needs_an_adapter_that_holds_it(learner: BaseModel, tmp_path: Path) -> None:
+    config = AdaptConfig(**BRIEF, recipe="constant-sft", adapter={"type": "dora"})
+    with pytest.raises(ConfigError) as caught:
+        adapt(clone(learner), ROWS, config)
+    assert str(caught.value) == (
+        "recipe 'constant-sft': its stage constant needs an adapter that adds a vector to outputs: lora or "
+        "rslora. Set adapter.type to one of them, or leave the recipe out."
+    )
+    made = bench(clone(learner), tmp_path, adapter={"bias": True, "target_modules": ["q_proj"]})
+    with pytest.raises(ConfigError, match=r"the adapter has no bias there \(layer 0\)"):
+        made.train("constant-sft")
 
 
 # ----------------------------------------------------------------------------------------- mistakes

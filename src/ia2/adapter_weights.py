@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,7 +58,7 @@ def attach(model: Any, config: PeftConfig | FullConfig, seed: int) -> PeftModel 
         # of the hub: PEFT then loads the commit that the adapter was trained on
         config.revision = getattr(model.config, "_commit_hash", None)
         try:
-            with without_bitsandbytes():
+            with without_bitsandbytes(), _biases_allowed():
                 adapted = get_peft_model(model, config)
         except Exception as error:
             _put_back(model, whole=False)  # it may have come half-way
@@ -168,7 +169,17 @@ def _peft_state(model: PeftModel) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
     # the base's embeddings never change size here, and looking whether they did asks the hub
-    return get_peft_model_state_dict(model, save_embedding_layers=False)  # type: ignore[no-any-return]
+    with _biases_allowed():
+        return get_peft_model_state_dict(model, save_embedding_layers=False)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _biases_allowed() -> Iterator[None]:
+    """PEFT takes the vectors of its own ``lora_bias`` for lost weights, and says that they do not merge."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Adapter .* LoRA tensor\(s\) have invalid shape")
+        warnings.filterwarnings("ignore", message="`lora_bias=True` was passed")
+        yield
 
 
 def load_adapter_state(model: PeftModel | FullModel, state: Mapping[str, torch.Tensor]) -> None:
@@ -222,7 +233,8 @@ def save_adapter(model: PeftModel | FullModel, folder: str | Path) -> None:
         return
     card = folder / "README.md"
     before = card.read_bytes() if card.is_file() else None
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    with _biases_allowed():
+        model.save_pretrained(str(folder), save_embedding_layers=False)
     # PEFT writes a card of its own, into one that is there already too
     card.unlink(missing_ok=True)
     if before is not None:

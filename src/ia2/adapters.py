@@ -35,6 +35,7 @@ def _lora(model: nn.Module, config: AdapterConfig, **kind: Any) -> PeftConfig:
         r=config.rank or 8,
         lora_alpha=config.alpha or 8,  # type: ignore[arg-type]  # floats work too
         lora_dropout=config.dropout or 0.0,
+        lora_bias=config.bias or False,
         target_modules=_projections(model, config),
         fan_in_fan_out=_is_transposed(model),
         task_type="CAUSAL_LM",
@@ -143,8 +144,10 @@ class AdapterType:
 _LOW_RANK = ("rank", "alpha", "dropout", "target_modules")
 
 ADAPTERS: dict[str, AdapterType] = {
-    "lora": AdapterType(_lora, 1e-3, _LOW_RANK, "low-rank updates of linear layers"),
-    "rslora": AdapterType(_rslora, 1e-3, _LOW_RANK, "LoRA scaled by alpha over the root of the rank"),
+    "lora": AdapterType(_lora, 1e-3, (*_LOW_RANK, "bias"), "low-rank updates of linear layers"),
+    "rslora": AdapterType(
+        _rslora, 1e-3, (*_LOW_RANK, "bias"), "LoRA scaled by alpha over the root of the rank"
+    ),
     "dora": AdapterType(_dora, 1e-3, _LOW_RANK, "LoRA of directions, with magnitudes of their own"),
     "vera": AdapterType(
         _vera, 3e-2, ("rank", "dropout", "target_modules"), "vectors between shared random projections"

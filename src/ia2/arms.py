@@ -12,7 +12,7 @@ from ia2.config import AdaptConfig, CompareConfig
 from ia2.config_reading import validate
 from ia2.errors import ConfigError
 from ia2.recipes import JOINT, SFT, SOFT, describe, is_trained
-from ia2.stages import plan
+from ia2.stages import fitted, plan
 
 METHOD = "ia2-sft"
 
@@ -69,6 +69,7 @@ def arms(config: CompareConfig) -> list[Arm]:
             if objective is not None:
                 sections = {n: _with_objective(chosen, n, objective) for n in ("align", "joint")}
                 chosen = chosen.model_copy(update=sections)
+            chosen = fitted(recipe, chosen)
             variant = "-".join(part for part in (adapter, objective) if part)
             found.append(Arm(f"{recipe}@{variant}" if variant else recipe, recipe, variant, chosen))
     return found

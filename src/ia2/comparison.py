@@ -176,10 +176,10 @@ def prepare(
     ]
     # what cannot work is refused before anything is written, or anything of another run deleted
     for bench, current in zip(benches, rounds, strict=True):
-        for variant, arm in {arm.variant: arm for arm in every}.items():
-            recipes = [other.recipe for other in every if other.variant == variant]
+        for key, arm in {_adapter_of(arm): arm for arm in every}.items():
+            recipes = [other.recipe for other in every if _adapter_of(other) == key]
             _bench_of(bench, arm).check(recipes, current.test)
-    for arm in {arm.variant: arm for arm in every if is_trained(arm.recipe)}.values():
+    for arm in {_adapter_of(arm): arm for arm in every if is_trained(arm.recipe)}.values():
         trial = _bench_of(benches[0], arm)
         try:
             trial.model  # noqa: B018 - an adapter that does not fit is refused when it is put on
@@ -233,6 +233,11 @@ def _run(
     return Comparison(summary, folder)
 
 
+def _adapter_of(arm: Arm) -> tuple[str, str]:
+    """What arms have in common that one workbench does after the other."""
+    return arm.variant, digest(arm.config.adapter.model_dump())
+
+
 def _bench_of(bench: Workbench, arm: Arm) -> Workbench:
     """The round's workbench with the settings of one arm."""
     config = arm.config.model_copy(update={"seed": bench.config.seed})
@@ -258,17 +263,18 @@ def _run_round(
     reference: IclReference | None = None
     referred = False
     on: Workbench | None = None  # the workbench whose adapter is on the model
+    adapter: tuple[str, str] | None = None
     try:
         # ICL first: the others are compared with what its evaluation gives; then arms of one adapter and
         # objective one after the other, so that an adapter is put on once
-        variants = [arm.variant for arm in every]
-        for arm in sorted(every, key=lambda arm: (arm.recipe != "icl", variants.index(arm.variant))):
+        adapters = [_adapter_of(arm) for arm in every]
+        for arm in sorted(every, key=lambda arm: (arm.recipe != "icl", adapters.index(_adapter_of(arm)))):
             if arm.name in found or arm.name in diverged:
                 continue
-            if on is None or on.variant != arm.variant:
+            if on is None or adapter != _adapter_of(arm):
                 if on is not None:
                     _leave(on)
-                on = _bench_of(bench, arm)
+                on, adapter = _bench_of(bench, arm), _adapter_of(arm)
             try:
                 trained = on.train(arm.recipe) if is_trained(arm.recipe) else None
             except DivergedError as error:

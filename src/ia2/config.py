@@ -19,13 +19,14 @@ from ia2.config_sections import (
     SECTIONS,
     AdapterConfig,
     AlignConfig,
+    ConstantConfig,
     JointConfig,
     Rate,
     Section,
     Seed,
     SftConfig,
     SoftConfig,
-    StageConfig,
+    StageSection,
     adapter_name,
     objective_name,
     one_of,
@@ -44,7 +45,7 @@ class AdaptConfig(Section):
     schedules: dict[str, list[dict[str, Any]]] = Field(
         {},
         description="Recipes of one's own: name → list of stages, each with the key `stage` (align, sft, "
-        "joint or soft) and any settings of that stage.",
+        "joint, soft or constant) and any settings of that stage.",
     )
     seed: Seed = Field(0, description="Seed of the draw, the orders, the initial weights.")
     num_examples: int | None = Field(
@@ -169,6 +170,7 @@ class AdaptConfig(Section):
     sft: SftConfig = Field(default_factory=SftConfig)
     joint: JointConfig = Field(default_factory=JointConfig)
     soft: SoftConfig = Field(default_factory=SoftConfig)
+    constant: ConstantConfig = Field(default_factory=ConstantConfig)
 
     @property
     def crosses(self) -> bool:
@@ -234,7 +236,7 @@ class AdaptConfig(Section):
             for place, given in enumerate(stages):
                 self.stage_settings(given, f"schedules.{name}.{place}")
 
-    def stage_settings(self, given: Mapping[str, Any], where: str = "stage") -> StageConfig:
+    def stage_settings(self, given: Mapping[str, Any], where: str = "stage") -> StageSection:
         """Settings of one stage of a schedule: the section of its kind, changed by what is given.
 
         Raises:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -105,6 +105,9 @@ class AdapterConfig(Section):
         None, gt=0, description="Alpha of lora, rslora and dora (8); the update is scaled by alpha/r."
     )
     dropout: float | None = Field(None, ge=0, lt=1, description="Dropout of lora, rslora, dora, vera (0).")
+    bias: bool | None = Field(
+        None, description="Lora and rslora add a vector to each output too (no; the stage constant sets it)."
+    )
     target_modules: list[str] | None = Field(
         None,
         description="Modules to adapt; by default the query, key and output projections (bottleneck: the "
@@ -151,8 +154,8 @@ class StageConfig(Section):
     )
 
 
-class TeacherStageConfig(StageConfig):
-    """A stage that learns from the teacher: the base model with the context in its prompt."""
+class TaughtConfig(Section):
+    """What learns from the teacher: the base model with the context in its prompt."""
 
     rows: Rows | None = Field(
         None,
@@ -162,6 +165,23 @@ class TeacherStageConfig(StageConfig):
     only_correct: bool = Field(
         False, description="Only examples that the teacher answers rightly (dev rows too)."
     )
+
+
+class TeacherStageConfig(TaughtConfig, StageConfig):
+    """A stage that is trained on what the teacher gives."""
+
+
+class ConstantConfig(TaughtConfig):
+    """The control of alignment: to each layer the mean of what the context adds, for every query the same.
+
+    It is computed, not trained, and has no rate or epochs.
+    """
+
+    epochs: ClassVar[int] = 1
+    learning_rate: ClassVar[float | None] = None
+    eval_every: ClassVar[int | None] = None
+    patience: ClassVar[int] = 1
+    restore_best: ClassVar[bool] = True
 
 
 class AlignConfig(TeacherStageConfig):
@@ -285,10 +305,13 @@ class SoftConfig(TeacherStageConfig):
         return self
 
 
-SECTIONS: dict[str, type[StageConfig]] = {
+StageSection = StageConfig | ConstantConfig
+
+SECTIONS: dict[str, type[StageConfig] | type[ConstantConfig]] = {
     "align": AlignConfig,
     "sft": SftConfig,
     "joint": JointConfig,
     "soft": SoftConfig,
+    "constant": ConstantConfig,
 }
 """Stage kind → its settings. A recipe is a list of these kinds (:mod:`ia2.recipes`)."""

@@ -301,6 +301,17 @@ class ExampleTrainer(Trainer, ABC):
     def _mean_loss(self, dataset: AnswerDataset) -> float:
         if not len(dataset):
             return float("nan")
+        total = 0.0
+        for batch in self.batches(dataset):
+            losses = self.dev_losses(self.model, batch)
+            total += float(losses.double().sum()) / dataset.permutations
+        return total / len(dataset)
+
+    def batches(self, dataset: AnswerDataset) -> Iterator[dict[str, Any]]:
+        """All rows with every target that they have, the longest first, for passes without gradient.
+
+        The model is in evaluation mode meanwhile.
+        """
         if id(dataset) not in self._orders:
             by_length = sorted(range(len(dataset)), key=lambda i: -len(dataset.row(i).query))
             self._orders[id(dataset)] = dataset, by_length  # kept, so that no other gets its id
@@ -308,17 +319,13 @@ class ExampleTrainer(Trainer, ABC):
         size = self.settings.micro_batch_size or _EVAL_ROWS
         training = self.model.training
         self.model.eval()
-        total = 0.0
         try:
             with torch.no_grad(), row_attention(self.model):
                 for start in range(0, len(order), size):
                     for keys in _permuted(order[start : start + size], dataset.permutations):
-                        batch = self._prepare_inputs(self.data_collator([dataset[key] for key in keys]))
-                        losses = self.dev_losses(self.model, batch)
-                        total += float(losses.double().sum()) / dataset.permutations
+                        yield self._prepare_inputs(self.data_collator([dataset[key] for key in keys]))
         finally:
             self.model.train(training)
-        return total / len(dataset)
 
     # ------------------------------------------------------------------------------- checkpoints
 

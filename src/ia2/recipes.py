@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-ALIGN, SFT, JOINT, SOFT = "align", "sft", "joint", "soft"
+ALIGN, SFT, JOINT, SOFT, CONSTANT = "align", "sft", "joint", "soft", "constant"
 LABELLED, UNLABELLED = "labelled", "unlabelled"
 
 
@@ -46,6 +46,9 @@ RECIPES: dict[str, Recipe] = {
     "sft-ia2": Recipe((SFT, ALIGN), "fine-tuning, then alignment"),
     "ia2+sft": Recipe((JOINT,), "alignment and fine-tuning jointly"),
     "soft-sft": Recipe((SOFT,), "distillation of the teacher's token distributions"),
+    "constant-sft": Recipe(
+        (CONSTANT, SFT), "the mean of what demonstrations add to each layer, as a constant, then fine-tuning"
+    ),
     "pseudo-sft": Recipe(
         ({"stage": SFT, "rows": "both"},), "fine-tuning on true answers and the teacher's to unlabelled rows"
     ),

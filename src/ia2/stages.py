@@ -8,17 +8,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ia2.adapter_weights import adapter_state, read_adapter_state, save_adapter
 from ia2.config import AdaptConfig
-from ia2.config_sections import JointConfig, SftConfig, SoftConfig, StageConfig, TeacherStageConfig
+from ia2.config_sections import ConstantConfig, JointConfig, SftConfig, SoftConfig, StageSection, TaughtConfig
 from ia2.console import logger, progress
 from ia2.distributed import is_first, wait
 from ia2.errors import ConfigError, RunFolderError
 from ia2.files import atomic_dir, digest, read_json, space_needed, write_json
 from ia2.manifest import check_tree
-from ia2.recipes import ALIGN, JOINT, LABELLED, RECIPES, SFT, UNLABELLED
+from ia2.recipes import ALIGN, CONSTANT, JOINT, LABELLED, RECIPES, SFT, UNLABELLED
 
 if TYPE_CHECKING:
     import torch
@@ -29,19 +29,25 @@ if TYPE_CHECKING:
     from ia2.trainer import ExampleTrainer
 
 
+C = TypeVar("C", bound=AdaptConfig)
+
+# Types of adapters that may have a bias.
+_WITH_BIAS = ("lora", "rslora")
+
+
 @dataclass(frozen=True)
 class PlannedStage:
     """One stage of a recipe.
 
     Attributes:
-        kind: ``align``, ``sft``, ``joint`` or ``soft``.
+        kind: ``align``, ``sft``, ``joint``, ``soft`` or ``constant``.
         settings: its section of the configuration, changed where a schedule says so.
         label: names its folder; the kind, with a digest of the changes if there are any.
         rows: kinds of rows that it trains on: ``labelled``, ``unlabelled`` or both.
     """
 
     kind: str
-    settings: StageConfig
+    settings: StageSection
     label: str
     rows: tuple[str, ...] = (LABELLED,)
 
@@ -78,7 +84,7 @@ class PlannedStage:
     @property
     def aligns(self) -> bool:
         """Whether ``L_IA2`` is part of its loss."""
-        return self.kind in (ALIGN, JOINT) or (
+        return self.kind in (ALIGN, JOINT, CONSTANT) or (
             isinstance(self.settings, SftConfig) and self.settings.ia2_weight > 0
         )
 
@@ -103,9 +109,9 @@ def plan(recipe: str, config: AdaptConfig) -> list[PlannedStage]:
     return stages
 
 
-def _rows_of(recipe: str, kind: str, settings: StageConfig, config: AdaptConfig) -> tuple[str, ...]:
+def _rows_of(recipe: str, kind: str, settings: StageSection, config: AdaptConfig) -> tuple[str, ...]:
     """Kinds of rows that a stage trains on."""
-    assert isinstance(settings, TeacherStageConfig)
+    assert isinstance(settings, TaughtConfig)
     usual = UNLABELLED if config.unlabelled and kind != SFT else LABELLED
     rows = settings.rows or usual
     found = (LABELLED, UNLABELLED) if rows == "both" else (rows,)
@@ -125,7 +131,20 @@ def _rows_of(recipe: str, kind: str, settings: StageConfig, config: AdaptConfig)
             f"{where}, on which ia2_weight keeps no alignment. Leave one of them out, or take the stage "
             "joint."
         )
+    if kind == CONSTANT and (config.adapter.peft is not None or config.adapter.type not in _WITH_BIAS):
+        raise ConfigError(
+            f"recipe '{recipe}': its stage constant needs an adapter that adds a vector to outputs: "
+            f"{' or '.join(_WITH_BIAS)}. Set adapter.type to one of them, or leave the recipe out."
+        )
     return found
+
+
+def fitted(recipe: str, config: C) -> C:
+    """The settings, with an adapter in which all stages of a recipe find what they write into."""
+    kinds = RECIPES[recipe].kinds if recipe in RECIPES else [s["stage"] for s in config.schedules[recipe]]
+    if CONSTANT not in kinds or config.adapter.bias:
+        return config
+    return config.model_copy(update={"adapter": config.adapter.model_copy(update={"bias": True})})
 
 
 def stage_place(stages: Sequence[PlannedStage], tried: float, beta: float | None, *, alone: bool) -> Path:
@@ -416,6 +435,13 @@ def _trainer(
             layers=how.layers,
             attention_modules=how.attention_modules,
             progress=bar,
+        )
+    if isinstance(settings, ConstantConfig):
+        from ia2.constant import ConstantTrainer
+
+        assert how is not None
+        return ConstantTrainer(
+            model, train, dev, shared, tokenizer, attention_modules=how.attention_modules, progress=bar
         )
     if isinstance(settings, JointConfig):
         assert how is not None

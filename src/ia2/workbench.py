@@ -29,7 +29,7 @@ from ia2.analysis.similarity import Similarity, SimilarityMeter
 from ia2.batching import MAX_LOGITS
 from ia2.capture import ActivationCapture
 from ia2.config import AdaptConfig
-from ia2.config_sections import AlignConfig, SftConfig, SoftConfig, TeacherStageConfig
+from ia2.config_sections import AlignConfig, SftConfig, SoftConfig, TaughtConfig
 from ia2.context import Contexts
 from ia2.distributed import share
 from ia2.errors import ConfigError, DataError, DivergedError
@@ -43,7 +43,7 @@ from ia2.layers import choose_layers
 from ia2.losses import OBJECTIVES
 from ia2.models import BaseModel
 from ia2.prompts import ContextFunction, query_prompts
-from ia2.recipes import JOINT, LABELLED, SFT, UNLABELLED, is_trained
+from ia2.recipes import CONSTANT, JOINT, LABELLED, SFT, UNLABELLED, is_trained
 from ia2.stages import (
     PlannedStage,
     StageJob,
@@ -114,6 +114,8 @@ def _own_pass(stage: PlannedStage, config: AdaptConfig) -> Pass | None:
 
 
 def _alignment_section(stage: PlannedStage, config: AdaptConfig) -> AlignConfig:
+    if stage.kind == CONSTANT:
+        return AlignConfig()
     # a kept alignment term of the supervised stage is measured as the alignment stage measures it
     return stage.settings if isinstance(stage.settings, AlignConfig) else config.align
 
@@ -527,7 +529,7 @@ class Workbench:
     ) -> AnswerDataset:
         """One part's rows, as a stage learns from them."""
         settings, labelled = stage.settings, part in PARTS[LABELLED]
-        assert isinstance(settings, TeacherStageConfig)
+        assert isinstance(settings, TaughtConfig)
         if isinstance(settings, SftConfig) and labelled and not stage.labelled_answers:
             return self.sft_rows()[PARTS[LABELLED].index(part)]
         given = self.teaching.part_targets(part, *needed)

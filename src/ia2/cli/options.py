@@ -25,6 +25,7 @@ _SECTIONS = {
     "sft": "Fine-tuning stage",
     "joint": "Joint stage",
     "soft": "Distillation stage",
+    "constant": "Constant stage",
 }
 
 

@@ -23,7 +23,7 @@ from ia2.errors import ConfigError, suggest
 from ia2.files import digest
 from ia2.prompts import given_text
 from ia2.recipes import JOINT, RECIPES
-from ia2.stages import PlannedStage
+from ia2.stages import PlannedStage, fitted
 from ia2.sweeps.settings import (
     AXES,
     INCIDENTAL,
@@ -377,7 +377,7 @@ def _cells(
                         digest({**about, **shared}),
                         digest({**about, **teacher}),
                         spec,
-                        validated(nested(own), f"{prefix}settings"),
+                        fitted(recipe, validated(nested(own), f"{prefix}settings")),
                     ),
                     where,
                 )
