@@ -228,7 +228,7 @@ def test_an_order_is_a_class_that_prompts_make(
 
 
 def test_every_stage_kind_has_its_settings_and_its_heading() -> None:
-    assert {kind for recipe in RECIPES.values() for kind in recipe.kinds} <= set(SECTIONS)
+    assert {kind for recipe in RECIPES.values() for kind in recipe.kinds()} <= set(SECTIONS)
     for kind, section in SECTIONS.items():
         assert AdaptConfig.model_fields[kind].annotation is section
     assert set(options._SECTIONS) == {"adapter", *SECTIONS}

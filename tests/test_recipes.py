@@ -63,14 +63,14 @@ def test_names_that_settings_know() -> None:
 def test_a_recipe_trains_and_is_found_again(
     recipe: str, rows: int, learner: BaseModel, tmp_path: Path
 ) -> None:
-    needs = {"adapter": {"bias": True}} if "constant" in RECIPES[recipe].kinds else {}
+    needs = {"adapter": {"bias": True}} if "constant" in RECIPES[recipe].kinds() else {}
     bench = small(learner, tmp_path, unlabelled=ROWS[9 : 9 + rows], **needs)
     if recipe == "pseudo-sft" and not rows:
         with pytest.raises(ConfigError, match=r"^recipe 'pseudo-sft': its stage sft needs unlabelled rows"):
             bench.train(recipe)
         return
     trained = bench.train(recipe)
-    assert [stage.name for stage in trained.stages] == list(RECIPES[recipe].kinds)
+    assert [stage.name for stage in trained.stages] == list(RECIPES[recipe].kinds(unlabelled=rows > 0))
     assert all(stage.steps and math.isfinite(stage.dev_loss) for stage in trained.stages)
     changed = [name for name, value in trained.state.items() if not torch.equal(value, bench._initial[name])]
     assert changed

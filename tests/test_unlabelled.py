@@ -134,7 +134,7 @@ def test_what_each_stage_learns_on_and_is_stopped_by() -> None:
     assert found == {
         "sft": [tuned],
         "ia2-sft": [aligned, tuned],
-        "soft-sft": [("soft", *aligned[1:])],
+        "soft-sft": [("soft", *aligned[1:]), tuned],
         "pseudo-sft": [("sft", both, ["unlabelled"], "dev")],
     }
     without = [(stage.rows, sorted(answered_parts(stage))) for stage in plan("ia2-sft", AdaptConfig())]

@@ -38,7 +38,7 @@ class ConstantTrainer(AlignTrainer):
         biases = self._biases()
         for place, (bias, scaling) in enumerate(biases):
             bias.data += self._missing(place).to(bias) / scaling
-        self.state.global_step = len(biases)
+        self.state.global_step, self.state.epoch = len(biases), 1.0
         return self.evaluate()["eval_loss"] if len(self.eval_dataset) else float("nan")
 
     def _biases(self) -> list[tuple[torch.nn.Parameter, float]]:

@@ -21,20 +21,21 @@ class Recipe:
     Attributes:
         stages: kinds; or, as in schedules, settings that differ from those of the kind named by ``stage``.
         description: one line.
+        then: further ones, where there are unlabelled rows and the stages are on these alone.
     """
 
     stages: tuple[str | Mapping[str, Any], ...]
     description: str
+    then: tuple[str, ...] = ()
 
-    @property
-    def settings(self) -> list[Mapping[str, Any]]:
-        """The stages as a schedule has them."""
-        return [{"stage": stage} if isinstance(stage, str) else stage for stage in self.stages]
+    def schedule(self, *, unlabelled: bool = False) -> list[Mapping[str, Any]]:
+        """The stages as a schedule has them, with or without unlabelled rows."""
+        stages = (*self.stages, *(self.then if unlabelled else ()))
+        return [{"stage": stage} if isinstance(stage, str) else stage for stage in stages]
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
+    def kinds(self, *, unlabelled: bool = False) -> tuple[str, ...]:
         """Kind of each stage."""
-        return tuple(stage["stage"] for stage in self.settings)
+        return tuple(stage["stage"] for stage in self.schedule(unlabelled=unlabelled))
 
 
 RECIPES: dict[str, Recipe] = {
@@ -45,7 +46,11 @@ RECIPES: dict[str, Recipe] = {
     "ia2-sft": Recipe((ALIGN, SFT), "alignment, then fine-tuning (the method)"),
     "sft-ia2": Recipe((SFT, ALIGN), "fine-tuning, then alignment"),
     "ia2+sft": Recipe((JOINT,), "alignment and fine-tuning jointly"),
-    "soft-sft": Recipe((SOFT,), "distillation of the teacher's token distributions"),
+    "soft-sft": Recipe(
+        (SOFT,),
+        "distillation of the teacher's token distributions (on unlabelled rows, then fine-tuning)",
+        (SFT,),
+    ),
     "constant-sft": Recipe(
         (CONSTANT, SFT), "the mean of what demonstrations add to each layer, as a constant, then fine-tuning"
     ),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ia2.console import logger
+from ia2.recipes import CONSTANT
 from ia2.stages import PlannedStage, StageResult, TrainedRecipe, plan
 
 if TYPE_CHECKING:
@@ -83,8 +84,8 @@ def cross_fitted(bench: Workbench, recipe: str) -> TrainedRecipe:
         done = [_averaged([run[place] for run in runs]) for place in range(len(stages))]
     else:
         epochs = [best_epoch([run[place].history for run in runs]) for place in range(len(stages))]
-        # a first stage of no epochs would leave no adapter
-        epochs[0] = max(1, epochs[0])
+        # a first stage of no epochs would leave no adapter; a constant has none to choose from
+        epochs = [max(n, not place or s.kind == CONSTANT) for place, (n, s) in enumerate(zip(epochs, stages, strict=True))]
         logger.info(
             "%s: %d folds choose rate %s and %s.",
             recipe,
@@ -123,8 +124,10 @@ def best_epoch(histories: Sequence[Sequence[dict[str, Any]]]) -> int:
 
 def _of_length(stage: PlannedStage, epochs: int) -> PlannedStage:
     """The stage for so many epochs, without dev rows."""
+    if stage.kind == CONSTANT:  # computed at once
+        return stage
     settings = stage.settings.model_copy(update={"epochs": epochs, "restore_best": False})
-    return PlannedStage(stage.kind, settings, f"{stage.label}~{epochs}-epochs")
+    return replace(stage, settings=settings, label=f"{stage.label}~{epochs}-epochs")
 
 
 def _averaged(results: Sequence[StageResult]) -> StageResult:

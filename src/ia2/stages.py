@@ -101,12 +101,19 @@ def plan(recipe: str, config: AdaptConfig) -> list[PlannedStage]:
         ConfigError: a stage is for unlabelled rows, and there are none, or it cannot use them.
     """
     stages = []
-    for given in RECIPES[recipe].settings if recipe in RECIPES else config.schedules[recipe]:
+    for given in _schedule(recipe, config):
         kind, settings = given["stage"], config.stage_settings(given)
         changed = settings != getattr(config, kind)
         label = f"{kind}~{digest(settings.model_dump())[:6]}" if changed else kind
         stages.append(PlannedStage(kind, settings, label, _rows_of(recipe, kind, settings, config)))
     return stages
+
+
+def _schedule(recipe: str, config: AdaptConfig) -> Sequence[Mapping[str, Any]]:
+    """The settings of each stage that differ from its section, and its kind."""
+    if recipe in RECIPES:
+        return RECIPES[recipe].schedule(unlabelled=config.unlabelled is not None)
+    return config.schedules[recipe]
 
 
 def _rows_of(recipe: str, kind: str, settings: StageSection, config: AdaptConfig) -> tuple[str, ...]:
@@ -141,8 +148,7 @@ def _rows_of(recipe: str, kind: str, settings: StageSection, config: AdaptConfig
 
 def fitted(recipe: str, config: C) -> C:
     """The settings, with an adapter in which all stages of a recipe find what they write into."""
-    kinds = RECIPES[recipe].kinds if recipe in RECIPES else [s["stage"] for s in config.schedules[recipe]]
-    if CONSTANT not in kinds or config.adapter.bias:
+    if config.adapter.bias or all(given["stage"] != CONSTANT for given in _schedule(recipe, config)):
         return config
     return config.model_copy(update={"adapter": config.adapter.model_copy(update={"bias": True})})
 

@@ -234,7 +234,7 @@ def _compare_config(
 
 def _summed_up(name: str, entry: Mapping[str, Any]) -> ArmFacts:
     recipe, _, variant = name.partition("@")
-    stages = RECIPES[recipe].kinds if recipe in RECIPES else ()
+    stages = RECIPES[recipe].kinds() if recipe in RECIPES else ()
     return ArmFacts(name, recipe, variant, stages, None, (), entry)
 
 

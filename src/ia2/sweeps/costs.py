@@ -9,21 +9,22 @@ from typing import Any
 
 from ia2.benchmarks import BenchmarkData
 from ia2.config import AdaptConfig
-from ia2.config_sections import JointConfig, SftConfig
+from ia2.config_sections import JointConfig
 from ia2.examples import Examples, FewShotSplit
 from ia2.files import digest
 from ia2.inference import MIN_SHARED_PREFIX
 from ia2.models import BaseModel
-from ia2.recipes import ALIGN
+from ia2.recipes import ALIGN, LABELLED, UNLABELLED
 from ia2.schedule import Schedule
 from ia2.stages import PlannedStage, plan
 from ia2.sweeps.grid import Cell, Unit
 from ia2.sweeps.unit import load_rows, task_of, without_held_back
 from ia2.task import Task
-from ia2.teaching import SIMILARITY_QUERIES
+from ia2.teaching import PARTS, SIMILARITY_QUERIES, Key
 from ia2.tokens import common_prefix
 from ia2.traits import takes_cache
-from ia2.workbench import Pass, Workbench, teacher_passes
+from ia2.unlabelled import with_rest
+from ia2.workbench import Pass, Workbench, answered_parts, held_out, teacher_passes
 
 # Rows of a benchmark whose tokens are counted, and training examples whose contexts are.
 _ROWS, _CONTEXTS = 100, 8
@@ -128,6 +129,7 @@ class Shape:
         rows: of the benchmark and its OOD partners.
         tasks: of these.
         train, dev: numbers of examples.
+        unlabelled: numbers of unlabelled rows to learn on and held out.
         own: tokens of some training prompts without context.
         context: tokens of a training example in its context, on average.
         prefix: tokens that all queries behind the training examples share.
@@ -140,6 +142,7 @@ class Shape:
     tasks: tuple[Task, ...] = field(repr=False)
     train: int
     dev: int
+    unlabelled: tuple[int, int]
     own: tuple[int, ...] = field(repr=False)
     context: float
     prefix: int
@@ -151,9 +154,18 @@ class Shape:
         """Whether anything is learnt from or shown; the cells of ``base`` have none."""
         return self.context > 0
 
-    def step_tokens(self, config: AdaptConfig, answer: float) -> float:
-        """Padded tokens of an optimiser step."""
-        rows = min(config.batch_size, self.train)
+    def count(self, part: str) -> int:
+        """Rows of a part (see :data:`ia2.teaching.PARTS`)."""
+        parts = (*PARTS[LABELLED], *PARTS[UNLABELLED])
+        return dict(zip(parts, (self.train, self.dev, *self.unlabelled), strict=True))[part]
+
+    def trained_on(self, stage: PlannedStage) -> int:
+        """Rows of an epoch."""
+        return sum(self.count(PARTS[kind][0]) for kind in stage.rows)
+
+    def step_tokens(self, config: AdaptConfig, answer: float, train: int) -> float:
+        """Padded tokens of an optimiser step on ``train`` rows."""
+        rows = min(config.batch_size, train)
         return padded(self.own, rows, config.micro_batch_size) + rows * (answer - 1)
 
 
@@ -211,7 +223,10 @@ def measure_shape(
     split = FewShotSplit(pool[:2], Examples([], name=pool.name))
     if count is not None:
         split = pool.split(seed=first.spec["seed"], **{**config.drawn, "num_examples": count})
-    bench = Workbench(base, split, tasks[0], config, scratch, unused=split.rest(pool), by_content=True)
+    rest = split.rest(pool)
+    if config.unlabelled:
+        split = with_rest(split, rest, data[0].test[: first.spec["max_test"]], config)
+    bench = Workbench(base, split, tasks[0], config, scratch, unused=rest, by_content=True)
     evaluated = tuple(
         _queries(bench, part, task, first.spec["max_test"]) for part, task in zip(data, tasks, strict=True)
     )
@@ -229,6 +244,7 @@ def measure_shape(
         tasks,
         len(split.train),
         len(split.dev),
+        (len(split.unlabelled), len(split.unlabelled_dev)),
         tuple(_lengths(bench, pool[:_ROWS])),
         context,
         prefix,
@@ -284,7 +300,10 @@ def shares_of_steps(cells: Sequence[Cell], records: Mapping[str, Mapping[str, An
             continue
         stages = plan(cell.spec["recipe"], cell.config)
         for stage, trained in zip(stages, record["training"]["stages"], strict=True):
-            share = trained["steps"] / steps_at_most(stage, cell.config, record["data"]["num_train"])
+            data = record["data"]
+            counts = {LABELLED: data["num_train"], UNLABELLED: data.get("num_unlabelled", 0)}
+            rows = sum(counts[kind] for kind in stage.rows)
+            share = trained["steps"] / steps_at_most(stage, cell.config, rows)
             found.setdefault(stage.kind, []).append(min(1.0, share))
     if found:
         found[""] = [share for shares in found.values() for share in shares]
@@ -332,7 +351,7 @@ class UnitCosts:
 
     def __init__(self, shape: Shape, speed: Speed, shares: Mapping[str, float]) -> None:
         self.shape, self.speed, self.shares = shape, speed, shares
-        self._passes: set[Pass] = set()
+        self._passes: set[Key] = set()
         self._stages: set[str] = set()
         self._referenced = False
         self.work_bytes = 0
@@ -350,8 +369,8 @@ class UnitCosts:
             kept = cell.config.align.model_dump() if stage.aligns and stage.kind != ALIGN else None
             facts = [stage.kind, stage.settings.model_dump(), kept, rate, beta, cell.config.batch_size]
             chain = digest([chain, facts])
-            if needed is not None and needed not in self._passes:
-                cost.teacher += self._teacher(needed, cell.config)
+            if needed is not None:
+                cost.teacher += self._teacher(answered_parts(stage), needed, cell.config)
             if chain not in self._stages:
                 self._train(stage, cell.config, adapter, cost)
                 self._stages.add(chain)
@@ -369,23 +388,28 @@ class UnitCosts:
 
     # ------------------------------------------------------------------------------------- teacher
 
-    def _teacher(self, needed: Pass, config: AdaptConfig) -> float:
+    def _teacher(self, parts: set[str], needed: Pass, config: AdaptConfig) -> float:
         shape, own = self.shape, self.shape.evaluated[0]
-        orders, rest = config.demo_permutations, own.answer - 1
-        written = own.limit > 1 and not self._passes  # a later pass knows the answers
-        if written and needed[0] not in ("weights", "soft"):
-            orders -= 1  # the steps that write the answers give the targets of the first order
-        fed = shape.train * (shape.context + rest) * orders
-        if shape.dev:
-            fed += (shape.prefix + shape.dev * (shape.extra + own.tokens + rest)) * orders
-        seconds = fed / self.speed.teacher
-        if written:
-            prompts = shape.train * shape.context + shape.prefix + shape.dev * (shape.extra + own.tokens)
-            seconds += prompts / self.speed.teacher
-            seconds += self._decoding(shape.train + shape.dev, own, shape.context)
-        self._passes.add(needed)
-        if config.targets in ("auto", "store"):
+        known = {key[0] for key in self._passes}
+        if config.targets in ("auto", "store") and all(key[1:] != needed for key in self._passes):
             self.work_bytes += shape.bench.teaching.target_bytes(*needed)
+        seconds = 0.0
+        for part in sorted(parts):
+            count = shape.count(part)
+            if (part, *needed) in self._passes or not count:
+                continue
+            self._passes.add((part, *needed))
+            orders, rest = config.demo_permutations, own.answer - 1
+            written = own.limit > 1 and part not in known  # a later pass knows the answers
+            if written and needed[0] not in ("weights", "soft"):
+                orders -= 1  # the steps that write the answers give the targets of the first order
+            # all but training examples, which leave themselves out, have their context in common
+            prompts = count * (shape.extra + own.tokens) + shape.prefix
+            if part == "train":
+                prompts = count * shape.context
+            seconds += (prompts + count * rest) * orders / self.speed.teacher
+            if written:
+                seconds += prompts / self.speed.teacher + self._decoding(count, own, shape.context)
         return seconds
 
     # ------------------------------------------------------------------------------------ training
@@ -394,25 +418,23 @@ class UnitCosts:
         shape, own = self.shape, self.shape.evaluated[0]
         orders = config.demo_permutations if config.permutation_targets == "sample" else 1
         passes, settings = 1, stage.settings
-        if isinstance(settings, (JointConfig, SftConfig)) and stage.aligns and own.limit > 1:
-            passes += settings.answers == "ground_truth"  # both answers are fed
-        step = passes * self.speed.steps[adapter](shape.step_tokens(config, own.answer))
+        train, held = shape.trained_on(stage), shape.count(held_out(stage))
+        if stage.aligns and (stage.beside or (stage.answers == "ground_truth" and own.limit > 1)):
+            passes += 1  # both answers, or both rows, are fed
+        step = passes * self.speed.steps[adapter](shape.step_tokens(config, own.answer, train))
         if stage.teacher_answers and config.targets == "online":
-            step += min(config.batch_size, shape.train) * shape.context / self.speed.teacher
-        dev = passes * shape.dev * (own.tokens + own.answer - 1) / self.speed.bare
+            step += min(config.batch_size, train) * shape.context / self.speed.teacher
+        dev = passes * held * (own.tokens + own.answer - 1) / self.speed.bare
         if stage.teacher_answers:
             dev *= orders
-        per_epoch = -(-shape.train // min(config.batch_size, shape.train))
-        rows, looked = (
-            min(config.batch_size, shape.train),
-            shape.dev * (orders if stage.teacher_answers else 1),
-        )
+        per_epoch = -(-train // min(config.batch_size, train))
+        rows, looked = min(config.batch_size, train), held * (orders if stage.teacher_answers else 1)
         schedule = Schedule(per_epoch, settings.epochs, rows, looked, settings.eval_every)
 
         def seconds(steps: float) -> float:
             return steps * (step + dev * schedule.total / (per_epoch * settings.epochs))
 
-        steps = steps_at_most(stage, config, shape.train)
+        steps = steps_at_most(stage, config, train)
         share = self.shares.get(stage.kind, self.shares.get("", 1.0))
         last = dev if isinstance(settings, JointConfig) else 0.0  # cross-entropy, to select by
         cost.training += seconds(steps) + last

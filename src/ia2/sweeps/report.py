@@ -227,7 +227,7 @@ def fits(arm: Arm, *, adapter: str = "", answers: str = "", label: str = "") -> 
         return True
     if (adapter and adapter_type(arm) != adapter) or (label and adapter_label(arm) != label):
         return False
-    fine_tunes = SFT in (RECIPES[arm.recipe].kinds if arm.recipe in RECIPES else ())
+    fine_tunes = SFT in (RECIPES[arm.recipe].kinds() if arm.recipe in RECIPES else ())
     return not (fine_tunes and answers) or arm.settings.get("sft.answers", "ground_truth") == answers
 
 
