@@ -194,7 +194,9 @@ class AdaptConfig(Section):
         self._check_layers()
         if (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(REENTRANT)
-        if self.selection == "last" and (len(self.learning_rates or ()) > 1 or len(self.joint.betas) > 1):
+        if self.selection == "last" and (
+            len(self.learning_rates or ()) > 1 or len(self.joint.betas or ()) > 1
+        ):
             raise ValueError(
                 "selection last chooses nothing: give one learning rate and one β, or set selection to folds"
             )

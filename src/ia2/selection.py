@@ -84,8 +84,10 @@ def cross_fitted(bench: Workbench, recipe: str) -> TrainedRecipe:
         done = [_averaged([run[place] for run in runs]) for place in range(len(stages))]
     else:
         epochs = [best_epoch([run[place].history for run in runs]) for place in range(len(stages))]
-        # a first stage of no epochs would leave no adapter; a constant has none to choose from
-        epochs = [max(n, not place or s.kind == CONSTANT) for place, (n, s) in enumerate(zip(epochs, stages, strict=True))]
+        for place, stage in enumerate(stages):
+            # a first stage of no epochs would leave no adapter; a constant has none to choose from
+            if not place or stage.kind == CONSTANT:
+                epochs[place] = max(1, epochs[place])
         logger.info(
             "%s: %d folds choose rate %s and %s.",
             recipe,
