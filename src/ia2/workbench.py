@@ -519,10 +519,11 @@ class Workbench:
         needed = needed or _own_pass(stage, self.config)
         if needed is None:
             return self.sft_rows()
-        if self.one_recipe:
-            self.teaching.warn_if_icl_fails(unlabelled=UNLABELLED in stage.rows)
         train = [self._learnt(PARTS[kind][0], stage, how, needed) for kind in stage.rows]
-        return AnswerDataset.joined(train), self._learnt(held_out(stage), stage, how, needed)
+        dev = self._learnt(held_out(stage), stage, how, needed)
+        if self.one_recipe:  # behind the passes, which have the answers that this asks for
+            self.teaching.warn_if_icl_fails(unlabelled=UNLABELLED in stage.rows)
+        return AnswerDataset.joined(train), dev
 
     def _learnt(
         self, part: str, stage: PlannedStage, how: AlignmentSettings | None, needed: Pass
