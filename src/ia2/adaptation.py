@@ -35,7 +35,7 @@ from ia2.runs import (
     stored_settings,
     task_facts,
 )
-from ia2.stages import TrainedRecipe, fitted
+from ia2.stages import TrainedRecipe, fitted, plan
 from ia2.task import Task, make_task
 from ia2.unlabelled import counts_unlabelled, distinct_from, unlabelled_facts, with_unlabelled
 from ia2.workbench import Workbench
@@ -125,6 +125,7 @@ def adapt(
         data = with_unlabelled(data, more, config.max_unlabelled, config.seed)
         config = config.model_copy(update={"unlabelled": config.unlabelled or more.name})
     config = fitted(config.recipe, config)
+    plan(config.recipe, config)  # refuses stages that lack their rows, before the model is loaded
     base = load_base_of(model, config)
     facts = {
         "config": _settings(base, config),

@@ -152,6 +152,7 @@ def prepare(
         test = drawn_test(test, config.max_test)
     if more := distinct_from(unlabelled, config.unlabelled, [examples, test]):
         config = config.model_copy(update={"unlabelled": config.unlabelled or more.name})
+    every = arms(config)
     rounds = rounds_of(examples, test, config, folder, more)
     if test is None:
         logger.info(
@@ -169,7 +170,6 @@ def prepare(
         **content_facts(base, config),
     }
     settings = stored_settings(config.model_dump(), base)
-    every = arms(config)
     benches = [
         Workbench(base, r.data, task, config.model_copy(update={"seed": r.seed}), r.folder, unused=r.unused)
         for r in rounds
