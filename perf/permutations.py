@@ -27,9 +27,9 @@ from tests.tiny_icl.tasks import sample_task
 
 MODEL = Path(__file__).resolve().parents[1] / "tests" / "tiny_icl" / "model"
 VARIANTS: dict[str, dict[str, Any]] = {
-    "one order": {"demo_permutations": 1},
-    "eight, averaged": {"demo_permutations": 8, "permutation_targets": "mean"},
-    "eight, one drawn an epoch": {"demo_permutations": 8, "permutation_targets": "sample"},
+    "one order": {"context_draws": 1},
+    "eight, averaged": {"context_draws": 8, "permutation_targets": "mean"},
+    "eight, one drawn an epoch": {"context_draws": 8, "permutation_targets": "sample"},
 }
 RECIPES = ("ia2", "ia2-sft")
 

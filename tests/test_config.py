@@ -66,7 +66,7 @@ def test_a_dumped_configuration_reads_back(tmp_path: Path) -> None:
         ({"batch_size": 0}, "batch_size: input should be greater than or equal to 1."),
         ({"batch_size": 4, "micro_batch_size": 3}, "micro_batch_size 3 does not divide batch_size 4."),
         ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant=True is not possible"),
-        ({"targets": "online", "demo_permutations": 2}, "cannot be computed online"),
+        ({"targets": "online", "context_draws": 2}, "cannot be computed online"),
     ],
 )
 def test_what_is_not_allowed_is_one_line(values: dict[str, object], message: str) -> None:
@@ -79,7 +79,7 @@ def test_what_is_not_allowed_is_one_line(values: dict[str, object], message: str
 
 def test_reentrant_false_and_online_samples_are_fine() -> None:
     AdaptConfig(activation_checkpointing_kwargs={"use_reentrant": False})
-    AdaptConfig(targets="online", demo_permutations=2, permutation_targets="sample")
+    AdaptConfig(targets="online", context_draws=2, permutation_targets="sample")
     AdaptConfig(targets="online")
 
 

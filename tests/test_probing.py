@@ -65,7 +65,7 @@ def test_shuffled_labels(base: BaseModel, task: int) -> None:
 
 def test_facts(base: BaseModel) -> None:
     before = {name: p.clone() for name, p in base.model.named_parameters()}
-    found = probe(base, icl_examples(30), ProbeConfig(max_queries=12, demo_permutations=2))
+    found = probe(base, icl_examples(30), ProbeConfig(max_queries=12, context_draws=2))
     facts = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert (facts["rows"], facts["demonstrations"]) == (12, 11)
     accuracy = facts["accuracy"]
@@ -91,6 +91,23 @@ def test_facts(base: BaseModel) -> None:
     assert list(before) == list(after)
     assert all((before[name] == after[name]).all() for name in before)
     assert not any(p.requires_grad for p in after.values())
+
+
+def test_what_unlabelled_rows_would_bring(base: BaseModel) -> None:
+    """Rows beyond N are answered behind all N; without such rows, behind the rows of the other folds."""
+    found = probe(base, icl_examples(30), ProbeConfig(num_examples=6)).facts
+    teacher = found["teacher_of_unlabelled"]
+    assert (teacher["rows"], teacher["demonstrations"]) == (24, 6)
+    alone = found["accuracy"]["icl_leave_one_out"]
+    better = "better ones" if teacher["accuracy"] > alone else "not better ones"
+    assert f"{alone:.1%}" in found["unlabelled"] and f"{teacher['accuracy']:.1%}" in found["unlabelled"]
+    assert found["unlabelled"].endswith(f"{better}.")
+    found = probe(base, icl_examples(12)).facts
+    assert found["teacher_of_unlabelled"] == {
+        "rows": 12,
+        "demonstrations": 8,
+        "accuracy": found["accuracy"]["icl"],
+    }
 
 
 def test_two_rows_cannot_be_held_out(base: BaseModel) -> None:

@@ -52,7 +52,7 @@ def texts(prompts: Prompts, contexts: Any) -> list[str]:
 
 def test_by_default_as_ever(word_tokenizer: PreTrainedTokenizerFast) -> None:
     train, dev = rows(6), rows(3, offset=40)
-    prompts = made(word_tokenizer, train, seed=2, demo_permutations=2)
+    prompts = made(word_tokenizer, train, seed=2, context_draws=2)
     contexts = prompts.train_contexts
     assert contexts is prompts.train_contexts
     for i, orders in enumerate(naive_orders(6, 2, seed=2)):
@@ -139,7 +139,7 @@ def test_search(word_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptu
         lambda: model,
         demo_order="search",
         demo_search_orders=4,
-        demo_permutations=2,
+        context_draws=2,
     )
     contexts: Any = prompts.train_contexts
     pool: Any = prompts.pool_contexts(rows(3, offset=30), 2)
@@ -154,10 +154,10 @@ def test_search(word_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptu
 
 
 def test_settings_that_contradict_each_other(word_tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ConfigError, match="demo_order nearest gives one order, demo_permutations is 2"):
-        made(word_tokenizer, rows(3), demo_order="nearest", demo_permutations=2)
-    with pytest.raises(ConfigError, match="demo_permutations is 9, but the search tries 8 orders"):
-        made(word_tokenizer, rows(3), demo_order="search", demo_permutations=9)
+    with pytest.raises(ConfigError, match="demo_order nearest gives one order, context_draws is 2"):
+        made(word_tokenizer, rows(3), demo_order="nearest", context_draws=2)
+    with pytest.raises(ConfigError, match="context_draws is 9, but the search tries 8 orders"):
+        made(word_tokenizer, rows(3), demo_order="search", context_draws=9)
     with pytest.raises(ConfigError, match="a context function and context_text are given"):
         made(word_tokenizer, rows(3), function=lambda e, o: "x", context_text="y")
     with pytest.raises(ConfigError, match="do nothing beside a context function"):
@@ -197,11 +197,11 @@ def test_settings_change_the_facts(word_tokenizer: PreTrainedTokenizerFast) -> N
     settings: list[dict[str, Any]] = [
         {},
         {"seed": 1},
-        {"demo_permutations": 2},
+        {"context_draws": 2},
         {"separator": "\n"},
         {"max_demonstrations": 2},
         {"demo_order": "shared"},
-        {"demo_order": "shared", "demo_permutations": 2},
+        {"demo_order": "shared", "context_draws": 2},
         {"demo_order": "balanced"},
         {"demo_order": "nearest"},
         {"demo_order": "search"},

@@ -134,7 +134,7 @@ def test_what_cells_share_is_paid_once(costs: Callable[..., list[Cost]]) -> None
 
 def test_more_orders_make_a_longer_teacher_pass(costs: Callable[..., list[Cost]]) -> None:
     (one,) = costs(recipes=["ia2"])
-    (eight,) = costs(recipes=["ia2"], settings={"demo_permutations": 8})
+    (eight,) = costs(recipes=["ia2"], settings={"context_draws": 8})
     (none,) = costs(recipes=["sft"])
     assert eight.teacher - none.teacher == pytest.approx(8 * (one.teacher - none.teacher))
     (online,) = costs(recipes=["ia2"], settings={"targets": "online"})

@@ -372,7 +372,7 @@ def test_joint_training_is_compared_on_the_same_answers_or_says_so(tmp_path: Pat
 
 
 def test_variants_are_tested_against_the_plain_method(tmp_path: Path) -> None:
-    orders = {"demo_permutations": 8}
+    orders = {"context_draws": 8}
     given = few(8, "demo") + [
         record(rows(18, 20), recipe="ia2-sft", variant="orders", settings=orders, seed=s) for s in (0, 1)
     ]

@@ -358,7 +358,7 @@ def test_sampled_permutations_change_from_epoch_to_epoch(tiny_icl_model_path: Pa
         rows[:6],
         rows[6:],
         tmp_path,
-        demo_permutations=4,
+        context_draws=4,
         permutation_targets="sample",
         targets="memory",
     )

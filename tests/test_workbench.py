@@ -51,7 +51,7 @@ def test_targets_are_found_again(model: BaseModel, tmp_path: Path, monkeypatch: 
         ({"seed": 1}, {"contexts", "seed"}),
         ({"rows": icl_examples(9, seed=1)}, {"data", "queries"}),
         ({"model": "other"}, {"model"}),
-        ({"demo_permutations": 2}, {"contexts", "permutations"}),
+        ({"context_draws": 2}, {"contexts", "permutations"}),
         ({"separator": "\n"}, {"answers", "contexts"}),
         ({"task": "generation", "max_answer_tokens": 3}, {"answers"}),
     ],
@@ -77,7 +77,7 @@ def test_targets_are_kept_where_there_is_room(
     bench = made(model, tmp_path)
     needed = bench.teaching.target_bytes()
     assert needed == (6 + 3) * 4 * 64 * 4  # rows · layers · width · bytes
-    sampled = made(model, tmp_path, demo_permutations=3, permutation_targets="sample")
+    sampled = made(model, tmp_path, context_draws=3, permutation_targets="sample")
     assert sampled.teaching.target_bytes() == 3 * needed
     for free, mode in ((4 * needed, "store"), (4 * needed - 4, "online")):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
@@ -88,7 +88,7 @@ def test_averages_cannot_be_computed_online(
     model: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
-    bench = made(model, tmp_path, demo_permutations=2)
+    bench = made(model, tmp_path, context_draws=2)
     with pytest.raises(ConfigError, match="permutation_targets to sample"):
         bench.teaching.targets()
 

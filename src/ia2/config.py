@@ -123,11 +123,14 @@ class AdaptConfig(Section):
         "the paper) as many drawn afresh for every query from rows that nothing else uses.",
     )
     demo_search_orders: int = Field(8, ge=2, description="Orders that the search tries.")
-    demo_permutations: int = Field(
-        1, ge=1, description="Random demonstration orders of each example in the teacher pass."
+    context_draws: int = Field(
+        1,
+        ge=1,
+        description="Contexts of each row in the teacher pass: so many random orders of the demonstrations, or "
+        "subsets of them where max_demonstrations is set.",
     )
     permutation_targets: Literal["mean", "sample"] = Field(
-        "mean", description="With several orders: average their activations, or draw one an epoch."
+        "mean", description="With several contexts: average their activations, or draw one an epoch."
     )
     max_context_tokens: int | None = Field(
         None, ge=8, description="Use at most this much of the model's context window."
@@ -204,7 +207,7 @@ class AdaptConfig(Section):
             raise ValueError(
                 f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}"
             )
-        if self.targets == "online" and self.permutation_targets == "mean" and self.demo_permutations > 1:
+        if self.targets == "online" and self.permutation_targets == "mean" and self.context_draws > 1:
             raise ValueError(
                 "targets averaged over several demonstration orders cannot be computed online. Set "
                 "permutation_targets to sample, or targets to store"
@@ -267,7 +270,7 @@ class AdaptConfig(Section):
             idle = [
                 name
                 for name, default in (
-                    ("demo_permutations", 1),
+                    ("context_draws", 1),
                     ("demo_order", "random"),
                     ("icl_demonstrations", "same"),
                 )

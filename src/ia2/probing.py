@@ -92,12 +92,12 @@ def probe(model: str | BaseModel, examples: Examples, config: ProbeConfig | None
         bench = Workbench(base, FewShotSplit(train=rows, dev=nothing), task, config, Path(scratch))
         try:
             bench.check([METHOD], nothing)
-            return _probe(bench, rows, len(examples))
+            return _probe(bench, rows, examples)
         finally:
             bench.close()
 
 
-def _probe(bench: Workbench, rows: Examples, available: int) -> Probe:
+def _probe(bench: Workbench, rows: Examples, examples: Examples) -> Probe:
     task = bench.task
     contexts = bench.train_contexts
     began = time.perf_counter()
@@ -114,8 +114,11 @@ def _probe(bench: Workbench, rows: Examples, available: int) -> Probe:
         zero, zero_in_set = _right(bench, rows, bare, "base")
     guess = _majority(rows) if task.kind == "classification" else np.zeros(len(rows))
     step, evaluated = _training_seconds(bench)
+    teacher = _teacher(bench, rows, examples) if demonstrations else None
     bench.close()
     tried = _held_out(bench, rows)
+    if demonstrations and teacher is None and tried is not None:
+        teacher = {"rows": len(rows), "demonstrations": tried.about["rows"], "accuracy": float(tried.icl.mean())}
     chance = max(float(guess.mean()), 1 / len(task.labels) if task.labels else 0.0)
     judged = judge(
         (icl_in_set if tried is None else tried.icl).tolist(),
@@ -141,7 +144,9 @@ def _probe(bench: Workbench, rows: Examples, available: int) -> Probe:
         "headroom": None if judged.headroom is None else judged.headroom.to_dict(),
         "sft": None if tried is None else tried.about,
         "chance": 1 / len(task.labels) if task.labels else 0.0,
-        "cost": _cost(bench, seconds_icl, step, evaluated, available),
+        "teacher_of_unlabelled": teacher,
+        "unlabelled": teacher and unlabelled_sentence(float(icl_in_set.mean()), **teacher),
+        "cost": _cost(bench, seconds_icl, step, evaluated, len(examples)),
         "machine": machine(),
     }
     return Probe(_WORDS[judged.word], reason_of(judged, len(rows)), facts)
@@ -159,6 +164,37 @@ def reason_of(judged: Judgement, rows: int) -> str:
     else:
         todo = "More labelled rows would tell, and so does `ia2 compare`."
     return f"{said} ({judged.figures}, on {rows} rows). {todo}"
+
+
+def unlabelled_sentence(leave_one_out: float, *, accuracy: float, rows: int, demonstrations: int) -> str:
+    """What rows without labels would bring: targets that are right more often, or only more of them.
+
+    Args:
+        leave_one_out: how often the teacher is right on training examples, with the others as demonstrations.
+        accuracy: how often it is right on rows that are none of its demonstrations, as unlabelled rows are.
+        rows: how many these were.
+        demonstrations: how many it had.
+
+    >>> unlabelled_sentence(0.25, accuracy=0.75, rows=24, demonstrations=8)
+    'The teacher is right on 25.0% of the training examples (leave one out) and on 75.0% of 24 other rows (8 demonstrations): rows without labels (--unlabelled) would give alignment more targets, and better ones.'
+    """
+    gain = "more targets, and better ones" if accuracy > leave_one_out else "more targets, not better ones"
+    return (
+        f"The teacher is right on {leave_one_out:.1%} of the training examples (leave one out) and on "
+        f"{accuracy:.1%} of {rows} other rows ({demonstrations} demonstrations): rows without labels "
+        f"(--unlabelled) would give alignment {gain}."
+    )
+
+
+def _teacher(bench: Workbench, rows: Examples, examples: Examples) -> dict[str, Any] | None:
+    """The teacher with all demonstrations, on labelled rows that are not among them; None where none are."""
+    shown = {id(row) for row in rows}
+    others = [row for row in examples if id(row) not in shown][:MAX_DEV]
+    if not others:
+        return None
+    measured = bench.evaluate("icl", Examples(others, name=examples.name)).measured
+    right = measured.plain[main_scope(bench.task.kind == "classification")].correct
+    return {"rows": len(others), "demonstrations": len(rows), "accuracy": float(right.mean())}
 
 
 @dataclass
@@ -282,7 +318,7 @@ def _cost(
     needed = next(each for each in teacher_passes(stages, config) if each is not None)
     per_query = seconds_icl / len(bench.data.train)
     # one order is one pass; generated answers are part of what was timed
-    teacher = per_query * (train + dev) * config.demo_permutations
+    teacher = per_query * (train + dev) * config.context_draws
     per_epoch = -(-train // config.batch_size)
     most, training = 0, 0.0
     for stage in stages:

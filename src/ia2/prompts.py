@@ -97,22 +97,22 @@ class Prompts:
         if given:
             if named := [name for name in others if getattr(config, name)]:
                 raise ConfigError(f"a context function and {named[0]} are given; one context at a time.")
-            if config.demo_order != "random" or config.demo_permutations != 1:
+            if config.demo_order != "random" or config.context_draws != 1:
                 raise ConfigError(
-                    "demo_order and demo_permutations do nothing beside a context function. Leave them out."
+                    "demo_order and context_draws do nothing beside a context function. Leave them out."
                 )
             if config.icl_demonstrations != "same":
                 raise ConfigError("icl_demonstrations does nothing beside a context function. Leave it out.")
         if config.max_demonstrations and not self._demonstrations:
             raise ConfigError("max_demonstrations does nothing beside another context. Leave it out.")
-        if config.demo_order == "nearest" and config.demo_permutations > 1:
+        if config.demo_order == "nearest" and config.context_draws > 1:
             raise ConfigError(
-                f"demo_order nearest gives one order, demo_permutations is {config.demo_permutations}. Leave "
+                f"demo_order nearest gives one order, context_draws is {config.context_draws}. Leave "
                 "it out, or choose another order."
             )
-        if config.demo_order == "search" and config.demo_permutations > config.demo_search_orders:
+        if config.demo_order == "search" and config.context_draws > config.demo_search_orders:
             raise ConfigError(
-                f"demo_permutations is {config.demo_permutations}, but the search tries "
+                f"context_draws is {config.context_draws}, but the search tries "
                 f"{config.demo_search_orders} orders. Raise demo_search_orders."
             )
 
@@ -127,7 +127,7 @@ class Prompts:
         """
         if not self._demonstrations:
             return self._given(self.train, partial(_without, self.train), "teacher contexts")
-        orders = self._orders(self.config.demo_permutations, leave_one_out=True)
+        orders = self._orders(self.config.context_draws, leave_one_out=True)
         return self._behind(self.train, orders, "teacher contexts")
 
     def pool_contexts(

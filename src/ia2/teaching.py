@@ -160,7 +160,7 @@ class Teaching:
         """A part's queries in their contexts: training examples leave themselves out, all others need not."""
         if part == "train":
             return self.train_contexts
-        return self.prompts.pool_contexts(self._parts[part], self.config.demo_permutations)
+        return self.prompts.pool_contexts(self._parts[part], self.config.context_draws)
 
     def check_contexts(self, parts: Iterable[str]) -> None:
         """Refuse queries of these parts that do not fit the context window.
@@ -204,7 +204,7 @@ class Teaching:
             if site == "weights":
                 width = config.num_attention_heads * max(1, self.window // 4)
             per_token = layers * width * size
-        kept = self.config.demo_permutations if self.config.permutation_targets == "sample" else 1
+        kept = self.config.context_draws if self.config.permutation_targets == "sample" else 1
         examples = sum(map(len, self._parts.values())) * kept
         return per_token * self.task.max_answer_tokens * examples
 
@@ -220,7 +220,7 @@ class Teaching:
         needed = self.target_bytes(site, top_k)
         self.folder.mkdir(parents=True, exist_ok=True)
         fits = needed <= shutil.disk_usage(self.folder).free // 4
-        averaged = self.config.demo_permutations > 1 and self.config.permutation_targets == "mean"
+        averaged = self.config.context_draws > 1 and self.config.permutation_targets == "mean"
         if not fits and averaged:
             raise ConfigError(
                 f"the teacher's targets take up to {needed / 1e9:.1f} GB, more than a quarter of the free "

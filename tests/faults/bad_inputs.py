@@ -116,7 +116,7 @@ _SETTINGS = """
 --batch-size 4 --micro-batch-size 3
 --context-text a --context-file rows.jsonl
 --context-text a --demo-order nearest
---targets online --demo-permutations 2
+--targets online --context-draws 2
 --labels L1,L2 --task generation
 --chat turns
 --balanced

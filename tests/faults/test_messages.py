@@ -277,7 +277,7 @@ def test_missing_config_file(refused: Refused) -> None:
         (["--activation-checkpointing-kwargs", '{"use_reentrant": true}'], ["use_reentrant"]),
         (["--parser", "hsah"], ["'hsah'", "Did you mean 'hash'?"]),
         (["--parser", "no_such_module:f"], ["cannot import 'no_such_module'"]),
-        (["--targets", "online", "--demo-permutations", "2"], ["permutation_targets to sample"]),
+        (["--targets", "online", "--context-draws", "2"], ["permutation_targets to sample"]),
         (["--labels", "L1,L2", "--task", "generation"], ["labels are given, but task is generation"]),
         (["surplus"], ["surplus"]),
     ],

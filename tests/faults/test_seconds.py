@@ -111,7 +111,7 @@ def test_of_a_teacher_pass_that_was_killed_between_its_parts(
         (30, {"num_examples": 3}),
         (31, {}),
         (3, {}),
-        (30, {"demo_permutations": 3, "align": {"objective": "residual"}}),
+        (30, {"context_draws": 3, "align": {"objective": "residual"}}),
         (30, {"align": {"epochs": 3}, "sft": {"epochs": 7}, "learning_rates": [1e-3, 1e-2], "batch_size": 7}),
     ],
 )

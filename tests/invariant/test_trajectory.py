@@ -63,7 +63,7 @@ def test_accumulation_changes_nothing(recipe: str, micro: int, word_tokenizer: A
     assert max(float(t.abs().max()) for n, t in whole[0].items() if "lora_B" in n) > 0.01
 
 
-@pytest.mark.parametrize("settings", [{}, {"demo_permutations": 3, "permutation_targets": "sample"}])
+@pytest.mark.parametrize("settings", [{}, {"context_draws": 3, "permutation_targets": "sample"}])
 def test_where_targets_live_changes_nothing(
     settings: dict[str, Any], word_tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -120,7 +120,7 @@ def cases(case: str, word_tokenizer: Any, path: Path) -> dict[str, Any]:
     return {
         "base": icl_base(path),
         "rows": icl_examples(9),
-        "settings": {"task": "generation", "max_answer_tokens": 3, "demo_permutations": 2},
+        "settings": {"task": "generation", "max_answer_tokens": 3, "context_draws": 2},
     }
 
 

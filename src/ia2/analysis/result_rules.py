@@ -134,7 +134,7 @@ def alignment_not_carried_over(facts: Facts) -> Iterable[Finding]:
                 f"asim {facts.mean_asim(arm):.3f} against {facts.mean_asim(base):.3f}: difference "
                 f"{difference['value']:+.3f} {range_text(difference)} ({how})",
                 "if the alignment loss fell, more training rows (--num-examples) or several orders "
-                "(--demo-permutations 8); else a higher rate and more --align-epochs",
+                "(--context-draws 8); else a higher rate and more --align-epochs",
                 place_of(facts, arm.name),
                 difference,
             )

@@ -44,4 +44,6 @@ def _print(verdict: str, reason: str, facts: dict[str, Any]) -> None:
         f"  training              {cost['step_seconds']:.2f} s a step, at most {steps} steps a stage: "
         f"at most {cost['training_seconds_at_most']:.0f} s (early stopping usually ends far sooner)"
     )
+    if facts["unlabelled"]:
+        print(facts["unlabelled"])
     print(f"Verdict: {verdict}. {reason}")

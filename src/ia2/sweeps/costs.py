@@ -399,7 +399,7 @@ class UnitCosts:
             if (part, *needed) in self._passes or not count:
                 continue
             self._passes.add((part, *needed))
-            orders, rest = config.demo_permutations, own.answer - 1
+            orders, rest = config.context_draws, own.answer - 1
             written = own.limit > 1 and part not in known  # a later pass knows the answers
             if written and needed[0] not in ("weights", "soft"):
                 orders -= 1  # the steps that write the answers give the targets of the first order
@@ -416,7 +416,7 @@ class UnitCosts:
 
     def _train(self, stage: PlannedStage, config: AdaptConfig, adapter: str, cost: Cost) -> None:
         shape, own = self.shape, self.shape.evaluated[0]
-        orders = config.demo_permutations if config.permutation_targets == "sample" else 1
+        orders = config.context_draws if config.permutation_targets == "sample" else 1
         passes, settings = 1, stage.settings
         train, held = shape.trained_on(stage), shape.count(held_out(stage))
         if stage.aligns and (stage.beside or (stage.answers == "ground_truth" and own.limit > 1)):

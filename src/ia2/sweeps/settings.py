@@ -34,7 +34,7 @@ _TASK = (
 # Beside these, what is in the prompt; the teacher's part of a run depends on nothing else.
 TRAINING = ("adapter.", *(f"{name}." for name in SECTIONS), "schedules", "batch_size", "micro_batch_size")
 _UNLABELLED = ("unlabelled", "max_unlabelled")
-_ORDERS = ("demo_permutations", "permutation_targets")
+_ORDERS = ("context_draws", "permutation_targets")
 _TECHNICAL = ("activation_checkpointing", "activation_checkpointing_kwargs", "attention_modules")
 
 
