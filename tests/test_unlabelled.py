@@ -12,7 +12,7 @@ from benches import base_of, bench_of, clone, icl_base, icl_examples, word_examp
 from command_line import run, tree, write_rows
 from sweeping import cells_of, records, swept
 
-from ia2 import AdaptConfig, Examples, adapt
+from ia2 import AdaptConfig, CompareConfig, Examples, adapt
 from ia2.adaptation import load_adapter
 from ia2.adapter_weights import read_adapter_state
 from ia2.batches import EpochSampler
@@ -23,6 +23,7 @@ from ia2.examples import Example, FewShotSplit
 from ia2.files import read_json
 from ia2.models import BaseModel
 from ia2.recipes import LABELLED, UNLABELLED
+from ia2.rounds import draws
 from ia2.stages import StageJob, _trainer, plan
 from ia2.trainer import AlignTrainer, MixedTrainer, SftTrainer, StageSettings
 from ia2.unlabelled import distinct, with_unlabelled
@@ -74,6 +75,18 @@ def test_too_few_are_refused(known: int, left: int) -> None:
         f"more: at least two unlabelled rows are needed, and {left} can be used of 6 rows, without {known} "
         "that are labelled or test rows too. Give other rows, or leave out --unlabelled."
     )
+
+
+@pytest.mark.parametrize("tested", [True, False])
+def test_the_file_that_is_drawn_from_may_be_that_of_the_unlabelled_rows(tested: bool) -> None:
+    """What is drawn, held out or evaluated on is left out; other labelled rows are not."""
+    rows = icl_examples(30)
+    bare = Examples([Example(row.query, None, row.source) for row in rows], name="rows")
+    config = CompareConfig(num_examples=6, folds=3, max_unlabelled=100)
+    for draw in draws(rows, config, tested=tested, unlabelled=bare):
+        parts = [draw.data.train, draw.data.dev, draw.held or [], draw.data.unlabelled, draw.data.unlabelled_dev]
+        queries = [row.query for part in parts for row in part]
+        assert sorted(queries) == sorted(row.query for row in rows)
 
 
 @pytest.mark.parametrize(

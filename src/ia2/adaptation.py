@@ -104,7 +104,8 @@ def adapt(
         overwrite: replace another run in that folder.
         context: makes the context of an example from it and the other training examples: a text, chat
             messages, or a list of examples. Demonstrations by default.
-        unlabelled: rows of the same task, read with ``labelled=False``, to align on.
+        unlabelled: rows of the same task, read with ``labelled=False``, to align on; they may be the rows
+            that ``examples`` are drawn from, of which those that are drawn are left out.
 
     Returns:
         The trained model with its metrics.
@@ -121,7 +122,7 @@ def adapt(
     else:
         data = examples.split(seed=config.seed, **config.drawn)
     every = examples if isinstance(examples, Examples) else _joined(data)
-    if more := distinct_from(unlabelled, config.unlabelled, [every, test]):
+    if more := distinct_from(unlabelled, config.unlabelled, [data.train, data.dev, test]):
         data = with_unlabelled(data, more, config.max_unlabelled, config.seed)
         config = config.model_copy(update={"unlabelled": config.unlabelled or more.name})
     config = fitted(config.recipe, config)

@@ -150,7 +150,7 @@ def prepare(
     if test is not None and config.max_test and config.max_test < len(test):
         logger.info("Evaluating on %d of %d test rows, drawn once.", config.max_test, len(test))
         test = drawn_test(test, config.max_test)
-    if more := distinct_from(unlabelled, config.unlabelled, [examples, test]):
+    if more := distinct_from(unlabelled, config.unlabelled, [test]):
         config = config.model_copy(update={"unlabelled": config.unlabelled or more.name})
     every = arms(config)
     rounds = rounds_of(examples, test, config, folder, more)

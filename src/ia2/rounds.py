@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ia2.config import CompareConfig
 from ia2.examples import Example, Examples, FewShotSplit
-from ia2.unlabelled import with_unlabelled
+from ia2.unlabelled import distinct, with_unlabelled
 
 
 @dataclass
@@ -78,9 +78,11 @@ def places(config: CompareConfig, *, tested: bool) -> Iterator[tuple[int, int | 
 
 
 def draws(
-    examples: Examples, config: CompareConfig, *, tested: bool, unlabelled: Sequence[Example] = ()
+    examples: Examples, config: CompareConfig, *, tested: bool, unlabelled: Examples | None = None
 ) -> Iterator[Draw]:
-    """The rows of every round, in the order of :func:`places`; each draws from all ``unlabelled`` ones.
+    """The rows of every round, in the order of :func:`places`.
+
+    Each draws from all ``unlabelled`` rows but those that it trains on, holds out or is evaluated on.
 
     Raises:
         DataError: there are too few rows.
@@ -94,7 +96,9 @@ def draws(
         for fold, pool, held in pools:
             split = pool.split(seed=seed, **config.drawn)
             rest = split.rest(pool)
-            split = with_unlabelled(split, unlabelled, config.max_unlabelled, seed)
+            if unlabelled is not None:
+                own = [part for part in (split.train, split.dev, held) if part is not None]
+                split = with_unlabelled(split, distinct(unlabelled, own), config.max_unlabelled, seed)
             yield Draw(seed, fold, split, rest, held)
 
 
@@ -112,7 +116,7 @@ def rounds_of(
     """
     where = {id(example): place for place, example in enumerate(examples)}
     rounds: list[Round] = []
-    for draw in draws(examples, config, tested=test is not None, unlabelled=unlabelled or ()):
+    for draw in draws(examples, config, tested=test is not None, unlabelled=unlabelled):
         path = folder / place_of(draw.seed, draw.fold)
         if draw.held is not None:
             evaluated, positions = draw.held, [where[id(example)] for example in draw.held]
