@@ -45,6 +45,15 @@ class Ran:
         return lines[0].removeprefix("ia2: error: ")
 
 
+def listed(arguments: Iterable[str | Path]) -> list[str]:
+    """Arguments as texts. ``train`` is the method, unless a test says otherwise: a probe takes time."""
+    texts = [str(argument) for argument in arguments]
+    settled = {"--recipe", "--config", "--help"}
+    if texts[:1] == ["train"] and not settled & {text.partition("=")[0] for text in texts}:
+        texts += ["--recipe", "ia2-sft"]
+    return texts
+
+
 def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Ran:
     """``ia2 arguments…`` in this process."""
     from ia2.cli import main
@@ -52,7 +61,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Ran:
     capsys.readouterr()
     status = 0
     try:
-        main([str(argument) for argument in arguments])
+        main(listed(arguments))
     except SystemExit as stop:
         if stop.code == 1 and isinstance(stop.__context__, Exception):
             raise stop.__context__ from None  # a bug; with its traceback, for whoever reads the test
@@ -64,7 +73,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Ran:
 def run_apart(*arguments: str | Path, **environment: str) -> Ran:
     """``python -m ia2 arguments…``."""
     done = subprocess.run(
-        [sys.executable, "-m", "ia2", *map(str, arguments)],
+        [sys.executable, "-m", "ia2", *listed(arguments)],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},

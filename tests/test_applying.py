@@ -46,7 +46,9 @@ def free(tmp_path_factory: pytest.TempPathFactory, tiny_icl_model_path: Path) ->
     """An adapter for free text."""
     folder = tmp_path_factory.mktemp("free")
     rows = [{"prompt": q, "completion": f"{a} {a}"} for q, a in TASK.examples(9, 0)]
-    config = TrainConfig(task="generation", max_answer_tokens=6, align={"epochs": 1}, sft={"epochs": 1})
+    config = TrainConfig(
+        recipe="ia2-sft", task="generation", max_answer_tokens=6, align={"epochs": 1}, sft={"epochs": 1}
+    )
     adapt(str(tiny_icl_model_path), Examples.from_rows(rows), config, output_dir=folder / "out")
     return folder / "out"
 

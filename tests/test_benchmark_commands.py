@@ -81,7 +81,11 @@ def test_prepare_writes_rows_for_other_commands(capsys: pytest.CaptureFixture[st
         read = Examples.from_file(out / "Intents-words" / f"{part}.jsonl")
         assert [(row.query, row.answer) for row in read] == [(row.query, row.answer) for row in rows]
     (facts,) = run(capsys, "benchmarks", "prepare", "Intents", "--output-dir", out, "--json").json
-    assert facts["files"] == [str(out / "Intents-words" / f"{part}.jsonl") for part in ("pool", "test")]
+    assert set(facts["files"]) == {
+        str(out / f"Intents-{verbaliser}" / f"{part}.jsonl")
+        for verbaliser in BENCHMARKS["Intents"].verbalisers
+        for part in ("pool", "test")
+    }
 
 
 def test_prepare_reads_a_folder_in_hub_layout(capsys: pytest.CaptureFixture[str], offline: Path) -> None:

@@ -62,7 +62,7 @@ def healthy(tiny_icl_model_path: Path, tmp_path_factory: pytest.TempPathFactory)
         test=test,
         output_dir=root / "compare",
     )
-    adapt(base, rows, TrainConfig(**settings), test=test, output_dir=root / "train")
+    adapt(base, rows, TrainConfig(recipe="ia2-sft", **settings), test=test, output_dir=root / "train")
     return {"compare": root / "compare", "train": root / "train"}
 
 

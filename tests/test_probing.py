@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benches import icl_base, icl_examples
+from benches import clone, icl_base, icl_examples
 
-from ia2.config import ProbeConfig
-from ia2.errors import DataError
+from ia2.adaptation import adapt
+from ia2.config import AdaptConfig, ProbeConfig, TrainConfig
+from ia2.errors import DataError, RunFolderError
 from ia2.evaluation.headroom import judge
 from ia2.examples import Example, Examples
 from ia2.models import BaseModel
-from ia2.probing import probe, reason_of
+from ia2.probing import choose_recipe, probe, reason_of
 
 
 def test_reasons_hold_the_numbers_and_a_way_on() -> None:
@@ -122,3 +123,38 @@ def test_too_few_rows(base: BaseModel) -> None:
         probe(base, rows, ProbeConfig(num_examples=20))
     with pytest.raises(DataError, match="at least two rows"):
         probe(base, rows, ProbeConfig(num_examples=1))
+
+
+# ------------------------------------------------------------------------------------- recipe: auto
+
+
+def shuffled(count: int) -> Examples:
+    """Rows whose answers have nothing to do with them."""
+    rows = icl_examples(count)
+    answers = rows.answers
+    random.Random(1).shuffle(answers)
+    return Examples([Example(r.query, a, r.source) for r, a in zip(rows, answers, strict=True)], name="rows")
+
+
+@pytest.mark.parametrize(("rows", "recipe"), [(icl_examples(17), "ia2-sft"), (shuffled(17), "sft")])
+def test_auto_takes_the_method_where_in_context_learning_helps(
+    rows: Examples, recipe: str, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(align={"epochs": 2}, sft={"epochs": 2}, learning_rates=[3e-3])
+    assert config.recipe == "auto"
+    result = adapt(clone(base), rows, config, output_dir=tmp_path / "out")
+    assert (result.config.recipe, result.metrics["recipe"]) == (recipe, recipe)
+    reason = result.metrics["chosen_because"]
+    assert "ICL" in reason and reason in (tmp_path / "out" / "README.md").read_text()
+    # the same run knows what it chose
+    monkeypatch.setattr("ia2.probing.probe", lambda *_: pytest.fail("probed again"))
+    again = adapt(clone(base), rows, config, output_dir=tmp_path / "out")
+    assert again.metrics == result.metrics
+    # another run is refused before it is probed
+    with pytest.raises(RunFolderError, match="holds another run"):
+        adapt(clone(base), rows, config.model_copy(update={"seed": 1}), output_dir=tmp_path / "out")
+
+
+def test_auto_does_not_probe_two_rows(base: BaseModel) -> None:
+    recipe, reason = choose_recipe(base, icl_examples(2), AdaptConfig())
+    assert recipe == "ia2-sft" and "2 rows" in reason

@@ -117,7 +117,12 @@ def test_each_text_is_tokenised_once(
     rows = Examples.from_rows([{"prompt": q, "completion": f"{a} {a}"} for q, a in TASK.examples(9, 0)])
     test = Examples.from_rows([{"prompt": q, "completion": f"{a} {a}"} for q, a in TASK.examples(3, 5)])
     config = TrainConfig(
-        task="generation", max_answer_tokens=6, align={"epochs": 3}, sft={"epochs": 3}, targets="online"
+        recipe="ia2-sft",
+        task="generation",
+        max_answer_tokens=6,
+        align={"epochs": 3},
+        sft={"epochs": 3},
+        targets="online",
     )
     adapt(str(tiny_icl_model_path), rows, config, test=test, output_dir=tmp_path / "out")
     assert len({text for text, _ in asked}) > 20

@@ -46,7 +46,7 @@ def test_latex_literally() -> None:
 \toprule
  & \multicolumn{2}{c}{A\_1} &  \\
 \cmidrule(lr){2-3}
-eval & acc & ECE & ICL works \\
+eval & acc & NLL & ICL works \\
 \midrule
 SST2 & \textbf{90.4 (2.3)} & \underline{0.06} &  \\
 \bottomrule

@@ -84,7 +84,13 @@ def test_the_file_that_is_drawn_from_may_be_that_of_the_unlabelled_rows(tested: 
     bare = Examples([Example(row.query, None, row.source) for row in rows], name="rows")
     config = CompareConfig(num_examples=6, folds=3, max_unlabelled=100)
     for draw in draws(rows, config, tested=tested, unlabelled=bare):
-        parts = [draw.data.train, draw.data.dev, draw.held or [], draw.data.unlabelled, draw.data.unlabelled_dev]
+        parts = [
+            draw.data.train,
+            draw.data.dev,
+            draw.held or [],
+            draw.data.unlabelled,
+            draw.data.unlabelled_dev,
+        ]
         queries = [row.query for part in parts for row in part]
         assert sorted(queries) == sorted(row.query for row in rows)
 

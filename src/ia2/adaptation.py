@@ -13,25 +13,27 @@ from ia2.adapter_weights import attach, load_adapter_state, read_adapter_state, 
 from ia2.adapters import peft_config
 from ia2.config import AdaptConfig, CompareConfig, TrainConfig
 from ia2.console import logger
-from ia2.distributed import is_first, wait
+from ia2.distributed import is_first, several, wait
 from ia2.errors import ConfigError, DataError, ModelError, RunFolderError
 from ia2.evaluation.metrics import summarise
 from ia2.evaluation.scoring import Prediction, write_predictions
 from ia2.examples import Examples, FewShotSplit, RowFormat
-from ia2.files import atomic_files, read_json, write_json, write_text
+from ia2.files import atomic_files, digest, read_json, write_json, write_text
 from ia2.manifest import RUN_FILE, begin
 from ia2.models import BaseModel, load_base
 from ia2.prompts import ContextFunction
-from ia2.recipes import TRAINED, is_trained
+from ia2.recipes import AUTO, METHOD, TRAINED, is_trained
 from ia2.report.card import model_card
 from ia2.runs import (
     REMADE,
     add_facts,
     check_outputs,
+    choice_of,
     claimed,
     content_facts,
     load_run,
     machine,
+    refuse_another,
     stored_settings,
     task_facts,
 )
@@ -114,8 +116,8 @@ def adapt(
         UserError: a mistake in data, settings or model; nothing is left half-written.
     """
     config = config or AdaptConfig()
-    if not is_trained(config.recipe):
-        known = ", ".join([*TRAINED, *config.schedules])
+    if config.recipe != AUTO and not is_trained(config.recipe):
+        known = ", ".join([AUTO, *TRAINED, *config.schedules])
         raise ConfigError(f"recipe '{config.recipe}' trains nothing. Choose one of {known}, or use compare.")
     if isinstance(examples, FewShotSplit):
         data = examples
@@ -125,19 +127,23 @@ def adapt(
     if more := distinct_from(unlabelled, config.unlabelled, [data.train, data.dev, test]):
         data = with_unlabelled(data, more, config.max_unlabelled, config.seed)
         config = config.model_copy(update={"unlabelled": config.unlabelled or more.name})
-    config = fitted(config.recipe, config)
-    plan(config.recipe, config)  # refuses stages that lack their rows, before the model is loaded
+    if config.recipe != AUTO:
+        plan(config.recipe, config)  # refuses stages that lack their rows, before the model is loaded
     base = load_base_of(model, config)
-    facts = {
-        "config": _settings(base, config),
-        "data": {
-            "train": data.train.fingerprint,
-            "dev": data.dev.fingerprint,
-            "test": test.fingerprint if test is not None else "",
-            **unlabelled_facts(data),
-            **content_facts(base, config),
-        },
+    content = {
+        "train": data.train.fingerprint,
+        "dev": data.dev.fingerprint,
+        "test": test.fingerprint if test is not None else "",
+        **unlabelled_facts(data),
+        **content_facts(base, config),
     }
+    choice = None
+    if config.recipe == AUTO:
+        folder = None if output_dir is None else Path(output_dir)
+        choice = _choice(base, _joined(data), config, content, folder, overwrite, context)
+        config = config.model_copy(update={"recipe": choice["recipe"]})
+    config = fitted(config.recipe, config)
+    facts = {"config": _settings(base, config), "data": content}
     template = getattr(config, "prompt_template", None)
     task = make_task(every, config, base.tokenizer, template, test)
     rows = test if test is not None else data.dev
@@ -161,13 +167,49 @@ def adapt(
             bench.model  # noqa: B018 - put on here, where an adapter that does not fit is refused
             if output_dir is not None:
                 stack.enter_context(claimed(folder, "train", facts["config"], facts["data"], overwrite))
-            return _run(bench, test, facts, keep=output_dir is not None)
+                if choice is not None and is_first():
+                    add_facts(folder, choice=choice)
+            return _run(bench, test, facts, choice, keep=output_dir is not None)
         except BaseException:
             bench.close()
             raise
 
 
-def _run(bench: Workbench, test: Examples | None, facts: dict[str, Any], *, keep: bool) -> AdaptResult:
+def _choice(
+    base: BaseModel,
+    examples: Examples,
+    config: AdaptConfig,
+    content: dict[str, str],
+    folder: Path | None,
+    overwrite: bool,
+    context: ContextFunction | None,
+) -> dict[str, Any]:
+    """The recipe that ``auto`` stands for, and why; as the run in the folder chose, if it is the same run."""
+    settings = _settings(base, config)
+    asked = digest([settings, content])
+    if folder is not None:
+        if (known := choice_of(folder, asked)) is not None:
+            return known
+        refuse_another(folder, "train", {**settings, "recipe": METHOD}, content, overwrite)
+    if several():
+        recipe, reason = METHOD, "Several processes do not probe; `ia2 probe` does, in one."
+    else:
+        from ia2.probing import choose_recipe
+
+        logger.info("Probing whether in-context learning helps here (--recipe %s does not).", METHOD)
+        recipe, reason = choose_recipe(base, examples, config, context)
+    logger.info("Recipe: %s. %s", recipe, reason)
+    return {"asked": asked, "recipe": recipe, "reason": reason}
+
+
+def _run(
+    bench: Workbench,
+    test: Examples | None,
+    facts: dict[str, Any],
+    choice: dict[str, Any] | None,
+    *,
+    keep: bool,
+) -> AdaptResult:
     base, data, task, config, folder = bench.base, bench.data, bench.task, bench.config, bench.folder
     trained = bench.train(config.recipe)
     result = AdaptResult(
@@ -185,6 +227,8 @@ def _run(bench: Workbench, test: Examples | None, facts: dict[str, Any], *, keep
             return result
     rows = test if test is not None else data.dev
     result.metrics = _metrics(bench, trained, base)
+    if choice is not None:
+        result.metrics["chosen_because"] = choice["reason"]
     if len(rows):
         reference = bench.teaching.try_reference(rows)
         evaluated = bench.evaluate(config.recipe, rows, reference)

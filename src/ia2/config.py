@@ -32,7 +32,7 @@ from ia2.config_sections import (
     one_of,
 )
 from ia2.packaged_models import PACKAGED_MODELS
-from ia2.recipes import RECIPES, TRAINED
+from ia2.recipes import AUTO, METHOD, PLAIN, RECIPES, TRAINED
 
 
 class AdaptConfig(Section):
@@ -126,8 +126,8 @@ class AdaptConfig(Section):
     context_draws: int = Field(
         1,
         ge=1,
-        description="Contexts of each row in the teacher pass: so many random orders of the demonstrations, or "
-        "subsets of them where max_demonstrations is set.",
+        description="Contexts of each row in the teacher pass: so many random orders of the demonstrations, "
+        "or subsets of them where max_demonstrations is set.",
     )
     permutation_targets: Literal["mean", "sample"] = Field(
         "mean", description="With several contexts: average their activations, or draw one an epoch."
@@ -192,7 +192,8 @@ class AdaptConfig(Section):
     @model_validator(mode="after")
     def _possible(self) -> AdaptConfig:
         self._check_schedules()
-        self._check_recipe(self.recipe, "recipe")
+        if self.recipe != AUTO:
+            self._check_recipe(self.recipe, "recipe")
         self._check_context()
         self._check_layers()
         if (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
@@ -230,7 +231,7 @@ class AdaptConfig(Section):
 
     def _check_schedules(self) -> None:
         for name, stages in self.schedules.items():
-            if name in RECIPES:
+            if name in RECIPES or name == AUTO:
                 raise ValueError(f"schedules.{name}: '{name}' is a recipe already. Choose another name")
             if not re.fullmatch(r"[\w.+-]+", name):
                 raise ValueError(
@@ -340,6 +341,11 @@ class DataOptions(Section):
 class TrainConfig(AdaptConfig, ModelOptions, DataOptions):
     """Everything that `ia2 train` needs."""
 
+    recipe: str = Field(
+        AUTO,
+        description=f"{AUTO}: {METHOD}, or {PLAIN} where a probe of the rows finds that in-context learning "
+        f"does not help. Else {', '.join(TRAINED)}, or a schedule's name.",
+    )
     output_dir: str | None = Field(None, description="Folder for the adapter, its model card and metrics.")
 
 

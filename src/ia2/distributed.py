@@ -100,6 +100,11 @@ def _launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
 
 
+def several() -> bool:
+    """Whether this process is one of several of a launch."""
+    return _launched() > 1
+
+
 def number() -> int:
     """Of this process among those of its launch, from 0."""
     return 0 if _launched() == 1 else int(process_state().process_index)

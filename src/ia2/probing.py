@@ -15,8 +15,7 @@ import numpy as np
 
 from ia2.adaptation import load_base_of
 from ia2.adapter_weights import base_weights
-from ia2.arms import METHOD
-from ia2.config import ProbeConfig
+from ia2.config import AdaptConfig, ProbeConfig
 from ia2.console import logger
 from ia2.context import Contexts, DemonstrationContexts
 from ia2.errors import DataError, DivergedError
@@ -26,6 +25,8 @@ from ia2.evaluation.statistics import main_scope
 from ia2.examples import MAX_DEV, Examples, FewShotSplit
 from ia2.manifest import begin
 from ia2.models import BaseModel
+from ia2.prompts import ContextFunction
+from ia2.recipes import METHOD, PLAIN
 from ia2.runs import machine
 from ia2.schedule import Schedule
 from ia2.stages import plan
@@ -58,7 +59,12 @@ class Probe:
         return {"verdict": self.verdict, "reason": self.reason, **self.facts}
 
 
-def probe(model: str | BaseModel, examples: Examples, config: ProbeConfig | None = None) -> Probe:
+def probe(
+    model: str | BaseModel,
+    examples: Examples,
+    config: ProbeConfig | None = None,
+    context: ContextFunction | None = None,
+) -> Probe:
     """Compare ICL with quick fine-tuning, the base model and guessing, on rows that neither has seen.
 
     Folds of the rows are held out; ICL and fine-tuning have the others, so that both know the same.
@@ -69,6 +75,7 @@ def probe(model: str | BaseModel, examples: Examples, config: ProbeConfig | None
         model: what :func:`ia2.models.load_base` takes, or a loaded base model.
         examples: labelled rows.
         config: settings; ``num_examples`` limits the demonstrations to that many less one.
+        context: makes the context of an example, as for :func:`ia2.adapt`.
 
     Raises:
         UserError: a mistake in data, settings or model.
@@ -89,12 +96,41 @@ def probe(model: str | BaseModel, examples: Examples, config: ProbeConfig | None
     with tempfile.TemporaryDirectory(prefix="ia2-probe-") as scratch:
         nothing = Examples([], name=rows.name)
         begin(Path(scratch))
-        bench = Workbench(base, FewShotSplit(train=rows, dev=nothing), task, config, Path(scratch))
+        data = FewShotSplit(train=rows, dev=nothing)
+        bench = Workbench(base, data, task, config, Path(scratch), function=context)
         try:
             bench.check([METHOD], nothing)
             return _probe(bench, rows, examples)
         finally:
             bench.close()
+
+
+def choose_recipe(
+    base: BaseModel, examples: Examples, config: AdaptConfig, context: ContextFunction | None = None
+) -> tuple[str, str]:
+    """What ``recipe: auto`` stands for, and why.
+
+    Plain fine-tuning where the probe's verdict is *unlikely*, since alignment carries over what in-context
+    learning does; else the method.
+
+    Args:
+        base: the loaded model.
+        examples: the labelled rows that are trained on or held out.
+        config: settings of the run.
+        context: makes the context of an example, if the user gave such a function.
+
+    Returns:
+        The recipe, and a sentence.
+
+    Raises:
+        UserError: a mistake in data, settings or model.
+    """
+    if len(examples) < FOLDS:
+        return METHOD, f"{len(examples)} rows are too few to probe."
+    given = {k: v for k, v in config.model_dump().items() if k in ProbeConfig.model_fields}
+    settings = ProbeConfig(**{**given, "recipe": METHOD, "num_examples": None, "unlabelled": None})
+    found = probe(base, examples, settings, context)
+    return (PLAIN if found.verdict == _WORDS["no"] else METHOD), found.reason
 
 
 def _probe(bench: Workbench, rows: Examples, examples: Examples) -> Probe:
@@ -118,7 +154,11 @@ def _probe(bench: Workbench, rows: Examples, examples: Examples) -> Probe:
     bench.close()
     tried = _held_out(bench, rows)
     if demonstrations and teacher is None and tried is not None:
-        teacher = {"rows": len(rows), "demonstrations": tried.about["rows"], "accuracy": float(tried.icl.mean())}
+        teacher = {
+            "rows": len(rows),
+            "demonstrations": tried.about["rows"],
+            "accuracy": float(tried.icl.mean()),
+        }
     chance = max(float(guess.mean()), 1 / len(task.labels) if task.labels else 0.0)
     judged = judge(
         (icl_in_set if tried is None else tried.icl).tolist(),
@@ -175,8 +215,9 @@ def unlabelled_sentence(leave_one_out: float, *, accuracy: float, rows: int, dem
         rows: how many these were.
         demonstrations: how many it had.
 
-    >>> unlabelled_sentence(0.25, accuracy=0.75, rows=24, demonstrations=8)
-    'The teacher is right on 25.0% of the training examples (leave one out) and on 75.0% of 24 other rows (8 demonstrations): rows without labels (--unlabelled) would give alignment more targets, and better ones.'
+    >>> said = unlabelled_sentence(0.25, accuracy=0.75, rows=24, demonstrations=8)
+    >>> said.partition(": ")[2]
+    'rows without labels (--unlabelled) would give alignment more targets, and better ones.'
     """
     gain = "more targets, and better ones" if accuracy > leave_one_out else "more targets, not better ones"
     return (
@@ -222,24 +263,26 @@ def _held_out(bench: Workbench, rows: Examples) -> _Tried | None:
     config = bench.config.model_copy(
         update={
             "learning_rates": bench.learning_rates[:1],
+            "selection": "last",
             "sft": bench.config.sft.model_copy(update={"epochs": epochs}),
             "icl_demonstrations": "same",
         }
     )
-    place = {id(row): n for n, row in enumerate(rows)}
+    number_of = {id(row): n for n, row in enumerate(rows)}
     found = {recipe: np.zeros(len(rows)) for recipe in ("icl", "sft")}
     scope = main_scope(bench.task.kind == "classification")
     for number, (rest, held) in enumerate(folds):
         data = FewShotSplit(train=rest, dev=Examples([], name=rows.name))
+        place = bench.folder / f"fold-{number}"
         fold = Workbench(
-            bench.base, data, bench.task, config, bench.folder / f"fold-{number}", bench.one_recipe
+            bench.base, data, bench.task, config, place, bench.one_recipe, function=bench.function
         )
         try:
             for recipe, right in found.items():
                 if recipe == "sft":
                     fold.train(recipe)
                 measured = fold.evaluate(recipe, held).measured
-                right[[place[id(row)] for row in held]] = measured.plain[scope].correct
+                right[[number_of[id(row)] for row in held]] = measured.plain[scope].correct
         except DivergedError as error:
             logger.warning("SFT diverged, so ICL cannot be held against it: %s", error.rates)
             return None

@@ -12,6 +12,9 @@ from typing import Any
 
 ALIGN, SFT, JOINT, SOFT, CONSTANT = "align", "sft", "joint", "soft", "constant"
 LABELLED, UNLABELLED = "labelled", "unlabelled"
+METHOD, PLAIN = "ia2-sft", "sft"
+AUTO = "auto"
+"""Instead of a recipe: the method, or plain fine-tuning where in-context learning does not help."""
 
 
 @dataclass(frozen=True)

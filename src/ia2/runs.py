@@ -104,6 +104,29 @@ def check_outputs(folder: Path) -> None:
             check(folder / name, mend=REMADE)
 
 
+def refuse_another(
+    folder: Path, kind: str, config: dict[str, Any], data: dict[str, str], overwrite: bool
+) -> None:
+    """What :func:`claimed` would refuse, before work that needs no folder.
+
+    Raises:
+        RunFolderError: as there.
+    """
+    _is_same(folder, {"kind": kind, "config": _essential(config), "data": data}, overwrite)
+
+
+def choice_of(folder: Path, asked: str) -> dict[str, Any] | None:
+    """How the run in a folder chose its recipe (:func:`ia2.probing.choose_recipe`), if it was asked the same.
+
+    Raises:
+        RunFolderError: the run's file is damaged.
+    """
+    if not (folder / RUN_FILE).is_file():
+        return None
+    choice = read_run_file(folder).get("choice") or {}
+    return choice if choice.get("asked") == asked else None
+
+
 def _is_same(folder: Path, facts: dict[str, Any], overwrite: bool) -> bool:
     """Whether ``folder`` holds this run; False if it is free for it.
 

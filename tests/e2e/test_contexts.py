@@ -567,7 +567,7 @@ def test_probe_with_a_text(answers: str, small: BaseModel, watch: Watch) -> None
     assert (found.facts["demonstrations"], found.facts["context"]) == (0, "the same text before it")
     verdict = "likely to help" if answers == "read off the text" else "unlikely"
     assert found.verdict == verdict, found.reason
-    assert found.reason.startswith("The model with its context is ") and "(with context " in found.reason
+    assert found.reason.startswith("The context is ") and "(the context " in found.reason
     assert "ICL" not in found.reason and "demonstration" not in found.reason
 
 

@@ -38,6 +38,8 @@ def print_metrics(metrics: dict[str, Any]) -> None:
 
     from ia2.report.tables import metrics_rows
 
+    if "chosen_because" in metrics:
+        print(f"Recipe: {metrics['recipe']}. {metrics['chosen_because']}")
     found = metrics_rows(metrics)
     if found is None:
         print("Not evaluated: there were neither test nor dev rows.")

@@ -56,7 +56,7 @@ def model_card(metrics: dict[str, Any], facts: dict[str, Any], task: Task) -> st
     return _CARD.format(
         front=front,
         recipe=metrics["recipe"],
-        description=f"Trained by {describe(metrics['recipe'], config['schedules'])}.",
+        description=f"Trained by {describe(metrics['recipe'], config['schedules'])}." + _chosen(metrics),
         model=model,
         train=metrics["num_train"],
         dev=metrics["num_dev"],
@@ -71,6 +71,10 @@ def model_card(metrics: dict[str, Any], facts: dict[str, Any], task: Task) -> st
         metrics=_metrics_table(metrics),
         load=_loading(model, config["adapter"]),
     )
+
+
+def _chosen(metrics: dict[str, Any]) -> str:
+    return f" Chosen by a probe: {metrics['chosen_because']}" if "chosen_because" in metrics else ""
 
 
 def _unlabelled(metrics: dict[str, Any]) -> str:
