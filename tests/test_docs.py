@@ -238,3 +238,8 @@ def test_the_readme_names_the_lowest_releases() -> None:
     python = str(importlib.metadata.metadata("ia2")["Requires-Python"]).removeprefix(">=")
     assert (found[1], found[2]) == (python, allowed["torch"])
     assert allowed["transformers"].startswith(f"{found[3]}.")
+
+
+def test_one_version() -> None:
+    assert f"\nversion: {ia2.__version__}\n" in text_of("CITATION.cff")
+    assert re.findall(r"^## (\d\S*)", text_of("CHANGELOG.md"), flags=re.MULTILINE)[0] == ia2.__version__
