@@ -65,7 +65,7 @@ def adapted(base: BaseModel, folder: Path, **settings: Any) -> AdaptResult:
         ({"recipe": "soft-sft"}, ["soft", "soft"]),
         ({"recipe": "soft-sft", "soft": {"top_k": 3, "only_correct": True}}, ["soft", "soft"]),
         ({"recipe": "ia2-sft", "align": {"objective": "heads"}}, ["heads", "heads"]),
-        ({"recipe": "ia2", "align": {"objective": "residual", "only_correct": True}}, ["residual", "residual"]),
+        ({"recipe": "ia2", "align": {"objective": "residual", "only_correct": True}}, ["residual"] * 2),
         ({"recipe": "ia2+sft", "joint": {"objective": "attention"}}, ["weights", "weights"]),
         ({"recipe": "ia2", "align": {"objective": "cosine"}}, ["output", "output"]),
         # the shift is that of attention outputs, and of training examples alone
