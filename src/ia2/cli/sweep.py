@@ -20,7 +20,8 @@ def sweep(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the grid's first so many cells.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the cells and what they will take; run nothing.")
+        bool,
+        typer.Option("--dry-run", help="Run one cell of each kind, and print how long the others will take."),
     ] = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes of this machine.")] = 1,
     ray: Annotated[
@@ -51,7 +52,7 @@ def sweep(
     from ia2.sweeps.grid import load_grid
     from ia2.user_files import read_text
 
-    start(quiet, folders=[None if dry_run else output_dir])
+    start(quiet, folders=[output_dir])
     chosen = load_grid(grid, named_code(trust_remote_code, parser, context_function))
     if data_dir is not None:
         chosen = chosen.model_copy(update={"data_dir": str(data_dir)})
@@ -62,15 +63,6 @@ def sweep(
         raise ConfigError("--gpus-per-worker does nothing without --ray.")
     if ray is not None and workers > 1 and ray != "local":
         raise ConfigError("--workers does nothing beside --ray with an address: the cluster has its own.")
-    if dry_run:
-        from ia2.sweeps.estimate import estimate
-
-        found = estimate(chosen, folder, limit=limit, workers=workers)
-        if json:
-            print_json(found.to_dict())
-        else:
-            print(found.text())
-        return
     from ia2.sweeps import run
     from ia2.sweeps import workers as ways
 
@@ -83,7 +75,7 @@ def sweep(
             return ways.processes(work, workers, keep=keep_work)
         return ways.in_process(work, keep=keep_work)
 
-    done = run.sweep(chosen, folder, text=read_text(grid), limit=limit, run=way)
+    done = run.sweep(chosen, folder, text=read_text(grid), limit=limit, one_of_each=dry_run, run=way)
     if json:
         print_json(
             {
@@ -92,13 +84,16 @@ def sweep(
                 "done": done.done,
                 "run": done.trained,
                 "failed": done.failed,
+                **(done.left.to_dict() if dry_run else {}),
             }
         )
     else:
         print(f"{done.done} of {done.total} cells are done ({done.trained} run now): {done.folder}")
         for failure in done.failed:
             print(f"failed: {failure['spec']['benchmark']} {failure['spec']['recipe']}: {failure['error']}")
-        if done.done:
+        if dry_run:
+            print(f"\n{done.left.text(workers)}")
+        elif done.done:
             print(f"Tables and figures: ia2 report {done.folder}")
     if done.failed:
         raise typer.Exit(1)

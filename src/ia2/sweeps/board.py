@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from ia2.console import is_shown, logger, printable, terminal
 from ia2.evaluation.statistics import main_scope
 from ia2.sweeps.grid import Cell, Unit
-from ia2.sweeps.records import count_seconds
+from ia2.sweeps.pace import Pace
 from ia2.wording import counted, in_words
 
 # Its own, since what a worker in this process does is muted while this is not.
@@ -32,11 +31,10 @@ class Board:
         self._running: dict[str, float] = {}
         self._titles = {cell.key: cell.title for cell in cells}
         self._done, self._failed, self._total = len(cells) - len(self._waiting), 0, len(cells)
-        self._times: dict[tuple[Any, ...], list[float]] = defaultdict(list)
-        self._counted: set[tuple[str, float]] = set()
+        self._pace = Pace()
         for cell in cells:
             if cell.key in known:
-                self._note(cell, known[cell.key])
+                self._pace.add(cell, known[cell.key])
         self._live: Any = None
 
     def __enter__(self) -> Board:
@@ -69,7 +67,7 @@ class Board:
         """A cell is done."""
         self._done += 1
         self._leave(cell)
-        seconds = self._note(cell, record)
+        seconds = self._pace.add(cell, record)
         metrics = next(iter(record["evaluations"].values()))["metrics"]
         own = metrics[main_scope("labels" in metrics)]
         self._say(
@@ -98,21 +96,12 @@ class Board:
 
     # ----------------------------------------------------------------------------------- time left
 
-    def _note(self, cell: Cell, record: Mapping[str, Any]) -> float:
-        seconds = count_seconds(record["cost"]["seconds"], self._counted)
-        self._times[_alike(cell)].append(seconds)
-        return seconds
-
     def seconds_left(self) -> float | None:
         """Of the cells that wait and run, at the pace of those like them; None before any is known."""
-        if not self._times:
+        mean = self._pace.mean()
+        if mean is None:
             return None
-        every = [seconds for times in self._times.values() for seconds in times]
-        mean = sum(every) / len(every)
-        expected = 0.0
-        for cell in self._waiting.values():
-            times = self._times.get(_alike(cell))
-            expected += sum(times) / len(times) if times else mean
+        expected = sum(self._pace.expect(cell) or mean for cell in self._waiting.values())
         running = sum(time.monotonic() - begun for begun in self._running.values())
         return max(0.0, expected - running) / max(1, len(self._running))
 
@@ -151,7 +140,3 @@ class Board:
             Text(line + self._left_in_words()),
             *(Text(f"  {printable(title)}", style="dim") for title in running),
         )
-
-
-def _alike(cell: Cell) -> tuple[Any, ...]:
-    return tuple(cell.spec[name] for name in ("benchmark", "model", "recipe", "num_examples"))

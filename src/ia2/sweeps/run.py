@@ -17,6 +17,7 @@ from ia2.models import content_of
 from ia2.runs import machine, versions
 from ia2.sweeps.board import Board
 from ia2.sweeps.grid import Cell, GridConfig, Unit, evaluated_on, expand
+from ia2.sweeps.pace import WorkLeft, first_of_kinds
 from ia2.sweeps.records import seconds_by_kind
 from ia2.sweeps.store import SUMMARY, SweepFolder, alone
 from ia2.sweeps.unit import Failed, Finished, Started, forget_rows, load_rows
@@ -37,6 +38,7 @@ class Sweep:
         trained: cells that this call ran.
         failed: records of the cells that could not be done.
         total: cells of the grid.
+        left: what is not finished, of the cells that this call was about.
     """
 
     folder: Path
@@ -44,6 +46,7 @@ class Sweep:
     trained: int
     failed: list[dict[str, Any]] = field(default_factory=list)
     total: int = 0
+    left: WorkLeft = field(default_factory=WorkLeft)
 
 
 def read_benchmarks(grid: GridConfig) -> dict[tuple[str, str | None], BenchmarkData]:
@@ -81,6 +84,7 @@ def sweep(
     *,
     text: str = "",
     limit: int | None = None,
+    one_of_each: bool = False,
     run: Callable[[Path], Run] | None = None,
 ) -> Sweep:
     """Run a grid; what is finished is never run again, what was begun goes on.
@@ -90,6 +94,8 @@ def sweep(
         output_dir: its folder.
         text: the grid as it was given, kept beside the results.
         limit: the grid's first so many cells only.
+        one_of_each: run one cell of each kind (model, recipe, number of examples), and none of a kind that
+            has finished ones: enough to know what the others will take.
         run: makes the way units are run from the folder for working files; in this process by default.
 
     Raises:
@@ -98,7 +104,7 @@ def sweep(
     every = cells_of(grid, read_benchmarks(grid))
     with alone(Path(output_dir)):
         store = SweepFolder(Path(output_dir))
-        return _sweep(grid, every, store, text, limit, run or in_process)
+        return _sweep(grid, every, store, text, limit, one_of_each, run or in_process)
 
 
 def _sweep(
@@ -107,19 +113,23 @@ def _sweep(
     store: SweepFolder,
     text: str,
     limit: int | None,
+    one_of_each: bool,
     run: Callable[[Path], Run],
 ) -> Sweep:
     units = first_cells(every, limit)
+    about = [cell for unit in units for cell in unit.cells]
+    finished = sum(cell.key in store.records for cell in about)
+    size = f"{counted(len(about), 'cell')} in {counted(len(units), 'unit')}"
+    now = ""
+    if one_of_each:
+        chosen = first_of_kinds(about, store.records)
+        units = [part for unit in units if (part := unit.only(chosen)).cells]
+        now = f", {len(chosen)} of them now, one of each kind"
     cells = [cell for unit in units for cell in unit.cells]
     waiting = [part for unit in units if (part := _unfinished(unit, store)).cells]
     todo = sum(len(unit.cells) for unit in waiting)
     logger.info(
-        "%s: %s in %s; %d finished before, %d to do.",
-        grid.name,
-        counted(len(cells), "cell"),
-        counted(len(units), "unit"),
-        len(cells) - todo,
-        todo,
+        "%s: %s; %d finished before, %d to do%s.", grid.name, size, finished, len(about) - finished, now
     )
     before = _seconds(store)
     began = time.perf_counter()
@@ -135,7 +145,8 @@ def _sweep(
             store.finish(cells, _summary(grid, cells, store, before + spent))
     done = sum(cell.key in store.records for cell in cells)
     failed = [store.failures[cell.key] for cell in cells if cell.key in store.failures]
-    return Sweep(store.path, done, todo - len(failed), failed, len(cells))
+    left = WorkLeft.of(about, store.records)
+    return Sweep(store.path, done, todo - len(failed), failed, len(cells), left)
 
 
 def _unfinished(unit: Unit, store: SweepFolder) -> Unit:
