@@ -92,13 +92,6 @@ def edit(file: Path, change: Edit) -> None:
     file.write_text(json.dumps(value))
 
 
-def edit_lines(file: Path, change: Edit) -> None:
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    for row in rows:
-        change(row)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def evaluation(folder: Path, recipe: str) -> Path:
     return folder / "seed-0" / "evaluations" / f"{recipe}.json"
 
@@ -107,13 +100,13 @@ def stage(folder: Path, name: str) -> Path:
     return next(folder.rglob(f"{name}/lr-{RATE:g}/stage.json"))
 
 
-def answer(folder: Path, recipe: str, right: float, scope: str = "labels") -> None:
-    """Give the recipe this accuracy, in the label set or over the vocabulary."""
+def answer(folder: Path, recipe: str, right: float) -> None:
+    """Give the recipe this accuracy in the label set."""
 
     def change(value: Any) -> None:
-        column = value["measured"]["plain"][scope]["correct"]
+        column = value["measured"]["plain"]["labels"]["correct"]
         count = round(right * len(column))
-        value["measured"]["plain"][scope]["correct"] = [1.0] * count + [0.0] * (len(column) - count)
+        value["measured"]["plain"]["labels"]["correct"] = [1.0] * count + [0.0] * (len(column) - count)
 
     edit(evaluation(folder, recipe), change)
 
@@ -180,8 +173,8 @@ def test_nothing_is_found_in_healthy_runs(healthy: dict[str, Path]) -> None:
         assert found.finished and not found.missing
         assert {*found.clear, *found.untold} == set(RULES)
     together = {rule for folder in healthy.values() for rule in diagnose(folder).clear}
-    # these two need other settings; their own tests judge them
-    assert set(RULES) - together == {"rate-at-edge", "one-layer-dominates"}
+    # it needs several rates; its own test judges it
+    assert set(RULES) - together == {"rate-at-edge"}
 
 
 def test_committed_results_have_no_problem() -> None:
@@ -191,7 +184,7 @@ def test_committed_results_have_no_problem() -> None:
         for finding in found.findings:
             reads_well(finding)
     demo = diagnose(ROOT / "results" / "demo")
-    assert [finding.rule for finding in demo.findings] == ["icl-no-headroom", "labels-not-preferred"]
+    assert not demo.findings
     assert "asim-no-gain" in demo.clear and "sft-undid-alignment" in demo.clear
 
 
@@ -232,33 +225,11 @@ def test_what_the_teacher_should_say_comes_from_the_rows_if_they_are_the_same(tr
     assert "in memory" in diagnose(trained).untold["label-missing"]
 
 
-def test_icl_no_headroom(compared: Path) -> None:
-    answer(compared, "base", 0.975, "labels")
-    assert fired(compared, "icl-no-headroom").severity == "warning"
-
-
-def test_teacher_off_task(trained: Path) -> None:
-    index = trained / "teacher" / "train" / "index.json"
-    edit(index, lambda value: [answer.update(text="z7") for answer in value["answers"]])
-    found = fired(trained, "teacher-off-task")
-    assert found.evidence == "16 of 16 teacher answers are no label: 'z7'"
-
-
-def test_teacher_cut_off(trained: Path) -> None:
-    index = trained / "teacher" / "train" / "index.json"
-    edit(index, lambda value: [answer.update(ended=False) for answer in value["answers"][:10]])
-    assert "teacher-off-task" in diagnose(trained).clear
-    config(trained, task="generation")
-    edit(trained / "ia2_run.json", lambda value: value["task"].update(kind="generation"))
-    found = fired(trained, "teacher-off-task")
-    assert found.evidence == "10 of 16 teacher answers did not end" and "--max-answer-tokens" in found.advice
-
-
 # ----------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("bad", [[2.0, float("nan"), float("nan")], [2.0, 9.0, 2000.0]])
-def test_diverged(trained: Path, bad: list[float]) -> None:
+def test_diverged(trained: Path) -> None:
+    bad = [2.0, float("nan"), float("nan")]
     losses(stage(trained, "align"), bad, bad)
     found = fired(trained, "diverged")
     assert found.severity == "problem" and "stage align (align/lr-0.01)" in found.where
@@ -284,27 +255,6 @@ def test_alignment_not_learnt(compared: Path, fell: float) -> None:
 def test_alignment_that_fell_is_learnt(compared: Path) -> None:
     losses(stage(compared, "align"), [2.0, 1.9, 1.7], [2.0, 1.99, 1.98])
     assert "alignment-not-learnt" in diagnose(compared).clear
-
-
-def test_undertrained(compared: Path) -> None:
-    config(compared, sft__epochs=4)
-    losses(stage(compared, "sft"), [2.0] * 8, [2.0, 1.8, 1.6, 1.4, 1.3, 1.2, 1.1, 1.0])
-    found = fired(compared, "undertrained")
-    assert "--sft-epochs 16" in found.advice and "4 epochs" in found.evidence
-    # stopped early, or flat at the end, it is not
-    config(compared, sft__epochs=5)
-    assert "undertrained" in diagnose(compared).clear
-    config(compared, sft__epochs=4)
-    losses(stage(compared, "sft"), [2.0] * 8, [2.0, 1.0, 0.5, 0.3, 0.21, 0.203, 0.202, 0.201])
-    assert "undertrained" in diagnose(compared).clear
-
-
-def test_best_at_first_evaluation(compared: Path) -> None:
-    losses(stage(compared, "sft"), [2.0] * 4, [0.5, 0.7, 0.8, 0.9])
-    found = fired(compared, "best-at-first-evaluation")
-    assert "0.5 at step 2, 0.9 at the end" in found.evidence
-    losses(stage(compared, "sft"), [2.0] * 4, [0.5, 0.51, 0.52, 0.52])
-    assert "best-at-first-evaluation" in diagnose(compared).clear
 
 
 def test_rare_faults_are_notes(compared: Path) -> None:
@@ -344,30 +294,6 @@ def test_dev_too_small(compared: Path, rows: int, rates: list[float], says: str)
     config(compared, learning_rates=rates)
     found = fired(compared, "dev-too-small")
     assert found.severity == "warning" and says in found.message and str(rows) in found.evidence
-
-
-def test_dev_losses_that_tie(compared: Path) -> None:
-    config(compared, learning_rates=[RATE, 1e-3])
-    first = stage(compared, "sft")
-    shutil.copytree(first.parent, compared / "seed-0" / "sft" / "lr-0.001")
-    losses(first, [1.0, 0.5], [1.0, 0.500])
-    second = compared / "seed-0" / "sft" / "lr-0.001" / "stage.json"
-    losses(second, [1.0, 0.5], [1.0, 0.505])
-    found = fired(compared, "dev-too-small")
-    assert found.severity == "note" and "a tie in 1 of 1 rounds" in found.evidence
-    losses(second, [1.0, 0.5], [1.0, 0.6])
-    assert "dev-too-small" in diagnose(compared).clear
-
-
-def test_dev_misleads(compared: Path) -> None:
-    losses(stage(compared, "sft"), [2.0, 0.5], [1.0, 0.1])
-
-    def worse(value: Any) -> None:
-        value["measured"]["plain"]["vocabulary"]["nll"] = [0.9] * 40
-
-    edit(evaluation(compared, "sft"), worse)
-    found = fired(compared, "dev-misleads")
-    assert "dev loss 0.100, NLL on test 0.900" in found.evidence and found.where == "sft, seed 0"
 
 
 # ------------------------------------------------------------------------------------------- inside
@@ -416,48 +342,7 @@ def test_alignment_not_carried_over(compared: Path) -> None:
     assert fired(compared, "alignment-not-carried-over").severity == "problem"
 
 
-def test_one_layer_dominates(compared: Path) -> None:
-    assert "normalised" in diagnose(compared).untold["one-layer-dominates"]
-    config(compared, align__normalise=False)
-
-    def distances(*l2: float) -> Edit:
-        return lambda value: value["similarity"].update(l2_by_layer=list(l2))
-
-    edit(evaluation(compared, "base"), distances(1, 3, 1, 1))
-    found = fired(compared, "one-layer-dominates")
-    assert found.numbers["layer"] == 1 and found.numbers["share"] == pytest.approx(0.75)
-    assert "--align-normalise" in found.advice and "base model" in found.evidence
-    edit(evaluation(compared, "base"), distances(1, 1.5, 1, 1))
-    assert "one-layer-dominates" in diagnose(compared).clear
-
-
 # ------------------------------------------------------------------------------------------ answers
-
-
-def test_one_label_for_everything(compared: Path) -> None:
-    file = compared / "seed-0" / "evaluations" / "sft.predictions.jsonl"
-    edit_lines(file, lambda row: row.update(predicted="L2"))
-    found = fired(compared, "confidence-collapse")
-    assert found.severity == "problem" and "'L2'" in found.message and "100%" in found.evidence
-
-
-def test_one_label_for_everything_in_a_training_run(trained: Path) -> None:
-    edit_lines(trained / "predictions.jsonl", lambda row: row.update(predicted="L2"))
-    assert fired(trained, "confidence-collapse").where == "ia2-sft"
-
-
-@pytest.mark.parametrize(
-    ("confidence", "right", "severity"), [(0.99, 0.7, "warning"), (0.35, 0.9, "problem")]
-)
-def test_confidence_collapse(compared: Path, confidence: float, right: float, severity: str) -> None:
-    answer(compared, "ia2-sft", right)
-
-    def change(value: Any) -> None:
-        value["measured"]["plain"]["labels"]["confidence"] = [confidence] * 40
-
-    edit(evaluation(compared, "ia2-sft"), change)
-    found = fired(compared, "confidence-collapse")
-    assert found.severity == severity and f"{confidence:.3f}" in found.evidence
 
 
 def test_labels_of_several_tokens(trained: Path) -> None:
@@ -465,20 +350,6 @@ def test_labels_of_several_tokens(trained: Path) -> None:
     edit(trained / "ia2_run.json", lambda value: value["task"].update(change))
     found = fired(trained, "labels-of-several-tokens")
     assert found.severity == "note" and "up to 3 tokens (' L2')" in found.evidence
-
-
-@pytest.mark.parametrize(("recipe", "severity"), [("base", "note"), ("ia2", "warning")])
-def test_labels_not_preferred(compared: Path, recipe: str, severity: str) -> None:
-    answer(compared, recipe, 0.9)
-    answer(compared, recipe, 0.0, "vocabulary")
-
-    def little_mass(value: Any) -> None:
-        plain = value["measured"]["plain"]
-        plain["vocabulary"]["nll"] = [nll + 5.0 for nll in plain["labels"]["nll"]]
-
-    edit(evaluation(compared, recipe), little_mass)
-    found = fired(compared, "labels-not-preferred")
-    assert found.severity == severity and found.numbers["mass"] == pytest.approx(np.exp(-5))
 
 
 def test_worse_than_base(compared: Path) -> None:
@@ -497,8 +368,8 @@ def test_worse_than_guessing(compared: Path, trained: Path) -> None:
 
 
 def test_worse_than_sft(compared: Path) -> None:
-    answer(compared, "sft", 0.9, "labels")
-    answer(compared, "ia2-sft", 0.6, "labels")
+    answer(compared, "sft", 0.9)
+    answer(compared, "ia2-sft", 0.6)
     assert fired(compared, "worse-than-sft").severity == "warning"
 
 
@@ -565,12 +436,6 @@ def test_evaluated_on_dev_rows(trained: Path) -> None:
     assert fired(trained, "evaluated-on-dev").severity == "note"
 
 
-def test_few_test_rows(trained: Path) -> None:
-    file = trained / "predictions.jsonl"
-    file.write_text("".join(line + "\n" for line in file.read_text().splitlines()[:20]))
-    assert "20 rows" in fired(trained, "few-test-rows").evidence
-
-
 def test_every_rule_has_a_test_and_is_documented() -> None:
     tests = Path(__file__).read_text()
     page = (ROOT / "docs" / "doctor.md").read_text()
@@ -614,7 +479,8 @@ def test_a_stage_that_is_being_trained_is_read_from_its_checkpoint(trained: Path
     assert not found.finished and "stage align" in found.missing and "stage sft" in found.missing
     assert {"diverged", "alignment-not-learnt"} <= set(found.clear)
     (only,) = read_facts(trained).rounds[0].stages
-    assert (only.finished, only.best_step, only.chosen) == (False, 90, None)
+    assert (only.finished, only.chosen) == (False, None)
+    assert len(only.train) == sum("loss" in entry for entry in history)
 
 
 def test_a_run_that_has_just_begun(trained: Path) -> None:
@@ -689,9 +555,7 @@ def test_printed(compared: Path, trained: Path, capsys: pytest.CaptureFixture[st
     assert f"{compared} (compare, finished): 1 problem" in out
     assert "\nPROBLEM icl-at-chance (icl, seed 0)\n  In-context learning is no better than chance" in out
     assert "\n  Evidence: ICL is right on 20% of 40 rows" in out and "\n  Try: ia2 probe" in out
-    assert (
-        "Checked, nothing found: icl-no-headroom" in out or "Checked, nothing found: teacher-off-task" in out
-    )
+    assert "Checked, nothing found: icl-at-chance" in out
     assert "Not judged: rate-at-edge: fewer than three rates were tried.\n" in out
     quiet = run(capsys, "doctor", compared, "--quiet").out
     assert "PROBLEM icl-at-chance" in quiet and "Checked" not in quiet and "Not judged" not in quiet
@@ -731,7 +595,6 @@ def test_json(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_findings_come_by_severity(compared: Path) -> None:
     answer(compared, "icl", 0.2)
-    losses(stage(compared, "sft"), [2.0] * 4, [0.5, 0.7, 0.8, 0.9])
     edit(compared / "compare.json", lambda value: value["design"].update(num_dev=3))
     order = [SEVERITIES.index(finding.severity) for finding in diagnose(compared).findings]
     assert order == sorted(order) and len(set(order)) > 1

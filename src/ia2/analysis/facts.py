@@ -32,13 +32,8 @@ class Stage:
         beta: of the joint stage.
         chosen: whether a finished recipe kept it; None while no recipe has chosen.
         finished: whether it ended.
-        epochs: the most it may have.
         train: (step, loss) as logged: the mean since the last entry.
         dev: (step, loss).
-        last_epoch: of the last entry; 0 before the first.
-        best_step: of the best dev loss; None before the first evaluation, or without dev rows.
-        selection_loss: what rates are chosen by; None while it runs, without dev rows or where it diverged.
-        layers: those that were aligned; None for all.
         diverged: steps after which it did; None: it did not.
         own_rate: that of its settings, which counts instead of the recipe's; None without.
     """
@@ -51,13 +46,8 @@ class Stage:
     beta: float | None
     chosen: bool | None
     finished: bool
-    epochs: int
     train: tuple[tuple[int, float], ...] = field(repr=False)
     dev: tuple[tuple[int, float], ...] = field(repr=False)
-    last_epoch: float = 0.0
-    best_step: int | None = None
-    selection_loss: float | None = None
-    layers: tuple[int, ...] | None = None
     diverged: int | None = None
     own_rate: float | None = None
 
@@ -74,43 +64,30 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Layers:
-    """Means over queries by layer, against the base model with demonstrations."""
-
-    numbers: tuple[int, ...]
-    asim: tuple[float, ...]
-    l2: tuple[float, ...]
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """One recipe's answers in one round.
 
     Attributes:
         part: ``test``, or ``dev`` where a training run had no test rows.
         places: of the rows in the data, ``[n]``.
-        correct, confidence: scope → ``[n]``; ``vocabulary`` and ``labels``, or ``vocabulary`` and ``answer``.
+        correct: scope → ``[n]``; ``vocabulary`` and ``labels``, or ``vocabulary`` and ``answer``.
         means: scope → metric → mean over the rows.
-        queries, gold, predicted: of the rows, as users call the answers; empty where they were not kept.
+        queries, gold: of the rows, as users call the answers; empty where they were not kept.
         label_names: what users call the labels; empty for free text.
         asim: mean over layers for each of the first queries, ``[m]``; None where it was not measured.
         mean_asim: over all of them.
-        layers: None where it was not measured.
         rate, beta: chosen.
     """
 
     part: str
     places: tuple[int, ...]
     correct: Mapping[str, np.ndarray]
-    confidence: Mapping[str, np.ndarray]
     means: Mapping[str, Mapping[str, float]]
     queries: tuple[str, ...] = ()
     gold: tuple[str, ...] = ()
-    predicted: tuple[str, ...] = ()
     label_names: tuple[str, ...] = ()
     asim: np.ndarray | None = None
     mean_asim: float | None = None
-    layers: Layers | None = None
     rate: float | None = None
     beta: float | None = None
 
@@ -125,7 +102,7 @@ class Round:
         place: its folder, relative to the run.
         stages: in the order of the recipes, each once.
         evaluations: by recipe.
-        teacher: text of the teacher's answer to each training example, and whether it ended by itself.
+        teacher: text of the teacher's answer to each training example.
         train, dev: the rows; None where they could not be read again.
     """
 
@@ -134,7 +111,7 @@ class Round:
     place: str
     stages: tuple[Stage, ...]
     evaluations: Mapping[str, Evaluation]
-    teacher: tuple[tuple[str, bool], ...] = ()
+    teacher: tuple[str, ...] = ()
     train: Rows | None = None
     dev: Rows | None = None
 
@@ -240,14 +217,6 @@ class Facts:
         value = (arm.summary.get("asim") or {}).get("value")
         return None if value is None else float(value)
 
-    def layers(self, arm: ArmFacts) -> Layers | None:
-        """Means over all rounds; of the summary where only that is there."""
-        found = [e.layers for e in self.evaluations(arm.name) if e.layers is not None]
-        if not found:
-            return layers_of(arm.summary.get("similarity"))
-        asim, l2 = (np.mean([getattr(f, name) for f in found], axis=0).tolist() for name in ("asim", "l2"))
-        return Layers(found[0].numbers, tuple(asim), tuple(l2))
-
     def columns(
         self, names: Sequence[str], take: Callable[[Evaluation], np.ndarray | None]
     ) -> list[list[np.ndarray]]:
@@ -278,10 +247,3 @@ class Facts:
 def is_bare(recipe: str) -> bool:
     """Whether a recipe trains nothing."""
     return recipe in RECIPES and not is_trained(recipe)
-
-
-def layers_of(similarity: Mapping[str, Any] | None) -> Layers | None:
-    """Of a similarity as it is written; None where it was not measured, or not by layer."""
-    if not similarity or "layers" not in similarity:
-        return None
-    return Layers(*(tuple(similarity[name]) for name in ("layers", "asim_by_layer", "l2_by_layer")))

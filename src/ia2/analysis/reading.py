@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ia2.adapters import default_learning_rate
-from ia2.analysis.facts import ArmFacts, Evaluation, Facts, Round, Rows, Stage, layers_of
+from ia2.analysis.facts import ArmFacts, Evaluation, Facts, Round, Rows, Stage
 from ia2.arms import arms as arms_of
 from ia2.config import AdaptConfig, CompareConfig, TrainConfig
 from ia2.config_reading import validate
@@ -146,11 +146,9 @@ def _own_evaluation(folder: Path, metrics: Mapping[str, Any]) -> Evaluation | No
         part,
         tuple(range(len(rows) or metrics[part]["n"])),
         {scope: np.array([float(bool(row["correct"])) for row in rows])} if rows else {},
-        {scope: np.array([row["confidence"] for row in rows])} if rows else {},
         means,
         **_texts(rows),
         mean_asim=similarity and similarity["asim"],
-        layers=layers_of(similarity),
         rate=metrics["learning_rate"],
         beta=metrics.get("beta"),
     )
@@ -271,12 +269,10 @@ def _outcome(file: Path) -> Evaluation:
         "test",
         tuple(value["places"]),
         {s: v["correct"] for s, v in columns.items()},
-        {s: v["confidence"] for s, v in columns.items()},
         means,
         **_texts(rows),
         asim=None if asim is None else np.array(asim),
         mean_asim=None if asim is None else float(np.mean(asim)),
-        layers=layers_of(value["similarity"]),
         rate=value["learning_rate"],
         beta=value.get("beta"),
     )
@@ -331,11 +327,9 @@ def _stage(
             return None
         states = [path.parent for path in begun[0].glob("checkpoint-*/complete.json")]
         last = max(states, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
-        known = {} if last is None else {"best_step": read_json(last / "complete.json")["step"]}
+        known = {}
         history = [] if last is None else read_json(last / "trainer_state.json")["log_history"]
         finished = False
-    dev = _losses(history, "eval_loss")
-    layers = known.get("layers")
     return Stage(
         (arm.name,),
         stage.kind,
@@ -345,13 +339,8 @@ def _stage(
         beta,
         chosen,
         finished,
-        stage.settings.epochs,
         _losses(history, "loss"),
-        dev,
-        max((float(entry.get("epoch") or 0) for entry in history), default=0.0),
-        known.get("best_step") if dev else None,
-        known.get("selection_loss", known.get("dev_loss")),
-        None if layers is None else tuple(layers),
+        _losses(history, "eval_loss"),
         known.get("diverged_step"),
         stage.settings.learning_rate,
     )
@@ -424,10 +413,10 @@ def _pairs(split: FewShotSplit | None) -> tuple[Rows | None, Rows | None]:
 # ------------------------------------------------------------------------------------- small things
 
 
-def _teacher(folder: Path) -> tuple[tuple[str, bool], ...]:
+def _teacher(folder: Path) -> tuple[str, ...]:
     for file in [folder / "teacher" / "train" / "index.json", *folder.glob("teacher/train-*/index.json")]:
         if file.is_file():
-            return tuple((answer["text"], answer["ended"]) for answer in read_json(file)["answers"])
+            return tuple(answer["text"] for answer in read_json(file)["answers"])
     return ()
 
 
@@ -439,8 +428,7 @@ def _advice(recorded: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...] | N
 
 def _texts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     texts = {
-        name: tuple(str(row[key]) for row in rows)
-        for name, key in (("queries", "query"), ("gold", "gold"), ("predicted", "predicted"))
+        name: tuple(str(row[key]) for row in rows) for name, key in (("queries", "query"), ("gold", "gold"))
     }
     return {**texts, "label_names": tuple(rows[0].get("labels", ())) if rows else ()}
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Iterable, Iterator
-
-import numpy as np
 
 from ia2.analysis.facts import ArmFacts, Facts
 from ia2.analysis.findings import (
@@ -20,22 +16,14 @@ from ia2.analysis.findings import (
     need_labels,
     need_recipes,
     not_yet,
-    percent,
     place_of,
     range_text,
     trained_arms,
 )
-from ia2.recipes import ALIGN, JOINT
 
-# Thresholds; docs/doctor.md has them with their reasons.
+# Thresholds, as in docs/doctor.md.
 GAIN = 0.02  # asim that alignment must add before any of it can be lost
 KEPT = 1 / 3  # share of that gain that fine-tuning must leave
-DOMINANT, MIN_LAYERS = 0.5, 4  # share of one layer in the squared distance, of at least so many
-ONE_LABEL, ONE_LABEL_EXCESS = 0.9, 0.2  # share of the commonest prediction; how much commoner than it is true
-SURE, SURE_EXCESS = 0.95, 0.15  # mean confidence; how far above the accuracy
-UNDECIDED = 0.1  # of the way from 1/labels to 1
-FORMAT_GAP = 0.2  # accuracy in the label set less that over the vocabulary
-LITTLE_MASS = 0.05  # of the probability that falls on the labels
 
 
 def _method_and_sft(facts: Facts) -> Iterator[tuple[ArmFacts, ArmFacts]]:
@@ -142,100 +130,7 @@ def alignment_not_carried_over(facts: Facts) -> Iterable[Finding]:
         raise not_yet(facts, "similarities to ICL of ia2 and base")
 
 
-def one_layer_dominates(facts: Facts) -> Iterable[Finding]:
-    """One layer is most of the squared distance that alignment minimises."""
-    aligning = [arm for arm in facts.arms if ALIGN in arm.stages or JOINT in arm.stages]
-    if not aligning:
-        raise CannotTell("nothing is aligned here")
-    plain = [arm for arm in aligning if _plain_mse(arm)]
-    if not plain:
-        raise CannotTell("layers are normalised, or the objective has no such scale")
-    # before training, the distance of the base is the loss
-    base = facts.arm("base")
-    source = base if base is not None and facts.layers(base) is not None else plain[0]
-    layers = facts.layers(source)
-    if layers is None:
-        raise not_yet(facts, "distances by layer")
-    chosen = next((s.layers for r in facts.rounds for s in r.stages if s.layers is not None), None)
-    squares = {k: x * x for k, x in zip(layers.numbers, layers.l2, strict=True) if not chosen or k in chosen}
-    if len(squares) < MIN_LAYERS:
-        raise CannotTell(f"fewer than {MIN_LAYERS} layers are aligned")
-    top = max(squares, key=lambda k: squares[k])
-    share = squares[top] / max(sum(squares.values()), 1e-30)
-    if share > DOMINANT:
-        yield Finding(
-            "one-layer-dominates",
-            "warning",
-            "One layer is most of the alignment loss; the others are hardly aligned.",
-            f"layer {top} has {percent(share)} of the squared distance to ICL over {len(squares)} layers "
-            f"({'base model' if source is base else source.name}, test queries)",
-            f"--align-normalise, --align-objective cosine, or leave layer {top} out of --align-layers",
-            place_of(facts, source.name),
-            {"layer": top, "share": share, "layers": len(squares)},
-        )
-
-
-def _plain_mse(arm: ArmFacts) -> bool:
-    section = None if arm.config is None else arm.config.align if ALIGN in arm.stages else arm.config.joint
-    return section is None or (section.objective == "mse" and not section.normalise)
-
-
 # -------------------------------------------------------------------------------------------- answers
-
-
-def confidence_collapse(facts: Facts) -> Iterable[Finding]:
-    """Nearly always one label, or confidences that say nothing."""
-    need_labels(facts)
-    arms = [arm for arm in facts.arms if arm.recipe != "base"]
-    seen = False
-    for arm in arms:
-        evaluations = [e for e in facts.evaluations(arm.name) if len(e.predicted)]
-        if not evaluations:
-            continue
-        seen = True
-        labels = len(facts.labels) or len(evaluations[0].label_names)
-        predicted = Counter(answer for e in evaluations for answer in e.predicted)
-        gold = Counter(answer for e in evaluations for answer in e.gold)
-        label, count = predicted.most_common(1)[0]
-        share, true = count / predicted.total(), gold[label] / gold.total()
-        confidence = float(np.concatenate([e.confidence[facts.scope] for e in evaluations]).mean())
-        accuracy = float(np.concatenate([e.correct[facts.scope] for e in evaluations]).mean())
-        numbers = {"share": share, "true_share": true, "confidence": confidence, "accuracy": accuracy}
-        where = place_of(facts, arm.name)
-        if share >= ONE_LABEL and share - true >= ONE_LABEL_EXCESS:
-            yield Finding(
-                "confidence-collapse",
-                "problem",
-                f"Nearly every answer is the same label, {label!r}.",
-                f"{percent(share)} of the predictions; it is the truth of {percent(true)}",
-                "more examples (--num-examples), --demo-order balanced, a lower rate (--learning-rates)",
-                where,
-                numbers,
-            )
-        elif confidence >= SURE and confidence - accuracy >= SURE_EXCESS:
-            yield Finding(
-                "confidence-collapse",
-                "warning",
-                "The model is nearly certain of every answer, also of the many wrong ones.",
-                f"mean confidence {confidence:.3f} over the label set, accuracy {accuracy:.3f}",
-                "fewer --sft-epochs or a lower --sft-learning-rate, --recipe ia2-sft instead of sft; until "
-                "then the temperature-scaled figures",
-                where,
-                numbers,
-            )
-        elif labels > 1 and confidence <= 1 / labels + UNDECIDED * (1 - 1 / labels):
-            yield Finding(
-                "confidence-collapse",
-                "problem",
-                "The model does not decide: all labels are about equally probable in every answer.",
-                f"mean confidence {confidence:.3f} with {labels} labels ({1 / labels:.3f} if all are equal)",
-                "a higher rate (--learning-rates), more --sft-epochs; for ICL label words that the model can "
-                "read (--label-map)",
-                where,
-                numbers,
-            )
-    if not seen:
-        raise not_yet(facts, "predictions")
 
 
 def labels_of_several_tokens(facts: Facts) -> Iterable[Finding]:
@@ -257,42 +152,6 @@ def labels_of_several_tokens(facts: Facts) -> Iterable[Finding]:
         "words of one token with --label-map; ECE is not comparable with that of one-token labels",
         numbers={"labels": len(facts.labels), "longest": max(lengths, default=None)},
     )
-
-
-def labels_not_preferred(facts: Facts) -> Iterable[Finding]:
-    """The right label beats the others, but something that is no label beats it."""
-    need_labels(facts)
-    if facts.single_token is False:
-        raise CannotTell("labels of several tokens are only compared with each other")
-    seen = False
-    for arm in facts.arms:
-        inside, outside = (facts.mean(arm, scope, "accuracy") for scope in ("labels", "vocabulary"))
-        nlls = [facts.mean(arm, scope, "nll") for scope in ("labels", "vocabulary")]
-        if inside is None or outside is None or nlls[0] is None or nlls[1] is None:
-            continue
-        seen = True
-        # −log p(gold) less −log p(gold | a label) is −log of the mass of the labels
-        mass = math.exp(min(0.0, nlls[0] - nlls[1]))
-        bare = not arm.stages
-        if inside - outside < FORMAT_GAP or (bare and mass > LITTLE_MASS):
-            continue
-        yield Finding(
-            "labels-not-preferred",
-            "note" if bare else "warning",
-            "Untrained, the model hardly ever answers with one of the labels."
-            if bare
-            else "The model often answers with something that is no label where its best label is right.",
-            f"accuracy {outside:.3f} over the vocabulary, {inside:.3f} in the label set; labels have "
-            f"{mass:.2g} of the probability (geometric mean)",
-            "compare recipes by the accuracy in the label set; label words that follow the prompt naturally "
-            "(--label-map), a leading space in --completion-template"
-            if bare
-            else "a stage of fine-tuning after it (--recipe ia2-sft), more --sft-epochs or a higher rate",
-            place_of(facts, arm.name),
-            {"vocabulary": outside, "labels": inside, "mass": mass},
-        )
-    if not seen:
-        raise not_yet(facts, "evaluations")
 
 
 def worse_than_base(facts: Facts) -> Iterable[Finding]:

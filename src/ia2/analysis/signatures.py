@@ -1,6 +1,6 @@
 """Signatures of what goes wrong: each rule is a function from a run's facts to findings.
 
-A rule has a threshold, says what it saw in numbers, and what to try next. A rule that a run cannot tell about
+A rule says what it saw in numbers, and what to try next. A rule that a run cannot tell about
 says why (:class:`CannotTell`). To add one: a function in ``training_rules.py`` or ``result_rules.py`` and its
 line in ``RULES``.
 """
@@ -102,22 +102,14 @@ def judge(facts: Facts) -> Diagnosis:
 
 RULES: dict[str, Rule] = {
     "icl-at-chance": training_rules.icl_at_chance,
-    "icl-no-headroom": training_rules.icl_no_headroom,
-    "teacher-off-task": training_rules.teacher_off_task,
     "diverged": training_rules.diverged,
     "alignment-not-learnt": training_rules.alignment_not_learnt,
-    "undertrained": training_rules.undertrained,
-    "best-at-first-evaluation": training_rules.best_at_first_evaluation,
     "rate-at-edge": training_rules.rate_at_edge,
     "dev-too-small": training_rules.dev_too_small,
-    "dev-misleads": training_rules.dev_misleads,
     "asim-no-gain": result_rules.asim_no_gain,
     "sft-undid-alignment": result_rules.sft_undid_alignment,
     "alignment-not-carried-over": result_rules.alignment_not_carried_over,
-    "one-layer-dominates": result_rules.one_layer_dominates,
-    "confidence-collapse": result_rules.confidence_collapse,
     "labels-of-several-tokens": result_rules.labels_of_several_tokens,
-    "labels-not-preferred": result_rules.labels_not_preferred,
     "worse-than-base": result_rules.worse_than_base,
     "worse-than-guessing": result_rules.worse_than_guessing,
     "worse-than-sft": result_rules.worse_than_sft,
@@ -125,6 +117,5 @@ RULES: dict[str, Rule] = {
     "texts-hardly-read": training_rules.texts_hardly_read,
     "repeated-rows": training_rules.repeated_rows,
     "evaluated-on-dev": training_rules.evaluated_on_dev,
-    "few-test-rows": training_rules.few_test_rows,
 }
 """Every rule by its id, in the order in which findings of one severity are shown."""
