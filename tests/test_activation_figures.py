@@ -80,7 +80,7 @@ def drawn(found: Sequence[Figure], folder: Path) -> dict[str, str]:
     pictures = {}
     for figure in found:
         pictures[figure.name] = figure.save(folder / f"{figure.name}.svg").read_text()
-        assert len(figure.inline(figure.name)) == len(figure.panels)
+        assert len(figure.pictures()) == len(figure.panels)
     return pictures
 
 

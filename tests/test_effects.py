@@ -419,7 +419,7 @@ def test_figures(tmp_path: Path) -> None:
     assert list(figures) == ["perplexity", "benchmarks", "diversity", "wordings"]
     for figure in figures.values():
         assert figure.save(tmp_path / f"{figure.name}.svg").stat().st_size > 1000
-        assert all("<svg" in picture for picture in figure.inline("x"))
+        assert all(b"<svg" in picture.svg for picture in figure.pictures())
     table = {row[0].text: [entry.text for entry in row] for row in figures["perplexity"].numbers.rows}
     found = section["perplexity"]["views"]
     assert table["sft"][2].startswith(f"{found['sft']['ratio']['value']:.3f} [")

@@ -369,7 +369,7 @@ def test_figures(section: dict[str, Any], tmp_path: Path) -> None:
     for figure in (maps, attention):
         text = figure.save(tmp_path / f"{figure.name}.svg").read_text()
         assert "tiny: 16 queries" in text and "<image" not in text
-        assert all("<svg" in picture for picture in figure.inline("f0"))
+        assert all(b"<svg" in picture.svg for picture in figure.pictures())
     table = markdown(maps.numbers)
     first = section["views"]["base"]["top"][0]
     assert f"layer {first['layer']}, head {first['head']} | {first['share_of_model']:.1%}" in table
@@ -402,6 +402,6 @@ def test_a_large_map_stays_a_small_file() -> None:
     rng = np.random.default_rng(0)
     ours, icl, other = (list(t) for t in zip(*drawn(rng, 4, np.ones((36, 32)), 2), strict=True))
     (figure,) = head_figures(summarise([metered(ours, icl, other, heads=32)]), "x")
-    (picture,) = figure.inline("f0")
-    assert len(picture) < 250_000
-    assert picture.count("<path") < 100
+    (picture,) = figure.pictures()
+    assert len(picture.svg) < 250_000
+    assert picture.svg.count(b"<path") < 100

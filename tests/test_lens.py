@@ -367,7 +367,7 @@ def test_figure(tmp_path: Path) -> None:
     picture = figure.save(tmp_path / "lens.svg").read_text()
     assert all(f">{name}</text>" in picture for name in (*SHARES, "icl-other"))
     assert not any(f">{name}</text>" in picture for name in ("sft+demos", "sft~seed"))
-    assert len(figure.inline("lens")) == 4
+    assert len(figure.pictures()) == 4
     rows = numbers(figure)
     assert len(rows) == 5 * 6
     icl = [row for row in rows if row["view"] == "icl"]

@@ -223,7 +223,7 @@ def test_figures(section: dict[str, Any], tmp_path: Path) -> None:
     neurons, shift = neuron_figures(section, "tiny: 16 queries")
     for figure in (neurons, shift):
         assert "tiny: 16 queries" in figure.save(tmp_path / f"{figure.name}.svg").read_text()
-        assert all("<svg" in picture for picture in figure.inline("f0"))
+        assert all(b"<svg" in picture.svg for picture in figure.pictures())
     counts = section["neurons"]["views"]["base"]["significant"]
     assert f"| 2 | {counts[2]:,.0f} |" in markdown(neurons.numbers)
     common = section["residual"]["views"]["base"]["common_shift"]

@@ -314,7 +314,7 @@ def test_figures(section: dict[str, Any], tmp_path: Path) -> None:
     assert list(figures) == ["overlap", "overlap-layers", "updates"]
     for figure in figures.values():
         assert figure.save(tmp_path / f"{figure.name}.svg").stat().st_size > 1000
-        assert all("<svg" in picture for picture in figure.inline("x"))
+        assert all(b"<svg" in picture.svg for picture in figure.pictures())
     pair = next(p for p in section["pairs"] if p["label"] == "ia2 – ia2-sft")
     row = next(r for r in figures["overlap"].numbers.rows if r[0].text == "ia2 – ia2-sft")
     assert row[1].text.startswith(f"{pair['overlap']['b']['value']:.3f}")

@@ -562,7 +562,7 @@ def test_figures(section: dict[str, Any], tmp_path: Path) -> None:
     ]
     for name, figure in figures.items():
         assert figure.save(tmp_path / f"{name}.svg").stat().st_size > 5000
-        assert len(figure.panels) == 2 and len(figure.inline("f")) == 2
+        assert len(figure.panels) == 2 and len(figure.pictures()) == 2
     layer, head = PLANTED
     found = section["targets"]["base"]["heads"]
     first = [entry.text for entry in figures["causal-heads"].numbers.rows[0]]

@@ -370,7 +370,7 @@ def _split_of(config: TrainConfig, data: Mapping[str, str]) -> tuple[FewShotSpli
     except UserError as error:
         return None, str(error)
     if (split.train.fingerprint, split.dev.fingerprint) != (data["train"], data["dev"]):
-        return None, f"{config.data} has changed since"
+        return None, f"{Path(config.data or '').name} has changed since"
     return split, None
 
 
@@ -381,7 +381,7 @@ def _splits_of(
     if examples is None:
         return {}, reason
     if examples.fingerprint != data["data"]:
-        return {}, f"{config.data} has changed since"
+        return {}, f"{Path(config.data or '').name} has changed since"
     try:
         every = draws(examples, config, tested=bool(data.get("test")))
         return {(draw.seed, draw.fold): draw.data for draw in every}, None
@@ -392,15 +392,16 @@ def _splits_of(
 def _examples(config: TrainConfig | CompareConfig) -> tuple[Examples | None, str | None]:
     if not config.data:
         return None, "the rows were given in memory, and no file is named"
+    path = user_path(config.data)
     # the hub is not asked: this must work offline, and at once
-    if not user_path(config.data).exists():
-        return None, f"{config.data} is not there (a relative path counts from where the run was started)"
+    if not path.exists():
+        return None, f"{path.name} is not there (a relative path counts from where the run was started)"
     format = RowFormat(config.prompt_template, config.completion_template, config.label_map)
     options: dict[str, Any] = {"split": config.split, "config": config.data_config, "format": format}
     try:
         return Examples.load(config.data, labelled=True, **options), None
     except UserError as error:
-        return None, str(error)
+        return None, str(error).replace(config.data, path.name)  # reports are passed on: no folders
 
 
 def _pairs(split: FewShotSplit | None) -> tuple[Rows | None, Rows | None]:

@@ -6,9 +6,8 @@ import base64
 import hashlib
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ia2.console import logger, muted
 from ia2.errors import ConfigError
@@ -22,14 +21,6 @@ if TYPE_CHECKING:
     from ia2.sweeps.printing import Printed
 
 _TEMPLATES = Path(__file__).parent / "templates"
-
-
-@dataclass(frozen=True)
-class _Picture:
-    """A figure as the page has it: the drawings of its panels, as ``<svg>``."""
-
-    figure: Figure
-    drawings: list[Any]
 
 
 def try_report(folder: Path) -> Path | None:
@@ -76,15 +67,9 @@ def page(runs: Sequence[Run], sweep: Printed | None = None) -> str:
             sections.append(analysis_section(run.name, found, analysis_figures(found) if drawable else []))
     if sweep is not None:
         sections.append(_sweep_section(sweep, drawable))
-    pictures = [
-        [
-            _Picture(figure, [Markup(svg) for svg in figure.inline(f"s{number}f{place}")])
-            for place, figure in enumerate(section.figures)
-        ]
-        for number, section in enumerate(sections)
-    ]
+    figures = [[(figure, figure.pictures()) for figure in section.figures] for section in sections]
     style, script = ((_TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    # the autoescape holds for every value; only our own files and drawings are markup
+    # the autoescape holds for every value; only our own files are markup
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -95,7 +80,7 @@ def page(runs: Sequence[Run], sweep: Printed | None = None) -> str:
     titles = [section.title for section in sections]
     return environment.get_template("report.html").render(
         title=titles[0] if len(titles) == 1 else f"{titles[0]} and {len(titles) - 1} more",
-        sections=list(zip(sections, pictures, strict=True)),
+        sections=list(zip(sections, figures, strict=True)),
         style=Markup(style),
         script=Markup(script),
         policy=_policy(style, script),
@@ -107,13 +92,13 @@ def page(runs: Sequence[Run], sweep: Printed | None = None) -> str:
 
 
 def _policy(style: str, script: str) -> str:
-    """Only our own style and script, known by their digests; no request of any kind."""
+    """Our own style and script, known by their digests, and pictures in the page; no request of any kind."""
     style_mark, script_mark = (
         base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)
     )
     return (
-        f"default-src 'none'; style-src 'sha256-{style_mark}'; script-src 'sha256-{script_mark}'; "
-        "base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; img-src data:; style-src 'sha256-{style_mark}'; "
+        f"script-src 'sha256-{script_mark}'; base-uri 'none'; form-action 'none'"
     )
 
 

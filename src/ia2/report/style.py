@@ -6,15 +6,14 @@ that a narrow screen has them one below the other, at full size.
 
 from __future__ import annotations
 
+import base64
 import importlib.util
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 from ia2.files import write_bytes
 from ia2.recipes import RECIPES
@@ -27,7 +26,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#9
 # A recipe has the same colour and sign in every figure, so that colour alone need not tell.
 MARKERS = "osD^vP*X"
 
-# For lines and text that belong to no recipe; a page draws them in its own text colour.
+# For lines and text that belong to no recipe.
 INK, FAINT = "#222222", "#666666"
 
 _SETTINGS: Any = {
@@ -58,6 +57,24 @@ class Panel:
     legend: bool = False
     width: float = 3.6
     height: float = 3.1
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One panel, drawn.
+
+    Attributes:
+        title: its text alternative; the caption and the numbers stand on the page.
+        svg: the file that matplotlib wrote.
+    """
+
+    title: str
+    svg: bytes
+
+    @property
+    def address(self) -> str:
+        """``data:`` address: as an image its styles and ids are its own, and it can run no script."""
+        return f"data:image/svg+xml;base64,{base64.b64encode(self.svg).decode()}"
 
 
 @dataclass(frozen=True)
@@ -98,22 +115,18 @@ class Figure:
             figure.suptitle(self.heading, fontsize=10)
         return path
 
-    def inline(self, ident: str) -> list[str]:
-        """Each panel as an ``<svg>`` for a page; ``ident`` is the beginning of their ids.
-
-        The description of each is the title and the caption: the numbers follow on the page.
-        """
-        pictures = []
-        for place, panel in enumerate(self.panels):
+    def pictures(self) -> list[Picture]:
+        """Each panel as a picture for a page."""
+        found = []
+        for panel in self.panels:
             target = BytesIO()
             with canvas(target, 1, 1, panel.width, panel.height) as (figure, axes):
                 panel.draw(axes[0][0])
                 title = axes[0][0].get_title()
                 if panel.legend:
                     legend(figure, axes[0][0], 3)
-            name = f"{self.title}: {title}" if title else self.title
-            pictures.append(inline_svg(target.getvalue(), f"{ident}-{place}", name, self.caption))
-        return pictures
+            found.append(Picture(f"{self.title}: {title}" if title else self.title, target.getvalue()))
+        return found
 
 
 def numbers_table(name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -204,95 +217,3 @@ def plain_log(axes: Any, which: str, base: int = 10) -> None:
     axis.set_major_locator(LogLocator(base=base, subs=steps, numticks=12))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter("{x:g}")
-
-
-# --------------------------------------------------------------------------------------------- pages
-
-_NAMESPACE = re.compile(r"\{[^}]*\}")
-_REFERENCE = re.compile(r"url\(#([^)]+)\)")
-_FONT = re.compile(r"([\d.]+px)")
-_PAGE_COLOURS = {"#000000": "currentColor", INK: "currentColor", FAINT: "currentColor", "#ffffff": "none"}
-
-# A point of a figure is this many pixels of a page, whose text is larger than a figure's.
-_SCALE = 1.25
-
-
-def inline_svg(svg: bytes, ident: str, title: str, description: str) -> str:
-    """An ``<svg>`` element to be put into a page.
-
-    It has no style of its own (a page's policy forbids it), no ids that another figure could have, and no
-    addresses; black becomes the page's text colour and white its background, so that it suits dark pages.
-
-    Args:
-        svg: a file that matplotlib wrote.
-        ident: beginning of all its ids.
-        title: read out as its name.
-        description: read out after the name.
-    """
-    root = ElementTree.fromstring(svg)
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if _NAMESPACE.sub("", str(child.tag)) in ("metadata", "style"):
-                parent.remove(child)
-    used = set()
-    for element in root.iter():
-        element.tag = _NAMESPACE.sub("", str(element.tag))
-        given = {_NAMESPACE.sub("", name): value for name, value in element.attrib.items()}
-        given.update(_presentation(given.pop("style", "")))
-        if "d" in given:
-            given["d"] = " ".join(given["d"].split())
-        if element.tag == "text":
-            given.setdefault("fill", "currentColor")
-        if given.get("href", "").startswith("#"):
-            used.add(given["href"][1:])
-        used.update(name for value in given.values() for name in _REFERENCE.findall(value))
-        element.attrib.clear()
-        element.attrib.update(given)
-    for element in root.iter():
-        _own_ids(element, ident, used)
-    size = root.get("viewBox", "0 0 1 1").split()
-    root.attrib.clear()
-    root.attrib.update(
-        {
-            "class": "plot",
-            "viewBox": " ".join(size),
-            "width": f"{_SCALE * float(size[2]):.0f}",
-            "height": f"{_SCALE * float(size[3]):.0f}",
-            "role": "img",
-            "aria-labelledby": f"{ident}-t {ident}-d",
-            "stroke-linejoin": "round",
-        }
-    )
-    for place, (tag, text) in enumerate((("title", title), ("desc", description))):
-        element = ElementTree.Element(tag, {"id": f"{ident}-{tag[0]}"})
-        element.text = text
-        root.insert(place, element)
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _presentation(style: str) -> dict[str, str]:
-    """A ``style`` attribute as attributes, without the font's family: a page has its own."""
-    found = {}
-    for part in style.split(";"):
-        name, _, value = (text.strip() for text in part.partition(":"))
-        if name == "font":  # matplotlib before 3.10 writes size and family as one
-            size = _FONT.search(value)
-            name, value = "font-size", size[1] if size else ""
-        if name in ("fill", "stroke"):
-            if value == FAINT:
-                found[f"{name}-opacity"] = "0.6"
-            value = _PAGE_COLOURS.get(value, value)
-        if name and value and name != "font-family":
-            found[name] = value
-    return found
-
-
-def _own_ids(element: ElementTree.Element, ident: str, used: set[str]) -> None:
-    name = element.attrib.pop("id", None)
-    if name in used:
-        element.set("id", f"{ident}-{name}")
-    for attribute, value in list(element.attrib.items()):
-        if attribute == "href" and value.startswith("#"):
-            element.set("href", f"#{ident}-{value[1:]}")
-        else:
-            element.set(attribute, _REFERENCE.sub(rf"url(#{ident}-\1)", value))
