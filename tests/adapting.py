@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ia2.adapter_weights import attach
 from ia2.adapters import ADAPTERS, peft_config
+from ia2.applying import predict_blocks
 from ia2.config_sections import AdapterConfig
 
 SEPARATE = {"q_proj", "k_proj", "o_proj"}
@@ -73,3 +75,9 @@ def disturb(model: nn.Module, by: float | None = None) -> None:
             parameter.data.add_(0.5)
         elif parameter.requires_grad:
             parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=by)
+
+
+def predict_rows(folder: Path, data: str, **options: Any) -> list[dict[str, Any]]:
+    """What an adapter predicts of rows, all blocks in one."""
+    _, blocks = predict_blocks(folder, data, **options)
+    return [row for block in blocks for row in block]

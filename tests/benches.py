@@ -16,7 +16,9 @@ from ia2.batches import AnswerDataset, Row
 from ia2.config import AdaptConfig
 from ia2.examples import Example, Examples, FewShotSplit
 from ia2.models import BaseModel, load_base
+from ia2.recipes import LABELLED
 from ia2.task import make_task
+from ia2.teaching import PARTS
 from ia2.unlabelled import with_unlabelled
 from ia2.workbench import Workbench
 
@@ -97,3 +99,9 @@ def clone(base: BaseModel) -> BaseModel:
     return BaseModel(
         copy.deepcopy(base.model), base.tokenizer, base.name, base.path, identity=dict(base.identity)
     )
+
+
+def align_rows(bench: Workbench, rows: str = LABELLED) -> tuple[AnswerDataset, AnswerDataset]:
+    """Training and held-out rows of the alignment stage: queries, the teacher's answers, targets."""
+    train, dev = (bench.teacher_rows(part, targets=bench.teaching.part_targets(part)) for part in PARTS[rows])
+    return train, dev

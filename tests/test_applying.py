@@ -10,12 +10,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from adapting import predict_rows
 from benches import icl_base
 from command_line import write_rows
 from tiny_icl.tasks import sample_task
 
 from ia2.adaptation import AdaptResult, adapt, load_adapter
-from ia2.applying import evaluate_adapter, predict_blocks, predict_rows, prediction_text
+from ia2.applying import evaluate_adapter, predict_blocks, prediction_text
 from ia2.config import TrainConfig
 from ia2.errors import DataError
 from ia2.examples import Examples, RowFormat

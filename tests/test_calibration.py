@@ -70,7 +70,7 @@ def test_equal_mass_is_the_loop(data: list[tuple[float, int]], bins: int) -> Non
 def test_equal_mass_remainder_goes_to_the_last_bin() -> None:
     confidence = np.linspace(0.1, 0.8, 8)
     correct = np.array([0, 0, 0, 1, 1, 1, 1, 0])
-    found = reliability_bins(confidence, correct, 3, "equal-mass")
+    found = reliability_bins(confidence, correct, 3)
     assert found.count.tolist() == [2, 2, 4]
     assert found.accuracy.tolist() == [0, 0.5, 0.75]
 
@@ -136,31 +136,26 @@ def test_equal_width_is_torchmetrics_multiclass() -> None:
 
 
 def test_equal_width_edges_are_closed_on_the_left() -> None:
-    found = reliability_bins([0.0, 0.1, 0.3, 0.7, 1.0], [1] * 5, 10, "equal-width")
-    assert np.flatnonzero(found.count).tolist() == [0, 1, 3, 7, 10]
+    # wrong with 0.1 and right with 0.2 would even out in one bin; they lie in two
+    assert ece_equal_width([0.1, 0.2], [0, 1], 5) == pytest.approx((0.1 + 0.8) / 2)
+    assert ece_equal_width([0.7, 0.6], [0, 1], 10) == pytest.approx((0.7 + 0.4) / 2)
     # float32(0.7) is less than 0.7 in float64, and still on the edge.
-    single = reliability_bins(np.array([0.7], dtype=np.float32), [1], 10, "equal-width")
-    assert np.flatnonzero(single.count).tolist() == [7]
+    single = np.array([0.7, 0.6], dtype=np.float32)
+    assert ece_equal_width(single, [0, 1], 10) == pytest.approx((0.7 + 0.4) / 2)
+    assert ece_equal_width([1.0, 0.95], [0, 1], 10) == pytest.approx((1.0 + 0.05) / 2)
 
 
 @given(rows, st.integers(1, 20))
 def test_reliability_bins_add_up_to_the_ece(data: list[tuple[float, int]], bins: int) -> None:
     confidence, correct = [c for c, _ in data], [y for _, y in data]
-    mass = reliability_bins(confidence, correct, bins, "equal-mass")
-    width = reliability_bins(confidence, correct, bins, "equal-width")
-    assert mass.ece() == pytest.approx(ece_equal_mass(confidence, correct, bins), abs=1e-12)
-    assert width.ece() == pytest.approx(ece_equal_width(confidence, correct, bins), abs=1e-12)
-    for found in (mass, width):
-        assert found.count.sum() == len(data)
-        full = found.count > 0
-        assert (found.lower[full] <= found.confidence[full] + 1e-12).all()
-        assert (found.confidence[full] <= found.upper[full] + 1e-12).all()
+    found = reliability_bins(confidence, correct, bins)
+    assert found.count.sum() == len(data) and len(found.count) == min(bins, len(data))
+    total = float(found.count @ np.abs(found.confidence - found.accuracy)) / len(data)
+    assert total == pytest.approx(ece_equal_mass(confidence, correct, bins), abs=1e-12)
 
 
 def test_reliability_bins_of_nothing() -> None:
-    assert reliability_bins([], [], kind="equal-mass").count.tolist() == []
-    assert reliability_bins([], [], 2, kind="equal-width").count.tolist() == [0, 0, 0]
-    assert math.isnan(reliability_bins([], []).ece())
+    assert reliability_bins([], []).count.tolist() == []
 
 
 def test_bad_input_of_the_measures() -> None:
@@ -175,8 +170,6 @@ def test_bad_input_of_the_measures() -> None:
         with pytest.raises(ValueError, match="probabilities"):
             ece_equal_width([bad], [1])
     assert ece_equal_width([1 + 1e-7], [1]) == pytest.approx(0, abs=1e-6)
-    with pytest.raises(ValueError, match="kind"):
-        reliability_bins([0.5], [1], kind="mass")  # type: ignore[arg-type]
 
 
 # --- proper scores -----------------------------------------------------------------------------

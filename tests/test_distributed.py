@@ -53,7 +53,7 @@ def passes(folder: Path, task: str, targets: str) -> dict[str, Any]:
     settings = {"task": task, "targets": targets, **({"max_answer_tokens": 7} if generation else {})}
     bench = bench_of(base, rows[:8], rows[8:13], folder, randomise=True, **settings)
     test = rows[13:]
-    found = bench.targets_of()
+    found = bench.teaching.targets("output")
     teacher = sum(computed)
     reference = bench.teaching.reference(test)
     evaluated = [bench.evaluate(recipe, test, reference) for recipe in ("base", "sft", "icl")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from benches import icl_base, icl_examples
 from families import FAMILIES
 from scipy import stats
 
-from ia2.analysis.neurons import Coordinates, NeuronMeter, promoted_tokens, shift_tokens, summarise
+from ia2.analysis.neurons import Coordinates, NeuronMeter, shift_tokens, summarise
 from ia2.analysis.sites import SiteCapture
 from ia2.analysis.unembedding import Lens
 from ia2.context import Contexts
@@ -142,6 +143,13 @@ def test_summary_over_trials() -> None:
 # -------------------------------------------------------------------------------------------- tokens
 
 
+def promoted(model: Any, tokenizer: Any, shift: np.ndarray, k: int) -> dict[str, Any]:
+    """What :func:`shift_tokens` says of one direction."""
+    view: Any = SimpleNamespace(layers=[0], views={"a": SimpleNamespace(shift=shift[None])})
+    (found,) = shift_tokens(model, tokenizer, [view], k)["a"]
+    return found
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_scores_are_what_a_small_step_does_to_the_logits(name: str, word_tokenizer: Any) -> None:
     """From a residual stream at right angles to the step, so that the norm's divisor stays what it is."""
@@ -155,7 +163,7 @@ def test_scores_are_what_a_small_step_does_to_the_logits(name: str, word_tokeniz
     assert abs(stream @ shift) < 1e-9
     step = torch.from_numpy(0.02 * shift)[None], torch.from_numpy(stream)[None]
     change = (lens.logits(step[1] + step[0]) - lens.logits(step[1] - step[0]))[0].double().numpy()
-    found = promoted_tokens(model, word_tokenizer, shift, k=3)
+    found = promoted(model, word_tokenizer, shift, k=3)
     change = (change - change.mean()) / change.std()
     assert len(found["promoted"]) == len(found["suppressed"]) == 3
     tolerance = 0.1 if lens.cap else 0.02  # a soft cap bends what is added
@@ -171,9 +179,9 @@ def test_scores_are_what_a_small_step_does_to_the_logits(name: str, word_tokeniz
 def test_half_precision_and_long_directions(word_tokenizer: Any) -> None:
     model = FAMILIES["llama"]()
     shift = np.random.default_rng(1).normal(size=32)
-    full = promoted_tokens(model, word_tokenizer, shift, k=2)
-    assert promoted_tokens(model, word_tokenizer, 1e6 * shift, k=2) == full
-    half = promoted_tokens(model.bfloat16(), word_tokenizer, 1e-6 * shift, k=2)
+    full = promoted(model, word_tokenizer, shift, k=2)
+    assert promoted(model, word_tokenizer, 1e6 * shift, k=2) == full
+    half = promoted(model.bfloat16(), word_tokenizer, 1e-6 * shift, k=2)
     assert half["promoted"][0]["id"] == full["promoted"][0]["id"]
     assert half["promoted"][0]["score"] == pytest.approx(full["promoted"][0]["score"], rel=0.02)
 

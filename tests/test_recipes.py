@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from benches import base_of, bench_of, clone, icl_base, icl_examples, rows_of, word_examples, wordy_model
+from benches import (
+    align_rows,
+    base_of,
+    bench_of,
+    clone,
+    icl_base,
+    icl_examples,
+    rows_of,
+    word_examples,
+    wordy_model,
+)
 
 from ia2.adapter_weights import base_weights
 from ia2.adapters import ADAPTERS
@@ -171,7 +181,7 @@ def test_the_joint_loss_is_the_weighted_sum(answers: str, wordy: BaseModel, tmp_
     batch = mixed._prepare_inputs(mixed.data_collator([train[i] for i in range(5)]))
     # true answers are other tokens than the teacher's, so they are fed apart
     assert ("response" in batch) == (answers == "ground_truth")
-    align = AlignTrainer(bench.model, *bench.align_rows(), settings_of(tmp_path), bench.tokenizer)
+    align = AlignTrainer(bench.model, *align_rows(bench), settings_of(tmp_path), bench.tokenizer)
     aligned = align.example_losses(bench.model, batch)
     sft = SftTrainer(bench.model, train, dev, settings_of(tmp_path), bench.tokenizer)
     expected = (1 - beta) * aligned + beta * sft.example_losses(bench.model, batch)
@@ -197,7 +207,7 @@ def test_a_kept_alignment_term_decays(wordy: BaseModel, tmp_path: Path) -> None:
     plain = SftTrainer(bench.model, *bench.sft_rows(), settings_of(tmp_path), bench.tokenizer)
     cross_entropy = plain.example_losses(bench.model, batch)
     assert torch.allclose(trainer.dev_losses(bench.model, batch), cross_entropy, rtol=1e-5)
-    align = AlignTrainer(bench.model, *bench.align_rows(), settings_of(tmp_path), bench.tokenizer)
+    align = AlignTrainer(bench.model, *align_rows(bench), settings_of(tmp_path), bench.tokenizer)
     expected = cross_entropy + 0.5 * align.example_losses(bench.model, batch)
     assert torch.allclose(trainer.example_losses(bench.model, batch), expected, rtol=1e-5)
     trainer.state.global_step = 7

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapting import predict_rows
 from command_line import write_rows
 from tiny_icl.tasks import sample_task
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ia2.adaptation import adapt
-from ia2.applying import predict_rows
 from ia2.config import TrainConfig
 from ia2.example_trainer import Trainer  # as it is imported for training
 from ia2.examples import Examples

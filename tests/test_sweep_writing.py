@@ -13,7 +13,7 @@ from command_line import run
 from sweep_records import record, rows, small_grid, write_sweep
 from sweep_reports import few, grid_of, report_of
 
-from ia2.sweeps.figures import differences_figure, similarity_figure, sizes_figure, try_figures
+from ia2.sweeps.figures import sweep_figures, try_figures
 from ia2.sweeps.layouts import paper_table
 from ia2.sweeps.printing import print_tables
 from ia2.sweeps.report import span
@@ -133,8 +133,8 @@ def test_a_curve_over_n_is_of_benchmarks_with_several_n(tmp_path: Path) -> None:
         record(rows(8), recipe="sft", benchmark="FinS"),
         *(record(rows(2), recipe="base", benchmark=name) for name in ("SST2", "FinS")),
     ]
-    path = tmp_path / "x.svg"
-    assert sizes_figure(report_of(tmp_path, cells), "demo", path)
+    figure = next(f for f in sweep_figures(report_of(tmp_path, cells)) if f.name == "sizes-demo")
+    path = figure.save(tmp_path / "x.svg")
     text = "".join(ElementTree.parse(path).getroot().itertext())
     assert "SST2" in text and "FinS" not in text
 
@@ -144,11 +144,10 @@ def test_figures_of_little(tmp_path: Path) -> None:
     report = report_of(
         tmp_path, [record(rows(5, 20), asim=None), record(rows(8, 20), recipe="ia2-sft", asim=None)]
     )
-    path = tmp_path / "x.svg"
-    assert not sizes_figure(report, "demo", path)
-    assert not similarity_figure(report, "demo", path)
-    assert differences_figure(report, "demo", path)
-    assert not differences_figure(report_of(tmp_path / "sft", [record(rows(5))]), "demo", path)
+    (figure,) = sweep_figures(report)
+    assert figure.name == "differences-demo"
+    figure.save(tmp_path / "x.svg")
+    assert not sweep_figures(report_of(tmp_path / "sft", [record(rows(5), asim=None)]))
 
 
 def test_names_of_models_name_files(tmp_path: Path) -> None:

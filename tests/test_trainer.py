@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from benches import base_of, bench_of, icl_base, icl_examples, word_examples, wordy_model
+from benches import align_rows, base_of, bench_of, icl_base, icl_examples, word_examples, wordy_model
 
 from ia2.adapter_weights import adapter_state
 from ia2.batches import AnswerDataset, EpochSampler, parts_of
@@ -25,7 +25,7 @@ def bench(tiny_icl_model_path: Path, tmp_path: Path) -> Workbench:
 
 
 def trainer_of(bench: Workbench, kind: str, folder: Path, dev: bool = True, **changes: Any) -> ExampleTrainer:
-    train, held = bench.align_rows() if kind == "align" else bench.sft_rows()
+    train, held = align_rows(bench) if kind == "align" else bench.sft_rows()
     settings = StageSettings(folder / "stage", **{"learning_rate": 3e-3, "epochs": 4, **changes})
     cls = AlignTrainer if kind == "align" else SftTrainer
     return cls(bench.model, train, held if dev else AnswerDataset.of([]), settings, bench.tokenizer)
@@ -44,7 +44,7 @@ def loss_of(trainer: ExampleTrainer, dataset: AnswerDataset) -> float:
 
 @pytest.mark.parametrize("objective", ["mse", "kl", "cosine"])
 def test_alignment_lowers_l_ia2(objective: str, bench: Workbench, tmp_path: Path) -> None:
-    train, dev = bench.align_rows()
+    train, dev = align_rows(bench)
     settings = StageSettings(tmp_path / "stage", learning_rate=5e-3, epochs=30)
     trainer = AlignTrainer(bench.model, train, dev, settings, bench.tokenizer, objective=objective)
     before = [loss_of(trainer, part) for part in (train, dev)]
@@ -396,7 +396,7 @@ def test_reentrant_checkpointing_is_refused(bench: Workbench, tmp_path: Path) ->
 
 
 def test_unknown_objective(bench: Workbench, tmp_path: Path) -> None:
-    train, dev = bench.align_rows()
+    train, dev = align_rows(bench)
     with pytest.raises(ConfigError, match="'mae' is not one of mse, kl, cosine"):
         AlignTrainer(bench.model, train, dev, StageSettings(tmp_path), bench.tokenizer, objective="mae")
 

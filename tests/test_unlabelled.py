@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from benches import base_of, bench_of, clone, icl_base, icl_examples, word_examples, wordy_model
+from benches import align_rows, base_of, bench_of, clone, icl_base, icl_examples, word_examples, wordy_model
 from command_line import run, tree, write_rows
 from sweeping import cells_of, records, swept
 
@@ -123,7 +123,7 @@ def test_a_larger_draw_contains_a_smaller_one_and_no_labels() -> None:
 def test_the_teacher_answers_each_behind_all_training_examples(learner: BaseModel, tmp_path: Path) -> None:
     made = bench(clone(learner), tmp_path)
     teaching = made.teaching
-    train, held = made.align_rows(UNLABELLED)
+    train, held = align_rows(made, UNLABELLED)
     assert [len(train), len(held)] == [8, 2]
     for part, rows in (("unlabelled", train), ("unlabelled-dev", held)):
         contexts = teaching.contexts(part)
@@ -166,7 +166,7 @@ def test_rows_of_both_kinds_are_aligned_on_together(learner: BaseModel, tmp_path
     made = bench(clone(learner), tmp_path, align={"rows": "both", "epochs": 1})
     (stage,) = plan("ia2", made.config)
     train, held = made._rows(stage, made._how(stage))
-    ours, theirs = made.align_rows(LABELLED)[0], made.align_rows(UNLABELLED)
+    ours, theirs = align_rows(made, LABELLED)[0], align_rows(made, UNLABELLED)
     assert [train.row(i) for i in range(len(train))] == [
         part.row(i) for part in (ours, theirs[0]) for i in range(len(part))
     ]
@@ -198,7 +198,7 @@ def test_answers_of_several_tokens_are_written_for_unlabelled_rows(
         base, rows[:5], rows[5:8], tmp_path, unlabelled=rows[8:20],
         task="generation", max_answer_tokens=6, batch_size=5, **BRIEF,
     )  # fmt: skip
-    train, _ = made.align_rows(UNLABELLED)
+    train, _ = align_rows(made, UNLABELLED)
     assert all(len(train.row(i).answer) > 1 for i in range(len(train)))
     trained = made.train("ia2-sft")
     assert [stage.name for stage in trained.stages] == ["align", "sft"]
@@ -241,7 +241,7 @@ def test_a_joint_step_aligns_on_unlabelled_rows_and_fine_tunes_on_labelled(
     batch = trainer._prepare_inputs(trainer.data_collator([train[i, 0, 1.0, 5 - i] for i in range(4)]))
     found = trainer.example_losses(made.model, batch)
     settings = StageSettings(tmp_path / "other")
-    align = AlignTrainer(made.model, *made.align_rows(UNLABELLED), settings, made.tokenizer)
+    align = AlignTrainer(made.model, *align_rows(made, UNLABELLED), settings, made.tokenizer)
     aligned = align.example_losses(
         made.model, trainer.data_collator([align.train_dataset[i] for i in range(4)])
     )
@@ -257,7 +257,7 @@ def test_joint_dev_loss_is_relative_to_the_first(learner: BaseModel, tmp_path: P
     made, trainer = joint(clone(learner), tmp_path)
     first = trainer._first_alignment()
     settings = StageSettings(tmp_path / "other")
-    align = AlignTrainer(made.model, *made.align_rows(UNLABELLED), settings, made.tokenizer)
+    align = AlignTrainer(made.model, *align_rows(made, UNLABELLED), settings, made.tokenizer)
     assert first == pytest.approx(align.evaluate()["eval_loss"], rel=1e-5)
     trainer.scale = 1 / first
     sft = SftTrainer(made.model, *made.sft_rows(), settings, made.tokenizer)
@@ -315,7 +315,7 @@ def test_the_constant_is_the_mean_of_what_the_context_adds(learner: BaseModel, t
     }
     made.use(constant.state)
     # on average nothing is missing at any layer, for rows that it was computed from
-    train, held = made.align_rows(UNLABELLED)
+    train, held = align_rows(made, UNLABELLED)
     settings = StageSettings(tmp_path / "other")
     again = ConstantTrainer(made.model, train, held, settings, made.tokenizer)
     for place in range(layers):

@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from benches import base_of, bench_of, clone, icl_base, icl_examples, rows_of, word_examples, wordy_model
+from benches import (
+    align_rows,
+    base_of,
+    bench_of,
+    clone,
+    icl_base,
+    icl_examples,
+    rows_of,
+    word_examples,
+    wordy_model,
+)
 
 from ia2.adapter_weights import adapter_state
 from ia2.errors import ConfigError, DataError, RunFolderError
@@ -121,7 +131,7 @@ def test_rows_of_the_stages(word_tokenizer: Any, tmp_path: Path) -> None:
         max_answer_tokens=6,
         targets="memory",
     )
-    align, sft = bench.align_rows(), bench.sft_rows()
+    align, sft = align_rows(bench), bench.sft_rows()
     for part, examples in enumerate((rows[:6], rows[6:])):
         answers = bench.teaching.targets()[part].answers
         assert [row.answer for row in rows_of(align[part])] == [answer.ids for answer in answers]

@@ -350,7 +350,7 @@ def run_format(config: TrainConfig) -> RowFormat:
     )
 
 
-def load_examples(config: Any, *, labelled: bool = True) -> Examples:
+def load_examples(config: Any) -> Examples:
     """The rows of ``config.data``.
 
     Raises:
@@ -363,7 +363,7 @@ def load_examples(config: Any, *, labelled: bool = True) -> Examples:
         split=config.split,
         config=config.data_config,
         format=row_format(config),
-        labelled=labelled,
+        labelled=True,
     )
 
 

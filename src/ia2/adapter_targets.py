@@ -18,7 +18,7 @@ _VALUE_NAMES = ("v_proj", "value", "v")
 _OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 
 
-def attention_projections(model: nn.Module, pattern: str | None = None) -> list[str]:
+def attention_projections(model: nn.Module) -> list[str]:
     """Names of the query, key and output projections (or fused ones), shortest that are unambiguous.
 
     Returns names as PEFT's ``target_modules`` takes them: the leaf name where it occurs in attention
@@ -31,7 +31,7 @@ def attention_projections(model: nn.Module, pattern: str | None = None) -> list[
     inner = unwrap(model)
     inside = [
         name
-        for parent in _attention(inner, pattern)
+        for parent in _attention(inner)
         for name in _linear_layers(inner, parent)
         if name.rsplit(".", 1)[-1] not in _VALUE_NAMES
     ]
@@ -55,7 +55,7 @@ def output_projections(model: nn.Module, placement: str) -> list[str]:
     inner = unwrap(model)
     width = inner.config.get_text_config().hidden_size
     found: list[str] = []
-    for parent in _attention(inner, None):
+    for parent in _attention(inner):
         layer = re.match(r"(.*\.\d+)(\.|$)", parent)
         names = [n for n in _linear_layers(inner, layer[1] if layer else "") if _out(inner, n) == width]
         attention = [name for name in names if name.startswith(f"{parent}.")]
@@ -77,9 +77,9 @@ def output_projections(model: nn.Module, placement: str) -> list[str]:
     return _short_names(inner, found)
 
 
-def _attention(inner: nn.Module, pattern: str | None) -> list[str]:
+def _attention(inner: nn.Module) -> list[str]:
     linear = _linear_kinds()
-    names = [name for name, _ in find_attention_modules(inner, pattern).values()]
+    names = [name for name, _ in find_attention_modules(inner).values()]
     # where the output projection itself is hooked (Bloom), its parent is the attention module
     return [n.rsplit(".", 1)[0] if isinstance(inner.get_submodule(n), linear) else n for n in names]
 

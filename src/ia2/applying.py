@@ -67,28 +67,6 @@ def evaluate_adapter(
     return metrics, predictions
 
 
-def predict_rows(
-    folder: str | Path,
-    data: str,
-    *,
-    split: str | None = None,
-    data_config: str | None = None,
-    device: str | None = None,
-    base: str | BaseModel | None = None,
-    code: Mapping[str, Any] | None = None,
-) -> list[dict[str, Any]]:
-    """Label, confidence and label distribution of each row; for free text, answer and confidence.
-
-    ``base`` and ``code``: see :func:`ia2.adaptation.load_adapter`.
-
-    Raises:
-        UserError: no finished run, another base model than its own, or rows that cannot be read.
-    """
-    options: dict[str, Any] = {"device": device, "base": base, "code": code}
-    _, blocks = predict_blocks(folder, data, split=split, data_config=data_config, **options)
-    return [row for block in blocks for row in block]
-
-
 def predict_blocks(
     folder: str | Path,
     data: str,
@@ -99,13 +77,14 @@ def predict_blocks(
     base: str | BaseModel | None = None,
     code: Mapping[str, Any] | None = None,
 ) -> tuple[int, Iterator[list[dict[str, Any]]]]:
-    """How many rows there are, and what :func:`predict_rows` gives, in blocks of rows.
+    """How many rows there are, and what is predicted of them, in blocks of rows.
 
-    All rows are checked before the model is loaded. Only a row that is longer than the context window is
-    found when its block is reached.
+    Of each row: label, confidence and label distribution; for free text, answer and confidence. All rows are
+    checked before the model is loaded. Only a row that is longer than the context window is found when its
+    block is reached. ``base`` and ``code``: see :func:`ia2.adaptation.load_adapter`.
 
     Raises:
-        UserError: as :func:`predict_rows`.
+        UserError: no finished run, another base model than its own, or rows that cannot be read.
     """
     config, _, _ = load_run(Path(folder), code)
     count, blocks = Examples.blocks(data, split=split, config=data_config, format=run_format(config))

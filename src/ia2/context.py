@@ -238,11 +238,6 @@ class Contexts(ABC):
         """About how many tokens have to be computed for query ``i`` alone; processes share by it."""
         return int(self._bare[i])
 
-    @property
-    def bare_tokens(self) -> int:
-        """Tokens of all queries on their own."""
-        return int(self._bare.sum(dtype=np.int64))
-
     def prepare(self) -> None:
         """Do now what would otherwise be done when the first context is asked for."""
         if len(self):

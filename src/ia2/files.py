@@ -223,13 +223,13 @@ def read_json(path: Path, mend: str = manifest.MEND) -> Any:
         raise RunFolderError(f"{path}: damaged ({error}). {mend}") from error
 
 
-def read_lines(path: Path, mend: str = manifest.MEND) -> list[Any]:
+def read_lines(path: Path) -> list[Any]:
     """Read a JSON Lines file of a run.
 
     Raises:
         RunFolderError: it is damaged, or cannot be read; the message names the line.
     """
-    return [value for _, value in parsed_lines(path, _checked(path, mend), mend)]
+    return [value for _, value in parsed_lines(path, _checked(path, manifest.MEND), manifest.MEND)]
 
 
 def parsed_lines(path: Path, data: bytes, mend: str) -> Iterator[tuple[int, Any]]:

@@ -115,7 +115,6 @@ def answers_pass(
     answers: Sequence[Ids],
     *,
     description: str = "forward",
-    batch_tokens: int | None = None,
 ) -> Iterator[AnswerOutput]:
     """Logits of every answer behind every prompt: :func:`answer_pass` over all pairs of them.
 
@@ -125,13 +124,12 @@ def answers_pass(
         prompts: ids of n prompts.
         answers: ids of C answers; of each all but the last are fed.
         description: text of the progress bar.
-        batch_tokens: tokens of one batch; None chooses from the free memory.
 
     Yields:
         n · C outputs in the order in which batches finish; ``index`` is prompt · C + answer.
     """
     pairs = [(prompt, answer) for prompt in prompts for answer in answers]
-    yield from answer_pass(model, tokenizer, pairs, description=description, batch_tokens=batch_tokens)
+    yield from answer_pass(model, tokenizer, pairs, description=description)
 
 
 def _packed(

@@ -305,10 +305,6 @@ class Workbench:
         """Every training example in its context."""
         return self.teaching.train_contexts
 
-    def targets_of(self, site: str = "output") -> tuple[Targets, Targets]:
-        """The teacher's targets of the training and of the dev examples."""
-        return self.teaching.targets(site)
-
     # -------------------------------------------------------------------------------- training
 
     @property
@@ -551,13 +547,6 @@ class Workbench:
         for part in PARTS[LABELLED]:
             self.teaching.part_targets(part, *needed)  # whose answers they are
         train, dev = (self.teacher_rows(part) for part in PARTS[LABELLED])
-        return train, dev
-
-    def align_rows(self, rows: str = LABELLED) -> tuple[AnswerDataset, AnswerDataset]:
-        """Training and held-out rows of the alignment stage: queries, the teacher's answers, targets."""
-        train, dev = (
-            self.teacher_rows(part, targets=self.teaching.part_targets(part)) for part in PARTS[rows]
-        )
         return train, dev
 
     def teacher_rows(

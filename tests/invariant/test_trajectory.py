@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from benches import base_of, bench_of, icl_base, icl_examples, rows_of, word_examples, wordy_model
+from benches import align_rows, base_of, bench_of, icl_base, icl_examples, rows_of, word_examples, wordy_model
 
 from ia2.batches import Row
 from ia2.tokens import fed_ids
@@ -40,7 +40,7 @@ def trained(
     )
     result = bench.train(recipe)
     assert result.stages[-1].steps == 6
-    lengths = [len(row.answer) for part in (bench.align_rows, bench.sft_rows) for row in rows_of(part()[0])]
+    lengths = [len(row.answer) for part in (align_rows(bench), bench.sft_rows()) for row in rows_of(part[0])]
     assert len(set(lengths[:TRAIN])) > 1 and len(set(lengths[TRAIN:])) > 1
     losses = [e["eval_loss"] for s in result.stages for e in s.history if "eval_loss" in e]
     assert len(losses) == 7 * len(result.stages)  # one before the first step
@@ -102,7 +102,7 @@ def test_attention_implementations_agree(tiny_icl_model_path: Path, tmp_path: Pa
         base = icl_base(tiny_icl_model_path, attn_implementation=name)
         assert base.model.config._attn_implementation == name
         bench = bench_of(base, rows[:8], rows[8:], tmp_path / name, randomise=True)
-        train, dev = bench.align_rows()
+        train, dev = align_rows(bench)
         trainer = AlignTrainer(
             bench.model, train, dev, StageSettings(tmp_path / "stage"), base.tokenizer, objective="mse"
         )
@@ -120,7 +120,7 @@ def test_neighbours_and_padding_change_no_examples_loss(
     bench = bench_of(
         base, rows[:TRAIN], rows[TRAIN:], tmp_path, randomise=True, task="generation", max_answer_tokens=7
     )
-    train, dev = bench.align_rows() if kind == "align" else bench.sft_rows()
+    train, dev = align_rows(bench) if kind == "align" else bench.sft_rows()
     trainers = [
         (AlignTrainer if kind == "align" else SftTrainer)(
             bench.model, train, dev, StageSettings(tmp_path / "s", micro_batch_size=micro), word_tokenizer

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from benches import base_of, bench_of, icl_base, icl_examples, rows_of, word_examples, wordy_model
+from benches import align_rows, base_of, bench_of, icl_base, icl_examples, rows_of, word_examples, wordy_model
 
 from ia2.trainer import AlignTrainer, StageSettings
 
@@ -172,7 +172,7 @@ def test_loss_is_the_methods(
     rms = root_mean_squares(known["train"])
     tau = 0.7
 
-    data = dict(zip(("train", "dev"), bench.align_rows(), strict=True))
+    data = dict(zip(("train", "dev"), align_rows(bench), strict=True))
     trainer = AlignTrainer(
         bench.model,
         data["train"],

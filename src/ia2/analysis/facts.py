@@ -152,7 +152,7 @@ class Facts:
         labels: answers verbatim, with their spaces; empty for free text, or while they are not known.
         label_tokens: of each label; empty where it is not known.
         single_token: whether every answer is one token; None while that is not known.
-        num_train, num_dev: of a round (the first); None while they are not known.
+        num_dev: of a round (the first); None while it is not known.
         arms: recipes.
         rounds: that have begun.
         differences: the method less the others, paired, of ``compare.json``.
@@ -170,7 +170,6 @@ class Facts:
     labels: tuple[str, ...]
     label_tokens: tuple[int, ...]
     single_token: bool | None
-    num_train: int | None
     num_dev: int | None
     arms: tuple[ArmFacts, ...]
     rounds: tuple[Round, ...]

@@ -52,9 +52,8 @@ def percent(value: float) -> str:
     return f"{value:.0%}"
 
 
-def range_text(interval: Mapping[str, Any], signed: bool = True) -> str:
-    low, high = interval["low"], interval["high"]
-    return f"[{low:+.3f}, {high:+.3f}]" if signed else f"[{low:.3f}, {high:.3f}]"
+def range_text(interval: Mapping[str, Any]) -> str:
+    return f"[{interval['low']:+.3f}, {interval['high']:+.3f}]"
 
 
 def difference_interval(runs: list[list[np.ndarray]]) -> dict[str, float] | None:

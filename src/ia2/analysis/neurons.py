@@ -196,54 +196,34 @@ def _top(found: Sequence[CoordinateView], layers: Sequence[int], top: int) -> li
 # -------------------------------------------------------------------------------------------- tokens
 
 
-def promoted_tokens(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, shift: np.ndarray, k: int = 8
-) -> dict[str, list[dict[str, Any]]]:
-    """Tokens that a direction of the residual stream promotes and suppresses, on its way straight out.
-
-    The direction is put through the gains of the final norm (a LayerNorm also removes its mean) and the
-    unembedding. Layers in between, which would make more of it, are left out; so is the length that the norm
-    divides by, the same for all tokens.
-
-    Args:
-        model: bare or wrapped causal model.
-        tokenizer: whose ids are named.
-        shift: ``[d]``.
-        k: tokens of either kind.
-
-    Returns:
-        ``promoted`` and ``suppressed``: each a list of ``token`` (its text), ``id`` and ``score``, in
-        standard deviations over the vocabulary from its mean; the strongest first.
-
-    Raises:
-        ModelError: what comes after the last layer cannot be followed.
-    """
-    return _named(tokenizer, _scores(model, np.asarray(shift, float)[None])[0], k)
-
-
 def shift_tokens(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     trials: Sequence[Coordinates],
     k: int = 8,
-    layers: Sequence[int] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """:func:`promoted_tokens` of each view's mean shift over trials, at some layers.
+    """Tokens that each view's mean shift over trials promotes and suppresses, on its way straight out.
+
+    The layers are those at one half and three quarters of the depth, and the last. A shift is put through the
+    gains of the final norm (a LayerNorm also removes its mean) and the unembedding. Layers in between, which
+    would make more of it, are left out; so is the length that the norm divides by, the same for all tokens.
 
     Args:
-        model: the base model.
+        model: the base model, bare or wrapped.
         tokenizer: whose ids are named.
         trials: results of the site ``residual``.
         k: tokens of either kind.
-        layers: layer indices; by default those at one half and three quarters of the depth, and the last.
 
     Returns:
-        View → for each layer its number with ``promoted`` and ``suppressed``.
+        View → for each layer its number with ``promoted`` and ``suppressed``: each a list of ``token`` (its
+        text), ``id`` and ``score``, in standard deviations over the vocabulary from its mean; the strongest
+        first.
+
+    Raises:
+        ModelError: what comes after the last layer cannot be followed.
     """
     known = trials[0].layers
-    places = [known.index(layer) for layer in layers or ()]
-    if layers is None:
-        places = sorted({len(known) // 2, 3 * len(known) // 4, len(known) - 1})
+    places = sorted({len(known) // 2, 3 * len(known) // 4, len(known) - 1})
     found: dict[str, list[dict[str, Any]]] = {}
     for view in dict.fromkeys(view for trial in trials for view in trial.views):
         shift = np.mean([t.views[view].shift for t in trials if view in t.views], axis=0)

@@ -119,7 +119,7 @@ def _training(folder: Path, run: Mapping[str, Any]) -> Facts:
         tuple(task.get("labels") or config.labels or ()),
         tuple(len(ids) for ids in label_ids),
         None if not task else task["max_answer_tokens"] == 1,
-        *_counts(metrics, only),
+        _num_dev(metrics, only),
         (arm,),
         (only,),
         {},
@@ -210,7 +210,7 @@ def _comparison(folder: Path, run: Mapping[str, Any] | None, part: str) -> Facts
         labels,
         (),
         design.get("single_token"),
-        *_counts(design or None, first),
+        _num_dev(design or None, first),
         every,
         tuple(rounds),
         {} if part else summary.get("differences", {}),
@@ -444,10 +444,7 @@ def _labelled(kind: str | None, config: AdaptConfig | None, *rounds: Round) -> b
     return "answer" not in scopes
 
 
-def _counts(known: Mapping[str, Any] | None, first: Round | None) -> tuple[int | None, int | None]:
+def _num_dev(known: Mapping[str, Any] | None, first: Round | None) -> int | None:
     if known is not None:
-        return known["num_train"], known["num_dev"]
-    if first is None:
-        return None, None
-    train = None if first.train is None else len(first.train)
-    return train or len(first.teacher) or None, None if first.dev is None else len(first.dev)
+        return int(known["num_dev"])
+    return None if first is None or first.dev is None else len(first.dev)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -96,80 +96,39 @@ class ReliabilityBins:
 
     Attributes:
         count: rows in the bin.
-        confidence: mean confidence; NaN in an empty bin.
-        accuracy: share of right predictions; NaN in an empty bin.
-        lower: lower edge (equal width) or smallest confidence (equal mass).
-        upper: upper edge (equal width) or largest confidence (equal mass).
+        confidence: mean confidence.
+        accuracy: share of right predictions.
     """
 
     count: NDArray[np.int64]
     confidence: Floats
     accuracy: Floats
-    lower: Floats
-    upper: Floats
-
-    def ece(self) -> float:
-        """``sum(count / n · |confidence - accuracy|)``; NaN without rows."""
-        n = int(self.count.sum())
-        if n == 0:
-            return math.nan
-        full = self.count > 0
-        gap = np.abs(self.confidence[full] - self.accuracy[full])
-        return float((self.count[full] * gap).sum() / n)
 
 
-def reliability_bins(
-    confidence: ArrayLike,
-    correct: ArrayLike,
-    bins: int = 15,
-    kind: Literal["equal-mass", "equal-width"] = "equal-mass",
-) -> ReliabilityBins:
-    """Count, mean confidence and accuracy of each bin of the ECE of that kind.
-
-    Equal mass gives ``min(bins, n)`` bins. Equal width gives ``bins + 1``: the last holds the
-    confidences of exactly 1, as in `ece_equal_width`, so that the bins add up to that ECE.
+def reliability_bins(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> ReliabilityBins:
+    """Count, mean confidence and accuracy of each of the ``min(bins, n)`` bins of :func:`ece_equal_mass`.
 
     Args:
         confidence: ``[n]``, in [0, 1].
         correct: ``[n]``, 1 or True where the prediction was right.
         bins: number of bins.
-        kind: which bins.
 
     Returns:
         The bins, in ascending confidence.
 
     Raises:
-        ValueError: as the ECE of that kind, or an unknown ``kind``.
+        ValueError: as :func:`ece_equal_mass`.
     """
     conf, corr = _rows_last(confidence, correct, bins, -1)
     if conf.ndim != 1:
         raise ValueError(f"confidence must be [n], not {list(conf.shape)}")
-    n = conf.shape[0]
-    lower: Floats
-    upper: Floats
-    if kind == "equal-mass":
-        order = np.argsort(conf, kind="stable")
-        conf, corr = conf[order], corr[order]
-        starts = _mass_starts(n, bins)
-        index = np.searchsorted(starts, np.arange(n), side="right") - 1
-        number = len(starts)
-        lower = conf[starts].astype(np.float64)
-        upper = conf[np.append(starts[1:], n) - 1].astype(np.float64) if n else lower
-    elif kind == "equal-width":
-        index = _width_index(conf, bins)
-        number = bins + 1
-        edges = _width_edges(bins, np.dtype(np.float64))
-        lower, upper = edges, np.append(edges[1:], 1.0)
-    else:
-        raise ValueError(f"kind must be 'equal-mass' or 'equal-width', not {kind!r}")
-    count = np.bincount(index, minlength=number)
-    # max(count, 1): an empty bin is 0/1 first and NaN after, without a warning.
-    safe = np.maximum(count, 1)
-    mean_conf = np.bincount(index, weights=conf, minlength=number) / safe
-    mean_acc = np.bincount(index, weights=corr, minlength=number) / safe
-    mean_conf[count == 0] = np.nan
-    mean_acc[count == 0] = np.nan
-    return ReliabilityBins(count, mean_conf, mean_acc, lower, upper)
+    order = np.argsort(conf, kind="stable")
+    parts = np.split(order, _mass_starts(len(conf), bins)[1:]) if len(conf) else []
+    return ReliabilityBins(
+        np.array([len(part) for part in parts], np.int64),
+        np.array([conf[part].mean(dtype=np.float64) for part in parts], np.float64),
+        np.array([corr[part].mean() for part in parts], np.float64),
+    )
 
 
 def _rows_last(confidence: ArrayLike, correct: ArrayLike, bins: int, axis: int) -> tuple[Floats, Floats]:
@@ -191,16 +150,12 @@ def _mass_starts(n: int, bins: int) -> NDArray[np.int64]:
     return np.arange(number) * (n // number if number else 0)
 
 
-def _width_edges(bins: int, dtype: np.dtype[Any]) -> Floats:
-    # The nearest float to each i / bins, so that a confidence written as i / bins lies on its edge.
-    return (np.arange(bins + 1) / bins).astype(dtype)
-
-
 def _width_index(conf: Floats, bins: int) -> NDArray[np.int64]:
     # A float32 softmax may exceed 1 by rounding; more than that is a mistake of the caller.
     if not np.all((conf >= -1e-6) & (conf <= 1 + 1e-6)):
         raise ValueError("confidences must be probabilities in [0, 1] and not NaN")
-    edges = _width_edges(bins, conf.dtype)
+    # The nearest float to each i / bins, so that a confidence written as i / bins lies on its edge.
+    edges = (np.arange(bins + 1) / bins).astype(conf.dtype)
     return np.searchsorted(edges, np.clip(conf, 0.0, 1.0), side="right") - 1
 
 

@@ -41,27 +41,6 @@ def sweep_figures(report: Report) -> list[Figure]:
     return [figure for figure in made if figure is not None]
 
 
-def sizes_figure(report: Report, model: str, path: Path) -> bool:
-    """Accuracy and NLL over N, a row of panels for each benchmark with several N; False without any."""
-    return _save(_sizes(report, model), path)
-
-
-def differences_figure(report: Report, model: str, path: Path) -> bool:
-    """IA2 → SFT less SFT, accuracy and NLL, of each benchmark and N and over all; False without a pair."""
-    return _save(_differences(report, model), path)
-
-
-def similarity_figure(report: Report, model: str, path: Path) -> bool:
-    """Similarity to ICL against accuracy and NLL, one point a run of a plain recipe; False without any."""
-    return _save(_similarity(report, model), path)
-
-
-def _save(figure: Figure | None, path: Path) -> bool:
-    if figure is not None:
-        figure.save(path)
-    return figure is not None
-
-
 def _file_name(model: str) -> str:
     return "".join(sign if sign.isalnum() or sign in "-." else "-" for sign in model).strip("-.") or "model"
 

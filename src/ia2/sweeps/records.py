@@ -73,7 +73,6 @@ class Record:
         key: digest of all that the result depends on.
         num_examples, seed, learning_rate, beta: None where a recipe has none.
         settings: dotted setting → value, where it differs from the default and matters to the recipe.
-        num_train, num_dev: examples trained on and held out; None for ``base``.
         notes: how the data differ from the hub's.
         selection_loss: dev loss that rates are chosen by; None without training.
         similarity: to ICL's activations (asim, l2, …); None where it was not measured.
@@ -93,8 +92,6 @@ class Record:
     beta: float | None
     max_test: int | None
     settings: dict[str, Any]
-    num_train: int | None
-    num_dev: int | None
     notes: tuple[str, ...]
     selection_loss: float | None
     evaluations: dict[str, Evaluation] = field(repr=False)
@@ -250,8 +247,6 @@ def _parsed(record: dict[str, Any], where: str) -> Record:
         **{name: spec[name] for name in ("num_examples", "seed", "learning_rate", "beta")},
         max_test=spec.get("max_test"),
         settings=dict(spec.get("settings") or {}),
-        num_train=data.get("num_train"),
-        num_dev=data.get("num_dev"),
         notes=tuple(data.get("notes") or ()),
         selection_loss=training.get("selection_loss"),
         evaluations={name: _evaluation(name, e) for name, e in record["evaluations"].items()},

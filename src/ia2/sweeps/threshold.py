@@ -23,7 +23,6 @@ class Threshold:
         low, high: of the 95% t-intervals; NaN where a size has one draw.
         sizes: the grid, ascending.
         differences: mean of each size.
-        margin: a difference above it counts as better.
         seeds: number of seeds at each size.
     """
 
@@ -32,7 +31,6 @@ class Threshold:
     high: float
     sizes: tuple[int, ...]
     differences: tuple[float, ...]
-    margin: float
     seeds: tuple[int, ...]
 
     def words(self) -> str:
@@ -61,7 +59,7 @@ def crossing(sizes: Sequence[int], differences: np.ndarray, margin: float = 0.0)
     Args:
         sizes: ascending, ``[K]``.
         differences: ``[..., K]``.
-        margin: see :class:`Threshold`.
+        margin: a difference above it counts as better.
 
     Returns:
         ``[...]``; ``-inf`` where no size is better, ``inf`` where the largest is.
@@ -129,6 +127,5 @@ def effectiveness_threshold(
         high,
         tuple(sizes),
         tuple(curves["value"].tolist()),
-        margin,
         tuple(d.interval.units for d in found.values()),
     )
