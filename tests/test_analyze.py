@@ -461,9 +461,9 @@ def test_other_models_are_refused(runs: dict[str, Path], tmp_path: Path) -> None
     write_json(other / "ia2_run.json", facts)
     with pytest.raises(ConfigError, match=r"model is 'owner/other', .*; these differ: weights\."):
         find_study([runs["sft"], other])
-    del facts["data"]["model"]  # of an older version: names are all there is
+    del facts["data"]["model"]
     write_json(other / "ia2_run.json", facts)
-    with pytest.raises(ConfigError, match="model is 'owner/other'"):
+    with pytest.raises(RunFolderError, match=f"{other}.*'model'"):
         find_study([runs["sft"], other])
 
 

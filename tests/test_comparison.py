@@ -244,7 +244,9 @@ def test_an_unknown_label_in_the_test_rows(base: BaseModel, tmp_path: Path) -> N
 def outcome(places: list[int], asim: list[float] | None = None) -> Outcome:
     column = np.array(places, dtype=float)
     rows = {"labels": RowMeasures(column, column + 0.1, column + 0.2, column + 0.3)}
-    return Outcome(places, Measured(rows, rows, {"labels": float(places[0])}), asim, None, {"sft": 1.0}, 1e-3)
+    return Outcome(
+        places, Measured(rows, rows, {"labels": float(places[0])}), asim, None, {"sft": 1.0}, 1e-3, None, 12.0
+    )
 
 
 def test_folds_are_put_together_in_the_order_of_the_data() -> None:

@@ -292,7 +292,7 @@ def load_base_of(model: str | BaseModel, config: AdaptConfig) -> BaseModel:
 def load_base_of_run(
     folder: Path,
     config: TrainConfig | CompareConfig,
-    identity: Mapping[str, Any] | None,
+    identity: Mapping[str, Any],
     base: str | BaseModel | None = None,
 ) -> BaseModel:
     """The base model that a run was made with, in the type that it had then.
@@ -300,13 +300,13 @@ def load_base_of_run(
     Args:
         folder: the run's, for messages.
         config: its settings.
-        identity: what its base model is; None of a run of an older version, which cannot be checked.
+        identity: what its base model is.
         base: where it lies now, or the loaded model; by default where it lay.
 
     Raises:
         ModelError: it is not there any more, or what is there is another model; says what differs.
     """
-    if identity is not None and "dtype" in identity:
+    if "dtype" in identity:
         # `auto` may be another type here than where the run was made
         held = {name: identity.get(name) for name in ("dtype", "quantization")}
         config = config.model_copy(update=held)
@@ -318,14 +318,6 @@ def load_base_of_run(
         if base is not None:
             raise
         raise ModelError(f"{folder}: its base model: {error} Say with --model where it lies now.") from error
-    if identity is None:
-        logger.warning(
-            "%s: made by an older ia2, which did not note what its base model is. It cannot be checked that "
-            "%s is the same.",
-            folder,
-            loaded.source,
-        )
-        return loaded
     if differing := loaded.differs_from(identity):
         known = "" if loaded.source == config.model else f", {config.model}"
         raise ModelError(
@@ -445,7 +437,7 @@ def load_adapter(
     if device is not None:
         config = config.model_copy(update={"device": device})
     state = read_adapter_state(folder, REMADE)
-    loaded = load_base_of_run(folder, config, facts["data"].get("model"), base)
+    loaded = load_base_of_run(folder, config, facts["data"]["model"], base)
     rows = int(loaded.model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, index, arg-type]
     if any(token >= rows for ids in task.label_ids for token in ids):
         raise RunFolderError(

@@ -134,7 +134,7 @@ class BestWeights(TrainerCallback):
         known = read_json(folder / "complete.json")
         self.loss = float("nan") if known["loss"] is None else known["loss"]
         self.step, self.waited = known["step"], known["waited"]
-        self.seconds_before = known.get("seconds", 0.0)
+        self.seconds_before = known["seconds"]
         if (folder / "best.safetensors").is_file():
             self.state_dict = load_file(folder / "best.safetensors")
 

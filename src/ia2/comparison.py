@@ -47,7 +47,7 @@ class Outcome:
         seconds: by stage; ``evaluate`` too.
         learning_rate: chosen; None for recipes without training.
         beta: chosen; None for recipes without a joint stage.
-        tokens_per_query: mean length of the prompts; None in files of older versions.
+        tokens_per_query: mean length of the prompts.
         diverged: rates (and β) that did, in words.
     """
 
@@ -57,8 +57,8 @@ class Outcome:
     similarity: dict[str, Any] | None
     seconds: dict[str, float]
     learning_rate: float | None
-    beta: float | None = None
-    tokens_per_query: float | None = None
+    beta: float | None
+    tokens_per_query: float
     diverged: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -454,12 +454,10 @@ def _mean_seconds(outcomes: Sequence[Outcome]) -> dict[str, float]:
     return {n: float(np.mean([o.seconds[n] for o in outcomes if n in o.seconds])) for n in names}
 
 
-def _mean_tokens(outcomes: Sequence[Outcome]) -> float | None:
+def _mean_tokens(outcomes: Sequence[Outcome]) -> float:
     """Over all test rows; folds differ in how many they have."""
-    counted = [(o.tokens_per_query, len(o.places)) for o in outcomes if o.tokens_per_query is not None]
-    if len(counted) < len(outcomes):
-        return None
-    return sum(tokens * rows for tokens, rows in counted) / sum(rows for _, rows in counted)
+    rows = [len(outcome.places) for outcome in outcomes]
+    return float(np.average([outcome.tokens_per_query for outcome in outcomes], weights=rows))
 
 
 def _context_of(config: CompareConfig) -> str:

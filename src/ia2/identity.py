@@ -95,10 +95,8 @@ def memory_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     }
 
 
-def differences(known: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> list[str]:
+def differences(known: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two identities, in words; empty if they are of the same model."""
-    if known is None or now is None:
-        return [] if known is now else ["identity (an older ia2 noted none)"]
     parts = [name for name in sorted({*known, *now}) if known.get(name) != now.get(name)]
     plain = {"dtype", "quantization"}
     return [

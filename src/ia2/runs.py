@@ -198,8 +198,9 @@ def _differences(known: dict[str, Any], facts: dict[str, Any]) -> list[str]:
     for part, left_out in (("config", _BY_CONTENT), ("data", {"model"})):
         before, now = known.get(part, {}), facts[part]
         if part == "data":
-            models = before.get("model"), now.get("model")
-            differing += [f"the model's {words}" for words in differences(*models)]
+            # the sizes of a curve name their models themselves
+            models = differences(before.get("model", {}), now.get("model", {}))
+            differing += [f"the model's {words}" for words in models]
         names = sorted({*before, *now} - left_out)
         label = "" if part == "config" else "data of "
         differing += [label + n for n in names if digest(before.get(n)) != digest(now.get(n))]
@@ -315,8 +316,8 @@ def _run_of(
     labels, label_ids, names = (tuple(facts["task"][name]) for name in ("labels", "label_ids", "names"))
     if not len({*labels}) == len(label_ids) == len(names) or any(i < 0 for ids in label_ids for i in ids):
         raise ValueError("labels, their names and tokens do not fit each other")
-    if not isinstance(facts["data"], dict):
-        raise TypeError("data is no mapping")
+    if not isinstance(facts["data"]["model"], dict):
+        raise TypeError("data.model is no mapping")
     named = {name: value for name, value in code.items() if value is not None}
     config = settings_of(TrainConfig, folder, facts, **named, context_function=None, output_dir=str(folder))
     given = {**facts["task"], **named}
@@ -334,8 +335,8 @@ def _run_of(
         stop_texts=tuple(given["stop_texts"]),
         parser=given["parser"],
         separator=given["separator"],
-        stop_tokens=given.get("stop_tokens", 0),
-        advice=tuple((what, evidence, way_out) for what, evidence, way_out in given.get("advice", ())),
+        stop_tokens=given["stop_tokens"],
+        advice=tuple((what, evidence, way_out) for what, evidence, way_out in given["advice"]),
         index={label: i for i, label in enumerate(labels)},
     )
     return config, task, facts

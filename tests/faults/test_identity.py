@@ -246,19 +246,14 @@ def test_a_model_made_in_memory(tmp_path: Path) -> None:
     )
 
 
-def test_runs_of_older_versions(project: Path, predict: Ia2, caplog: pytest.LogCaptureFixture) -> None:
-    """They are used, with a warning that nothing could be checked."""
-    right = predict().out
+def test_a_run_that_does_not_say_what_its_base_is(project: Path, predict: Ia2) -> None:
     file = project / "out" / "ia2_run.json"
     facts = json.loads(file.read_text())
-    del facts["data"]["model"], facts["places"]
+    del facts["data"]["model"]
     file.write_text(json.dumps(facts))
-    (project / "out" / manifest.MANIFEST).unlink()
-    found = predict()
-    assert (found.status, found.out) == (0, right)
-    (line,) = [line for line in found.err.splitlines() if "older ia2" in line]
-    assert str(project / "model") in line
-    assert "cannot be checked" in line
+    manifest.record(project / "out", {"ia2_run.json": manifest.sha256(file)})
+    line = predict().refusal()
+    assert line.startswith(f"{project / 'out'}: ") and "'model'" in line
 
 
 def test_a_branch_of_the_hub_that_has_moved(

@@ -79,7 +79,7 @@ class Study:
 
     Attributes:
         model: as the runs name it.
-        identity: what it is; None of runs of older versions.
+        identity: what it is.
         config: settings of the first run: model, data, task.
         examples: all labelled rows that the first run was given; they settle the task.
         trials: by seed and fold.
@@ -87,7 +87,7 @@ class Study:
     """
 
     model: str
-    identity: dict[str, Any] | None
+    identity: dict[str, Any]
     config: TrainConfig | CompareConfig
     examples: Examples
     trials: tuple[Trial, ...]
@@ -130,7 +130,7 @@ def find_study(
 
     runs = [run for folder in folders for run in find_runs(folder)]
     found = [_trials_of(run, part, code or {}) for run, part in runs]
-    identities = [read_run_file(run)["data"].get("model") for run, _ in runs]
+    identities = [_identity(run) for run, _ in runs]
     config, examples, _ = found[0]
     for (folder_config, _, trials), identity in zip(found[1:], identities[1:], strict=True):
         _check_same(config, folder_config, trials[0].place)
@@ -355,14 +355,19 @@ def _check_same(first: TrainConfig | CompareConfig, other: TrainConfig | Compare
             )
 
 
-_Model = tuple[str, dict[str, Any] | None]
+def _identity(run: Path) -> dict[str, Any]:
+    facts = read_run_file(run)
+    with understood(run):
+        return dict(facts["data"]["model"])
+
+
+_Model = tuple[str, dict[str, Any]]
 
 
 def _check_same_model(first: _Model, other: _Model, place: Path) -> None:
-    """By content, unless an older version noted none."""
-    differing = differences(first[1], other[1])
-    if differing if first[1] and other[1] else first[0] != other[0]:
+    """By content: the same model may lie elsewhere."""
+    if differing := differences(first[1], other[1]):
         raise ConfigError(
-            f"{place}: model is {other[0]!r}, that of the first run is {first[0]!r}"
-            f"{'; these differ: ' + ', '.join(differing) if differing else ''}. Analyse them one by one."
+            f"{place}: model is {other[0]!r}, that of the first run is {first[0]!r}; these differ: "
+            f"{', '.join(differing)}. Analyse them one by one."
         )
