@@ -45,6 +45,12 @@ class Ran:
         return lines[0].removeprefix("ia2: error: ")
 
 
+def names(line: str, *parts: str) -> None:
+    """Assert that a message names files, rows, keys and values; how it puts them is free."""
+    missing = [part for part in parts if part not in line]
+    assert not missing, f"{missing} not in {line!r}"
+
+
 def listed(arguments: Iterable[str | Path]) -> list[str]:
     """Arguments as texts. ``train`` is the method, unless a test says otherwise: a probe takes time."""
     texts = [str(argument) for argument in arguments]

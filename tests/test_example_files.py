@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import names
 from example_rows import REVIEWS, jsonl, said
 
 from ia2.errors import ConfigError, DataError
@@ -71,7 +72,7 @@ def test_a_json_array(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.json: invalid JSON at line 2, column 15"):
         Examples.from_file(path)
     path.write_text('[{"prompt": "a", "completion": "b"},\n["x"], {"prompt": "c"}]')
-    with pytest.raises(DataError, match=r"2 bad rows: a\.json:2: not an .*; a\.json:3: no column"):
+    with pytest.raises(DataError, match=r"2 bad rows: a\.json:2: .*; a\.json:3: .*'completion'"):
         Examples.from_file(path)
 
 
@@ -124,7 +125,7 @@ def test_csv_headers(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is empty"):
         Examples.from_file(path, format=REVIEWS)
     path.write_text("text,text,label\na,b,0\n")
-    with pytest.raises(DataError, match=r"a\.csv:1: the header: column 'text' is there twice"):
+    with pytest.raises(DataError, match=r"a\.csv:1: .*'text'"):
         Examples.from_file(path, format=REVIEWS)
     path.write_text("text;label\na;0\n")
     with pytest.raises(DataError, match="there are 'text;label'"):
@@ -157,16 +158,16 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "a.xlsx").touch()
     (tmp_path / "folder.csv").mkdir()
     for load in (Examples.from_file, Examples.load):
-        with pytest.raises(DataError, match=r"review\.jsonl: no such file\. Did you mean 'revi"):
+        with pytest.raises(DataError, match=r"review\.jsonl: .*Did you mean 'reviews"):
             load(str(tmp_path / "review.jsonl"))
-        with pytest.raises(DataError, match=r"there is no folder .*nowhere either"):
+        with pytest.raises(DataError, match=r"a\.csv: .*nowhere"):
             load(str(tmp_path / "nowhere" / "a.csv"))
-        with pytest.raises(DataError, match=r"files of type '\.xlsx', only \.jsonl, .*\.parquet"):
+        with pytest.raises(DataError, match=r"'\.xlsx'.*\.jsonl, .*\.parquet"):
             load(tmp_path / "a.xlsx")
     for load in (Examples.from_file, Examples.load, Examples.from_hub):
         with pytest.raises(DataError, match=r"cannot be opened .*too long"):
             load("x" * 5000 + ".csv")
-    with pytest.raises(DataError, match="is a folder, not a file"):
+    with pytest.raises(DataError, match=r"folder\.csv"):
         Examples.from_file(tmp_path / "folder.csv")
 
 
@@ -188,8 +189,8 @@ def test_a_folder_in_hub_layout(offline: Path) -> None:
     assert len(Examples.load(folder, split="train", format=REVIEWS, labelled=False)) == 2
     with pytest.raises(DataError) as info:
         Examples.load("reviews", split="tset", format=REVIEWS)
-    assert said(info) == "reviews: no split 'tset'; there are 'train', 'test'. Did you mean 'test'?"
-    with pytest.raises(DataError, match=r"reviews\[train\]: the prompt template '\{txt\}' names"):
+    names(said(info), "reviews: ", "'tset'", "'train', 'test'", "Did you mean 'test'?")
+    with pytest.raises(DataError, match=r"reviews\[train\]: .*'\{txt\}'"):
         Examples.load("reviews", format=RowFormat("{txt}", "{label}"))
     bad = RowFormat("{text}", " {label}", {"0": "x"})
     with pytest.raises(DataError, match=r"1 bad row: reviews/train\.jsonl:2: column 'label'"):
@@ -215,28 +216,28 @@ def test_class_labels_stay_integers(offline: Path) -> None:
 
 def test_which_split(offline: Path) -> None:
     row = {"prompt": "a", "completion": "b"}
-    for folder, names in (("one", ["test"]), ("two", ["validation", "test"])):
+    for folder, splits in (("one", ["test"]), ("two", ["validation", "test"])):
         (offline / folder).mkdir()
-        for name in names:
+        for name in splits:
             jsonl(offline / folder / f"{name}.jsonl", row)
     assert Examples.load("one")[0].source == "one/test.jsonl:1"
-    with pytest.raises(DataError, match="two: say which split to read; there are 'validation', "):
+    with pytest.raises(DataError, match=r"two: .*'validation', 'test'"):
         Examples.load("two")
 
 
 def test_folders_without_usable_files(offline: Path) -> None:
     (offline / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty: no file in this folder can be read, only \.jsonl, "):
+    with pytest.raises(DataError, match=r"empty: .*\.jsonl, "):
         Examples.load("empty")
     (offline / "broken").mkdir()
     (offline / "broken" / "train.jsonl").write_text('{"prompt": \n')
-    with pytest.raises(DataError, match=r"1 bad row: broken/train\.jsonl:1: invalid JSON at col") as info:
+    with pytest.raises(DataError, match=r"1 bad row: broken/train\.jsonl:1: ") as info:
         Examples.load("broken")
     assert said(info).startswith("broken[train]: ")
 
 
 def test_the_hub_cannot_be_reached(offline: Path) -> None:
-    with pytest.raises(DataError, match=r"owner/name: the hub cannot be reached .*HF_HUB_OFFLINE"):
+    with pytest.raises(DataError, match=r"owner/name: .*HF_HUB_OFFLINE"):
         Examples.load("owner/name")
     (offline / "data").mkdir()
     jsonl(offline / "data" / "reviews.jsonl", {})

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from benches import word_examples
+from command_line import names
 from families import llama
 from test_context import naive_orders, rows
 from test_rendering import chatty
@@ -71,11 +72,9 @@ def test_by_default_as_ever(word_tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_a_bare_prompt_that_is_too_long(word_tokenizer: PreTrainedTokenizerFast) -> None:
     examples = [*rows(2), *rows(1, length=60, offset=60)]
-    with pytest.raises(
-        DataError, match=r"row 60: the prompt has \d+ tokens; the context window holds 50, of"
-    ):
+    with pytest.raises(DataError, match=r"^.*row 60: .* 50"):
         made(word_tokenizer, examples, window=50).query_prompts(examples)
-    with pytest.raises(DataError, match="row 60: the prompt has"):
+    with pytest.raises(DataError, match="row 60: "):
         query_prompts(Rendering(word_tokenizer), examples, 50, 5)
 
 
@@ -154,21 +153,21 @@ def test_search(word_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptu
 
 
 def test_settings_that_contradict_each_other(word_tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ConfigError, match="demo_order nearest gives one order, context_draws is 2"):
+    with pytest.raises(ConfigError, match=r"demo_order nearest.* context_draws is 2"):
         made(word_tokenizer, rows(3), demo_order="nearest", context_draws=2)
-    with pytest.raises(ConfigError, match="context_draws is 9, but the search tries 8 orders"):
+    with pytest.raises(ConfigError, match=r"context_draws is 9.* 8"):
         made(word_tokenizer, rows(3), demo_order="search", context_draws=9)
-    with pytest.raises(ConfigError, match="a context function and context_text are given"):
+    with pytest.raises(ConfigError, match=r"context function.* context_text"):
         made(word_tokenizer, rows(3), function=lambda e, o: "x", context_text="y")
-    with pytest.raises(ConfigError, match="do nothing beside a context function"):
+    with pytest.raises(ConfigError, match=r"demo_order.* context function"):
         made(word_tokenizer, rows(3), function=lambda e, o: "x", demo_order="balanced")
-    with pytest.raises(ConfigError, match="icl_demonstrations does nothing beside a context function"):
+    with pytest.raises(ConfigError, match=r"icl_demonstrations.* context function"):
         made(word_tokenizer, rows(3), function=lambda e, o: "x", icl_demonstrations="fresh")
-    with pytest.raises(ConfigError, match="icl_demonstrations do nothing beside context_text"):
+    with pytest.raises(ConfigError, match=r"icl_demonstrations.* context_text"):
         validate(AdaptConfig, {"context_text": "x", "icl_demonstrations": "fresh"})
-    with pytest.raises(ConfigError, match="max_demonstrations does nothing beside another context"):
+    with pytest.raises(ConfigError, match="max_demonstrations"):
         made(word_tokenizer, rows(3), context_text="x", max_demonstrations=2)
-    with pytest.raises(ConfigError, match="has no chat template"):
+    with pytest.raises(ConfigError, match="chat"):
         made(word_tokenizer, rows(3), chat="turns")
 
 
@@ -188,7 +187,7 @@ def test_fresh_demonstrations_for_every_query(word_tokenizer: PreTrainedTokenize
     assert [tuple(other.chosen(i)) for i in range(8)] != shown
     few = made(word_tokenizer, train, icl_demonstrations="fresh", max_demonstrations=2)
     assert len(few.fresh_contexts(queries, unused).chosen(0)) == 2
-    with pytest.raises(DataError, match=r"fresh draws 3 demonstrations .* there are 2\. .* set num_examples"):
+    with pytest.raises(DataError, match=r"fresh .*3 .*2\. .*num_examples"):
         prompts.fresh_contexts(queries, unused[:2])
 
 
@@ -339,12 +338,10 @@ def test_a_missing_column(word_tokenizer: PreTrainedTokenizerFast) -> None:
     prompts = made(word_tokenizer, [row(0, "fine"), row(1, "fine")], context_column="hints")
     with pytest.raises(DataError) as caught:
         prompts.train_contexts  # noqa: B018
-    reason = "no column 'hints' for the context; there are 'text', 'hint'. Did you mean 'hint'?"
-    assert str(caught.value) == (
-        f"the context: 2 bad rows: reviews.jsonl:1: {reason}; reviews.jsonl:2: {reason}"
-    )
+    line = str(caught.value)
+    names(line, "2 bad rows: reviews.jsonl:1: ", "reviews.jsonl:2: ", "'hints'", "Did you mean 'hint'?")
     bare = made(word_tokenizer, rows(2), context_column="hint")
-    with pytest.raises(DataError, match="2 bad rows: row 0: no column 'hint' for the context; the row has"):
+    with pytest.raises(DataError, match=r"2 bad rows: row 0: .*'hint'"):
         bare.train_contexts  # noqa: B018
 
 
@@ -375,15 +372,13 @@ def test_function_that_fails(word_tokenizer: PreTrainedTokenizerFast) -> None:
     def broken(example: Example, others: Any) -> Any:
         raise KeyError("lost")
 
-    with pytest.raises(
-        DataError, match=r"row 0: .* fails with KeyError: 'lost' \(test_prompts\.py, line \d+\)"
-    ):
+    with pytest.raises(DataError, match=r"row 0: .*KeyError: 'lost' \(test_prompts\.py, line \d+\)"):
         made(word_tokenizer, rows(2), function=broken).train_contexts  # noqa: B018
     unlabelled = made(word_tokenizer, rows(2), function=lambda e, o: [Example("a", None, "elsewhere")])
-    with pytest.raises(DataError, match=r"demonstration 1 \(elsewhere\) has no answer"):
+    with pytest.raises(DataError, match=r"demonstration 1 \(elsewhere\)"):
         unlabelled.train_contexts  # noqa: B018
     nothing = made(word_tokenizer, rows(2), function=lambda e, o: None)
-    with pytest.raises(DataError, match="row 0: the context from <lambda> is null"):
+    with pytest.raises(DataError, match=r"row 0: .*<lambda>"):
         nothing.train_contexts  # noqa: B018
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import run, write_rows
+from command_line import names, run, write_rows
 from example_rows import jsonl, said
 
 from ia2.errors import DataError, UserError
@@ -107,12 +107,9 @@ def test_layouts(tmp_path: Path) -> None:
     assert texts(many, split="train[1:3]") == "bc"
     assert texts(many, split="train[-1:]+extra") == "dx"
     assert texts(many, split="train[:50%]") == "ab"
-    line = refusal(many, split="test")
-    assert line == f"{many}: no split 'test'; there are 'train', 'extra'"
-    assert "no split 'tran'; there are 'train', 'extra'. Did you mean 'train'?" in refusal(
-        many, split="tran[:2]"
-    )
-    assert "no split 'train[a:b]'" in refusal(many, split="train[a:b]")
+    names(refusal(many, split="test"), f"{many}: ", "'test'", "'train', 'extra'")
+    names(refusal(many, split="tran[:2]"), "'tran'", "Did you mean 'train'?")
+    names(refusal(many, split="train[a:b]"), "'train[a:b]'")
     words = parts(tmp_path / "words", my_training="a", dev="b", evaluation="c", latest="d")
     assert [texts(words, split=s) for s in ("train", "validation", "test")] == ["a", "b", "c"]
     folders = parts(tmp_path / "folders", test__a="c", train__b="b", train__a="a")
@@ -126,7 +123,7 @@ def test_a_split_in_files_of_several_types_is_not_read_twice(tmp_path: Path) -> 
     folder = parts(tmp_path / "both", train="ab", test="c")
     write(folder / "train.csv")
     line = refusal(folder)
-    assert "the split 'train' has files of several types (.csv, .jsonl)" in line
+    names(line, "'train'", ".csv, .jsonl")
     suggested = line.split("such as ")[1]
     assert len(Examples.load(suggested, format=FORMAT)) == 3
     assert texts(folder, split="test") == "c"
@@ -139,10 +136,10 @@ def test_a_folder_with_glob_characters_in_its_name(tmp_path: Path) -> None:
 def test_configurations(tmp_path: Path) -> None:
     folder = parts(tmp_path / "tongues", de__train="a", en__train="b", en__test="c")
     line = refusal(folder)
-    assert "files of the split 'train' lie in several folders ('de', 'en'): name one, such as " in line
+    names(line, "'train'", "'de', 'en'")
     assert texts(Path(line.rsplit("such as ", 1)[1])) == "b"
     assert texts(folder, config="en", split="test") == "c"
-    assert "no configuration 'fr'; there are 'de', 'en'" in refusal(folder, config="fr")
+    names(refusal(folder, config="fr"), "'fr'", "'de', 'en'")
     (folder / "README.md").write_text(
         "---\nconfigs:\n- config_name: german\n  data_files: de/train.jsonl\n"
         "- config_name: english\n  data_files:\n  - split: train\n    path: en/tr*\n"
@@ -150,17 +147,15 @@ def test_configurations(tmp_path: Path) -> None:
     )
     assert texts(folder, config="german") == "a"
     assert texts(folder, config="english", split="test") == "c"
-    assert "say which configuration to read; there are 'german', 'english'" in refusal(folder)
-    assert "no configuration 'germn'; there are 'german', 'english'. Did you mean 'german'?" in refusal(
-        folder, config="germn"
-    )
+    names(refusal(folder), "'german', 'english'")
+    names(refusal(folder, config="germn"), "'germn'", "Did you mean 'german'?")
     readme = folder / "README.md"
     readme.write_text(
         readme.read_text().replace("  data_files: de", "  default: true\n  data_files: '**/no'\n  x: de")
     )
-    assert "README.md: no file '**/no' of the split 'train' can be read" in refusal(folder)
+    names(refusal(folder), "README.md: ", "'**/no'", "'train'")
     readme.write_text("---\nconfigs: [\n---\n")
-    assert "README.md: its head is not YAML" in refusal(folder)
+    names(refusal(folder), "README.md: ", "YAML")
 
 
 def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
@@ -168,32 +163,31 @@ def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
     jsonl(write(saved / "state.json"), {}).rename(saved / "dataset_info.json")
     jsonl(saved / "state.json", {})
     line = refusal(saved)
-    assert "written by save_to_disk" in line
+    assert "save_to_disk" in line
     assert "dataset_info.json" not in line
     mixed = tmp_path / "mixed"
     (mixed / "a.csv").parent.mkdir()
     (mixed / "a.csv").write_text('text,text\n"')
     write(mixed / "b.jsonl")
     line = refusal(mixed)
-    assert "files of several types (.csv, .jsonl): name one, such as " in line
+    assert ".csv, .jsonl" in line
     assert len(Examples.load(line.rsplit("such as ", 1)[1], format=FORMAT)) == 3
-    assert "could be train or test: rename it" in refusal(parts(tmp_path / "two", test_train="a"))
+    names(refusal(parts(tmp_path / "two", test_train="a")), "test-train.jsonl")
     deep = parts(tmp_path / "deep", one__two__rows="a")
     line = refusal(deep)
     assert texts(Path(line.rsplit("such as ", 1)[1])) == "a"
     packed = tmp_path / "packed"
     packed.mkdir()
     (packed / "train.jsonl.gz").write_bytes(gzip.compress(b"{}"))
-    assert "train.jsonl.gz is compressed: unpack it first, with gunzip" in refusal(packed)
+    names(refusal(packed), "train.jsonl.gz", "gunzip")
     piped = tmp_path / "piped"
     piped.mkdir()
     os.mkfifo(piped / "train.jsonl")
-    assert "train.jsonl is a pipe, not a regular file" in refusal(piped)
+    names(refusal(piped), "train.jsonl", "pipe")
     bad = parts(tmp_path / "bad", train="ab", test="c")
     (bad / "train.jsonl").write_text('{"text": "a", "label": "b"}\n{\n[]\n')
     line = refusal(bad)
-    assert "2 bad rows: bad/train.jsonl:2: invalid JSON" in line
-    assert "; bad/train.jsonl:3: not an object" in line
+    names(line, "2 bad rows", "bad/train.jsonl:2: ", "bad/train.jsonl:3: ")
 
 
 def test_the_whole_disk_is_not_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,10 +199,10 @@ def test_the_whole_disk_is_not_searched(tmp_path: Path, monkeypatch: pytest.Monk
     write(home / "project 1" / "1" / "src" / "deep" / "rows.jsonl")
     (home / "again").symlink_to(home)
     monkeypatch.setenv("HOME", str(home))
-    assert "no file in this folder can be read" in refusal("~")
+    names(refusal("~"), "~: ", ".jsonl")
     for i in range(10_001):
         (home / f"{i}.txt").touch()
-    assert "more than 10,000 files and folders" in refusal("~")
+    names(refusal("~"), "~: ", "10,000")
 
 
 # Text, and what is none
@@ -225,22 +219,21 @@ def test_tsv_has_no_quotation(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert Examples.load(path, format=FORMAT)[1].query == '"b ""c"""'
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert "a.tsv: cells in quotation marks (a.tsv:3 is the first of 2)" in record.getMessage()
+    names(record.getMessage(), "a.tsv: ", "a.tsv:3", "2")
 
 
 def test_quotation_marks_of_csv_that_swallow_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "a.csv"
     path.write_text('text,label\na,x\n"b,x\nc,x\nd,x\n')
-    assert "1 bad row: a.csv:3: a quote is never closed, lines 3 to 5 with it" in refusal(path)
+    names(refusal(path), "1 bad row: a.csv:3: ", "lines 3 to 5")
     path.write_text('text,label\na,x\n"b,x\nc,x\n"d",x\ne,x,x\n')
     line = refusal(path)
-    assert "2 bad rows: a.csv:3: invalid CSV (',' expected after '\"', lines 3 to 5 with it)" in line
-    assert "a.csv:6: 3 values for the 2 columns" in line
+    names(line, "2 bad rows: a.csv:3: ", "lines 3 to 5", "a.csv:6: ")
     assert not caplog.records
     path.write_text('text,label\na,x\n"b,x\nc,x\nd",x\n"two\nlines",x\n')
     assert len(Examples.load(path, format=FORMAT)) == 3
     (record,) = caplog.records
-    assert "a quoted cell goes on over lines of which each could be a row (at a.csv:3)" in record.getMessage()
+    assert "a.csv:3" in record.getMessage()
 
 
 def test_quotation_marks_of_csv_behind_a_blank(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -249,7 +242,7 @@ def test_quotation_marks_of_csv_behind_a_blank(tmp_path: Path, caplog: pytest.Lo
     path.write_text('text,label\n"a", "x"\n"b", x\n"say ""c""",y\n')
     assert [e.answer for e in Examples.load(path, format=FORMAT)] == ['  "x"', "  x", " y"]
     (record,) = caplog.records
-    assert "a.csv: cells in quotation marks behind a blank (at a.csv:2)" in record.getMessage()
+    assert "a.csv:2" in record.getMessage()
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -321,9 +314,9 @@ def test_encodings(tmp_path: Path, ending: str) -> None:
     if first == 2:
         assert f"b{ending}:4: a NUL byte" in line or "line contains NUL" in line
     path.write_bytes(gzip.compress(text.encode()))
-    assert "it is compressed with gzip: unpack it first" in refusal(path)
+    assert "gzip" in refusal(path)
     path.write_bytes(b"PK\x03\x04" + b"sheet")
-    assert "it is a zip file or a spreadsheet" in refusal(path)
+    assert "spreadsheet" in refusal(path)
 
 
 @pytest.mark.parametrize("ending", [".csv", ".tsv"])
@@ -338,23 +331,21 @@ def test_headers(tmp_path: Path, ending: str) -> None:
 
     # the row numbers of a data frame
     assert len(Examples.load(header("", "text", "label"), format=FORMAT)) == 1
-    assert "a" + ending + ":1: the header: 2 columns have no name (3, 4): name or remove them" in refusal(
-        header("text", "label", "", "")
-    )
-    assert "the header: column 'text' is there twice" in refusal(header("text", "label", "text"))
-    assert "is empty: there is not a single row in it" in refusal(header("text", "label", rows=0))
+    names(refusal(header("text", "label", "", "")), f"a{ending}:1: ", "(3, 4)")
+    names(refusal(header("text", "label", "text")), f"a{ending}:1: ", "'text'")
+    names(refusal(header("text", "label", rows=0)), f"a{ending}", "empty")
     path.write_text("")
-    assert "is empty" in refusal(path)
+    names(refusal(path), f"a{ending}", "empty")
     path.write_text(header("text", "label", rows=3).read_text() + "x\n")
-    assert f"1 bad row: a{ending}:5: 1 value for the 2 columns" in refusal(path)
+    names(refusal(path), f"1 bad row: a{ending}:5: ")
 
 
 def test_files_of_another_type(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "a"}'))
-    assert "is compressed: unpack it first, with gunzip" in refusal(path)
+    names(refusal(path), "a.jsonl.gz", "gunzip")
     path = path.rename(tmp_path / "a.xlsx")
-    assert "cannot read files of type '.xlsx', only .jsonl" in refusal(path)
+    names(refusal(path), "'.xlsx'", ".jsonl")
 
 
 # Parquet
@@ -370,7 +361,7 @@ def test_parquet_values_that_python_lacks(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(table, path)
     assert Examples.load(path, format=FORMAT).answers == [" x", " y", " x"]
     line = refusal(path, RowFormat("{text} {when}", "{label}"))
-    assert "1 bad row: a.parquet:2: column 'when' cannot be read (" in line
+    names(line, "1 bad row: a.parquet:2: ", "'when'")
 
 
 def test_parquet_that_is_damaged(tmp_path: Path) -> None:
@@ -453,7 +444,7 @@ def test_a_context_file_that_is_a_pipe(tmp_path: Path) -> None:
     from ia2.prompts import given_text
 
     os.mkfifo(tmp_path / "context.txt")
-    with pytest.raises(DataError, match=r"context_file: .* is a pipe, not a regular file"):
+    with pytest.raises(DataError, match=r"context_file: .*context\.txt.* pipe"):
         given_text(AdaptConfig(context_file=str(tmp_path / "context.txt")))
 
 
@@ -508,10 +499,10 @@ def test_a_split_of_a_benchmark_that_is_there_twice(tmp_path: Path) -> None:
     write(tmp_path / "own" / "test.jsonl", rows)
     assert len(load_benchmark(entry).load().test) == 4
     write(tmp_path / "own" / "test.csv", rows)
-    with pytest.raises(DataError, match=r"split test is there twice, as .*test\.jsonl and .*test\.csv"):
+    with pytest.raises(DataError, match=r"split test .*test\.jsonl .*test\.csv"):
         load_benchmark(entry).load()
     (tmp_path / "own" / "test.csv").unlink()
     (tmp_path / "own" / "test.jsonl").unlink()
     os.mkfifo(tmp_path / "own" / "test.jsonl")
-    with pytest.raises(DataError, match="is a pipe, not a regular file"):
+    with pytest.raises(DataError, match=r"test\.jsonl.* pipe"):
         load_benchmark(entry).load()
