@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from command_line import names
 from sweep_records import evaluation, record, rows, small_grid, write_sweep
 from sweep_reports import QWEN, RECIPES, few, grid_of, report_of
 
@@ -199,7 +200,7 @@ def test_data_notes_and_settings_are_said(tmp_path: Path) -> None:
     [table] = paper_table(report_of(tmp_path, given), 1)
     text = markdown(table)
     assert "Data: SST2 cut to 20,000 rows; x." in text
-    assert "Settings of all trained recipes: adapter.rank = 4." in text
+    assert "adapter.rank = 4." in text
 
 
 def test_settings_that_are_not_the_same_everywhere_are_said(tmp_path: Path) -> None:
@@ -238,7 +239,7 @@ def test_free_text_has_accuracy_alone_beside_the_base_model(tmp_path: Path) -> N
     assert header[2:7] == ["w/o ICL acc", "ICL acc", "SFT only acc", "IA2 only acc", "IA2 → SFT acc"]
     assert ours[2] == "40.0"
     assert theirs[2:7] == ["*56.4 (0.0)*", "*76.4 (1.1)*", "*70.9 (2.8)*", "*77.4 (2.8)*", "*73.6 (3.7)*"]
-    with pytest.raises(ConfigError, match="table 1 needs cells of sft, ia2, ia2-sft on label tasks"):
+    with pytest.raises(ConfigError, match=r"table 1 .*sft, ia2, ia2-sft"):
         paper_table(report_of(tmp_path, given), 1)
 
 
@@ -281,10 +282,7 @@ def test_icl_responses_and_adapters_have_tables_of_their_own(tmp_path: Path) -> 
     assert "0.001, β 0.5 (ia2+sft)" in text
     with pytest.raises(ConfigError) as error:
         paper_table(report, 6)
-    assert str(error.value) == (
-        "table 6 needs cells of sft, ia2, ia2-sft on label tasks, adapter ia3; these are not there. "
-        "The cells fill 1, 5, 8, 9, 12, 13."
-    )
+    names(str(error.value), "table 6 ", "sft, ia2, ia2-sft", "adapter ia3", "1, 5, 8, 9, 12, 13")
     ia3 = few(settings={"adapter.type": "ia3"})
     assert available(report_of(tmp_path / "ia3", ia3)) == [6, 8, 17]
     [table] = paper_table(report_of(tmp_path / "ia3", ia3), 6)
@@ -417,9 +415,9 @@ def test_tables_can_be_kept_to_where_icl_works(tmp_path: Path) -> None:
     printed = print_tables(report, None)
     assert "Does ICL work with demo at N = 8? yes: FinS; no: SST2." in printed.lines
     only = report_of(tmp_path / "none", [r for r in given if r["spec"]["benchmark"] == "SST2"])
-    with pytest.raises(ConfigError, match="where ICL works; these are not there"):
+    with pytest.raises(ConfigError, match=r"table 1 .*ICL works"):
         paper_table(only, 1, where_icl_works=True)
-    with pytest.raises(ConfigError, match="table full needs cells where ICL works"):
+    with pytest.raises(ConfigError, match=r"table full .*ICL works"):
         print_tables(only, "full", where_icl_works=True)
 
 
@@ -451,10 +449,7 @@ def test_verdicts(tmp_path: Path) -> None:
 def test_a_verdict_on_no_difference(tmp_path: Path) -> None:
     given = [record(rows(8), recipe=recipe) for recipe in ("sft", "ia2-sft")]
     line = print_tables(report_of(tmp_path, given), None).lines[1]
-    assert (
-        "no more accurate than SFT, +0.0 points among the labels (+0.0 over the vocabulary), and no better "
-        "in NLL, +0.000 (1 benchmark, 1 pair" in line
-    )
+    names(line, "no more accurate", "+0.0", "no better", "+0.000", "1 benchmark, 1 pair")
 
 
 def test_a_verdict_on_few_benchmarks_says_so(tmp_path: Path) -> None:
@@ -467,8 +462,6 @@ def test_a_verdict_on_few_benchmarks_says_so(tmp_path: Path) -> None:
 
 def test_the_overview_of_other_cells(tmp_path: Path) -> None:
     printed = print_tables(report_of(tmp_path, [record(rows(5), recipe="icl")]), None)
-    assert printed.lines[1] == "ia2-sft and sft were not both run: there is no verdict."
+    names(printed.lines[1], "ia2-sft", "sft", "no verdict")
     assert [table.name for table in printed.tables] == ["full"]
-    assert (
-        printed.lines[-1] == "Tables that these cells fill (--table): full, tests, variants, thresholds, icl."
-    )
+    names(printed.lines[-1], "--table", "full, tests, variants, thresholds, icl")
