@@ -36,6 +36,7 @@ def test_time_left_is_that_of_finished_cells_of_the_kind() -> None:
     left = WorkLeft.of(cells, known)
     assert [kind.seconds_left for kind in left.kinds] == [50.0, None]
     assert (left.cells, left.untimed, left.seconds) == (11, 6, 50.0)
+    assert "5 cells, about 25 s with 2 workers; 6 cells" in left.text(workers=2)
     # a benchmark with finished cells has its own pace
     known[agn[0].key] = record(sft=100.0)
     assert WorkLeft.of(cells, known).kinds[0].seconds_left == pytest.approx(2 * 10.0 + 2 * 100.0)

@@ -158,11 +158,13 @@ class WorkLeft:
         )
         if not self.cells:
             return f"{markdown(table)}\nNothing is left to do."
-        with_workers = f" with {counted(workers, 'worker')}"
-        line = f"Left: {counted(self.cells, 'cell')}, about {in_words(self.seconds / workers)}{with_workers}"
+        parts = []
+        if timed := self.cells - self.untimed:
+            spent = in_words(self.seconds / workers)
+            parts.append(f"{counted(timed, 'cell')}, about {spent} with {counted(workers, 'worker')}")
         if self.untimed:
-            line += f", and {counted(self.untimed, 'cell')} whose kind could not be timed"
-        return f"{markdown(table)}\n{line}."
+            parts.append(f"{counted(self.untimed, 'cell')} whose kind could not be timed")
+        return f"{markdown(table)}\nLeft: {'; '.join(parts)}."
 
 
 def _kind(cells: Sequence[Cell], records: Mapping[str, Any], pace: Pace) -> Kind:
