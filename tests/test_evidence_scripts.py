@@ -1,4 +1,4 @@
-"""scripts/screen.py and scripts/peers.py, on tiny models: which rows they read, and what they write."""
+"""screen.py, peers.py and dials.py of scripts/, on tiny models: which rows they read, and what they write."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from words import make_word_tokenizer
 
 from ia2.benchmarks import load_benchmark
 from ia2.files import read_json
-from scripts import peers, screen
+from scripts import dials, peers, screen
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +167,78 @@ def test_a_screen_reads_what_grids_hold_back(
     assert screen.main(command) == 0
     assert screen.main([*command, "--draws", "3"]) == 2
     assert "is a screen with other settings" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------- dials
+
+
+def test_dials_pair_arms_by_rule(
+    tiny_icl_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {arm: dials.ARMS[arm] for arm in ("icl", "sft", "loo-sft")}
+    monkeypatch.setattr(dials, "ARMS", few)
+    monkeypatch.setattr(dials, "TAUGHT_STEPS", 1)
+    monkeypatch.setattr(dials, "TEST_ROWS", 8)
+    monkeypatch.setitem(dials.DIALS, "wrong", [dials.Point(wrong=k) for k in (0, 8)])
+    output = tmp_path / "learner.jsonl"
+    command = ["--model", str(tiny_icl_model_path), "--output", str(output), "--dials", "wrong"]
+    assert dials.main([*command, "--rules", "1"]) == 0
+    before = output.read_text(encoding="utf-8")
+    assert dials.main([*command, "--rules", "2"]) == 0
+    after = output.read_text(encoding="utf-8")
+    assert after.startswith(before)  # what is there is not done again
+    lines = lines_of(output)
+    assert [(line["rule"], line["point"]["wrong"]) for line in lines] == [(0, 0), (0, 8), (1, 0), (1, 8)]
+    for right, wrong in (lines[:2], lines[2:]):
+        assert list(right["arms"]) == list(few)
+        assert right["arms"]["sft"] == wrong["arms"]["sft"]  # it learns from the right labels
+        # the teacher reads the wrong ones: of eight rows two have each label, so that it could be right
+        assert right["arms"]["icl"]["accuracy"] == 1.0
+        assert wrong["arms"]["icl"]["accuracy"] < 0.5
+        assert (right["teacher_right"], wrong["teacher_right"]["loo"] < 0.5) == ({"loo": 1.0}, True)
+    assert dials.main([*command, "--study", "selection"]) == 2  # another study's file
+
+
+def test_wrong_labels_are_nested() -> None:
+    rows = dials.rows_of(dials.sample_task(0, 3), 6, 0, "train")
+    labels = dials.sample_task(0, 3).answers
+    wrong: set[str] = set()
+    for count in range(7):
+        read = dials.misread(rows, labels, count, 0)(rows[0], rows)
+        now = {a.source for a, b in zip(rows, read, strict=True) if a.answer != b.answer}
+        assert len(now) == count
+        assert wrong <= now
+        assert {row.answer for row in read} <= set(labels)
+        wrong = now
+
+
+def test_a_table_of_dials(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    lines = []
+    for rule, (sft, icl, loo, more) in enumerate([(0.5, 0.9, 0.4, 0.8), (0.7, 0.9, 0.8, 0.8)]):
+        arms = {"sft": sft, "icl": icl, "loo-sft": loo, "more-sft": more}
+        values = {arm: {"accuracy": value, "nll": 1 - value} for arm, value in arms.items()}
+        lines.append({"study": "dials", "point": {"wrong": 0}, "rule": rule, "arms": values})
+        lines[-1]["teacher_right"] = {"loo": 0.5}
+    lines.append({**lines[-1], "rule": 2})  # a rule that the other point lacks is left out
+    lines += [{**line, "point": {"wrong": 2}} for line in lines[:2]]
+    (tmp_path / "learner.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    selected = {
+        f"{recipe}/{chosen}": {"accuracy": 0.5 + 0.1 * (chosen == "folds"), "nll": 1.0}
+        for recipe in dials.RECIPES
+        for chosen in ("dev", "folds", "average", "last")
+    }
+    selection = [
+        {"study": "selection", "point": {"n": 8}, "rule": rule, "arms": selected} for rule in range(2)
+    ]
+    (tmp_path / "selection.jsonl").write_text("".join(json.dumps(line) + "\n" for line in selection))
+    assert dials.main(["--table", str(tmp_path)]) == 0
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "## learner: 2 rules a point" in table
+    differences = next(line for line in table.splitlines() if line.startswith("| wrong 2 | +"))
+    # t of one degree of freedom at 97.5%: 12.706
+    assert "| +30.0 [−97.1, +157.1] | +0.0 [−127.1, +127.1] | – | +20.0 [−107.1, +147.1] |" in differences
+    assert "| SFT | 12 | `folds` | 60.0 [60.0, 60.0] | +10.0 [+10.0, +10.0] |" in table
+    assert (tmp_path / "dials.svg").read_text(encoding="utf-8").count("gain over SFT") == 2
+    assert dials.main(["--table", str(files_of_none := tmp_path / "none")]) == 2
+    assert not files_of_none.exists()

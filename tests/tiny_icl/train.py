@@ -100,13 +100,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model() -> LlamaForCausalLM:
-    """A fresh model; its weights come from torch's global generator."""
+def build_model(hidden_size: int = 64) -> LlamaForCausalLM:
+    """A fresh model; its weights come from torch's global generator. 128: about a million of them."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(VOCABULARY),
-            hidden_size=64,
-            intermediate_size=256,
+            hidden_size=hidden_size,
+            intermediate_size=4 * hidden_size,
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=4,
@@ -221,6 +221,7 @@ def main() -> None:
     """Train, report, save."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights")
+    parser.add_argument("--hidden-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=7e-4)
@@ -232,7 +233,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
-    model = build_model()
+    model = build_model(args.hidden_size)
     print(f"{sum(p.numel() for p in model.parameters())} parameters", flush=True)
     train(
         model,

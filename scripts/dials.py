@@ -1,0 +1,463 @@
+"""What causes the gain of alignment: a small model that learns in context, with one thing changed at a time.
+
+    python scripts/dials.py --output results/dials/learner.jsonl
+    python scripts/dials.py --study selection --output results/dials/selection.jsonl
+    python scripts/dials.py --table results/dials
+
+Each point is 40 hidden rules of `tests/tiny_icl` (random maps from classes to labels, which the model reads
+off demonstrations); all arms learn a rule from the same rows. `--study selection` asks what should choose the
+steps, `dev`, `folds`, `average` or `last`, on the same number of labels. A line of a file is one rule at one
+point; lines that are there are not done again. `--table` writes table.md and dials.svg of a folder's files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ia2.config import AdaptConfig
+from ia2.console import configure
+from ia2.errors import DataError, UserError
+from ia2.evaluation.statistics import Interval, bounded, t_interval
+from ia2.examples import Example, Examples, FewShotSplit
+from ia2.files import json_text, write_text
+from ia2.manifest import begin
+from ia2.models import BaseModel, load_base
+from ia2.report.style import FAINT, canvas, legend, recipe_style
+from ia2.runs import machine, versions
+from ia2.task import make_task
+from ia2.workbench import Workbench
+
+TESTS = Path(__file__).resolve().parent.parent / "tests"
+sys.path.insert(0, str(TESTS))
+from tiny_icl.tasks import SURFACE_PER_CLASS, Task, balanced, sample_task  # noqa: E402
+
+RULES = 40
+FIRST_RULE = 10_000  # no test, no other result and not the choice of settings uses these
+TEST_ROWS = 100
+NONE = Examples([], name="none")
+
+# Chosen on five other rules (N = 8, 4 classes) by NLL, each stage for itself: rates 1e-3, 3e-3, 1e-2; 12, 24,
+# 48 steps. Fine-tuning after alignment has the rate that was best for both kinds of alignment, at N = 4 too.
+TAUGHT_STEPS = 48
+ALIGN = {"stage": "align", "learning_rate": 1e-2}
+SOFT = {"stage": "soft", "learning_rate": 3e-3}
+SFT = {"stage": "sft", "epochs": 12, "learning_rate": 1e-2}
+AFTER = {"stage": "sft", "epochs": 12, "learning_rate": 1e-3}
+BATCH = 32  # all labelled rows in one step
+LABELLED = {**ALIGN, "rows": "labelled", "epochs": TAUGHT_STEPS}
+
+# Arm → its name and stages. "own" aligns on the labelled rows behind all of them, themselves included.
+ARMS: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "base": ("base", []),
+    "icl": ("ICL", []),
+    "sft": ("SFT", [SFT]),
+    "loo": ("IA2, leave one out", [LABELLED]),
+    "loo-sft": ("IA2 → SFT, leave one out", [LABELLED, AFTER]),
+    "own": ("IA2, own rows behind all N", [ALIGN]),
+    "own-sft": ("IA2 → SFT, own rows behind all N", [ALIGN, AFTER]),
+    "more": ("IA2, unlabelled rows", [ALIGN]),
+    "more-sft": ("IA2 → SFT, unlabelled rows", [ALIGN, AFTER]),
+    "more-sft-fast": ("the same, SFT at its own rate", [ALIGN, SFT]),
+    "soft": ("soft labels, unlabelled rows", [SOFT]),
+    "soft-sft": ("soft labels → SFT, unlabelled rows", [SOFT, AFTER]),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where the dials stand."""
+
+    n: int = 8  # labelled rows
+    classes: int = 4
+    wrong: int = 0  # of the labelled rows, so many have a wrong label where the teacher reads them
+    surface: int = SURFACE_PER_CLASS  # forms a class that labelled rows have; others have all
+    unlabelled: int = 32  # rows
+
+
+USUAL = Point()
+# Dial → its points, the usual one among them. Few labelled rows cover few forms anyway: hence N = 16 there.
+DIALS = {
+    "wrong": [Point(wrong=k) for k in (0, 2, 4, 8)],
+    "n": [Point(n=n) for n in (4, 8, 16)],
+    "classes": [Point(classes=c) for c in (2, 4)],
+    "surface": [Point(n=16, surface=s) for s in (1, SURFACE_PER_CLASS)],
+    "unlabelled": [Point(unlabelled=m) for m in (8, 32, 128)],
+}
+TITLES = {
+    "usual": "usual point",
+    "wrong": "wrong labels before the teacher",
+    "n": "labelled rows N",
+    "classes": "classes",
+    "surface": "forms of a class in labelled rows",
+    "unlabelled": "unlabelled rows",
+}
+SELECTIONS = (("dev",), ("folds", "average"), ("last",))  # what shares the folds' weights, together
+SIZES = (8, 16, 32)  # N of `dev`, which holds out N/2 beside; the others train on all 3N/2
+RECIPES = {"sft": "SFT", "loo-sft": "IA2 → SFT, leave one out", "more-sft": "IA2 → SFT, unlabelled rows"}
+STEPS = 24  # of each stage at most
+
+
+def rows_of(rule: Task, n: int, seed: int, name: str, surface: int = SURFACE_PER_CLASS) -> Examples:
+    """``n`` rows of a rule, balanced over its answers."""
+    rng = random.Random(f"dials {name} {seed}")
+    order = balanced(len(rule.classes), n, rng)
+    pairs = [(" ".join(rule.query(which, rng, surface=surface)), rule.answers[which]) for which in order]
+    return Examples([Example(q, a, f"{name} {i}") for i, (q, a) in enumerate(pairs)], name=name)
+
+
+def bare(rows: Examples) -> Examples:
+    """Rows without their answers."""
+    return Examples([replace(row, answer=None) for row in rows], name=rows.name)
+
+
+def misread(rows: Examples, labels: Sequence[str], count: int, seed: int) -> Callable[..., list[Example]]:
+    """What the teacher reads: the rows, ``count`` of them with a wrong label (fewer: the first of these)."""
+    rng = random.Random(f"dials wrong {seed}")
+    places = rng.sample(range(len(rows)), len(rows))
+    wrong = {rows[p].source: rng.choice([x for x in labels if x != rows[p].answer]) for p in places}
+    kept = {rows[p].source for p in places[:count]}
+
+    def context(example: Example, others: Sequence[Example]) -> list[Example]:
+        return [replace(o, answer=wrong[o.source]) if o.source in kept else o for o in others]
+
+    return context
+
+
+@contextmanager
+def bench_of(
+    base: BaseModel, split: FewShotSplit, seed: int, function: Any = None, **settings: Any
+) -> Iterator[Workbench]:
+    """A workbench in a scratch folder."""
+    shared = {"unlabelled": "rows", "targets": "memory", "checkpoint_every": 10**6}
+    config = AdaptConfig(seed=seed, **shared, **settings)
+    with tempfile.TemporaryDirectory(prefix="ia2-dials-") as scratch:
+        begin(Path(scratch))
+        labelled = Examples([*split.train, *split.dev], name="labelled")
+        task = make_task(labelled, config, base.tokenizer)
+        bench = Workbench(base, split, task, config, Path(scratch), function=function)
+        try:
+            yield bench
+        finally:
+            bench.close()
+
+
+def measured(bench: Workbench, recipe: str, test: Examples) -> dict[str, float]:
+    """Among the labels; a recipe that is trained was trained just before."""
+    found = bench.evaluate(recipe, test).measured
+    values = {"accuracy": float(found.plain["labels"].correct.mean())}
+    for name, rows in (("nll", found.plain), ("scaled_nll", found.scaled)):
+        if rows:  # after a temperature, where rows chose one
+            values[name] = round(float(rows["labels"].nll.mean()), 5)
+    return values
+
+
+def depends(arm: str, point: Point) -> Point:
+    """A point at which this arm is the same."""
+    if arm in ("base", "sft"):
+        point = replace(point, wrong=USUAL.wrong)
+    return point if arm.startswith(("more", "soft")) else replace(point, unlabelled=USUAL.unlabelled)
+
+
+def run_point(base: BaseModel, point: Point, seed: int, arms: Sequence[str]) -> dict[str, Any]:
+    """Arms of one rule at one point, and how often their teacher is right."""
+    rule = sample_task(FIRST_RULE + seed, point.classes)
+    train = rows_of(rule, point.n, seed, "train", point.surface)
+    test, more = (
+        rows_of(rule, count, seed, name)
+        for name, count in (("test", TEST_ROWS), ("unlabelled", point.unlabelled))
+    )
+    context = misread(train, rule.answers, point.wrong, seed)
+    found: dict[str, Any] = {}
+    right: dict[str, float] = {}
+    own = [arm for arm in arms if arm.startswith("own")]
+    for chosen, rows in (([arm for arm in arms if arm not in own], more), (own, train)):
+        if not chosen:
+            continue
+        # the same number of steps, however many rows there are
+        epochs = TAUGHT_STEPS // -(-len(rows) // BATCH)
+        schedules = {
+            f"arm-{arm}": [{"epochs": epochs, **stage} for stage in ARMS[arm][1]]
+            for arm in chosen
+            if ARMS[arm][1]
+        }
+        split = FewShotSplit(train, NONE, bare(rows), NONE)
+        settings = {"selection": "last", "batch_size": BATCH, "schedules": schedules}
+        with bench_of(base, split, seed, context, **settings) as bench:
+            for arm in chosen:
+                name = f"arm-{arm}" if ARMS[arm][1] else arm
+                if ARMS[arm][1]:
+                    bench.train(name)
+                found[arm] = measured(bench, name, test)
+            learnt = {arm.partition("-")[0] for arm in chosen}
+            if "loo" in learnt:
+                right["loo"] = len(bench.teaching.correct()) / len(train)
+            for name in learnt & {"own", "more"}:
+                said = bench.teaching.part_answers("unlabelled")
+                hits = [f" {a.text.strip()}" == row.answer for a, row in zip(said, rows, strict=True)]
+                right[name] = float(np.mean(hits))
+    return {"arms": {arm: found[arm] for arm in arms}, "teacher_right": right}
+
+
+def run_selection(base: BaseModel, n: int, seed: int) -> dict[str, Any]:
+    """Every recipe with every way to select, on the same 3N/2 labelled rows of a rule."""
+    rule = sample_task(FIRST_RULE + seed, USUAL.classes)
+    dev, test = rows_of(rule, n // 2, seed, "dev"), rows_of(rule, TEST_ROWS, seed, "test")
+    train = rows_of(rule, n, seed, "train")
+    every = Examples([*train, *dev], name="labelled")
+    more = bare(rows_of(rule, USUAL.unlabelled, seed, "unlabelled"))
+    held = len(more) // 5
+    schedules = {
+        "loo-sft": [{"stage": "align", "rows": "labelled"}, {"stage": "sft"}],
+        "more-sft": [{"stage": "align"}, {"stage": "sft"}],
+    }
+    stage = {"epochs": STEPS, "learning_rate": 1e-2, "eval_every": 10**6}
+    found: dict[str, Any] = {}
+    for together in SELECTIONS:
+        rows = (train, dev) if together == ("dev",) else (every, NONE)
+        split = FewShotSplit(*rows, more[held:], more[:held])
+        settings = {"batch_size": 64, "align": stage, "sft": stage, "schedules": schedules}
+        with bench_of(base, split, seed, selection=together[0], **settings) as bench:
+            for selection, recipe in product(together, RECIPES):
+                bench.config = bench.config.model_copy(update={"selection": selection})
+                bench.train(recipe)
+                found[f"{recipe}/{selection}"] = measured(bench, recipe, test)
+    return {"arms": found}
+
+
+def arms_at(point: Point) -> list[str]:
+    """Own rows are aligned on where N is turned, and soft labels where unlabelled rows are too."""
+    where = {"own": ["n"], "soft": ["n", "unlabelled"]}
+    return [
+        arm
+        for arm in ARMS
+        if any(point in DIALS[dial] for dial in where.get(arm.partition("-")[0], DIALS))
+        and (arm != "more-sft-fast" or point == USUAL)
+    ]
+
+
+def run(options: argparse.Namespace) -> None:
+    """Rule after rule, all points of each, so that points have as many rules whenever it ends."""
+    base = load_base(str(options.model), device="cpu", dtype="float32")
+    gc.freeze()  # a stage ends with a collection, which would go through all that is imported each time
+    lines = read_lines(options.output) if options.output.exists() else []
+    facts = {"study": options.study, "model": base.identity["weights"]}
+    if any(line[name] != value for line in lines for name, value in facts.items()):
+        raise DataError(f"{options.output}: holds lines of another study or model. Give another --output.")
+    done = {(json.dumps(line["point"]), line["rule"]): line for line in lines}
+    points: list[Any] = list(dict.fromkeys(point for dial in options.dials for point in DIALS[dial]))
+    if options.study == "selection":
+        points = options.sizes
+    for rule in range(options.rules):
+        for point in points:
+            about = {"n": point} if isinstance(point, int) else asdict(point)
+            if (json.dumps(about), rule) in done:
+                continue
+            began = time.process_time()
+            if isinstance(point, int):
+                result = run_selection(base, point, rule)
+            else:
+                known = {
+                    arm: line["arms"][arm]
+                    for arm in arms_at(point)
+                    for line in done.values()
+                    if line["rule"] == rule
+                    and arm in line["arms"]
+                    and depends(arm, Point(**line["point"])) == depends(arm, point)
+                }
+                result = run_point(base, point, rule, [a for a in arms_at(point) if a not in known])
+                result["arms"] |= known
+            line = {**facts, "point": about, "rule": rule, **result}
+            line["cpu_seconds"] = round(time.process_time() - began, 1)
+            done[json.dumps(about), rule] = line
+            with options.output.open("a", encoding="utf-8") as file:
+                file.write(json_text(line) + "\n")
+        print(f"rule {rule} done", flush=True)
+    about_file = {"machine": machine(), "versions": versions(), "model": base.identity}
+    write_text(options.output.with_suffix(".json"), json_text(about_file) + "\n")
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+# ------------------------------------------------------------------------------------------ report
+
+# What the table gives the paired differences of.
+LESS = {
+    "sft": ("icl", "loo-sft", "own-sft", "more-sft", "soft-sft"),
+    "loo-sft": ("more-sft",),
+    "soft-sft": ("more-sft",),
+    "more": ("more-sft",),
+    "more-sft": ("more-sft-fast",),
+}
+PAIRS = [(one, other) for other, ones in LESS.items() for one in ones]
+MEASURES = {"accuracy": ("accuracy, %", 100, 1), "nll": ("NLL", 1, 2), "scaled_nll": ("NLL, scaled", 1, 2)}
+
+
+def interval_of(lines: Sequence[dict[str, Any]], measure: str, arm: str, less: str = "") -> Interval | None:
+    """Of an arm, or of one less another, paired by rule; None where a line lacks it."""
+    values = [[line["arms"].get(each, {}).get(measure) for each in (arm, less or arm)] for line in lines]
+    if any(None in pair for pair in values):
+        return None
+    if less:
+        return t_interval([one - other for one, other in values])
+    return bounded(t_interval([one for one, _ in values]), measure)
+
+
+def cell(lines: Sequence[dict[str, Any]], measure: str, arm: str, less: str = "") -> str:
+    """The interval in a table; of a single rule the value alone."""
+    found = interval_of(lines, measure, arm, less)
+    if found is None:
+        return "–"
+    _, scale, digits = MEASURES[measure]
+    form = f"{'+' if less else ''}.{digits}f"
+    ends = f" [{scale * found.low:{form}}, {scale * found.high:{form}}]" if found.units > 1 else ""
+    return f"{scale * found.value:{form}}{ends}".replace("-", "−")
+
+
+def title_of(point: Point) -> str:
+    """What is not as usual at a point."""
+    usual = asdict(USUAL)
+    return ", ".join(f"{k} {v}" for k, v in asdict(point).items() if v != usual[k]) or "usual"
+
+
+def grouped(lines: Sequence[dict[str, Any]]) -> dict[Any, list[dict[str, Any]]]:
+    """Lines of each point, of the rules that every point has."""
+    found: dict[Any, dict[int, dict[str, Any]]] = {}
+    for line in lines:
+        point = Point(**line["point"]) if line["study"] == "dials" else line["point"]["n"]
+        found.setdefault(point, {})[line["rule"]] = line
+    rules = sorted(set.intersection(*(set(by_rule) for by_rule in found.values())))
+    return {point: [by_rule[rule] for rule in rules] for point, by_rule in found.items()}
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)) + "\n"
+
+
+def dials_tables(points: dict[Any, list[dict[str, Any]]]) -> str:
+    """Markdown of one model's points: each arm, paired differences, how often the teacher is right."""
+    parts = [f"Usual: {', '.join(f'{k} {v}' for k, v in asdict(USUAL).items())}.\n"]
+    for measure in ("accuracy", "nll"):
+        name = MEASURES[measure][0]
+        heads = {(arm,): title for arm, (title, _) in ARMS.items()}
+        for columns in (heads, {(a, b): f"{ARMS[a][0]} − {ARMS[b][0]}" for a, b in PAIRS}):
+            rows = [[title_of(p), *(cell(v, measure, *arms) for arms in columns)] for p, v in points.items()]
+            parts.append(markdown([name, *columns.values()], rows))
+    taught = {"loo": "labelled, leave one out", "own": "labelled, behind all N", "more": "unlabelled"}
+    rows = []
+    for point, lines in points.items():
+        seen = [[line["teacher_right"].get(name) for line in lines] for name in taught]
+        rows.append([title_of(point), *("–" if None in v else f"{100 * np.mean(v):.1f}" for v in seen)])
+    return "\n".join([*parts, markdown(["rows that the teacher answers rightly, %", *taught.values()], rows)])
+
+
+def selection_table(points: dict[Any, list[dict[str, Any]]]) -> str:
+    """Markdown of the ways to select: each, and less `dev`."""
+    rows = []
+    for recipe, n, chosen in product(RECIPES, points, chain(*SELECTIONS)):
+        row = [RECIPES[recipe], str(n + n // 2), f"`{chosen}`"]
+        for measure in MEASURES:
+            row.append(cell(points[n], measure, f"{recipe}/{chosen}"))
+            less = f"{recipe}/dev"
+            row.append("" if chosen == "dev" else cell(points[n], measure, f"{recipe}/{chosen}", less))
+        rows.append(row)
+    heads = [text for name, *_ in MEASURES.values() for text in (name, "less `dev`")]
+    return markdown(["recipe", "labels", "selection", *heads], rows)
+
+
+def draw(models: dict[str, dict[Any, list[dict[str, Any]]]], path: Path) -> None:
+    """Gain over SFT against ICL less SFT, every point with its intervals; hollow: the second model."""
+    dial_of = {point: dial for dial in reversed(DIALS) for point in DIALS[dial]} | {USUAL: "usual"}
+    looks = dict(zip(TITLES, ("soft-sft", "icl", "sft", "ia2", "ia2-sft", "sft-ia2"), strict=True))
+    with canvas(path, 1, 2, 8.4, 4.6) as (figure, panels):
+        for axes, arm in zip(panels.flat, ("loo-sft", "more-sft"), strict=True):
+            axes.axhline(0, color=FAINT, linewidth=0.8)
+            axes.axline((0, 0), slope=1, color=FAINT, linewidth=0.8, linestyle=":")
+            every = [(place, *item) for place, found in enumerate(models.values()) for item in found.items()]
+            for place, point, lines in every:
+                x, y = (interval_of(lines, "accuracy", one, "sft") for one in ("icl", arm))
+                if x is None or y is None or depends(arm, point) != point:  # the same as another point
+                    continue
+                dial = dial_of[point]
+                style = {**recipe_style(looks[dial]), "markersize": 5, "linewidth": 0.8, "linestyle": "none"}
+                known = axes.get_legend_handles_labels()[1]
+                axes.errorbar(
+                    *(x.value, y.value, [[y.value - y.low], [y.high - y.value]]),
+                    xerr=[[x.value - x.low], [x.high - x.value]],
+                    markerfacecolor="white" if place else style["color"],
+                    label=None if TITLES[dial] in known else TITLES[dial],
+                    **style,
+                )
+                if dial != "usual":
+                    text = {"fontsize": 7, "color": style["color"], "textcoords": "offset points"}
+                    axes.annotate(str(getattr(point, dial)), (x.value, y.value), (4, 3), **text)
+            axes.set(xlabel="ICL − SFT, accuracy", ylabel="gain over SFT, accuracy")
+            axes.set_title(ARMS[arm][0], fontsize=10)
+        for axes in panels.flat:  # the same in both
+            axes.set(xlim=(-0.9, 0.5), ylim=(-0.75, 0.45))
+        legend(figure, panels.flat[1], 3)
+        rules = len(next(iter(next(iter(models.values())).values())))
+        title = f"{rules} hidden rules a point, paired; 95% t-intervals; dotted: all that ICL has over SFT"
+        figure.suptitle(title, fontsize=10)
+
+
+def write_report(folder: Path) -> None:
+    """table.md and dials.svg of a folder's files."""
+    parts, models = ["# Dials\n\nMeans and 95% t-intervals over rules; differences are paired by rule.\n"], {}
+    for file in sorted(folder.glob("*.jsonl")):
+        points = grouped(read_lines(file))
+        rules = len(next(iter(points.values())))
+        selects = isinstance(next(iter(points)), int)
+        body = selection_table(points) if selects else dials_tables(points)
+        parts.append(f"## {file.stem}: {rules} rules a point\n\n{body}")
+        if not selects:
+            models[file.stem] = points
+    if len(parts) == 1:
+        raise DataError(f"{folder}: holds no .jsonl file. Run the study first.")
+    write_text(folder / "table.md", "\n".join(parts))
+    if models:
+        draw(models, folder / "dials.svg")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """What the command does; its exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", type=Path, default=TESTS / "tiny_icl" / "model")
+    parser.add_argument("--study", choices=("dials", "selection"), default="dials")
+    parser.add_argument("--dials", nargs="+", choices=list(DIALS), default=list(DIALS))
+    parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), help="N of --study selection")
+    parser.add_argument("--rules", type=int, default=RULES)
+    parser.add_argument("--output", type=Path, help="JSON Lines; what is there stays")
+    parser.add_argument("--table", type=Path, metavar="FOLDER", help="write table and figure, and end")
+    options = parser.parse_args(arguments)
+    configure(quiet=True)
+    try:
+        if options.table:
+            write_report(options.table)
+        elif options.output is None:
+            parser.error("--output is needed")
+        else:
+            run(options)
+    except UserError as error:
+        print(f"dials: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
