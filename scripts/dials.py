@@ -105,10 +105,11 @@ TITLES = {
     "surface": "forms of a class in labelled rows",
     "unlabelled": "unlabelled rows",
 }
-SELECTIONS = (("dev",), ("folds", "average"), ("last",))  # what shares the folds' weights, together
+# What shares the folds' weights stands together; `last` chooses nothing, and so is tried with two lengths.
+SELECTIONS = (("dev",), ("folds", "average"), ("last",), ("last, twice as long",))
 SIZES = (8, 16, 32)  # N of `dev`, which holds out N/2 beside; the others train on all 3N/2
 RECIPES = {"sft": "SFT", "loo-sft": "IA2 → SFT, leave one out", "more-sft": "IA2 → SFT, unlabelled rows"}
-STEPS = 24  # of each stage at most
+STEPS = 24  # of each stage at most; about the best for fine-tuning alone
 
 
 def rows_of(rule: Task, n: int, seed: int, name: str, surface: int = SURFACE_PER_CLASS) -> Examples:
@@ -224,15 +225,17 @@ def run_selection(base: BaseModel, n: int, seed: int) -> dict[str, Any]:
         "loo-sft": [{"stage": "align", "rows": "labelled"}, {"stage": "sft"}],
         "more-sft": [{"stage": "align"}, {"stage": "sft"}],
     }
-    stage = {"epochs": STEPS, "learning_rate": 1e-2, "eval_every": 10**6}
     found: dict[str, Any] = {}
     for together in SELECTIONS:
         rows = (train, dev) if together == ("dev",) else (every, NONE)
         split = FewShotSplit(*rows, more[held:], more[:held])
+        epochs = STEPS * (1 + ("twice" in together[0]))
+        stage = {"epochs": epochs, "learning_rate": 1e-2, "eval_every": 10**6}
         settings = {"batch_size": 64, "align": stage, "sft": stage, "schedules": schedules}
-        with bench_of(base, split, seed, selection=together[0], **settings) as bench:
+        with bench_of(base, split, seed, selection=together[0].partition(",")[0], **settings) as bench:
             for selection, recipe in product(together, RECIPES):
-                bench.config = bench.config.model_copy(update={"selection": selection})
+                update = {"selection": selection.partition(",")[0]}
+                bench.config = bench.config.model_copy(update=update)
                 bench.train(recipe)
                 found[f"{recipe}/{selection}"] = measured(bench, recipe, test)
     return {"arms": found}
@@ -259,8 +262,7 @@ def run(options: argparse.Namespace) -> None:
         raise DataError(f"{options.output}: holds lines of another study or model. Give another --output.")
     done = {(json.dumps(line["point"]), line["rule"]): line for line in lines}
     points: list[Any] = list(dict.fromkeys(point for dial in options.dials for point in DIALS[dial]))
-    if options.study == "selection":
-        points = options.sizes
+    points = list(SIZES) if options.study == "selection" else points
     for rule in range(options.rules):
         for point in points:
             about = {"n": point} if isinstance(point, int) else asdict(point)
@@ -367,17 +369,25 @@ def dials_tables(points: dict[Any, list[dict[str, Any]]]) -> str:
 
 
 def selection_table(points: dict[Any, list[dict[str, Any]]]) -> str:
-    """Markdown of the ways to select: each, and less `dev`."""
+    """Markdown of the ways to select: each, and less dev; at each number of labels, and their mean."""
+    shown = {str(n + n // 2): lines for n, lines in points.items()}
+    shown["all"] = [{"arms": mean_arms(lines)} for lines in zip(*points.values(), strict=True)]
     rows = []
-    for recipe, n, chosen in product(RECIPES, points, chain(*SELECTIONS)):
-        row = [RECIPES[recipe], str(n + n // 2), f"`{chosen}`"]
-        for measure in MEASURES:
-            row.append(cell(points[n], measure, f"{recipe}/{chosen}"))
-            less = f"{recipe}/dev"
-            row.append("" if chosen == "dev" else cell(points[n], measure, f"{recipe}/{chosen}", less))
-        rows.append(row)
-    heads = [text for name, *_ in MEASURES.values() for text in (name, "less `dev`")]
+    for recipe, (labels, lines), chosen in product(RECIPES, shown.items(), chain(*SELECTIONS)):
+        arm, dev = f"{recipe}/{chosen}", f"{recipe}/dev"
+        each = [(cell(lines, m, arm), "" if arm == dev else cell(lines, m, arm, dev)) for m in MEASURES]
+        rows.append([RECIPES[recipe], labels, chosen, *chain(*each)])
+    heads = [text for name, *_ in MEASURES.values() for text in (name, "less dev")]
     return markdown(["recipe", "labels", "selection", *heads], rows)
+
+
+def mean_arms(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """One rule's arms, averaged over its points."""
+    first = lines[0]["arms"]
+    return {
+        arm: {m: float(np.mean([line["arms"][arm][m] for line in lines])) for m in first[arm]}
+        for arm in first
+    }
 
 
 def draw(models: dict[str, dict[Any, list[dict[str, Any]]]], path: Path) -> None:
@@ -385,6 +395,8 @@ def draw(models: dict[str, dict[Any, list[dict[str, Any]]]], path: Path) -> None
     dial_of = {point: dial for dial in reversed(DIALS) for point in DIALS[dial]} | {USUAL: "usual"}
     looks = dict(zip(TITLES, ("soft-sft", "icl", "sft", "ia2", "ia2-sft", "sft-ia2"), strict=True))
     with canvas(path, 1, 2, 8.4, 4.6) as (figure, panels):
+        panels[0][1].sharex(panels[0][0])
+        panels[0][1].sharey(panels[0][0])
         for axes, arm in zip(panels.flat, ("loo-sft", "more-sft"), strict=True):
             axes.axhline(0, color=FAINT, linewidth=0.8)
             axes.axline((0, 0), slope=1, color=FAINT, linewidth=0.8, linestyle=":")
@@ -397,8 +409,7 @@ def draw(models: dict[str, dict[Any, list[dict[str, Any]]]], path: Path) -> None
                 style = {**recipe_style(looks[dial]), "markersize": 5, "linewidth": 0.8, "linestyle": "none"}
                 known = axes.get_legend_handles_labels()[1]
                 axes.errorbar(
-                    *(x.value, y.value, [[y.value - y.low], [y.high - y.value]]),
-                    xerr=[[x.value - x.low], [x.high - x.value]],
+                    *(x.value, y.value, *([[v.value - v.low], [v.high - v.value]] for v in (y, x))),
                     markerfacecolor="white" if place else style["color"],
                     label=None if TITLES[dial] in known else TITLES[dial],
                     **style,
@@ -408,8 +419,6 @@ def draw(models: dict[str, dict[Any, list[dict[str, Any]]]], path: Path) -> None
                     axes.annotate(str(getattr(point, dial)), (x.value, y.value), (4, 3), **text)
             axes.set(xlabel="ICL − SFT, accuracy", ylabel="gain over SFT, accuracy")
             axes.set_title(ARMS[arm][0], fontsize=10)
-        for axes in panels.flat:  # the same in both
-            axes.set(xlim=(-0.9, 0.5), ylim=(-0.75, 0.45))
         legend(figure, panels.flat[1], 3)
         rules = len(next(iter(next(iter(models.values())).values())))
         title = f"{rules} hidden rules a point, paired; 95% t-intervals; dotted: all that ICL has over SFT"
@@ -440,7 +449,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, default=TESTS / "tiny_icl" / "model")
     parser.add_argument("--study", choices=("dials", "selection"), default="dials")
     parser.add_argument("--dials", nargs="+", choices=list(DIALS), default=list(DIALS))
-    parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), help="N of --study selection")
     parser.add_argument("--rules", type=int, default=RULES)
     parser.add_argument("--output", type=Path, help="JSON Lines; what is there stays")
     parser.add_argument("--table", type=Path, metavar="FOLDER", help="write table and figure, and end")
