@@ -307,6 +307,7 @@ LESS = {
     "more-sft": ("more-sft-fast",),
 }
 PAIRS = [(one, other) for other, ones in LESS.items() for one in ones]
+GAINS = ("loo-sft", "more-sft")
 MEASURES = {"accuracy": ("accuracy, %", 100, 1), "nll": ("NLL", 1, 2), "scaled_nll": ("NLL, scaled", 1, 2)}
 
 
@@ -365,7 +366,17 @@ def dials_tables(points: dict[Any, list[dict[str, Any]]]) -> str:
     for point, lines in points.items():
         seen = [[line["teacher_right"].get(name) for line in lines] for name in taught]
         rows.append([title_of(point), *("–" if None in v else f"{100 * np.mean(v):.1f}" for v in seen)])
-    return "\n".join([*parts, markdown(["rows that the teacher answers rightly, %", *taught.values()], rows)])
+    parts.append(markdown(["rows that the teacher answers rightly, %", *taught.values()], rows))
+    told = [lines for p, lines in points.items() if not p.wrong and p.unlabelled == USUAL.unlabelled]
+    for arm in GAINS:
+        both = [[line["arms"][a]["accuracy"] for a in ("icl", arm, "sft")] for line in chain(*told)]
+        icl, gained, sft = np.array(both).T
+        if np.ptp(icl - sft) and np.ptp(gained - sft):
+            r = np.corrcoef(icl - sft, gained - sft)[0, 1]
+            parts.append(
+                f"Gain of {ARMS[arm][0]} with ICL − SFT, no wrong labels, {len(both)} lines: r {r:.2f}\n"
+            )
+    return "\n".join(parts)
 
 
 def selection_table(points: dict[Any, list[dict[str, Any]]]) -> str:
@@ -397,7 +408,7 @@ def draw(models: dict[str, dict[Any, list[dict[str, Any]]]], path: Path) -> None
     with canvas(path, 1, 2, 8.4, 4.6) as (figure, panels):
         panels[0][1].sharex(panels[0][0])
         panels[0][1].sharey(panels[0][0])
-        for axes, arm in zip(panels.flat, ("loo-sft", "more-sft"), strict=True):
+        for axes, arm in zip(panels.flat, GAINS, strict=True):
             axes.axhline(0, color=FAINT, linewidth=0.8)
             axes.axline((0, 0), slope=1, color=FAINT, linewidth=0.8, linestyle=":")
             every = [(place, *item) for place, found in enumerate(models.values()) for item in found.items()]
