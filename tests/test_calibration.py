@@ -231,7 +231,10 @@ def test_parabola_is_exact_on_a_parabola() -> None:
 
 def test_temperature_at_the_ends_and_without_information() -> None:
     rising, flat = np.arange(33.0)[None], np.zeros((5, 33))
-    assert fit_temperature(TEMPERATURES, rising) == TEMPERATURES[0]
+    # every row is right: the sharper the better, without end
+    assert fit_temperature(TEMPERATURES, rising) == 1.0
+    # and so sharp that it is zero to rounding
+    assert fit_temperature(TEMPERATURES, np.maximum(0, rising - rising[:, 12:13])) == 1.0
     assert fit_temperature(TEMPERATURES, rising[:, ::-1]) == TEMPERATURES[-1]
     assert fit_temperature(TEMPERATURES, flat) == 1.0
     assert fit_temperature(TEMPERATURES, np.zeros((0, 33))) == 1.0

@@ -215,15 +215,17 @@ def fit_temperature(temperatures: ArrayLike, nll_grid: ArrayLike) -> float:
     """The temperature of least mean NLL on held-out rows (Guo et al. 2017, section 4.2).
 
     The best grid point is refined by the parabola in log temperature through it and its
-    neighbours. A best point at an end of the grid is returned as it is. If several points are
-    equally good, the one nearest to 1 wins: data that say nothing change nothing.
+    neighbours. If several points are equally good, the one nearest to 1 wins: data that say nothing
+    change nothing. Rows that are all answered rightly, as a handful often are, get better without end
+    the sharper the distribution is; they do not say how sure to be, and change nothing either. Rows for
+    which the flattest point is best take it.
 
     Args:
         temperatures: ``[T]``, positive and ascending, such as `TEMPERATURES`.
         nll_grid: ``[n, T]``, nats: the NLL of each dev row at each temperature.
 
     Returns:
-        The temperature; 1.0 without rows or if no temperature has a finite mean.
+        The temperature; 1.0 without rows, if no temperature has a finite mean, or if the sharpest is best.
 
     Raises:
         ValueError: shapes do not fit, temperatures not positive and ascending, or NaN in the grid.
@@ -243,8 +245,10 @@ def fit_temperature(temperatures: ArrayLike, nll_grid: ArrayLike) -> float:
         return 1.0
     log_t = np.log(t)
     near_best = np.flatnonzero(np.isclose(mean, mean.min(), rtol=1e-12, atol=1e-12))
+    if near_best[0] == 0:
+        return 1.0
     best = int(near_best[np.argmin(np.abs(log_t[near_best]))])
-    if best in (0, t.size - 1) or not np.isfinite(mean[best - 1 : best + 2]).all():
+    if best == t.size - 1 or not np.isfinite(mean[best - 1 : best + 2]).all():
         return float(t[best])
     left, right = log_t[best] - log_t[best - 1], log_t[best + 1] - log_t[best]
     rise_left, rise_right = mean[best - 1] - mean[best], mean[best + 1] - mean[best]
