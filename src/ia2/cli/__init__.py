@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import cache
 from itertools import pairwise
 from typing import Any, NoReturn
 
@@ -77,6 +78,12 @@ def _version(
         raise typer.Exit
 
 
+@cache
+def _commands() -> Any:
+    """What typer makes of the functions: once a process, since reading all their options takes a while."""
+    return typer.main.get_command(app)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run a command.
 
@@ -89,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
         open_streams()
         _check_paths(given)
         # not standalone: typer would draw a box of several lines around its own errors
-        status = app(gather_lists(given or ["--help"], lists), prog_name="ia2", standalone_mode=False)
+        status = _commands()(gather_lists(given or ["--help"], lists), prog_name="ia2", standalone_mode=False)
         sys.stdout.flush()
     except UserError as error:
         _fail(str(error))
