@@ -15,8 +15,8 @@ from ia2.locks import LOCK
 
 # Epochs of three steps and checkpoints every five: they fall into the middle of epochs, and step 15 is
 # an epoch's end that no regular evaluation falls on.
-_TRAIN = ("--checkpoint-every", 5, "--learning-rates", 0.005, "--adapter-dropout", 0.1)
-_TRAIN += ("--align-epochs", 30, "--align-patience", 1000, "--sft-epochs", 10, "--sft-patience", 1000)
+_TRAIN = ("--recipe", "ia2-sft", "--checkpoint-every", 5, "--learning-rates", 0.005, "--adapter-dropout", 0.1)
+_TRAIN += ("--align-epochs", 20, "--align-patience", 1000, "--sft-epochs", 10, "--sft-patience", 1000)
 
 
 def weights(folder: Path) -> bytes:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from benches import word_examples
-from command_line import Ran, run, tree, write_rows
+from command_line import Ran, listed, run, tree, write_rows
 from families import llama
 from gguf_files import write_gguf
 from safetensors import safe_open
@@ -62,7 +62,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_icl_model_path: Path)
     before = Path.cwd()
     os.chdir(project)
     try:
-        main([str(a) for a in train_command(Path())])
+        main(listed(train_command(Path())))
     finally:
         os.chdir(before)
     return project

@@ -86,7 +86,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_icl_model_path: Path
         "--output-dir",
         folder / "out",
         *FAST,
-        "--quiet",
+        *("--recipe", "sft", "--quiet"),
     ]
     main([str(argument) for argument in arguments])
     return folder / "out"
