@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from command_line import write_rows
@@ -134,8 +134,12 @@ def write_world(folder: Path) -> None:
     write_files(folder / "files")
     write_grid(folder / "grid.yaml", grid_of(folder / "files"))
     options = ["--model", "model", "--data", "rows.jsonl", "--output-dir", "run", "--recipe", "sft"]
-    command = [sys.executable, "-m", "ia2", "train", *options, "--sft-epochs", "1", "--quiet"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    training = multiprocessing.get_context("fork").Process(
+        target=_train, args=(folder, ["train", *options, "--sft-epochs", "1", "--quiet"])
+    )
+    training.start()
+    training.join()
+    assert training.exitcode == 0
     write_comparison(folder / "compared")
     write_curve(folder / "curved")
     write_training(folder / "trained")
@@ -171,6 +175,14 @@ def write_world(folder: Path) -> None:
         (folder / f"swept-{name}" / "cells.jsonl").write_text(text)
     (folder / "run-strange").mkdir()
     (folder / "run-strange" / "ia2_run.json").write_text('{"kind": "song", "config": {}, "data": {}}')
+
+
+def _train(folder: Path, arguments: list[str]) -> None:
+    from ia2.cli import main
+
+    os.chdir(folder)
+    with Path(os.devnull).open("w") as nothing, contextlib.redirect_stdout(nothing):
+        main(arguments)
 
 
 def _changed(source: Path, to: Path, changes: dict[str, str | bytes | None]) -> None:
