@@ -37,8 +37,8 @@ def test_alignment_on_unlabelled_rows_beats_fine_tuning_and_leave_one_out(
         rule = sample_task(seed + 100, num_classes=4)
         train, dev = rows(rule.examples(4, seed), "train"), rows(rule.examples(4, seed + 50), "dev")
         test, more = (
-            rows(rule.examples(60, seed + 1000), "test"),
-            rows(rule.examples(32, seed + 2000), "more"),
+            rows(rule.examples(40, seed + 1000), "test"),
+            rows(rule.examples(20, seed + 2000), "more"),
         )
         for name, recipe in (("sft", "sft"), ("leave one out", "ia2-sft"), ("unlabelled", "ia2-sft")):
             bench = bench_of(
@@ -48,7 +48,7 @@ def test_alignment_on_unlabelled_rows_beats_fine_tuning_and_leave_one_out(
                 tmp_path / name / str(seed),
                 unlabelled=more if name == "unlabelled" else (),
                 batch_size=32,
-                align={"epochs": 24, "learning_rate": 1e-2, "eval_every": 8},
+                align={"epochs": 24, "learning_rate": 1e-2, "eval_every": 12},
                 sft=FINE_TUNING,
                 targets="memory",
             )
