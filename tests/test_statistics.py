@@ -108,8 +108,8 @@ def test_sides() -> None:
     assert side(t_interval([0.05, 0.05]).to_dict()) == 0
 
 
-@settings(deadline=None)
-@given(numbers)
+@settings(deadline=None, max_examples=40)
+@given(numbers.filter(lambda values: len(values) <= 8))  # scipy goes through all signs of values with ties
 def test_tests_are_scipys(values: list[float]) -> None:
     t, p = t_test(values)
     if np.ptp(values) > 1e-6:
