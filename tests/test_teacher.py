@@ -203,17 +203,17 @@ def _peak(where: str, count: int, folder: str, out: Any) -> None:
 def test_memory_does_not_grow_with_the_examples(tmp_path: Path) -> None:
     context = forkserver()
     peaks = {}
-    for where, count in (("store", 40), ("store", 400), ("memory", 400)):
+    for where, count in (("store", 20), ("store", 200), ("memory", 200)):
         out = context.SimpleQueue()
         process = context.Process(target=_peak, args=(where, count, str(tmp_path / str(count)), out))
         process.start()
         process.join()
         assert process.exitcode == 0
         peaks[where, count] = out.get()
-    kept = 400 * _LAYERS * _WIDTH * _TOKENS * 4
-    assert kept > 200e6
-    written = sum(path.stat().st_size for path in (tmp_path / "400").glob("*.safetensors"))
+    kept = 200 * _LAYERS * _WIDTH * _TOKENS * 4
+    assert kept > 100e6
+    written = sum(path.stat().st_size for path in (tmp_path / "200").glob("*.safetensors"))
     assert written >= kept
-    assert peaks["store", 400] - peaks["store", 40] < 0.25 * kept
+    assert peaks["store", 200] - peaks["store", 20] < 0.25 * kept
     # the measure does see what is kept
-    assert peaks["memory", 400] - peaks["store", 40] > 0.75 * kept
+    assert peaks["memory", 200] - peaks["store", 20] > 0.75 * kept
