@@ -85,7 +85,7 @@ def test_a_killed_run_finds_its_folds(
 def test_recipes_share_folders_only_of_equal_stages(model: BaseModel, tmp_path: Path) -> None:
     """What the folds choose for `ia2` need not be what they choose for `ia2-sft`."""
     bench = made(model, tmp_path, learning_rates=[1e-4, 1e-2])
-    for recipe in ("ia2", "ia2-sft", "sft"):
+    for recipe in ("ia2", "ia2-sft"):
         bench.train(recipe)
 
 

@@ -74,7 +74,7 @@ def trained(path: Path, folder: Path, stop_after: int | None = None, **settings:
     }
 
 
-@pytest.mark.parametrize("how", ["ddp", "sharded", "sharded, stopped and recomputing", "sharded, joint"])
+@pytest.mark.parametrize("how", ["ddp", "sharded, stopped and recomputing", "sharded, joint"])
 def test_two_processes_train_what_one_trains(how: str, tiny_icl_model_path: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"recipe": "ia2-sft"}
     if "joint" in how:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command_line import run, tree, write_rows
+from command_line import Ran, run, tree, write_rows
 from sweeping import swept
 from tiny_icl.tasks import sample_task
 
@@ -30,39 +30,27 @@ def train(tiny_icl_model_path: Path, rows: Path) -> list[str | Path]:
     return ["train", "--model", tiny_icl_model_path, "--data", rows, *brief]
 
 
-@pytest.mark.parametrize("command", ["predict", "eval"])
-@pytest.mark.parametrize("other_name", [False, True])
 def test_an_input_is_no_output(
-    train: list[str | Path],
-    rows: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    command: str,
-    other_name: bool,
+    train: list[str | Path], rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
+    out, link = tmp_path / "out", tmp_path / "link.jsonl"
+    link.symlink_to(rows)
     assert run(capsys, *train, "--output-dir", out).status == 0
-    output = rows
-    if other_name:
-        output = tmp_path / "link.jsonl"
-        output.symlink_to(rows)
     before = tree(tmp_path)
-    line = run(capsys, command, "--adapter", out, "--data", rows, "--output", output, "--quiet").refusal()
-    assert "cannot be the output too" in line
-    line = run(
-        capsys, command, "--adapter", out, "--data", rows, "--output", out / "predictions.jsonl", "--quiet"
-    ).refusal()
-    assert "belongs to the run" in line
-    assert tree(tmp_path) == before
-    assert "belongs to the run" in run(capsys, "report", out, "--output", out / "metrics.json").refusal()
-    # another file is written, also into the run's folder, and stays the user's
-    assert (
-        run(
-            capsys, command, "--adapter", out, "--data", rows, "--output", out / "mine.jsonl", "--quiet"
-        ).status
-        == 0
-    )
-    assert not is_ours(out / "mine.jsonl")
+    for command in ("predict", "eval"):
+
+        def into(output: Path, command: str = command) -> Ran:
+            return run(capsys, command, "--adapter", out, "--data", rows, "--output", output, "--quiet")
+
+        for output in (rows, link):
+            assert "cannot be the output too" in into(output).refusal()
+        assert "belongs to the run" in into(out / "predictions.jsonl").refusal()
+        assert "belongs to the run" in run(capsys, "report", out, "--output", out / "metrics.json").refusal()
+        assert tree(tmp_path) == before
+        # another file is written, also into the run's folder, and stays the user's
+        assert into(out / "mine.jsonl").status == 0
+        assert not is_ours(out / "mine.jsonl")
+        (out / "mine.jsonl").unlink()
 
 
 @pytest.mark.parametrize("linked", [False, True])

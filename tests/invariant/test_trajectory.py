@@ -54,12 +54,10 @@ def assert_same(one: tuple[Any, Any], other: tuple[Any, Any], tolerance: float =
     assert one[1] == pytest.approx(other[1], rel=tolerance)
 
 
-@pytest.mark.parametrize("micro", [1, 2, 4])
-@pytest.mark.parametrize("recipe", ["ia2-sft"])
-def test_accumulation_changes_nothing(recipe: str, micro: int, word_tokenizer: Any, tmp_path: Path) -> None:
-    whole = trained(recipe, word_tokenizer, tmp_path / "whole")
-    parts = trained(recipe, word_tokenizer, tmp_path / "parts", micro_batch_size=micro)
-    assert_same(whole, parts)
+def test_accumulation_changes_nothing(word_tokenizer: Any, tmp_path: Path) -> None:
+    whole = trained("ia2-sft", word_tokenizer, tmp_path / "whole")
+    for micro in (1, 2):
+        assert_same(whole, trained("ia2-sft", word_tokenizer, tmp_path / f"{micro}", micro_batch_size=micro))
     assert max(float(t.abs().max()) for n, t in whole[0].items() if "lora_B" in n) > 0.01
 
 
