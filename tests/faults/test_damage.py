@@ -1,8 +1,8 @@
 """Damaged files of a run: none is believed, none is a traceback, and what is said names the file and helps.
 
-Every file of a finished and of a half-finished run is missing once, and damaged once in one of three ways, taken
-in turn; then the commands that read the run are started. Each must end well, with just what the undamaged run
-gives, or with one line.
+Every file of a finished and of a half-finished run is missing once, and damaged once in one of three ways,
+taken in turn; then the commands that read the run are started. Each must end well, with just what the
+undamaged run gives, or with one line.
 """
 
 from __future__ import annotations
