@@ -41,7 +41,7 @@ def base(tiny_icl_model_path: Path) -> BaseModel:
     return icl_base(tiny_icl_model_path)
 
 
-@pytest.mark.parametrize("task", [0, 1, 2])
+@pytest.mark.parametrize("task", [0, 1])
 def test_a_task_that_is_learnt_in_context(base: BaseModel, task: int) -> None:
     # as many demonstrations as the model was trained with: it answers all 17 rows rightly
     found = probe(base, icl_examples(17, task=task))
@@ -53,7 +53,7 @@ def test_a_task_that_is_learnt_in_context(base: BaseModel, task: int) -> None:
     assert accuracy["most_frequent_label"] == 6 / 17
 
 
-@pytest.mark.parametrize("task", [0, 1, 2])
+@pytest.mark.parametrize("task", [0, 1])
 def test_shuffled_labels(base: BaseModel, task: int) -> None:
     rows = icl_examples(17, task=task)
     answers = rows.answers

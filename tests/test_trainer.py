@@ -258,8 +258,7 @@ class _Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("kill_at", [3, 4, 9, 12])
-@pytest.mark.parametrize("patience", [99, 3])
+@pytest.mark.parametrize(("kill_at", "patience"), [(3, 99), (12, 99), (4, 3), (9, 3)])
 def test_resumed_at_any_step_it_ends_the_same(
     kill_at: int, patience: int, bench: Workbench, tmp_path: Path
 ) -> None:
