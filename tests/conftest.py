@@ -107,6 +107,13 @@ def shared_data() -> Path:
 
 
 @pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ia2 compare` leaves out its figure and its page: they take longer than what a tiny model does."""
+    monkeypatch.setattr("ia2.report.figures.try_comparison_figure", lambda summary, folder: None)
+    monkeypatch.setattr("ia2.report.html.try_report", lambda folder: None)
+
+
+@pytest.fixture
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to lay data sets out in; `datasets` neither calls out nor writes elsewhere."""
     datasets = pytest.importorskip("datasets")

@@ -322,6 +322,7 @@ def test_the_constant_is_the_mean_of_what_the_context_adds(learner: BaseModel, t
     assert constant.dev_loss < again.evaluate()["eval_loss"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_constant_survives_saving_and_a_comparison(
     tiny_icl_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], recwarn: Any
 ) -> None:
@@ -429,6 +430,7 @@ def test_a_run_says_how_many_and_a_changed_file_is_another_run(learner: BaseMode
         again(MORE[:9])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_comparison_says_how_many(
     tiny_icl_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -530,6 +530,7 @@ def test_rows_to_answer_need_no_privileged_context(
 # ------------------------------------------------------------------------------- the other commands
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_compare_with_chat(
     chats: Callable[[str], BaseModel], tmp_path: Path, capsys: pytest.CaptureFixture[str], watch: Watch
 ) -> None:

@@ -158,7 +158,12 @@ def test_predict(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_commands_that_read_results(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_that_read_results(
+    runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # of what has been read; it takes longer than the reading
+    monkeypatch.setattr("ia2.report.html.matplotlib_is_there", lambda: False)
+
     def read(command: str, folder: Path) -> Ran:
         output = ["--output", runs.folder / "page.html"] if command == "report" else []
         return run(capsys, command, folder, *output, "--json")

@@ -446,6 +446,7 @@ def test_a_loss_that_is_not_finite_before_any_step_is_not_the_rates_fault(ia2: C
     assert "adapter.alpha" in line
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_comparison_names_what_diverged(ia2: Command, here: Path) -> None:
     options = ["--test-data", "test.jsonl", "--seeds", 2, "--recipes", "base,sft,ia2"]
     (here / "c.yaml").write_text("align: {learning_rate: 1.0e+30}")
@@ -472,6 +473,7 @@ def test_a_comparison_names_what_diverged(ia2: Command, here: Path) -> None:
     assert_finite(here / "out")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_is_said_of_a_stage_that_diverged_at_its_own_rate(ia2: Command, here: Path) -> None:
     """The recipe's rate was blamed, and lowering it advised, which changes nothing."""
     options = ["--test-data", "test.jsonl", "--seeds", 1, "--recipes", "sft,ia2-sft"]
@@ -676,6 +678,7 @@ def test_a_label_that_the_model_rules_out_has_a_finite_loss() -> None:
     assert summarise([measured])["vocabulary"]["nll"]["value"] > 700
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_test_row_has_no_variance_and_no_nan(ia2: Command, here: Path) -> None:
     options = ["--test-data", "test.jsonl", "--max-test", 1, "--seeds", 1, "--recipes", "base,icl,sft"]
     for _ in range(2):  # what is written is read back

@@ -345,6 +345,7 @@ def test_a_moved_project_that_was_interrupted_goes_on(project: Path, ia2: Ia2, t
     assert (moved / first.relative_to(project)).stat().st_mtime_ns == kept  # reused
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("command", ["compare", "curve"])
 def test_a_moved_comparison_is_complete(
     command: str, tmp_path: Path, tiny_icl_model_path: Path, ia2: Ia2, monkeypatch: pytest.MonkeyPatch

@@ -391,6 +391,7 @@ def test_train_says_it_once_and_the_doctor_again(ia2: Command, tmp_path: Path) -
     assert "texts-hardly-read" in diagnose(tmp_path / "out").clear
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_compare_curve_and_probe_say_it_once(ia2: Command, tmp_path: Path) -> None:
     blank_prompts(tmp_path / "rows.jsonl", 18)
     assert len(warned(ia2("probe"))) == 1
