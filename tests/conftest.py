@@ -29,17 +29,23 @@ if TYPE_CHECKING:
 
 # The files that take longest, first: one that is begun last would keep a single process busy at the end.
 _LONGEST = (
-    "test_sweep_cluster.py",
+    "test_wrong_targets.py",
+    "test_damage.py",
     "test_sweep_workers.py",
+    "test_sweep_cluster.py",
+    "test_finite.py",
+    "test_contexts.py",
     "test_sweep_run.py",
-    "test_resume.py",
+    "test_boundary.py",
     "test_in_context_learner.py",
-    "test_teacher.py",
-    "test_launch.py",
-    "test_analyze.py",
-    "test_trajectory.py",
-    "test_patching.py",
     "test_families.py",
+    "test_launch.py",
+    "test_resume.py",
+    "test_startup.py",
+    "test_sweep_failures.py",
+    "test_selection.py",
+    "test_unlabelled.py",
+    "test_analyze.py",
 )
 
 
