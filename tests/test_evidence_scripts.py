@@ -16,7 +16,7 @@ from words import make_word_tokenizer
 
 from ia2.benchmarks import load_benchmark
 from ia2.files import read_json
-from scripts import dials, peers, screen
+from scripts import dials, evidence, peers, screen
 
 
 @pytest.fixture(scope="module")
@@ -243,3 +243,37 @@ def test_a_table_of_dials(tmp_path: Path) -> None:
     assert (tmp_path / "dials.svg").read_text(encoding="utf-8").count("gain over SFT") == 2
     assert dials.main(["--table", str(files_of_none := tmp_path / "none")]) == 2
     assert not files_of_none.exists()
+
+
+# ------------------------------------------------------------------------------------------- evidence
+
+
+def cell(recipe: str, seed: int | None, accuracy: float, rate: float | None = None, variant: str = "") -> Any:
+    """A record with what the tables read."""
+    spec = {
+        **{"recipe": recipe, "variant": variant, "seed": seed, "learning_rate": rate, "model": "m"},
+        **{"benchmark": "Two", "verbaliser": "words", "num_examples": None if seed is None else 8},
+    }
+    metrics = {"labels": {"accuracy": accuracy, "nll": 1 - accuracy}}
+    return {"spec": spec, "evaluations": {"Two": {"metrics": metrics}}}
+
+
+def test_the_rival_stands_at_its_best_rate_and_differences_are_paired() -> None:
+    cells = [cell("base", None, 0.5)]
+    for seed, sft in enumerate([0.6, 0.8]):
+        cells += [cell("sft", seed, sft, 3e-4), cell("sft", seed, 0.1, 1e-3)]
+        cells += [cell("ia2-sft", seed, sft + 0.1, 1e-4, "unlabelled=64")]
+        cells += [cell("soft-sft", seed, sft - 0.1, 1e-4, "unlabelled=64")]
+    ((setting, arms),) = evidence.arms_of(cells).items()
+    assert setting == ("m", 8) and set(arms) == {
+        *("base", "sft", "ia2-sft, unlabelled=64", "soft-sft, unlabelled=64")
+    }
+    assert [each["accuracy"] for each in arms["sft"].values()] == [0.6, 0.8]
+    draws = list(arms["sft"])
+    found = evidence.less(arms["ia2-sft, unlabelled=64"], arms["sft"], "accuracy", draws)
+    assert found is not None and found.units == 2
+    assert (found.value, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
+    lines = evidence.tables(arms, {})
+    (row,) = (line for line in lines if line.startswith("| ia2-sft, unlabelled=64 | 2 |"))
+    assert "| +10.0 [+10.0, +10.0] | −0.100 [−0.100, −0.100] | +20.0 [+20.0, +20.0] |" in row
+    assert "| base | 50.0 (2) |" in lines and "| sft | 70.0 (2) |" in lines

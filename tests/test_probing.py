@@ -16,7 +16,7 @@ from ia2.errors import DataError, RunFolderError
 from ia2.evaluation.headroom import judge
 from ia2.examples import Example, Examples
 from ia2.models import BaseModel
-from ia2.probing import choose_recipe, probe, reason_of
+from ia2.probing import Probe, choose_recipe, probe, reason_of
 
 
 def test_reasons_hold_the_numbers_and_a_way_on() -> None:
@@ -153,6 +153,19 @@ def test_auto_takes_the_method_where_in_context_learning_helps(
     # another run is refused before it is probed
     with pytest.raises(RunFolderError, match="holds another run"):
         adapt(clone(base), rows, config.model_copy(update={"seed": 1}), output_dir=tmp_path / "out")
+
+
+@pytest.mark.parametrize(("unlabelled", "recipe"), [(None, "sft"), ("more.jsonl", "ia2-sft")])
+def test_auto_learns_from_no_teacher_that_guesses(
+    unlabelled: str | None, recipe: str, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one row a label, leave one out is always wrong; other rows may be answered rightly."""
+    accuracy = {"icl_leave_one_out": 0.25, "most_frequent_label": 0.25}
+    found = Probe("unclear", "ICL and SFT cannot be told apart.", {"accuracy": accuracy, "chance": 0.25})
+    monkeypatch.setattr("ia2.probing.probe", lambda *_: found)
+    chosen, reason = choose_recipe(base, icl_examples(4), AdaptConfig(unlabelled=unlabelled))
+    assert chosen == recipe
+    assert (reason == found.reason) if unlabelled else ("25.0%" in reason and "--unlabelled" in reason)
 
 
 def test_auto_does_not_probe_two_rows(base: BaseModel) -> None:
