@@ -10,12 +10,13 @@ import sys
 def main() -> None:
     """Run a command; an interrupt while it is still being imported is no traceback either."""
     atexit.register(gc.freeze)  # no search for garbage in what ends with the process
-    gc.disable()  # nor in what is being imported
     try:
-        from ia2.cli import main as run
+        from ia2.imports import uncollected
+
+        with uncollected():
+            from ia2.cli import main as run
     except KeyboardInterrupt:
         sys.exit(130)
-    gc.enable()
     run()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import shutil
 import sys
@@ -630,6 +631,7 @@ def test_an_interrupt_while_commands_are_imported(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 130
+    assert gc.isenabled()  # for whoever called
 
 
 def test_what_cannot_be_checked_is_said_once_by_every_command_that_uses_an_adapter(
