@@ -196,7 +196,7 @@ def _choice(
     else:
         from ia2.probing import choose_recipe
 
-        logger.info("Probing whether in-context learning helps here (--recipe %s does not).", METHOD)
+        logger.info("Recipe auto: probing whether in-context learning helps; --recipe %s skips that.", METHOD)
         recipe, reason = choose_recipe(base, examples, config, context)
     logger.info("Recipe: %s. %s", recipe, reason)
     return {"asked": asked, "recipe": recipe, "reason": reason}
