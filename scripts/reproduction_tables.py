@@ -13,18 +13,17 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Sequence
-from operator import itemgetter
 from pathlib import Path
 
+from ia2.evaluation.statistics import t_interval
 from ia2.files import write_text
-from ia2.sweeps.layouts import headroom_entries
+from ia2.sweeps.own_tables import headroom_fields
 from ia2.sweeps.printing import make_report, print_tables
 from ia2.sweeps.records import filtered
-from ia2.sweeps.report import METHOD, RIVAL, TITLES, Report, answers_of
-from ia2.sweeps.selection import Task
-from ia2.sweeps.statistics import by_seed, summarise
-from ia2.sweeps.tables import markdown
-from ia2.wording import MISSING, estimate
+from ia2.sweeps.report import METHOD, RIVAL, TITLES, Place, Report
+from ia2.sweeps.selection import Arm, Task, differences
+from ia2.sweeps.tables import Entry, Fields, Table, fill, interval_entry, markdown
+from ia2.wording import MISSING
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reproduction.md"
@@ -37,103 +36,112 @@ OTHERS = ("ia2+sft", "soft-sft")
 COMPARED = (RIVAL, "ia2", METHOD, *OTHERS)
 
 
-def results() -> list[str]:
+def results() -> Table:
     """Accuracy among the labels of every recipe, and what IA2 → SFT gains over SFT."""
     report = make_report([SMALL])
-    columns = ["model", "N", "source", "eval", "draws", *(TITLES[recipe] for recipe in SHOWN)]
-    columns += [f"{TITLES[METHOD]} − SFT: {title} [95%]" for title in GAINS.values()]
-    columns += ["ICL − SFT [95%]", "ICL works"]
-    lines = []
-    for model in report.models:
-        for size in report.sizes:
-            for task in (task for task in report.tasks if task.model == model and report.labelled(task)):
-                for dataset in report.datasets(task):
-                    if line := _result(report, task, size, dataset):
-                        lines.append(_row([model, str(size), task.benchmark, dataset, *line]))
-    return [_row(columns), "|---" * len(columns) + "|", *lines]
+    rows = [
+        (place, pair)
+        for model in report.models
+        for size in report.sizes
+        for place in report.places(model=model, size=size)
+        if report.labelled(place.task) and (pair := report.pair(place.task, size))
+        if differences(*pair, place.dataset, "accuracy")
+    ]
+    fields: Fields = [
+        ("model", lambda place, pair: place.task.model),
+        ("N", lambda place, pair: str(place.size)),
+        ("source", lambda place, pair: place.task.benchmark),
+        ("eval", lambda place, pair: place.dataset),
+        ("draws", lambda place, pair: str(len(differences(*pair, place.dataset, "accuracy")))),
+        *(
+            (
+                TITLES[name],
+                lambda place, pair, name=name: _mean(report, name, place.task, place.size, place.dataset),
+            )
+            for name in SHOWN
+        ),
+        *(
+            (
+                f"{TITLES[METHOD]} − SFT: {title} [95%]",
+                lambda place, pair, measure=measure: _less(pair, place.dataset, measure),
+            )
+            for measure, title in GAINS.items()
+        ),
+        *headroom_fields(report)[1:],
+    ]
+    return fill("results", "", fields, rows)
 
 
-def _result(report: Report, task: Task, size: int, dataset: str) -> list[str]:
-    """The rest of a row of :func:`results`; empty without both recipes."""
-    pair = report.pair(task, size)
-    if pair is None or (less := report.compare(*pair, dataset, "accuracy")) is None:
-        return []
-    found = []
-    for recipe in SHOWN:
-        arm = report.plain(task, size, recipe)
-        of = None if arm is None else summarise(arm, dataset, "accuracy")
-        found.append(MISSING if of is None else f"{100 * of.mean:.1f}")
-    for measure in GAINS:
-        gain = report.compare(*pair, dataset, measure)
-        percent = measure.startswith("accuracy")
-        found.append(
-            estimate(None if gain is None else gain.interval.to_dict(), signed=True, percent=percent)
-        )
-    _, headroom, works = headroom_entries(report, task, size, dataset)
-    return [str(len(less.by_seed)), *found, headroom.text, works.text]
+def _mean(report: Report, recipe: str, task: Task, size: int, dataset: str) -> str:
+    arm = report.plain(task, size, recipe)
+    values = list(arm.values(dataset, "accuracy").values()) if arm else []
+    return f"{100 * sum(values) / len(values):.1f}" if values else MISSING
 
 
-def others() -> list[str]:
+def _less(pair: tuple[Arm, Arm], dataset: str, measure: str) -> Entry:
+    found = t_interval(list(differences(*pair, dataset, measure).values()))
+    return interval_entry(found, signed=True, percent=measure.startswith("accuracy"))
+
+
+def others() -> Table:
     """Accuracy on the benchmark's own rows over the draws that joint training and distillation have."""
     report = make_report([SMALL])
-    columns = ["model", "N", "benchmark", "draws", *(_with_answers(recipe) for recipe in COMPARED)]
-    columns += [f"{TITLES[recipe]} less {TITLES[METHOD]} [95%]" for recipe in OTHERS]
-    found = []
-    for task in report.tasks:
-        for size in report.sizes:
-            line = _compared(report, task, size)
-            if line is not None:
-                found.append(((report.models.index(task.model), size), _row(line)))
-    return [_row(columns), "|---" * len(columns) + "|", *(row for _, row in sorted(found, key=itemgetter(0)))]
+    places = [
+        place
+        for model in report.models
+        for size in report.sizes
+        for place in report.places(own=True, model=model, size=size)
+    ]
+    rows = [(place, *found) for place in places if (found := _compared(report, place))]
+    # a recipe and the answers that its cells here were fine-tuned on: they are no like for like
+    answers = {arm.recipe: arm.answers for arm in reversed(report.arms)}
+    titles = {
+        name: TITLES[name] + (f", {answers[name]} answers" if answers[name] else "") for name in COMPARED
+    }
+    fields: Fields = [
+        ("model", lambda place, *_: place.task.model),
+        ("N", lambda place, *_: str(place.size)),
+        ("benchmark", lambda place, *_: place.dataset),
+        ("draws", lambda place, seeds, _: str(len(seeds))),
+        *(
+            (
+                title,
+                lambda place, _, same, name=name: _mean(same, name, place.task, place.size, place.dataset),
+            )
+            for name, title in titles.items()
+        ),
+        *(
+            (
+                f"{TITLES[name]} less {TITLES[METHOD]} [95%]",
+                lambda place, _, same, name=name: _less(
+                    tuple(same.plain(place.task, place.size, recipe) for recipe in (name, METHOD)),
+                    place.dataset,
+                    "accuracy",
+                ),
+            )
+            for name in OTHERS
+        ),
+    ]
+    return fill("others", "", fields, rows)
 
 
-def _with_answers(recipe: str) -> str:
-    """A recipe and the answers that its cells here were fine-tuned on: they are no like for like."""
-    answers = next(answers_of(arm) for arm in make_report([SMALL]).arms if arm.recipe == recipe)
-    return TITLES[recipe] if answers is None else f"{TITLES[recipe]}, {answers} answers"
-
-
-def _compared(report: Report, task: Task, size: int) -> list[str] | None:
-    """A row of :func:`others`: means and differences over the seeds that all five recipes have."""
-    there = [report.plain(task, size, recipe) for recipe in COMPARED]
-    seeds = sorted(
-        set.intersection(*({s for s in arm.runs if s is not None} if arm else set() for arm in there))
-    )
+def _compared(report: Report, place: Place) -> tuple[list[int], Report] | None:
+    """The seeds that all five recipes have, and the cells of these seeds alone."""
+    there = [report.plain(place.task, place.size, recipe) for recipe in COMPARED]
+    seeds = sorted(set.intersection(*(set(arm.runs) - {None} if arm else set() for arm in there)))
     if not seeds:
         return None
     # other seeds of some recipes would otherwise be in their means alone
-    kept = filtered(report.results, benchmarks=[task.benchmark], models=[task.model], seeds=seeds)
-    same = Report(kept, report.select)
-    arms = {recipe: arm for recipe in COMPARED if (arm := same.plain(task, size, recipe)) is not None}
-    line = [task.model, str(size), task.benchmark, str(len(seeds))]
-    for arm in arms.values():
-        values = by_seed(arm, task.benchmark, "accuracy").values()
-        line.append(f"{100 * sum(values) / len(values):.1f}")
-    for recipe in OTHERS:
-        less = same.compare(arms[recipe], arms[METHOD], task.benchmark, "accuracy")
-        assert less is not None  # they have the same seeds
-        line.append(estimate(less.interval.to_dict(), signed=True, percent=True))
-    return line
+    kept = filtered(report.results, benchmarks=[place.task.benchmark], models=[place.task.model], seeds=seeds)
+    return seeds, Report(kept, report.select)
 
 
-def variants() -> list[str]:
+def variants() -> Table:
     """``ia2 report results/small results/small-variants --table variants``."""
-    return _rows(markdown(print_tables(make_report([SMALL, VARIANTS]), "variants").tables[0]))
+    return print_tables(make_report([SMALL, VARIANTS]), "variants").tables[0]
 
 
-TABLES: dict[str, Callable[[], list[str]]] = {
-    "results": results,
-    "others": others,
-    "variants": variants,
-}
-
-
-def _row(fields: Sequence[str]) -> str:
-    return f"| {' | '.join(fields)} |"
-
-
-def _rows(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.startswith("|")]
+TABLES: dict[str, Callable[[], Table]] = {"results": results, "others": others, "variants": variants}
 
 
 def rewritten(text: str) -> str:
@@ -146,7 +154,7 @@ def rewritten(text: str) -> str:
         block = re.compile(rf"(<!-- table: {name} -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
         if len(block.findall(text)) != 1:
             raise ValueError(f"{PAGE.name}: table {name} is not marked once")
-        made = "\n".join(make())
+        made = "\n".join(line for line in markdown(make()).splitlines() if line.startswith("|"))
         text = block.sub(lambda found, made=made: found[1] + made + found[2], text)  # type: ignore[misc]
     return text
 

@@ -8,6 +8,7 @@ import pytest
 
 from ia2.sweeps.overview import overview_lines
 from ia2.sweeps.printing import make_report
+from ia2.sweeps.tables import fill
 from scripts.reproduction_tables import PAGE, SMALL, TABLES, main, rewritten
 
 BLOCK = re.compile(r"<!-- (table: \w+|said before) -->.*?<!-- end -->", re.DOTALL)
@@ -26,7 +27,7 @@ def test_the_tables_are_those_of_the_cells(page: str) -> None:
 def test_a_changed_table_is_noticed(
     page: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(TABLES, "results", lambda: ["| another |"])
+    monkeypatch.setitem(TABLES, "results", lambda: fill("results", "", [("another", str)], []))
     assert main(["--check"]) == 1
     assert "+| another |" in capsys.readouterr().out
     assert PAGE.read_text(encoding="utf-8") == page

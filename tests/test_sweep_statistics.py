@@ -14,19 +14,12 @@ from scipy import stats
 from sweep_records import drawn, evaluation, record, rows, small_grid, write_sweep
 
 from ia2.errors import ConfigError, DataError, RunFolderError
+from ia2.evaluation.statistics import paired_test
 from ia2.sweeps.records import Results, filtered, load_results
-from ia2.sweeps.report import Report
-from ia2.sweeps.selection import Arm, Task, Tried, make_arms
-from ia2.sweeps.statistics import (
-    by_seed,
-    difference,
-    differences_by_seed,
-    icl_works,
-    interval,
-    paired_test,
-    summarise,
-)
-from ia2.sweeps.threshold import crossing, effectiveness_threshold
+from ia2.sweeps.report import IclVerdict, Place, Report
+from ia2.sweeps.selection import Arm, Task, Tried, differences, make_arms
+from ia2.sweeps.tables import mean_entry
+from ia2.sweeps.threshold import Threshold, crossing, effectiveness_threshold
 
 TASK = Task("SST2", "words", "demo")
 
@@ -146,11 +139,8 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
 
 def test_filters(tmp_path: Path) -> None:
     results = read(tmp_path, small_grid(seeds=1))
-    kept = filtered(results, benchmarks=["FinS"], sizes=[32], recipes=["sft", "base"])
-    assert {(c.benchmark, c.recipe, c.num_examples) for c in kept.cells} == {
-        ("FinS", "sft", 32),
-        ("FinS", "base", None),
-    }
+    kept = filtered(results, benchmarks=["FinS"], sizes=[32], seeds=[0])
+    assert {(c.benchmark, c.num_examples) for c in kept.cells} == {("FinS", 32), ("FinS", None)}
     for wrong, message in (
         (
             {"benchmarks": ["Fins"]},
@@ -158,7 +148,7 @@ def test_filters(tmp_path: Path) -> None:
         ),
         ({"models": ["gpt"]}, "model gpt is in none"),
         ({"sizes": [4]}, "N 4 is in none of the cells; there are 8, 32."),
-        ({"recipes": ["icl"], "sizes": [8], "benchmarks": ["AGN"]}, "benchmark AGN"),
+        ({"seeds": [0], "sizes": [8], "benchmarks": ["AGN"]}, "benchmark AGN"),
     ):
         with pytest.raises(ConfigError) as error:
             filtered(results, **wrong)
@@ -185,9 +175,7 @@ def test_rates_are_chosen_by_what_was_asked(tmp_path: Path) -> None:
     assert one_arm(tmp_path, two_rates(), "b", select="test").chosen == (Tried(1e-3, None),)
     each = one_arm(tmp_path, two_rates(), "c", select="dev-per-seed")
     assert {seed: cell.learning_rate for seed, cell in each.runs.items()} == {0: 1e-4, 1: 1e-3}
-    found = summarise(by_dev, "SST2", "accuracy")
-    assert found is not None
-    assert found.mean == 0.5
+    assert by_dev.values("SST2", "accuracy") == {0: 0.5, 1: 0.5}
 
 
 def test_beta_is_chosen_with_the_rate(tmp_path: Path) -> None:
@@ -234,35 +222,19 @@ def test_cells_of_one_name_and_other_settings_are_told_apart(tmp_path: Path) -> 
 
 def test_means_and_deviations(tmp_path: Path) -> None:
     arm = one_arm(tmp_path, [record(rows(right), seed=seed) for seed, right in enumerate((5, 7, 9))])
-    found = summarise(arm, "SST2", "accuracy")
-    assert found is not None
-    assert found.mean == pytest.approx(0.7)
-    assert found.sd == pytest.approx(0.2)
-    assert found.seeds == (0, 1, 2)
-    assert summarise(arm, "PoemS", "accuracy") is None
-    alone = one_arm(tmp_path, [record(rows(5))], "alone")
-    single = summarise(alone, "SST2", "accuracy")
-    assert single is not None
-    assert single.sd is None
-
-
-def test_intervals_are_over_draws(tmp_path: Path) -> None:
-    given = [record(rows(right), seed=seed) for seed, right in enumerate((6, 7, 8))]
-    found = interval(one_arm(tmp_path, given, "a"), "SST2", "accuracy")
-    assert found is not None
-    half = stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3)
-    assert (found.low, found.high) == pytest.approx((0.7 - half, 0.7 + half))
-    one = interval(one_arm(tmp_path, given[:1], "b"), "SST2", "accuracy")
-    assert one is not None
-    assert one.to_dict() == {"value": 0.6, "low": None, "high": None}
+    found = mean_entry(arm.values("SST2", "accuracy"), percent=True, expected=4)
+    assert found.text == "70.0 (20.0), 3 of 4 seeds"
+    assert found.value == {"mean": pytest.approx(0.7), "sd": pytest.approx(0.2), "seeds": [0, 1, 2]}
+    assert mean_entry(arm.values("PoemS", "accuracy")).text == "–"
+    assert mean_entry({None: 0.5}, expected=3).text == "0.50"
 
 
 def test_accuracy_is_among_the_labels_and_beside_it_over_the_vocabulary(tmp_path: Path) -> None:
     given = record(rows(5))
     given["evaluations"]["SST2"]["metrics"]["labels"]["accuracy"] = 0.9
     arm = one_arm(tmp_path, [given])
-    assert by_seed(arm, "SST2", "accuracy") == {0: 0.9}
-    assert by_seed(arm, "SST2", "accuracy_vocabulary") == {0: 0.5}
+    assert arm.values("SST2", "accuracy") == {0: 0.9}
+    assert arm.values("SST2", "accuracy_vocabulary") == {0: 0.5}
 
 
 def test_differences_are_paired_by_seed_and_row(tmp_path: Path) -> None:
@@ -274,12 +246,9 @@ def test_differences_are_paired_by_seed_and_row(tmp_path: Path) -> None:
         more[bare.index(0)] = 1
         grid += [record(bare, recipe="sft", seed=seed), record(more, recipe="ia2-sft", seed=seed)]
     sft, method = make_arms(read(tmp_path, grid).cells)
-    found = difference(method, sft, "SST2", "accuracy")
-    assert found is not None
-    assert found.interval.value == pytest.approx(1 / 50)
-    assert (found.interval.low, found.interval.high) == pytest.approx((1 / 50, 1 / 50))
-    assert list(found.by_seed.values()) == pytest.approx([1 / 50] * 4)
-    turned = differences_by_seed(sft, method, "SST2", "accuracy")
+    found = differences(method, sft, "SST2", "accuracy")
+    assert found == {seed: pytest.approx(1 / 50) for seed in range(4)}
+    turned = differences(sft, method, "SST2", "accuracy")
     assert list(turned.values()) == pytest.approx([-1 / 50] * 4)
 
 
@@ -288,16 +257,16 @@ def test_only_shared_seeds_are_compared_and_base_stands_for_all(tmp_path: Path) 
     grid += [record(rows(8), recipe="ia2-sft", seed=s) for s in (1, 2)]
     grid += [record(rows(2), recipe="base")]
     sft, method, base = make_arms(read(tmp_path, grid).cells)
-    assert differences_by_seed(method, sft, "SST2", "accuracy") == {1: pytest.approx(0.3)}
-    assert differences_by_seed(method, base, "SST2", "accuracy") == {
+    assert differences(method, sft, "SST2", "accuracy") == {1: pytest.approx(0.3)}
+    assert differences(method, base, "SST2", "accuracy") == {
         1: pytest.approx(0.6),
         2: pytest.approx(0.6),
     }
-    assert differences_by_seed(base, sft, "SST2", "accuracy") == {
+    assert differences(base, sft, "SST2", "accuracy") == {
         0: pytest.approx(-0.3),
         1: pytest.approx(-0.3),
     }
-    assert difference(method, sft, "FinS", "accuracy") is None
+    assert differences(method, sft, "FinS", "accuracy") == {}
 
 
 def test_other_rows_are_not_compared(tmp_path: Path) -> None:
@@ -305,7 +274,7 @@ def test_other_rows_are_not_compared(tmp_path: Path) -> None:
     other["evaluations"]["SST2"]["test"] = "others"
     sft, method = make_arms(read(tmp_path, [record(rows(5)), other]).cells)
     with pytest.raises(DataError, match=r"different test rows \(others, 10 rows; rows of SST2, 10 rows\)"):
-        difference(method, sft, "SST2", "accuracy")
+        differences(method, sft, "SST2", "accuracy")
 
 
 # -------------------------------------------------------------------------------------------- tests
@@ -371,9 +340,10 @@ def test_crossings_by_hand() -> None:
     assert both.tolist() == [pytest.approx(2**3.5), -math.inf]
 
 
-def by_size(results: Results, recipe: str) -> dict[int, Arm]:
-    arms = make_arms(results.cells)
-    return {arm.num_examples: arm for arm in arms if arm.recipe == recipe and arm.num_examples is not None}
+def threshold(results: Results) -> Threshold | None:
+    report = Report(results)
+    pairs = {size: pair for size in report.sizes if (pair := report.pair(TASK, size))}
+    return effectiveness_threshold(pairs, "SST2")
 
 
 def planted_curve(
@@ -394,7 +364,7 @@ def test_the_threshold_covers_a_planted_crossing(tmp_path: Path) -> None:
     covered, widths = 0, []
     for draw in range(20):
         results = read(tmp_path, planted_curve(effects, draw=draw), f"sweep-{draw}")
-        found = effectiveness_threshold(by_size(results, "ia2-sft"), by_size(results, "sft"), "SST2")
+        found = threshold(results)
         assert found is not None
         covered += found.low <= 16 <= found.high
         widths.append(math.log2(found.high) - math.log2(found.low))
@@ -406,7 +376,7 @@ def test_the_threshold_covers_a_planted_crossing(tmp_path: Path) -> None:
 def test_thresholds_outside_the_sizes_are_said_in_words(tmp_path: Path) -> None:
     def words(effects: dict[int, float], name: str) -> str:
         results = read(tmp_path, planted_curve(effects), name)
-        found = effectiveness_threshold(by_size(results, "ia2-sft"), by_size(results, "sft"), "SST2")
+        found = threshold(results)
         assert found is not None
         return found.words()
 
@@ -418,24 +388,24 @@ def test_thresholds_outside_the_sizes_are_said_in_words(tmp_path: Path) -> None:
 
 def test_a_threshold_needs_two_sizes_and_one_set_of_rows(tmp_path: Path) -> None:
     results = read(tmp_path, planted_curve({4: 0.2}), "one")
-    assert effectiveness_threshold(by_size(results, "ia2-sft"), by_size(results, "sft"), "SST2") is None
+    assert threshold(results) is None
     given = planted_curve({4: 0.2}) + planted_curve({8: 0.2}, n=200)
     results = read(tmp_path, given, "two")
     with pytest.raises(DataError, match="different test rows"):
-        effectiveness_threshold(by_size(results, "ia2-sft"), by_size(results, "sft"), "SST2")
+        threshold(results)
 
 
 def test_seeds_may_differ_between_sizes(tmp_path: Path) -> None:
     given = planted_curve({4: 0.2}, seeds=5) + planted_curve({32: 0.1}, seeds=3)
     results = read(tmp_path, given)
-    found = effectiveness_threshold(by_size(results, "ia2-sft"), by_size(results, "sft"), "SST2")
+    found = threshold(results)
     assert found is not None
-    assert found.seeds == (5, 3)
+    assert [interval.units for interval in found.differences.values()] == [5, 3]
 
 
 def test_a_threshold_of_single_draws_has_no_ends(tmp_path: Path) -> None:
     results = read(tmp_path, planted_curve({4: 0.2, 32: -0.2}, seeds=1))
-    found = effectiveness_threshold(by_size(results, "ia2-sft"), by_size(results, "sft"), "SST2")
+    found = threshold(results)
     assert found is not None
     assert math.isnan(found.low) and "[" not in found.words()
 
@@ -466,14 +436,22 @@ def test_whether_icl_works(
         ]
     if base is not None:
         given.append(record(rows(round(100 * base), 100), recipe="base"))
-    report = Report(read(tmp_path, given))
-    found = report.icl(TASK, 8, "SST2")
-    assert found is not None
-    assert (found.verdict, found.reason) == expected
+    found = icl_of(tmp_path, given)
+    assert (found.judged.word, found.judged.reason) == expected
     assert found.icl == pytest.approx(icl)
     assert found.base == base
     assert found.chance == 0.5
-    assert (found.headroom is None) == (sft is None)
+    assert (found.judged.headroom is None) == (sft is None)
+
+
+def icl_of(
+    tmp_path: Path, given: Sequence[dict[str, Any]], benchmark: str = "SST2", name: str = "sweep"
+) -> IclVerdict:
+    report = Report(read(tmp_path, given, name))
+    [task] = report.tasks
+    found = report.icl(Place(task, benchmark, 8))
+    assert found is not None
+    return found
 
 
 def test_draws_are_the_units_not_their_rows(tmp_path: Path) -> None:
@@ -483,38 +461,29 @@ def test_draws_are_the_units_not_their_rows(tmp_path: Path) -> None:
         record(rows(600, 1000)),
         record(rows(100, 1000), recipe="base"),
     ]
-    found = Report(read(tmp_path, given)).icl(TASK, 8, "SST2")
-    assert found is not None
-    assert (found.verdict, found.reason) == ("unclear", "one draw cannot tell")
+    assert icl_of(tmp_path, given).judged.reason == "one draw cannot tell"
 
 
 def test_the_most_frequent_label_is_a_guess_too(tmp_path: Path) -> None:
     given = record(rows(75, 100), recipe="icl")
-    arm = one_arm(tmp_path, [given], "a")
-    found = icl_works(arm, None, None, "SST2", 2)
-    assert found is not None
-    assert found.verdict == "unclear"
+    assert icl_of(tmp_path, [given], name="a").judged.word == "unclear"
     given["evaluations"]["SST2"]["majority"] = 0.75
-    found = icl_works(one_arm(tmp_path, [given], "b"), None, None, "SST2", 2)
-    assert found is not None
-    assert (found.verdict, found.chance) == ("no", 0.75)
+    found = icl_of(tmp_path, [given], name="b")
+    assert (found.judged.word, found.chance) == ("no", 0.75)
     # a record without the share beside one that has it, on the same rows
     newer = record(rows(75, 100), recipe="icl", seed=7)
     newer["evaluations"]["SST2"]["majority"] = given["evaluations"]["SST2"].pop("majority")
-    found = icl_works(one_arm(tmp_path, [given, newer], "c"), None, None, "SST2", 2)
-    assert found is not None
-    assert (found.verdict, found.chance) == ("no", 0.75)
+    assert icl_of(tmp_path, [given, newer], name="c").chance == 0.75
 
 
 def test_labels_of_ones_own_benchmark_are_in_its_records(tmp_path: Path) -> None:
-    given = record(rows(40, 100), recipe="icl")
-    unknown = icl_works(one_arm(tmp_path, [given], "a"), None, None, "SST2", None)
-    assert unknown is not None
-    assert (unknown.verdict, unknown.reason) == ("unclear", "number of labels unknown")
-    given["evaluations"]["SST2"]["labels"] = 4
-    found = icl_works(one_arm(tmp_path, [given], "b"), None, None, "SST2", None)
-    assert found is not None
-    assert (found.reason, found.chance) == ("SFT was not run beside it", 0.25)
+    of = {"Own": evaluation(rows(40, 100), dataset="Own")}
+    of["Own"]["metrics"]["labels"] = of["Own"]["metrics"].pop("answer")
+    given = record(of, benchmark="Own", recipe="icl")
+    unknown = icl_of(tmp_path, [given], "Own", "a").judged
+    assert (unknown.word, unknown.reason) == ("unclear", "number of labels unknown")
+    of["Own"]["labels"] = 4
+    assert icl_of(tmp_path, [given], "Own", "b").chance == 0.25
 
 
 def test_free_text_has_no_guess(tmp_path: Path) -> None:
@@ -523,11 +492,7 @@ def test_free_text_has_no_guess(tmp_path: Path) -> None:
         *(record(rows(15 - s, 100), recipe="sft", benchmark="GSM8K", seed=s) for s in range(3)),
         record(rows(5, 100), recipe="base", benchmark="GSM8K"),
     ]
-    icl, sft, base = make_arms(read(tmp_path, given, "a").cells)
-    found = icl_works(icl, sft, base, "GSM8K", None)
-    assert found is not None
-    assert (found.verdict, found.chance) == ("yes", 0.0)
-    nothing = one_arm(tmp_path, [record(rows(0), recipe="icl", benchmark="GSM8K")], "b")
-    found = icl_works(nothing, None, None, "GSM8K", None)
-    assert found is not None
-    assert (found.verdict, found.reason) == ("no", "ICL is not above guessing")
+    found = icl_of(tmp_path, given, "GSM8K", "a")
+    assert (found.judged.word, found.chance) == ("yes", 0.0)
+    nothing = icl_of(tmp_path, [record(rows(0), recipe="icl", benchmark="GSM8K")], "GSM8K", "b").judged
+    assert (nothing.word, nothing.reason) == ("no", "ICL is not above guessing")

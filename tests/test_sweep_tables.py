@@ -15,7 +15,7 @@ from ia2.sweeps.layouts import available, paper_table
 from ia2.sweeps.paper import paper_tables
 from ia2.sweeps.printing import print_tables
 from ia2.sweeps.records import load_results
-from ia2.sweeps.report import Report, adapter_label
+from ia2.sweeps.report import Report
 from ia2.sweeps.tables import latex, markdown
 
 # ---------------------------------------------------------------------------------- the paper's own
@@ -298,7 +298,7 @@ def test_ablations_of_the_adapter(tmp_path: Path) -> None:
         if r["spec"]["recipe"] != "icl"
     ]
     report = report_of(tmp_path, given)
-    assert {adapter_label(arm) for arm in report.arms} == {"r8 qko", "r8 qk"}
+    assert {arm.rank_and_modules for arm in report.arms} == {"r8 qko", "r8 qk"}
     [table] = paper_table(report, 7)
     text = grid_of(markdown(table))
     assert [row[2] for row in text[1:]] == ["r8 qko", "", "r8 qk", ""]
@@ -409,16 +409,16 @@ def test_tables_can_be_kept_to_where_icl_works(tmp_path: Path) -> None:
                 for s in (0, 1, 2)
             ]
     report = report_of(tmp_path, given)
-    [table] = paper_table(report, 1, where_icl_works=True)
+    [table] = paper_table(report.where(icl_works=True), 1)
     assert [row[0].text for row in table.rows] == ["FinS"]
     assert [row[-1].text for row in paper_table(report, 1)[0].rows] == ["yes", "no: SFT is better than ICL"]
     printed = print_tables(report, None)
     assert "Does ICL work with demo at N = 8? yes: FinS; no: SST2." in printed.lines
     only = report_of(tmp_path / "none", [r for r in given if r["spec"]["benchmark"] == "SST2"])
     with pytest.raises(ConfigError, match=r"table 1 .*ICL works"):
-        paper_table(only, 1, where_icl_works=True)
+        paper_table(only.where(icl_works=True), 1)
     with pytest.raises(ConfigError, match=r"table full .*ICL works"):
-        print_tables(only, "full", where_icl_works=True)
+        print_tables(only.where(icl_works=True), "full")
 
 
 # --------------------------------------------------------------------------------- overview, verdicts

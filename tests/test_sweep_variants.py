@@ -63,7 +63,6 @@ def test_a_real_gain_is_selected_and_confirmed(tmp_path: Path) -> None:
     assert better.confirm.beyond_doubt and not worse.select.better
     assert selected(list(found.values()), "demo", 8) is better
     table = variants_table(made)
-    assert table is not None
     assert table.notes[-1] == (
         "demo, N = 8: selected better; confirmed: better in both on the other half, and both intervals "
         "exclude zero."
@@ -75,7 +74,6 @@ def test_luck_on_one_half_is_not_confirmed(tmp_path: Path) -> None:
     lucky = lambda number, seed: (0.8, 0.05) if (number + seed) % 2 == 0 else (0.55, 0.25)  # noqa: E731
     made = report_of(tmp_path, {"lucky": lucky})
     table = variants_table(made)
-    assert table is not None
     assert table.notes[-1].endswith(
         "selected lucky; not confirmed: on the other half it is not better in both."
     )
@@ -84,7 +82,6 @@ def test_luck_on_one_half_is_not_confirmed(tmp_path: Path) -> None:
 def test_a_gain_within_its_interval_is_no_confirmation(tmp_path: Path) -> None:
     slight = lambda number, seed: (0.8, 0.05) if (number + seed) % 2 == 0 else (0.603, 0.199)  # noqa: E731
     table = variants_table(report_of(tmp_path, {"slight": slight}))
-    assert table is not None
     assert table.notes[-1].endswith(
         "not confirmed: better in both on the other half, but not both intervals exclude zero."
     )
@@ -92,7 +89,6 @@ def test_a_gain_within_its_interval_is_no_confirmation(tmp_path: Path) -> None:
 
 def test_one_that_is_better_in_one_respect_only_is_not_selected(tmp_path: Path) -> None:
     table = variants_table(report_of(tmp_path, {"bold": lambda number, seed: (0.8, 0.6)}))
-    assert table is not None
     assert table.notes[-1] == (
         "demo, N = 8: no variant is better in both accuracy and NLL on the selection half."
     )
@@ -109,7 +105,6 @@ def test_each_benchmark_and_seed_is_in_both_halves(tmp_path: Path) -> None:
 def test_with_one_seed_of_one_benchmark_nothing_is_confirmed(tmp_path: Path) -> None:
     cells = [cell("SST2", 0, "", *PLAIN), cell("SST2", 0, "v", 0.8, 0.05)]
     table = variants_table(make_report([write_sweep(tmp_path / "one", cells)]))
-    assert table is not None
     assert table.notes[-1].endswith("selected v; there are no pairs to confirm it on.")
 
 

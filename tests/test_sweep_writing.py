@@ -15,8 +15,8 @@ from sweep_reports import few, grid_of, report_of
 
 from ia2.sweeps.figures import sweep_figures, try_figures
 from ia2.sweeps.layouts import paper_table
+from ia2.sweeps.notes import span
 from ia2.sweeps.printing import print_tables
-from ia2.sweeps.report import span
 from ia2.sweeps.tables import Column, Entry, Table, escape, latex, markdown, p_value, ranked
 
 # ------------------------------------------------------------------------------------------- writing

@@ -96,8 +96,10 @@ def report(
         if sweeps:
             from ia2.sweeps.printing import make_report, print_tables
 
-            made = make_report(sweeps, select, _list(benchmarks), _list(models), _list(sizes), _list(seeds))
-            printed = print_tables(made, table, where_icl_works=where_icl_works)
+            asked = map(_list, (benchmarks, models, sizes, seeds))
+            printed = print_tables(
+                make_report(sweeps, select, *asked, where_icl_works=where_icl_works), table
+            )
         if output is None and runs and not (latex or markdown or figures or output_dir):
             output = folders[0] / "report.html"
         files: list[Path] = []

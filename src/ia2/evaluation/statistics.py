@@ -168,6 +168,63 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+@dataclass(frozen=True)
+class PairedTest:
+    """Whether differences over (benchmark, seed) are zero; all p-values are two-sided.
+
+    Attributes:
+        pairs: how many differences.
+        clusters: how many benchmarks.
+        mean: of all pairs.
+        t, p_t: paired t-test over pairs (the paper's table 8).
+        p_wilcoxon: signed-rank test over pairs.
+        whole: the mean of the benchmarks' means, with its 95% t-interval over benchmarks.
+        p_cluster: t-test over the benchmarks' means; NaN with one benchmark.
+        higher, lower: benchmarks whose mean difference is positive, negative.
+    """
+
+    pairs: int
+    clusters: int
+    mean: float
+    t: float
+    p_t: float
+    p_wilcoxon: float
+    whole: Interval
+    p_cluster: float
+    higher: int
+    lower: int
+
+
+def paired_test(differences: Mapping[str, Sequence[float]]) -> PairedTest:
+    """Test paired differences: benchmark → one of each seed.
+
+    The pairs of one benchmark share their test rows and its peculiarities: tests over pairs take them for
+    independent and so find too much. What the benchmarks' means say is the honest answer to "does it hold
+    elsewhere?".
+
+    Raises:
+        ValueError: no difference.
+    """
+    groups = [np.array(values, float) for values in differences.values() if len(values)]
+    if not groups:
+        raise ValueError("there are no differences to test")
+    pairs = np.concatenate(groups)
+    means = np.array([group.mean() for group in groups])
+    t, p_t = t_test(pairs)
+    return PairedTest(
+        len(pairs),
+        len(groups),
+        float(pairs.mean()),
+        t,
+        p_t,
+        wilcoxon(pairs),
+        t_interval(means),
+        t_test(means)[1],
+        int((means > 0).sum()),
+        int((means < 0).sum()),
+    )
+
+
 def main_scope(labelled: bool) -> str:
     """Where the accuracy that comes first is taken: among the labels, or of the whole free answer."""
     return "labels" if labelled else "answer"

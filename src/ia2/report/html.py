@@ -115,7 +115,7 @@ def _sweep_section(printed: Printed, drawable: bool) -> Section:
 
     report = printed.report
     with muted():
-        every = print_tables(report, "all").tables
+        every = print_tables(report.where(icl_works=False), "all").tables
     verdict = verdict_lines(report)
     first = printed.tables
     return Section(

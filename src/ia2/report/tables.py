@@ -7,7 +7,7 @@ from typing import Any
 
 from ia2.evaluation.statistics import main_scope
 from ia2.sweeps.tables import Column as TableColumn
-from ia2.sweeps.tables import Entry, Table
+from ia2.sweeps.tables import Entry, Table, pipes
 from ia2.wording import MISSING, counted, estimate, rows_learnt_from
 
 Column = tuple[str, Callable[[dict[str, Any]], str]]
@@ -222,7 +222,7 @@ def comparison_markdown(summary: dict[str, Any]) -> str:
     rows = [
         [f"`{name}`", *(cell(entry) for _, cell in columns)] for name, entry in summary["recipes"].items()
     ]
-    text = _pipes(["recipe", *(title for title, _ in columns)], rows)
+    text = pipes(["recipe", *(title for title, _ in columns)], rows)
     notes = "\n\n".join(comparison_lines(summary))
     differences = "\n".join(f"- {line}" for line in difference_lines(summary))
     return f"{text}\n\n{notes}\n\n{differences}\n"
@@ -231,14 +231,9 @@ def comparison_markdown(summary: dict[str, Any]) -> str:
 def curve_markdown(summary: dict[str, Any]) -> str:
     """Every measure by size and recipe, and the paired differences to fine-tuning."""
     rows = [[f"`{recipe}`, {title}", *cells] for recipe, title, cells in _curve_rows(summary)]
-    text = _pipes(["recipe", *(f"N = {size}" for size in summary["sizes"])], rows)
+    text = pipes(["recipe", *(f"N = {size}" for size in summary["sizes"])], rows)
     notes = "\n".join(f"- {line}" for line in _curve_lines(summary))
     return f"{text}\n\nModel {summary['model']}; {summary['title']}.\n\n{notes}\n"
-
-
-def _pipes(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head, *body = (f"| {' | '.join(line)} |" for line in (columns, *rows))
-    return "\n".join([head, "|---" * len(columns) + "|", *body])
 
 
 def _curve_lines(summary: dict[str, Any]) -> list[str]:

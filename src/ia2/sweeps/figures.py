@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ia2.console import logger
+from ia2.evaluation.statistics import Interval, bounded, paired_test, t_interval
 from ia2.recipes import RECIPES
 from ia2.report.style import (
     COLOURS,
@@ -20,7 +21,6 @@ from ia2.report.style import (
 )
 from ia2.sweeps.report import METHOD, TITLES, Report
 from ia2.sweeps.selection import Task
-from ia2.sweeps.statistics import by_seed, interval, paired_test
 from ia2.wording import estimate
 
 _MEASURES = {"accuracy": "accuracy (higher is better)", "nll": "NLL (lower is better)"}
@@ -36,7 +36,8 @@ def try_figures(report: Report, folder: Path) -> list[Path]:
 
 
 def sweep_figures(report: Report) -> list[Figure]:
-    """Every figure that the cells have something for, of each model."""
+    """Every figure that the cells have something for, of each model, wherever ICL works."""
+    report = report.where(icl_works=False)
     made = (make(report, model) for make in (_sizes, _differences, _similarity) for model in report.models)
     return [figure for figure in made if figure is not None]
 
@@ -91,11 +92,15 @@ def _own_sizes(report: Report, task: Task) -> list[int]:
     return [size for size, of in arms.items() if any(a is not None and a.num_examples for a in of)]
 
 
-def _curve(report: Report, task: Task, sizes: Sequence[int], recipe: str, measure: str) -> dict[int, Any]:
+def _curve(
+    report: Report, task: Task, sizes: Sequence[int], recipe: str, measure: str
+) -> dict[int, Interval]:
     """Intervals by N."""
     arms = {size: report.plain(task, size, recipe) for size in sizes}
-    found = {n: interval(arm, task.benchmark, measure) for n, arm in arms.items() if arm is not None}
-    return {n: value for n, value in found.items() if value is not None}
+    values = {
+        n: list(arm.values(task.benchmark, measure).values()) for n, arm in arms.items() if arm is not None
+    }
+    return {n: bounded(t_interval(of), measure) for n, of in values.items() if of}
 
 
 def _curves_panel(sizes: Sequence[int], title: str, found: dict[str, dict[int, Any]]) -> Panel:
@@ -131,19 +136,15 @@ def _curves_panel(sizes: Sequence[int], title: str, found: dict[str, dict[int, A
 
 
 def _differences(report: Report, model: str) -> Figure | None:
-    lines: dict[str, list[tuple[str, Any]]] = {}
-    pooled: dict[str, dict[str, list[float]]] = {}
+    places = report.places(own=True, model=model)
+    lines: dict[str, list[tuple[str, Interval]]] = {}
+    pooled = {measure: report.pooled(places, measure)[0] for measure in _MEASURES}
     for measure in _MEASURES:
-        for task in _tasks(report, model):
-            for size in report.sizes:
-                pair = report.pair(task, size)
-                if pair is None or (measure != "accuracy" and not report.labelled(task)):
-                    continue
-                found = report.compare(*pair, task.benchmark, measure)
-                if found is not None:
-                    lines.setdefault(measure, []).append((f"{_name(task)}, N = {size}", found.interval))
-                    of = pooled.setdefault(measure, {}).setdefault(task.benchmark, [])
-                    of.extend(found.by_seed.values())
+        for place in places:
+            of_place = list(report.pooled([place], measure)[0].values())
+            if of_place:
+                name = f"{_name(place.task)}, N = {place.size}"
+                lines.setdefault(measure, []).append((name, t_interval(of_place[0])))
     if not lines:
         return None
     height = 1.2 + 0.28 * (1 + max(map(len, lines.values())))
@@ -152,8 +153,8 @@ def _differences(report: Report, model: str) -> Figure | None:
         for measure, found_lines in lines.items()
         for name, i in found_lines
     ]
-    for measure, pairs in pooled.items():
-        over = paired_test(pairs).whole
+    for measure in lines:
+        over = paired_test(pooled[measure]).whole
         rows.append(["over benchmarks", measure, estimate(over.to_dict(), signed=True)])
     return Figure(
         f"differences-{_file_name(model)}",
@@ -204,7 +205,7 @@ def _similarity(report: Report, model: str) -> Figure | None:
                 if arm is None:
                     continue
                 for measure in _MEASURES if report.labelled(task) else ["accuracy"]:
-                    for seed, value in by_seed(arm, task.benchmark, measure).items():
+                    for seed, value in arm.values(task.benchmark, measure).items():
                         similarity = arm.runs[seed].similarity
                         if similarity is not None and similarity.get("asim") is not None:
                             of = points.setdefault(measure, {}).setdefault(recipe, [])

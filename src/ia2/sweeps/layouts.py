@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ia2.errors import ConfigError
+from ia2.evaluation.statistics import t_interval
 from ia2.recipes import is_trained
-from ia2.sweeps.paper import Figure, PaperTable, paper_tables
-from ia2.sweeps.report import METHOD, RIVAL, TITLES, Report, adapter_label, adapter_type
-from ia2.sweeps.selection import Arm, Task
+from ia2.sweeps.notes import about, grouped
+from ia2.sweeps.own_tables import headroom_fields
+from ia2.sweeps.paper import Figure, PaperRow, PaperTable, paper_tables
+from ia2.sweeps.report import METHOD, RIVAL, TITLES, Place, Report
+from ia2.sweeps.selection import Arm, Task, differences
 from ia2.sweeps.significance import significance_table
-from ia2.sweeps.statistics import Difference, Summary, summarise
-from ia2.sweeps.tables import Column, Entry, Table, mean_sd, ranked
-from ia2.wording import MISSING, estimate
+from ia2.sweeps.tables import Column, Entry, Fields, Table, fill, interval_entry, mean_entry, mean_sd, ranked
+from ia2.wording import MISSING
 
 # Of each recipe: measure → title. The paper's accuracy and ECE are over the vocabulary.
 _OF_LABELS = {
@@ -31,89 +33,48 @@ _ANSWERS = {"ground_truth": "the true answers", "icl_responses": "ICL's response
 class _Row:
     """One evaluation, and the arm of each recipe that is shown of it."""
 
-    task: Task
-    dataset: str
-    size: int
+    place: Place
     adapter: str  # of the ablation; empty elsewhere
     arms: dict[str, Arm | None]
 
 
-@dataclass
-class _Counted:
-    """What is missing of a table, to be said below it."""
-
-    asked: int = 0
-    missing: dict[str, list[str]] = field(default_factory=dict)
-    fewer: list[str] = field(default_factory=list)
-
-    def notes(self) -> list[str]:
-        found = []
-        if self.missing:
-            count = sum(map(len, self.missing.values()))
-            listed = "; ".join(f"{who} on {', '.join(where)}" for who, where in self.missing.items())
-            found.append(f"Missing ({MISSING}): {count} of {self.asked}: {listed}.")
-        if self.fewer:
-            found.append(f"Means over fewer seeds than others of their row: {'; '.join(self.fewer)}.")
-        return found
-
-
-def paper_table(report: Report, number: int, *, where_icl_works: bool = False) -> list[Table]:
+def paper_table(report: Report, number: int) -> list[Table]:
     """One of the paper's tables: one for its own models and N, or one for each model and N there is.
-
-    Args:
-        report: the cells.
-        number: 1 to 20.
-        where_icl_works: leave out evaluations on which ICL does not work (:meth:`Report.icl`).
 
     Raises:
         ConfigError: there is no such table, or no cells for it.
     """
-    paper = _known(number)
-    if paper.kind == "tests":
-        found = significance_table(report, where_icl_works=where_icl_works)
-        if found is None:
-            raise ConfigError(_nothing(report, paper, where_icl_works))
-        return [found]
-    tables = []
-    for models, tasks in _groups(report, paper):
-        for sizes in _sizes(report, paper, tasks):
-            rows = _rows(report, paper, tasks, sizes)
-            if where_icl_works:
-                rows = [row for row in rows if _works(report, row)]
-            if rows and _fills(paper, rows):
-                tables.append(_table(report, paper, models, sizes, rows))
+    if number not in paper_tables():
+        raise ConfigError(f"the paper has no table {number}; there are 1 to {max(paper_tables())}.")
+    tables = filled(report, number)
     if not tables:
-        raise ConfigError(_nothing(report, paper, where_icl_works))
+        raise ConfigError(_nothing(report, paper_tables()[number]))
+    return tables
+
+
+def filled(report: Report, number: int) -> list[Table]:
+    """The same; none where there are no cells for it."""
+    paper = paper_tables()[number]
+    if paper.kind == "tests":
+        return [table for table in [significance_table(report)] if table.rows]
+    tables = [_table(report, paper, *found) for found in _contents(report, paper)]
     if len(tables) > 1:  # a label in LaTeX is there once
         tables = [replace(table, label=f"{number}-{n}") for n, table in enumerate(tables, 1)]
     return tables
 
 
 def available(report: Report) -> list[int]:
-    """Numbers of the paper's tables that the cells can fill."""
-    found = []
-    for number, paper in paper_tables().items():
-        if paper.kind == "tests":
-            fills = any(report.pair(task, size) for task in report.tasks for size in report.sizes)
-        else:
-            fills = any(
-                _fills(paper, _rows(report, paper, tasks, sizes))
-                for _, tasks in _groups(report, paper)
-                for sizes in _sizes(report, paper, tasks)
-            )
-        if fills:
-            found.append(number)
-    return found
+    """Numbers of the paper's tables that the cells can fill, wherever ICL works."""
+    report = report.where(icl_works=False)
+    paired = any(report.pair(task, size) for task in report.tasks for size in report.sizes)
+    return [
+        number
+        for number, paper in paper_tables().items()
+        if (paired if paper.kind == "tests" else any(_contents(report, paper)))
+    ]
 
 
-def _known(number: int) -> PaperTable:
-    tables = paper_tables()
-    if number not in tables:
-        raise ConfigError(f"the paper has no table {number}; there are 1 to {max(tables)}.")
-    return tables[number]
-
-
-def _nothing(report: Report, paper: PaperTable, where_icl_works: bool) -> str:
+def _nothing(report: Report, paper: PaperTable) -> str:
     what = {"labels": "label tasks", "free": "free-text tasks"}.get(paper.kind, "some task")
     asked = f"{', '.join(r for r in paper.recipes if is_trained(r))} on {what}, adapter {paper.adapter}"
     if paper.kind == "tests":
@@ -122,7 +83,7 @@ def _nothing(report: Report, paper: PaperTable, where_icl_works: bool) -> str:
         asked += " with two ranks or sets of modules"
     if paper.answers != "ground_truth":
         asked += f", sft.answers {paper.answers}"
-    if where_icl_works:
+    if report.where_icl_works:
         asked += ", where ICL works"
     there = ", ".join(map(str, available(report))) or "none of the paper's tables"
     return f"table {paper.number} needs cells of {asked}; these are not there. The cells fill {there}."
@@ -131,21 +92,27 @@ def _nothing(report: Report, paper: PaperTable, where_icl_works: bool) -> str:
 # --------------------------------------------------------------------------------------------- rows
 
 
-def _groups(report: Report, paper: PaperTable) -> list[tuple[str, list[Task]]]:
+def _contents(report: Report, paper: PaperTable) -> Iterator[tuple[str, list[int], list[_Row]]]:
+    """Models, N and rows of each table to print."""
+    for tasks in _groups(report, paper):
+        for sizes in _sizes(report, paper, tasks):
+            rows = _rows(report, paper, tasks, sizes)
+            if report.where_icl_works:
+                rows = [row for row in rows if report.works(row.place)]
+            if _fills(paper, rows):
+                yield ", ".join(dict.fromkeys(task.model for task in tasks)), sizes, rows
+
+
+def _groups(report: Report, paper: PaperTable) -> list[list[Task]]:
     """The tasks of each table to print: those of the paper's models together, others by model."""
     groups: dict[str, list[Task]] = {}
     for task in report.tasks:
-        if paper.kind in ("labels", "free") and report.labelled(task) != (paper.kind == "labels"):
-            continue
-        # SciQr on the 3B model and SST2 on the 1B one are rows of one table in the paper
-        own = task.model in paper.models and paper.model_of(task.benchmark) in (None, task.model)
-        groups.setdefault("" if own else task.model, []).append(task)
-    order = list(dict.fromkeys(row.source for row in paper.rows))
-    found = []
-    for tasks in groups.values():
-        tasks.sort(key=lambda t: order.index(t.benchmark) if t.benchmark in order else len(order))
-        found.append((", ".join(dict.fromkeys(task.model for task in tasks)), tasks))
-    return found
+        if paper.kind not in ("labels", "free") or report.labelled(task) == (paper.kind == "labels"):
+            # SciQr on the 3B model and SST2 on the 1B one are rows of one table in the paper
+            own = task.model in paper.models and paper.model_of(task.benchmark) in (None, task.model)
+            groups.setdefault("" if own else task.model, []).append(task)
+    place = _place_in(list(dict.fromkeys(row.source for row in paper.rows)))
+    return [sorted(tasks, key=lambda task: place(task.benchmark)) for tasks in groups.values()]
 
 
 def _sizes(report: Report, paper: PaperTable, tasks: Sequence[Task]) -> list[list[int]]:
@@ -154,43 +121,35 @@ def _sizes(report: Report, paper: PaperTable, tasks: Sequence[Task]) -> list[lis
     if paper.by == "size":
         return [there]
     asked = sorted({row.num_examples for row in paper.rows if row.num_examples in there})
-    if asked:
-        return [asked] if paper.by == "adapter" else [[size] for size in asked]
-    return [[size] for size in there]
+    if asked and paper.by == "adapter":
+        return [asked]
+    return [[size] for size in asked or there]
 
 
 def _rows(report: Report, paper: PaperTable, tasks: Sequence[Task], sizes: Sequence[int]) -> list[_Row]:
-    rows = []
-    labels = [""]
+    """Those with a trained recipe; what the paper does not have comes behind what it has."""
+    adapters = {""}
     if paper.by == "adapter":
-        arms = [a for a in report.arms if a.task in tasks and is_trained(a.recipe)]
-        labels = sorted(
-            {adapter_label(a) for a in arms if adapter_type(a) == paper.adapter},
-            key=lambda label: (label != "r8 qko", label),
-        )
-    order = [(row.source, row.dataset) for row in paper.rows]
-    for label in labels:
+        arms = [arm for arm in report.arms if arm.task in tasks and arm.is_trained]
+        adapters = {arm.rank_and_modules for arm in arms if arm.adapter == paper.adapter}
+    place_of = _place_in([(row.source, row.dataset) for row in paper.rows])
+    rows = []
+    for adapter in sorted(adapters, key=lambda name: (name != "r8 qko", name)):
+        asked = {"adapter": paper.adapter, "answers": paper.answers, "rank_and_modules": adapter}
         for task in tasks:
-            datasets = report.datasets(task)
-            if paper.number in (4, 5):  # without OOD evaluations
-                datasets = [d for d in datasets if d == task.benchmark]
-            # stable: what the paper does not have comes behind what it has
-            datasets.sort(key=lambda d: (*_place(order, (task.benchmark, d)),))
-            for dataset in datasets:
+            for dataset in sorted(report.datasets(task), key=lambda name: place_of((task.benchmark, name))):
+                if paper.number in (4, 5) and dataset != task.benchmark:
+                    continue  # without OOD evaluations
                 for size in sizes:
-                    arms_of = {
-                        recipe: report.plain(
-                            task, size, recipe, adapter=paper.adapter, answers=paper.answers, label=label
-                        )
-                        for recipe in paper.recipes
-                    }
-                    if any(arm is not None and is_trained(arm.recipe) for arm in arms_of.values()):
-                        rows.append(_Row(task, dataset, size, label, arms_of))
+                    arms_of = {recipe: report.plain(task, size, recipe, **asked) for recipe in paper.recipes}
+                    if any(arm is not None and arm.is_trained for arm in arms_of.values()):
+                        rows.append(_Row(Place(task, dataset, size), adapter, arms_of))
     return rows
 
 
-def _place(order: Sequence[tuple[str, str]], row: tuple[str, str]) -> tuple[int]:
-    return (order.index(row),) if row in order else (len(order),)
+def _place_in(order: Sequence[object]) -> Callable[[object], int]:
+    """The place of a thing in an order; things that are not in it come last."""
+    return lambda thing: order.index(thing) if thing in order else len(order)
 
 
 def _fills(paper: PaperTable, rows: Sequence[_Row]) -> bool:
@@ -208,87 +167,95 @@ def _fills(paper: PaperTable, rows: Sequence[_Row]) -> bool:
 def _table(
     report: Report, paper: PaperTable, models: str, sizes: Sequence[int], rows: Sequence[_Row]
 ) -> Table:
-    labelled = any(report.labelled(row.task) for row in rows)
+    labelled = any(report.labelled(row.place.task) for row in rows)
     measures = _OF_LABELS if labelled else _OF_TEXT
-    counted = _Counted()
-    columns = _columns(paper, measures)
-    body, beside = [], 0
+    printed: list[tuple[_Row, dict[tuple[str, str], Entry], PaperRow | None]] = []
     for row in rows:
-        body.append(_ours(report, paper, row, rows, measures, counted))
-        theirs = _theirs(paper, row, measures, len(columns))
-        if theirs:
-            body.append(theirs)
-            beside += 1
+        printed.append((row, _entries(report, paper, row, measures), None))
+        task, dataset, size = row.place
+        match = paper.find(task.benchmark, dataset, task.model, size, row.adapter)
+        if match is not None:
+            printed.append((row, {}, match))
+    beside = len(printed) - len(rows)
     of = "N" if paper.by == "size" else f"N = {', '.join(map(str, sizes))}"
     title = (
         f"Table {paper.number} of the paper, from these cells: accuracy in percent"
         f"{' among the labels, then over the vocabulary as in the paper' if labelled else ''}, mean (sd over "
         f"draws), {models}, {of}."
     )
-    return Table(
-        str(paper.number),
-        title,
-        columns,
-        tuple(body),
-        tuple(_notes(report, paper, rows, beside, labelled) + counted.notes()),
-    )
+    notes = [*_notes(report, paper, rows, beside, labelled), *_missing(report, paper, rows)]
+    return fill(str(paper.number), title, _fields(report, paper, rows, measures), printed, notes)
 
 
-def _columns(paper: PaperTable, measures: Mapping[str, str]) -> tuple[Column, ...]:
-    columns = [Column("source"), Column("eval")]
-    if paper.by:
-        columns.append(Column("N" if paper.by == "size" else "LoRA"))
-    for recipe in paper.recipes:
-        columns += [Column(title, TITLES[recipe]) for title in measures.values()]
-    method = TITLES[METHOD]
-    if paper.kind == "gaps":
-        columns.append(Column("acc [95%]", f"{method} − ICL"))
-    columns += [Column(f"{title} [95%]", f"{method} − SFT") for title in measures.values()]
-    return (*columns, Column("base"), Column("ICL − SFT [95%]"), Column("ICL works"))
+def _fields(report: Report, paper: PaperTable, rows: Sequence[_Row], measures: Mapping[str, str]) -> Fields:
+    """Columns, and the entries of our row or, given its figures, of the paper's below it."""
+    verbalisers = grouped((row.place.task.benchmark, row.place.task.verbaliser) for row in rows)
 
+    def source(row: _Row) -> str:
+        task = row.place.task
+        return task.source if len(verbalisers[task.benchmark]) > 1 else task.benchmark
 
-def _ours(
-    report: Report,
-    paper: PaperTable,
-    row: _Row,
-    rows: Sequence[_Row],
-    measures: Mapping[str, str],
-    counted: _Counted,
-) -> tuple[Entry, ...]:
-    expected = report.expected_seeds(row.task, row.size)
-    known = _OF_LABELS if report.labelled(row.task) else _OF_TEXT
-    entries: dict[str, list[Entry]] = {}
-    for measure in measures:
-        if measure not in known:
-            entries[measure] = [Entry("n/a")] * len(paper.recipes)
-            continue
-        entries[measure] = ranked(
-            [_entry(row, recipe, measure, expected, counted) for recipe in paper.recipes],
-            higher=_percent(measure),
-            shown=[is_trained(recipe) for recipe in paper.recipes],
+    def ours(make: Callable[[_Row], Entry | str]) -> Callable[..., Entry | str]:
+        return lambda row, _, match: make(row) if match is None else ""
+
+    def of_place(make: Callable[[Place], Entry | str]) -> Callable[..., Entry | str]:
+        return ours(lambda row: make(row.place))
+
+    def less(rival: str, measure: str) -> Callable[..., Entry | str]:
+        return ours(lambda row: _less(report, row, rival, measure))
+
+    def of_recipe(recipe: str, measure: str) -> Callable[..., Entry | str]:
+        return lambda _, entries, match: (
+            entries[recipe, measure]
+            if match is None
+            else _figure(match.figures[recipe], measure, labelled=len(measures) > 1)
         )
-    several = len({other.task.verbaliser for other in rows if other.task.benchmark == row.task.benchmark}) > 1
-    source = f"{row.task.benchmark}, {row.task.verbaliser}" if several else row.task.benchmark
-    found = [Entry(source), Entry(row.dataset + (" (OOD)" if row.dataset != row.task.benchmark else ""))]
-    if paper.by:
-        found.append(Entry(str(row.size) if paper.by == "size" else row.adapter))
-    for place in range(len(paper.recipes)):
-        found += [entries[measure][place] for measure in measures]
-    if paper.kind == "gaps":
-        found.append(_less(report, row, "icl", "accuracy"))
-    found += [_less(report, row, RIVAL, m) if m in known else Entry("n/a") for m in measures]
-    return (*found, *headroom_entries(report, row.task, row.size, row.dataset))
+
+    method = TITLES[METHOD]
+    by = {
+        "size": [("N", ours(lambda row: str(row.place.size)))],
+        "adapter": [("LoRA", ours(lambda row: row.adapter))],
+    }
+    gaps = [(Column("acc [95%]", f"{method} − ICL"), less("icl", "accuracy"))]
+    return [
+        ("source", ours(source)),
+        ("eval", lambda row, _, match: Entry("the paper", "paper") if match else row.place.evaluated),
+        *by.get(paper.by, []),
+        *(
+            (Column(of, TITLES[r]), of_recipe(r, name))
+            for r in paper.recipes
+            for name, of in measures.items()
+        ),
+        *(gaps if paper.kind == "gaps" else []),
+        *((Column(f"{of} [95%]", f"{method} − SFT"), less(RIVAL, name)) for name, of in measures.items()),
+        *((of, of_place(make)) for of, make in headroom_fields(report)),
+    ]
 
 
-def headroom_entries(report: Report, task: Task, size: int, dataset: str) -> tuple[Entry, Entry, Entry]:
-    """The base model, ICL − SFT, both among the labels and in percent, and whether ICL works."""
-    found = report.icl(task, size, dataset)
-    if found is None:
-        return Entry(MISSING), Entry(MISSING), Entry(MISSING)
-    base = MISSING if found.base is None else f"{100 * found.base:.1f}"
-    less = None if found.headroom is None else found.headroom.to_dict()
-    word = found.verdict if found.verdict == "yes" else f"{found.verdict}: {found.reason}"
-    return Entry(base), Entry(estimate(less, signed=True, percent=True), value=less), Entry(word)
+def _entries(
+    report: Report, paper: PaperTable, row: _Row, measures: Mapping[str, str]
+) -> dict[tuple[str, str], Entry]:
+    """(recipe, measure) → its mean, the best trained recipes of each measure set off."""
+    task, dataset, size = row.place
+    expected = report.expected_seeds(task, size)
+    found: dict[tuple[str, str], Entry] = {}
+    for measure in measures:
+        if not _measured(report, row, measure):
+            found |= {(recipe, measure): Entry("n/a") for recipe in paper.recipes}
+            continue
+        values = [arm.values(dataset, measure) if arm else {} for arm in row.arms.values()]
+        # means over fewer seeds are said once
+        seeds = expected if measure == "accuracy" else 0
+        entries = [mean_entry(of, percent=_percent(measure), expected=seeds) for of in values]
+        trained = [is_trained(recipe) for recipe in row.arms]
+        marked = ranked(entries, higher=_percent(measure), shown=trained)
+        found |= {(recipe, measure): entry for recipe, entry in zip(row.arms, marked, strict=True)}
+    return found
+
+
+def _measured(report: Report, row: _Row, measure: str) -> bool:
+    """Free text has accuracy alone."""
+    return measure in _OF_TEXT or report.labelled(row.place.task)
 
 
 def _percent(measure: str) -> bool:
@@ -296,65 +263,36 @@ def _percent(measure: str) -> bool:
     return measure.startswith("accuracy")
 
 
-def _entry(row: _Row, recipe: str, measure: str, expected: int, counted: _Counted) -> Entry:
-    arm = row.arms[recipe]
-    found = None if arm is None else summarise(arm, row.dataset, measure)
-    first = measure == "accuracy"
-    counted.asked += first
-    if found is None:
-        if first:
-            counted.missing.setdefault(recipe, []).append(row.dataset)
-        return Entry(MISSING)
-    seeds = None
-    if None not in found.seeds and len(found.seeds) < expected:
-        seeds = (len(found.seeds), expected)
-        if first:
-            counted.fewer.append(f"{recipe} on {row.dataset} ({seeds[0]} of {seeds[1]})")
-    return Entry(
-        mean_sd(found.mean, found.sd, percent=_percent(measure), seeds=seeds if first else None),
-        value=as_value(found),
-    )
-
-
-def as_value(found: Summary) -> dict[str, object]:
-    """A summary for JSON."""
-    return {"mean": found.mean, "sd": found.sd, "seeds": [s for s in found.seeds if s is not None]}
-
-
 def _less(report: Report, row: _Row, rival: str, measure: str) -> Entry:
-    method = row.arms.get(METHOD)
-    other = row.arms.get(rival)
-    if method is None or other is None:
-        return Entry(MISSING)
-    return less_entry(report.compare(method, other, row.dataset, measure), percent=_percent(measure))
+    method, other = row.arms.get(METHOD), row.arms.get(rival)
+    if not _measured(report, row, measure):
+        return Entry("n/a")
+    found = differences(method, other, row.place.dataset, measure) if method and other else {}
+    interval = t_interval(list(found.values())) if found else None
+    return interval_entry(interval, signed=True, percent=_percent(measure), seeds=sorted(found))
 
 
-def less_entry(found: Difference | None, *, percent: bool) -> Entry:
-    """A difference with its interval."""
-    if found is None:
-        return Entry(MISSING)
-    of = found.interval.to_dict()
-    return Entry(estimate(of, signed=True, percent=percent), value={**of, "seeds": sorted(found.by_seed)})
-
-
-def _works(report: Report, row: _Row) -> bool:
-    found = report.icl(row.task, row.size, row.dataset)
-    return found is not None and found.verdict == "yes"
-
-
-def _theirs(
-    paper: PaperTable, row: _Row, measures: Mapping[str, str], width: int
-) -> tuple[Entry, ...] | None:
-    """The paper's row below ours, where model, N and settings are the same."""
-    match = paper.find(row.task.benchmark, row.dataset, row.task.model, row.size, row.adapter)
-    if match is None:
-        return None
-    entries = [Entry(""), Entry("the paper", "paper")] + [Entry("")] * bool(paper.by)
-    for recipe in paper.recipes:
-        entries += [
-            _figure(match.figures[recipe], measure, labelled=len(measures) > 1) for measure in measures
-        ]
-    return (*entries, *[Entry("")] * (width - len(entries)))
+def _missing(report: Report, paper: PaperTable, rows: Sequence[_Row]) -> list[str]:
+    """Recipes without cells, and those with fewer seeds than others."""
+    missing: dict[str, list[str]] = {}
+    fewer = []
+    for row in rows:
+        task, dataset, size = row.place
+        expected = report.expected_seeds(task, size)
+        for recipe, arm in row.arms.items():
+            seeds = list(arm.evaluations(dataset)) if arm else []
+            if not seeds:
+                missing.setdefault(recipe, []).append(dataset)
+            elif None not in seeds and len(seeds) < expected:
+                fewer.append(f"{recipe} on {dataset} ({len(seeds)} of {expected})")
+    notes = []
+    if missing:
+        count, asked = sum(map(len, missing.values())), len(rows) * len(paper.recipes)
+        listed = "; ".join(f"{recipe} on {', '.join(where)}" for recipe, where in missing.items())
+        notes.append(f"Missing ({MISSING}): {count} of {asked}: {listed}.")
+    if fewer:
+        notes.append(f"Means over fewer seeds than others of their row: {'; '.join(fewer)}.")
+    return notes
 
 
 def _figure(figure: Figure, measure: str, *, labelled: bool) -> Entry:
@@ -370,10 +308,7 @@ def _figure(figure: Figure, measure: str, *, labelled: bool) -> Entry:
 
 def _notes(report: Report, paper: PaperTable, rows: Sequence[_Row], beside: int, labelled: bool) -> list[str]:
     arms = [arm for row in rows for arm in row.arms.values() if arm is not None]
-    unique = list({id(arm): arm for arm in arms}.values())
-    tasks = list(dict.fromkeys(row.task for row in rows))
-    notes = report.about(tasks, unique)
-    notes.append(f"Fine-tuned on {_ANSWERS[paper.answers]}.")
+    notes = [*about(arms, report.select), f"Fine-tuned on {_ANSWERS[paper.answers]}."]
     if beside:
         notes.append(
             "In italics: the paper's figures (ICLR 2026, arXiv 2509.22621), five runs, rates chosen by test "
@@ -382,7 +317,7 @@ def _notes(report: Report, paper: PaperTable, rows: Sequence[_Row], beside: int,
     if beside < len(rows):
         theirs = ", ".join(dict.fromkeys(f"{row.model} at N = {row.num_examples}" for row in paper.rows))
         notes.append(f"The paper's figures are of {theirs}: not beside other models, N or benchmarks.")
-    variants = sorted({arm.label for arm in unique if arm.variant})
+    variants = sorted({arm.label for arm in arms if arm.variant})
     if variants and paper.by != "adapter":
         notes.append(f"Variants of the grid that stand here: {', '.join(variants)}.")
     notes.append(
@@ -390,7 +325,7 @@ def _notes(report: Report, paper: PaperTable, rows: Sequence[_Row], beside: int,
         "draws, paired; one draw "
         f"has none.{' NLL is among the labels; ECE: 15 bins of equal mass.' if labelled else ''}"
     )
-    there = {task.benchmark for task in tasks}
+    there = {row.place.task.benchmark for row in rows}
     if absent := [s for s in dict.fromkeys(row.source for row in paper.rows) if s not in there]:
         notes.append(f"Not trained on here: {', '.join(absent)}.")
     return notes

@@ -10,8 +10,9 @@ from typing import Any
 from ia2.console import logger
 from ia2.errors import ConfigError, suggest
 from ia2.files import write_text
-from ia2.sweeps.layouts import available, paper_table
-from ia2.sweeps.overview import full_table, icl_table, overview_lines, threshold_table
+from ia2.sweeps.layouts import available, filled, paper_table
+from ia2.sweeps.overview import overview_lines
+from ia2.sweeps.own_tables import full_table, icl_table, threshold_table
 from ia2.sweeps.paper import paper_tables
 from ia2.sweeps.records import filtered, load_results
 from ia2.sweeps.report import Report
@@ -21,12 +22,12 @@ from ia2.sweeps.tables import ENDINGS, FORMATS, Table
 from ia2.sweeps.variants import variants_table
 
 # name → table and what it needs
-_OWN: dict[str, tuple[Callable[..., Table | None], str]] = {
+_OWN: dict[str, tuple[Callable[[Report], Table], str]] = {
     "full": (full_table, "cells"),
     "tests": (pairs_table, "ia2-sft and another recipe on the same seeds"),
     "variants": (variants_table, "a variant of ia2-sft and the plain one on the same seeds"),
     "thresholds": (threshold_table, "ia2-sft and sft at two N or more, on the same seeds"),
-    "icl": (lambda report, where_icl_works: icl_table(report), "cells of icl"),
+    "icl": (icl_table, "cells of icl"),
 }
 
 
@@ -90,6 +91,8 @@ def make_report(
     models: Sequence[str] = (),
     sizes: Sequence[str] = (),
     seeds: Sequence[str] = (),
+    *,
+    where_icl_works: bool = False,
 ) -> Report:
     """Read folders and choose rates.
 
@@ -105,7 +108,7 @@ def make_report(
         seeds=_numbers("--seeds", seeds),
     )
     chosen: Select = select or ("test" if results.select == "test" else "dev")
-    return Report(results, chosen)
+    return Report(results, chosen, where_icl_works=where_icl_works)
 
 
 def _numbers(flag: str, given: Sequence[str]) -> list[int]:
@@ -115,18 +118,18 @@ def _numbers(flag: str, given: Sequence[str]) -> list[int]:
     return [int(text) for text in given]
 
 
-def print_tables(report: Report, name: str | None, *, where_icl_works: bool = False) -> Printed:
+def print_tables(report: Report, name: str | None) -> Printed:
     """The table of that name, ``all``, or (None) the overview.
 
     Raises:
         ConfigError: no table of that name, or no cells for it.
     """
     if name is None:
-        return _overview(report, where_icl_works)
+        return _overview(report)
     if name == "all":
-        return _all(report, where_icl_works)
+        return Printed(report, [], _all(report))
     if name.isdigit():
-        return Printed(report, [], paper_table(report, int(name), where_icl_works=where_icl_works))
+        return Printed(report, [], paper_table(report, int(name)))
     if name not in _OWN:
         known = [*map(str, paper_tables()), *_OWN, "all"]
         raise ConfigError(
@@ -134,43 +137,24 @@ def print_tables(report: Report, name: str | None, *, where_icl_works: bool = Fa
             f"{suggest(name, known)}"
         )
     make, needs = _OWN[name]
-    table = make(report, where_icl_works=where_icl_works)
-    if table is None or not table.rows:
-        where = " where ICL works" if where_icl_works else ""
-        raise ConfigError(f"table {name} needs {needs}{where}; these are not there.")
+    table = make(report)
+    if not table.rows:
+        raise ConfigError(f"table {name} needs {needs}{report.where_words}; these are not there.")
     return Printed(report, [], [table])
 
 
-def _overview(report: Report, where_icl_works: bool) -> Printed:
-    lines = overview_lines(report)
+def _overview(report: Report) -> Printed:
     there = available(report)
-    tables = []
-    if 1 in there:
-        tables = _if_any(lambda: paper_table(report, 1, where_icl_works=where_icl_works))
-    if not tables:
-        made = full_table(report, where_icl_works=where_icl_works)
-        tables = [made] if made.rows else []
+    tables = filled(report, 1) or [table for table in [full_table(report)] if table.rows]
     listed = ", ".join([*map(str, there), *_OWN])
-    return Printed(report, [*lines, f"Tables that these cells fill (--table): {listed}."], tables)
+    lines = [*overview_lines(report), f"Tables that these cells fill (--table): {listed}."]
+    return Printed(report, lines, tables)
 
 
-def _all(report: Report, where_icl_works: bool) -> Printed:
-    tables: list[Table] = []
-    for number in available(report):
-        tables += _if_any(lambda number=number: paper_table(report, number, where_icl_works=where_icl_works))  # type: ignore[misc]
-    for make, _ in _OWN.values():
-        table = make(report, where_icl_works=where_icl_works)
-        if table is not None and table.rows:
-            tables.append(table)
+def _all(report: Report) -> list[Table]:
+    tables = [table for number in paper_tables() for table in filled(report, number)]
+    tables += [table for make, _ in _OWN.values() if (table := make(report)).rows]
     absent = [str(number) for number in paper_tables() if str(number) not in {t.name for t in tables}]
     if absent:
         logger.info("No cells for the paper's tables %s.", ", ".join(absent))
-    return Printed(report, [], tables)
-
-
-def _if_any(make: Callable[[], list[Table]]) -> list[Table]:
-    """Tables, or none where nothing is left of one (where ICL works, say)."""
-    try:
-        return make()
-    except ConfigError:
-        return []
+    return tables

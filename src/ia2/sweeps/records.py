@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,16 @@ from ia2.evaluation.statistics import main_scope
 from ia2.files import read_json
 from ia2.sweeps.store import CELLS, loose_cells, read_lines
 from ia2.wording import in_words
+
+MEASURES = {
+    "accuracy": "accuracy",
+    "nll": "NLL",
+    "brier": "Brier",
+    "ece": "ECE",
+    "accuracy_vocabulary": "accuracy over the vocabulary",
+    "ece_vocabulary": "ECE over the vocabulary",
+}
+"""What tables show, among the labels (of free text: of the whole answer) unless it says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +70,15 @@ class Evaluation:
         return main_scope(self.labelled)
 
     def value(self, measure: str) -> float:
-        """A measure of :data:`ia2.sweeps.statistics.MEASURES`."""
+        """A measure of :data:`MEASURES`."""
         name, _, vocabulary = measure.partition("_")
         return float(self.metrics["vocabulary" if vocabulary else self.scope][name])
+
+    @property
+    def scaled_ece(self) -> float | None:
+        """ECE after temperature scaling; None where it was not recorded."""
+        found = self.metrics.get("scaled", {}).get(self.scope, {}).get("ece")
+        return None if found is None else float(found)
 
 
 @dataclass(frozen=True)
@@ -176,44 +192,33 @@ def filtered(
     *,
     benchmarks: Sequence[str] = (),
     models: Sequence[str] = (),
-    recipes: Sequence[str] = (),
     sizes: Sequence[int] = (),
     seeds: Sequence[int] = (),
 ) -> Results:
-    """The cells of some benchmarks, models, recipes, numbers of examples and seeds; nothing given keeps all.
+    """The cells of some benchmarks, models, numbers of examples and seeds; nothing given keeps all.
 
     Raises:
         ConfigError: a name that no cell has.
     """
-    for what, asked, known in (
-        ("benchmark", benchmarks, {cell.benchmark for cell in results.cells}),
-        ("model", models, {cell.model for cell in results.cells}),
-        ("recipe", recipes, {cell.recipe for cell in results.cells}),
-        ("N", sizes, {cell.num_examples for cell in results.cells} - {None}),
-        ("seed", seeds, {cell.seed for cell in results.cells} - {None}),
+    kept = results.cells
+    for what, field_name, asked in (
+        ("benchmark", "benchmark", benchmarks),
+        ("model", "model", models),
+        ("N", "num_examples", sizes),
+        ("seed", "seed", seeds),
     ):
+        known = sorted({getattr(cell, field_name) for cell in results.cells} - {None})
         for name in asked:
             if name not in known:
-                there = ", ".join(map(str, sorted(known, key=lambda x: (isinstance(x, str), x))))
                 raise ConfigError(
-                    f"{what} {name} is in none of the cells; there are {there}."
-                    f"{suggest(str(name), [str(k) for k in known])}"
+                    f"{what} {name} is in none of the cells; there are {', '.join(map(str, known))}."
+                    f"{suggest(str(name), list(map(str, known)))}"
                 )
-    kept = tuple(
-        cell
-        for cell in results.cells
-        if (not benchmarks or cell.benchmark in benchmarks)
-        and (not models or cell.model in models)
-        and (not recipes or cell.recipe in recipes)
-        # the base model has neither N nor seed: it stands beside all
-        and (not sizes or cell.num_examples is None or cell.num_examples in sizes)
-        and (not seeds or cell.seed is None or cell.seed in seeds)
-    )
+        if asked:  # the base model has neither N nor seed: it stands beside all
+            kept = tuple(cell for cell in kept if getattr(cell, field_name) in (None, *asked))
     if not kept:
         raise ConfigError("no cell is all that was asked for. Ask for less at a time.")
-    return Results(
-        results.name, results.folders, kept, results.failed, results.total, results.facts, results.select
-    )
+    return replace(results, cells=kept)
 
 
 def _read_folder(folder: Path) -> list[Record]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import NamedTuple
+
+import numpy as np
 
 from ia2.benchmarks import BENCHMARKS
-from ia2.recipes import JOINT, RECIPES, SFT, SOFT, is_trained
+from ia2.evaluation.headroom import Judgement, judge
+from ia2.recipes import RECIPES
 from ia2.sweeps.records import Results
-from ia2.sweeps.selection import BY, Arm, Select, Task, make_arms
-from ia2.sweeps.statistics import Difference, IclVerdict, difference, icl_works
+from ia2.sweeps.selection import Arm, Select, Task, differences, make_arms, paired, same_rows
 
 METHOD, RIVAL = "ia2-sft", "sft"
 
@@ -28,26 +31,76 @@ TITLES = {
 """How the paper calls the recipes."""
 
 
+class Place(NamedTuple):
+    """What arms are compared on: a benchmark's rows, by a task's models of N examples."""
+
+    task: Task
+    dataset: str
+    size: int
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the rows are of the benchmark that was trained on."""
+        return self.dataset == self.task.benchmark
+
+    @property
+    def evaluated(self) -> str:
+        """The benchmark evaluated on, and whether it is another one."""
+        return self.dataset if self.is_own else f"{self.dataset} (OOD)"
+
+
+@dataclass(frozen=True)
+class IclVerdict:
+    """Whether there is anything in context that fine-tuning lacks (``ia2 probe`` judges alike).
+
+    Attributes:
+        judged: word, reason and ICL − SFT.
+        icl: accuracy, mean over seeds.
+        base: accuracy of the base model without demonstrations; None where it was not run.
+        chance: accuracy of guessing.
+    """
+
+    judged: Judgement
+    icl: float
+    base: float | None
+    chance: float
+
+
 class Report:
     """Arms of a sweep and the statistics of them that several tables share.
 
     Args:
         results: the cells.
         select: how rates and β are chosen.
+        where_icl_works: leave out the evaluations on which ICL does not work.
 
     Attributes:
         arms: every task, size, recipe and variant, at its chosen rate.
     """
 
-    def __init__(self, results: Results, select: Select = "dev") -> None:
-        self.results, self.select = results, select
+    def __init__(self, results: Results, select: Select = "dev", *, where_icl_works: bool = False) -> None:
+        self.results, self.select, self.where_icl_works = results, select, where_icl_works
         self.arms = make_arms(results.cells, select)
-        self._differences: dict[tuple[Any, ...], Difference | None] = {}
+        self._of_task: dict[Task, list[Arm]] = {}
+        for arm in self.arms:
+            self._of_task.setdefault(arm.task, []).append(arm)
+        self._verdicts: dict[Place, IclVerdict | None] = {}
 
-    @cached_property
+    def where(self, *, icl_works: bool) -> Report:
+        """The same of all evaluations, or of those on which ICL works."""
+        other = copy.copy(self)
+        other.where_icl_works = icl_works
+        return other
+
+    @property
+    def where_words(self) -> str:
+        """What titles say of it."""
+        return " where ICL works" if self.where_icl_works else ""
+
+    @property
     def tasks(self) -> list[Task]:
         """Benchmark, label words and model, in the order of the cells."""
-        return list(dict.fromkeys(arm.task for arm in self.arms))
+        return list(self._of_task)
 
     @cached_property
     def models(self) -> list[str]:
@@ -63,204 +116,141 @@ class Report:
     def labels(self) -> list[str]:
         """Recipes and their variants, in the order of ``RECIPES``, the plain one first."""
         found = {(arm.recipe, arm.variant, arm.label) for arm in self.arms}
-        order = list(RECIPES)
-        place = {recipe: n for n, recipe in enumerate(order)}
-        return [name for *_, name in sorted(found, key=lambda f: (place.get(f[0], len(order)), f[0], f[1]))]
+        order = {recipe: place for place, recipe in enumerate(RECIPES)}
+        return [name for *_, name in sorted(found, key=lambda f: (order.get(f[0], len(order)), f[0], f[1]))]
 
     def labelled(self, task: Task) -> bool:
         """Whether the task's answers are labels."""
-        for arm in self.arms:
-            if arm.task == task:
-                for cell in arm.runs.values():
-                    if cell.own is not None:
-                        return cell.own.labelled
-        return True
+        own = (cell.own for arm in self._of_task[task] for cell in arm.runs.values())
+        return next((evaluation.labelled for evaluation in own if evaluation is not None), True)
 
     def datasets(self, task: Task) -> list[str]:
         """What the task's cells were evaluated on, its own rows first."""
-        found = dict.fromkeys(d for arm in self.arms if arm.task == task for d in arm.datasets)
+        found = dict.fromkeys(d for arm in self._of_task[task] for d in arm.datasets)
         return sorted(found, key=lambda name: name != task.benchmark)
 
-    def of(self, task: Task, size: int | None = None, label: str | None = None) -> list[Arm]:
-        """The task's arms at a size (and ``base``, which has none), all or those of one name."""
-        return [
-            arm
-            for arm in self.arms
-            if arm.task == task and arm.num_examples in (size, None) and (label is None or arm.label == label)
+    def places(self, *, own: bool = False, model: str = "", size: int | None = None) -> list[Place]:
+        """What was evaluated, by task, benchmark and N; only where ICL works, if the report is of that.
+
+        Args:
+            own: leave out other benchmarks than the one trained on.
+            model: only this one.
+            size: only this N.
+        """
+        found = [
+            Place(task, dataset, n)
+            for task in self.tasks
+            if model in ("", task.model)
+            for dataset in self.datasets(task)
+            for n in (self.sizes or [0] if size is None else [size])
         ]
+        return [p for p in found if (p.is_own or not own) and (not self.where_icl_works or self.works(p))]
+
+    def of(self, task: Task, size: int) -> list[Arm]:
+        """The task's arms at a size, and ``base``, which has none."""
+        return [arm for arm in self._of_task[task] if arm.num_examples in (size, None)]
 
     def arm(self, task: Task, size: int, label: str) -> Arm | None:
         """One arm by its name."""
-        return next(iter(self.of(task, size, label)), None)
+        return next((arm for arm in self.of(task, size) if arm.label == label), None)
 
-    def plain(
-        self,
-        task: Task,
-        size: int,
-        recipe: str,
-        *,
-        adapter: str = "",
-        answers: str = "",
-        label: str = "",
-    ) -> Arm | None:
-        """The arm of a recipe with this adapter and these answers, plain or as plain as there is.
+    def plain(self, task: Task, size: int, recipe: str, **asked: str) -> Arm | None:
+        """The arm of a recipe, plain or as plain as there is.
 
         Args:
             task: benchmark, verbaliser, model.
             size: N.
             recipe: its name.
-            adapter: adapter type, asked of trained recipes; empty for any.
-            answers: ``sft.answers``, asked of recipes that fine-tune; empty for any.
-            label: :func:`adapter_label` of its settings; empty for any.
+            asked: adapter and answers, as :meth:`Arm.fits` takes them.
         """
-        found = [
-            arm
-            for arm in self.of(task, size)
-            if arm.recipe == recipe and fits(arm, adapter=adapter, answers=answers, label=label)
-        ]
-        return min(found, key=_plainness, default=None)
+        found = [arm for arm in self.of(task, size) if arm.recipe == recipe and arm.fits(**asked)]
+        return min(found, key=lambda arm: arm.plainness, default=None)
 
     def pair(self, task: Task, size: int) -> tuple[Arm, Arm] | None:
         """The method and plain fine-tuning, with the same adapter and answers; None without both."""
         rivals = [arm for arm in self.of(task, size) if arm.recipe == RIVAL]
-        for rival in sorted(rivals, key=_plainness):
-            answers = str(rival.settings.get("sft.answers", "ground_truth"))
-            method = self.plain(task, size, METHOD, adapter=adapter_type(rival), answers=answers)
+        for rival in sorted(rivals, key=lambda arm: arm.plainness):
+            method = self.plain(task, size, METHOD, adapter=rival.adapter, answers=rival.sft_answers)
             if method is not None:
                 return method, rival
         return None
+
+    def pooled(
+        self,
+        places: Iterable[Place],
+        measure: str,
+        labels: tuple[str, str] | None = None,
+    ) -> tuple[dict[str, list[float]], list[Arm]]:
+        """Differences of two arms over places and seeds, by the benchmark trained on; and the arms.
+
+        Evaluations of one task share their training examples, and so belong to one benchmark.
+
+        Args:
+            places: to compare on; those of free text count for accuracy alone.
+            measure: of :data:`ia2.sweeps.records.MEASURES`.
+            labels: names of the two arms; :meth:`pair` by default.
+        """
+        pairs: dict[str, list[float]] = {}
+        used: list[Arm] = []
+        for task, dataset, size in places:
+            first, second = (
+                self.pair(task, size) or (None, None)
+                if labels is None
+                else (self.arm(task, size, label) for label in labels)
+            )
+            if first is None or second is None or (measure != "accuracy" and not self.labelled(task)):
+                continue
+            used += [first, second]
+            if found := differences(first, second, dataset, measure):
+                pairs.setdefault(task.benchmark, []).extend(found.values())
+        return pairs, used
 
     def expected_seeds(self, task: Task, size: int) -> int:
         """Seeds that any recipe of the task has at this size."""
         return len({s for arm in self.of(task, size) for s in arm.runs if s is not None})
 
-    def compare(self, first: Arm, second: Arm, dataset: str, measure: str) -> Difference | None:
-        """:func:`ia2.sweeps.statistics.difference`, computed once."""
-        names = [(arm.task, arm.num_examples, arm.label) for arm in (first, second)]
-        key = (*names, dataset, measure)
-        if key not in self._differences:
-            self._differences[key] = difference(first, second, dataset, measure)
-        return self._differences[key]
-
-    def icl(self, task: Task, size: int, dataset: str) -> IclVerdict | None:
+    def works(self, place: Place) -> bool:
         """Whether ICL works there."""
+        found = self.icl(place)
+        return found is not None and found.judged.word == "yes"
+
+    def icl(self, place: Place) -> IclVerdict | None:
+        """Judge in-context learning there by ICL − SFT, and by the base model, among the labels.
+
+        Chance is one over the number of labels, or the share of the most frequent one where records have it.
+
+        Returns:
+            None where ICL was not evaluated.
+        """
+        if place not in self._verdicts:
+            self._verdicts[place] = self._judge_icl(place)
+        return self._verdicts[place]
+
+    def _judge_icl(self, place: Place) -> IclVerdict | None:
+        task, dataset, size = place
         icl, sft, base = (self.plain(task, size, recipe) for recipe in ("icl", RIVAL, "base"))
-        return None if icl is None else icl_works(icl, sft, base, dataset, _num_labels(dataset))
-
-    # ------------------------------------------------------------------------- what a table is of
-
-    def rates(self, arms: Iterable[Arm]) -> str:
-        """``Rates fixed beforehand: 0.001 (sft, ia2-sft)``, or how they were chosen among how many."""
-        fixed: dict[str, list[str]] = {}
-        chosen: dict[str, dict[str, None]] = {}
-        tried: dict[str, int] = {}
-        for arm in arms:
-            if not is_trained(arm.recipe) or arm.tried[0].learning_rate is None:
-                continue
-            if len(arm.tried) == 1:
-                fixed.setdefault(str(arm.tried[0]), []).append(arm.label)
-            else:
-                chosen.setdefault(arm.label, {}).update(dict.fromkeys(map(str, arm.chosen)))
-                tried[arm.label] = max(tried.get(arm.label, 0), len(arm.tried))
-        parts = []
-        if fixed:
-            listed = "; ".join(f"{rate} ({', '.join(dict.fromkeys(who))})" for rate, who in fixed.items())
-            parts.append(f"Learning rate fixed beforehand: {listed}.")
-        if chosen:
-            listed = "; ".join(
-                f"{who} {' or '.join(sorted(rates))} of {tried[who]}" for who, rates in chosen.items()
-            )
-            what = (
-                "Learning rate and β"
-                if any("β" in r for rates in chosen.values() for r in rates)
-                else ("Learning rate")
-            )
-            parts.append(f"{what} chosen by {BY[self.select]}, for each benchmark: {listed}.")
-        return " ".join(parts) if parts else "Nothing trained."
-
-    def about(self, tasks: Sequence[Task], arms: Sequence[Arm]) -> list[str]:
-        """Seeds, rows, label words, settings, choice of rates and differences in the data, as sentences."""
-        trained = [arm for arm in arms if is_trained(arm.recipe)]
-        adapters = sorted({adapter_type(arm) for arm in trained})
-        seeds = sorted({s for arm in arms for s in arm.runs if s is not None})
-        notes = [
-            f"Seeds {span(seeds)}; {self._rows(arms)}; adapter {', '.join(adapters) or 'none'}; "
-            f"{_verbalisers(tasks)}.",
-            self.rates(arms),
-        ]
-        if icl := [arm for arm in arms if arm.recipe == "icl"]:
-            fresh = all(arm.settings.get("icl_demonstrations") == "fresh" for arm in icl)
-            notes.append(
-                "ICL: new demonstrations for every query, as in the paper."
-                if fresh
-                else "ICL: the same N examples as the trained recipes."
-            )
-        if shared := _shared_settings(trained):
-            notes.append(f"Settings of all trained recipes: {shared}.")
-        if uneven := _uneven_settings(trained):
-            notes.append(f"Settings that differ between benchmarks or N: {uneven}.")
-        data = dict.fromkeys(note for arm in arms for cell in arm.runs.values() for note in cell.notes)
-        if data:
-            notes.append(f"Data: {'; '.join(' '.join(note.split()).rstrip('.') for note in data)}.")
-        return notes
-
-    def _rows(self, arms: Sequence[Arm]) -> str:
-        sizes: dict[int, list[str]] = {}
-        for arm in arms:
-            for cell in arm.runs.values():
-                for name, evaluation in cell.evaluations.items():
-                    if name not in sizes.setdefault(evaluation.n, []):
-                        sizes[evaluation.n].append(name)
-        if len(sizes) == 1:
-            return f"{next(iter(sizes))} test rows"
-        return ", ".join(f"{n} test rows ({', '.join(names)})" for n, names in sorted(sizes.items()))
-
-
-def _plainness(arm: Arm) -> tuple[bool, int, str]:
-    """A variant may have fewer settings than the plain recipe, where it undoes one that all share."""
-    return arm.variant != "", len(arm.settings), arm.variant
-
-
-def fits(arm: Arm, *, adapter: str = "", answers: str = "", label: str = "") -> bool:
-    """Whether an arm has this adapter and these answers, as far as they are asked for and it has any."""
-    if not is_trained(arm.recipe):
-        return True
-    if (adapter and adapter_type(arm) != adapter) or (label and adapter_label(arm) != label):
-        return False
-    fine_tunes = SFT in (RECIPES[arm.recipe].kinds() if arm.recipe in RECIPES else ())
-    return not (fine_tunes and answers) or arm.settings.get("sft.answers", "ground_truth") == answers
-
-
-def answers_of(arm: Arm) -> str | None:
-    """What its last supervised stage learns: ``true`` answers or ``ICL's``; None without such a stage."""
-    stages = RECIPES[arm.recipe].stages if arm.recipe in RECIPES else ()
-    found = [stage for stage in stages if stage in (SFT, JOINT, SOFT)]
-    if not found:
-        return None
-    # soft labels are the teacher's by nature
-    given = {
-        SFT: arm.settings.get("sft.answers", "ground_truth"),
-        JOINT: arm.settings.get("joint.answers", "icl_responses"),
-        SOFT: "icl_responses",
-    }
-    return "true" if given[found[-1]] == "ground_truth" else "ICL's"
-
-
-def adapter_type(arm: Arm) -> str:
-    """``lora``, or what the settings say."""
-    if any(name.startswith("adapter.peft") for name in arm.settings):
-        return "peft"
-    return str(arm.settings.get("adapter.type", "lora"))
-
-
-def adapter_label(arm: Arm) -> str:
-    """``r8 qko``: rank and projections of a LoRA adapter, as the paper's ablation names them."""
-    rank = arm.settings.get("adapter.rank") or 8
-    modules = arm.settings.get("adapter.target_modules") or ["q", "k", "o"]
-    names = [str(modules)] if isinstance(modules, str) else [str(m) for m in modules]  # type: ignore[attr-defined]
-    short = [re.sub(r"_proj$", "", name) for name in names]
-    ordered = sorted(short, key=lambda name: ("qkvo".find(name) % 5, name))
-    return f"r{rank} {('' if all(len(name) == 1 for name in short) else '+').join(ordered)}"
+        evaluations = [] if icl is None else list(icl.evaluations(dataset).values())
+        if icl is None or not evaluations:
+            return None
+        bare = [] if base is None else list(base.evaluations(dataset).values())[:1]
+        same_rows([*evaluations, *bare])
+        # records of older versions lack the share, which is the same for all
+        majority = max(e.majority or 0.0 for e in evaluations)
+        labels = (evaluations[0].num_labels or _num_labels(dataset)) if evaluations[0].labelled else None
+        chance = max(majority, 1 / labels if labels else 0.0)
+        # only draws that both have count
+        pairs = list(paired(icl, sft, dataset).values()) if sft is not None else []
+        accuracies = [e.value("accuracy") for e in evaluations]
+        of_base = [e.value("accuracy") for e in bare]
+        judged = judge(
+            [a.value("accuracy") for a, _ in pairs] or accuracies,
+            [b.value("accuracy") for _, b in pairs] or None,
+            of_base or None,
+            chance,
+        )
+        if evaluations[0].labelled and chance == 0:
+            judged = replace(judged, word="unclear", reason="number of labels unknown")
+        return IclVerdict(judged, float(np.mean(accuracies)), of_base[0] if of_base else None, chance)
 
 
 def _num_labels(dataset: str) -> int | None:
@@ -269,41 +259,3 @@ def _num_labels(dataset: str) -> int | None:
     if known is None or not known.verbalisers:
         return None
     return len(set(next(iter(known.verbalisers.values())).values()))
-
-
-def span(seeds: Sequence[int]) -> str:
-    """``0–4`` for neighbours, else ``0, 2, 5``."""
-    if len(seeds) > 2 and list(seeds) == list(range(seeds[0], seeds[-1] + 1)):
-        return f"{seeds[0]}–{seeds[-1]}"
-    return ", ".join(map(str, seeds)) or "none"
-
-
-def _verbalisers(tasks: Sequence[Task]) -> str:
-    words: dict[str, list[str]] = {}
-    for task in tasks:
-        if task.verbaliser is not None and task.benchmark not in words.setdefault(task.verbaliser, []):
-            words[task.verbaliser].append(task.benchmark)
-    if not words:
-        return "free text"
-    if len(words) == 1:
-        return f"verbaliser {next(iter(words))}"
-    return "verbaliser " + "; ".join(f"{word} ({', '.join(names)})" for word, names in words.items())
-
-
-def _shared_settings(arms: Sequence[Arm]) -> str:
-    if not arms:
-        return ""
-    shared = dict(arms[0].settings)
-    for arm in arms[1:]:
-        shared = {k: v for k, v in shared.items() if arm.settings.get(k) == v}
-    shared.pop("adapter.type", None)
-    return ", ".join(f"{name} = {value}" for name, value in sorted(shared.items()))
-
-
-def _uneven_settings(arms: Sequence[Arm]) -> str:
-    """Settings that are not the same in all arms of one name."""
-    values: dict[tuple[str, str], set[str]] = {}
-    for arm in arms:
-        for name in {key for other in arms if other.label == arm.label for key in other.settings}:
-            values.setdefault((arm.label, name), set()).add(str(arm.settings.get(name)))
-    return ", ".join(sorted({name for (_, name), found in values.items() if len(found) > 1}))

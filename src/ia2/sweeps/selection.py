@@ -1,16 +1,19 @@
-"""Which learning rate and β stand for a recipe; chosen by dev loss, or by test accuracy as in the paper."""
+"""Arms: the cells of a recipe at its chosen learning rate and β, what they are of, and how two compare."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ia2.sweeps.records import Record
+from ia2.errors import DataError
+from ia2.recipes import JOINT, RECIPES, SFT, SOFT, is_trained
+from ia2.sweeps.records import Evaluation, Record
 
 Select = Literal["dev", "dev-per-seed", "test"]
 
@@ -28,6 +31,11 @@ class Task(NamedTuple):
     benchmark: str
     verbaliser: str | None
     model: str
+
+    @property
+    def source(self) -> str:
+        """The benchmark, and its label words where there are some."""
+        return f"{self.benchmark}, {self.verbaliser}" if self.verbaliser else self.benchmark
 
 
 class Tried(NamedTuple):
@@ -78,6 +86,109 @@ class Arm:
         """What its runs were evaluated on."""
         return tuple(dict.fromkeys(d for cell in self.runs.values() for d in cell.evaluations))
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether its recipe trains anything."""
+        return is_trained(self.recipe)
+
+    @property
+    def plainness(self) -> tuple[bool, int, str]:
+        """Its place among arms of one recipe, the plainest first.
+
+        A variant may have fewer settings than the plain recipe, where it undoes one that all share.
+        """
+        return self.variant != "", len(self.settings), self.variant
+
+    @property
+    def adapter(self) -> str:
+        """Type of the adapter: ``lora``, or what the settings say."""
+        if any(name.startswith("adapter.peft") for name in self.settings):
+            return "peft"
+        return str(self.settings.get("adapter.type", "lora"))
+
+    @property
+    def rank_and_modules(self) -> str:
+        """``r8 qko``: rank and projections of a LoRA adapter, as the paper's ablation names them."""
+        rank = self.settings.get("adapter.rank") or 8
+        modules: Any = self.settings.get("adapter.target_modules") or ["q", "k", "o"]
+        names = [modules] if isinstance(modules, str) else map(str, modules)
+        short = [re.sub(r"_proj$", "", name) for name in names]
+        ordered = sorted(short, key=lambda name: ("qkvo".find(name) % 5, name))
+        return f"r{rank} {('' if all(len(name) == 1 for name in short) else '+').join(ordered)}"
+
+    @property
+    def sft_answers(self) -> str:
+        """What plain fine-tuning learns: ``ground_truth`` or ``icl_responses``."""
+        return str(self.settings.get("sft.answers", "ground_truth"))
+
+    @property
+    def answers(self) -> str | None:
+        """What its last supervised stage learns: ``true`` answers or ``ICL's``; None without such a stage."""
+        given = {
+            SFT: self.sft_answers,
+            JOINT: self.settings.get("joint.answers", "icl_responses"),
+            SOFT: "icl_responses",  # soft labels are the teacher's by nature
+        }
+        learned = [given[s] for s in RECIPES[self.recipe].stages if s in given] if self._known else []
+        return None if not learned else "true" if learned[-1] == "ground_truth" else "ICL's"
+
+    @property
+    def _known(self) -> bool:
+        return self.recipe in RECIPES
+
+    def fits(self, *, adapter: str = "", answers: str = "", rank_and_modules: str = "") -> bool:
+        """Whether it has this adapter and these answers, as far as they are asked for and it has any."""
+        if not self.is_trained:
+            return True
+        if adapter not in ("", self.adapter) or rank_and_modules not in ("", self.rank_and_modules):
+            return False
+        fine_tunes = self._known and SFT in RECIPES[self.recipe].kinds()
+        return not fine_tunes or answers in ("", self.sft_answers)
+
+    def evaluations(self, dataset: str) -> dict[int | None, Evaluation]:
+        """Seed → what a cell did on a benchmark's rows."""
+        return {s: cell.evaluations[dataset] for s, cell in self.runs.items() if dataset in cell.evaluations}
+
+    def values(self, dataset: str, measure: str) -> dict[int | None, float]:
+        """Seed → a measure on all rows of a benchmark."""
+        return {seed: e.value(measure) for seed, e in self.evaluations(dataset).items()}
+
+
+def differences(first: Arm, second: Arm, dataset: str, measure: str) -> dict[int, float]:
+    """Seed → ``first − second`` on the same rows; empty without a seed that both have.
+
+    Raises:
+        DataError: they were evaluated on other rows.
+    """
+    pairs = paired(first, second, dataset)
+    return {seed: a.value(measure) - b.value(measure) for seed, (a, b) in pairs.items()}
+
+
+def paired(first: Arm, second: Arm, dataset: str) -> dict[int, tuple[Evaluation, Evaluation]]:
+    """Seed → the evaluations of both; ``base``, which has one run, stands for every seed.
+
+    Raises:
+        DataError: they were evaluated on other rows.
+    """
+    mine, other = first.evaluations(dataset), second.evaluations(dataset)
+    seeds = sorted(s for s in {*mine, *other} if s is not None)
+    # the base model has one run, whose seed is None
+    pairs = {s: (mine.get(s, mine.get(None)), other.get(s, other.get(None))) for s in seeds}
+    whole = {s: (a, b) for s, (a, b) in pairs.items() if a is not None and b is not None}
+    same_rows([evaluation for pair in whole.values() for evaluation in pair])
+    return whole
+
+
+def same_rows(evaluations: Sequence[Evaluation]) -> None:
+    """Refuse evaluations on different test rows."""
+    for other in evaluations[1:]:
+        first = evaluations[0]
+        if (other.test, other.n) != (first.test, first.n):
+            raise DataError(
+                f"{first.dataset}: cells were evaluated on different test rows ({first.test}, {first.n} "
+                f"rows; {other.test}, {other.n} rows): they cannot be compared. Report their folders apart."
+            )
+
 
 def make_arms(cells: Iterable[Record], select: Select = "dev") -> list[Arm]:
     """Group cells by task, N, recipe and variant, and choose a rate (and β) for each group.
@@ -91,35 +202,24 @@ def make_arms(cells: Iterable[Record], select: Select = "dev") -> list[Arm]:
     Cells with other settings are never averaged, whatever their folders call them: the name of a variant
     is made of the settings that set them apart, where the grid gives none.
     """
-    groups: dict[_Name, dict[str, list[Record]]] = {}
+    groups: dict[tuple[Task, int | None, str, str], dict[str, list[Record]]] = {}
     for cell in cells:
-        name = _Name(
-            Task(cell.benchmark, cell.verbaliser, cell.model), cell.num_examples, cell.recipe, cell.variant
-        )
+        task = Task(cell.benchmark, cell.verbaliser, cell.model)
         alike = json.dumps([cell.settings, cell.max_test], sort_keys=True, ensure_ascii=False)
-        groups.setdefault(name, {}).setdefault(alike, []).append(cell)
+        members = groups.setdefault((task, cell.num_examples, cell.recipe, cell.variant), {})
+        members.setdefault(alike, []).append(cell)
     arms = []
-    for name, members in groups.items():
-        variants = _told_apart(name.variant, [cells_of[0] for cells_of in members.values()])
+    for (task, num_examples, recipe, name), members in groups.items():
+        variants = _told_apart(name, [cells_of[0] for cells_of in members.values()])
         for variant, cells_of in zip(variants, members.values(), strict=True):
             candidates: dict[Tried, dict[int | None, Record]] = {}
-            for cell in cells_of:
+            for cell in sorted(cells_of, key=lambda cell: _order(_tried(cell))):
                 candidates.setdefault(_tried(cell), {})[cell.seed] = cell
-            ordered = dict(sorted(candidates.items(), key=lambda item: _order(item[0])))
-            runs = _choose(ordered, select)
+            runs = _choose(candidates, select)
             runs = dict(sorted(runs.items(), key=lambda item: -1 if item[0] is None else item[0]))
             settings = dict(cells_of[0].settings)
-            arms.append(
-                Arm(name.task, name.num_examples, name.recipe, variant, settings, runs, tuple(ordered))
-            )
+            arms.append(Arm(task, num_examples, recipe, variant, settings, runs, tuple(candidates)))
     return arms
-
-
-class _Name(NamedTuple):
-    task: Task
-    num_examples: int | None
-    recipe: str
-    variant: str
 
 
 def _told_apart(variant: str, cells: Sequence[Record]) -> list[str]:

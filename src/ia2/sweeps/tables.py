@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
-from ia2.wording import MISSING
+import numpy as np
+
+from ia2.evaluation.statistics import Interval
+from ia2.wording import MISSING, estimate
 
 Mark = Literal["", "best", "second", "paper"]
 
@@ -101,15 +104,39 @@ class Table:
         }
 
 
+Fields = Sequence[tuple[Column | str, Callable[..., "Entry | str"]]]
+"""Columns of a table, and what makes their entries of a row."""
+
+
+def fill(
+    name: str, title: str, fields: Fields, rows: Iterable[tuple[Any, ...]], notes: Sequence[str] = ()
+) -> Table:
+    """A table, each entry made of its column and row.
+
+    Args:
+        name: as ``--table`` takes it.
+        title: first sentence of the caption.
+        fields: columns, and functions of a row's parts.
+        rows: parts of each row.
+        notes: below the table.
+    """
+    columns = tuple(Column(of) if isinstance(of, str) else of for of, _ in fields)
+    made = ([make(*row) for _, make in fields] for row in rows)
+    entries = tuple(tuple(Entry(e) if isinstance(e, str) else e for e in row) for row in made)
+    return Table(name, title, columns, entries, tuple(notes))
+
+
+def pipes(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns and rows of texts as a Markdown table."""
+    head, *body = (f"| {' | '.join(fields)} |" for fields in (columns, *rows))
+    return "\n".join([head, "|---" * len(columns) + "|", *body])
+
+
 def markdown(table: Table) -> str:
     """The table with its caption above and its notes below."""
-    lines = [f"**{_plain(table.title)}**", ""]
-    lines.append("| " + " | ".join(_plain(column.full) for column in table.columns) + " |")
-    lines.append("|---" * len(table.columns) + "|")
-    lines += ["| " + " | ".join(map(_marked, row)) + " |" for row in table.rows]
-    if table.notes:
-        lines += ["", *(f"- {_plain(note)}" for note in table.notes)]
-    return "\n".join(lines) + "\n"
+    rows = pipes([_plain(c.full) for c in table.columns], [list(map(_marked, row)) for row in table.rows])
+    notes = "".join(f"\n- {_plain(note)}" for note in table.notes)
+    return f"**{_plain(table.title)}**\n\n{rows}\n" + (f"{notes}\n" if notes else "")
 
 
 def _marked(entry: Entry) -> str:
@@ -189,11 +216,46 @@ ENDINGS = {"markdown": "md", "latex": "tex"}
 # ------------------------------------------------------------------------------------------ entries
 
 
-def mean_sd(mean: float, sd: float | None, *, percent: bool, seeds: tuple[int, int] | None = None) -> str:
-    """``90.4 (2.3)`` in percent or ``0.06 (0.01)``; behind it the seeds, where some are missing."""
+def interval_entry(
+    found: Interval | None, *, signed: bool = False, percent: bool = False, **more: Any
+) -> Entry:
+    """A mean with its interval, or a dash.
+
+    Args:
+        found: the interval, if there is one.
+        signed: for differences.
+        percent: in percent (percentage points).
+        more: for JSON.
+    """
+    if found is None:
+        return Entry(MISSING)
+    of = found.to_dict()
+    return Entry(estimate(of, signed=signed, percent=percent), value={**of, **more})
+
+
+def mean_entry(values: Mapping[int | None, float], *, percent: bool = False, expected: int = 0) -> Entry:
+    """A mean (standard deviation) over seeds, or a dash.
+
+    Args:
+        values: by seed; the base model's one has none.
+        percent: in percent.
+        expected: seeds that others of the row have; where there are fewer, that is said.
+    """
+    numbers = list(values.values())
+    if not numbers:
+        return Entry(MISSING)
+    mean, sd = float(np.mean(numbers)), float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None
+    text = mean_sd(mean, sd, percent=percent)
+    seeds = [seed for seed in values if seed is not None]
+    if 0 < len(seeds) < expected:
+        text += f", {len(seeds)} of {expected} seeds"
+    return Entry(text, value={"mean": mean, "sd": sd, "seeds": seeds})
+
+
+def mean_sd(mean: float, sd: float | None, *, percent: bool) -> str:
+    """``90.4 (2.3)`` in percent or ``0.06 (0.01)``."""
     shown = [f"{100 * x:.1f}" if percent else f"{x:.2f}" for x in (mean, sd) if x is not None]
-    text = shown[0] + (f" ({shown[1]})" if len(shown) > 1 else "")
-    return text if seeds is None or seeds[0] == seeds[1] else f"{text}, {seeds[0]} of {seeds[1]} seeds"
+    return shown[0] + (f" ({shown[1]})" if len(shown) > 1 else "")
 
 
 def p_value(p: float) -> str:

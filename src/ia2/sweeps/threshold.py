@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ia2.sweeps.selection import Arm
-from ia2.sweeps.statistics import difference, evaluations_of, same_rows
+from ia2.evaluation.statistics import Interval, t_interval
+from ia2.sweeps.selection import Arm, differences, same_rows
 
 
 @dataclass(frozen=True)
@@ -21,21 +21,18 @@ class Threshold:
     Attributes:
         value: of the means over seeds.
         low, high: of the 95% t-intervals; NaN where a size has one draw.
-        sizes: the grid, ascending.
-        differences: mean of each size.
-        seeds: number of seeds at each size.
+        differences: size → paired difference over draws, ascending.
     """
 
     value: float
     low: float
     high: float
-    sizes: tuple[int, ...]
-    differences: tuple[float, ...]
-    seeds: tuple[int, ...]
+    differences: dict[int, Interval]
 
     def words(self) -> str:
         """``N ≈ 12 [6, 24]``, with ends outside the grid in words."""
-        first, last = self.sizes[0], self.sizes[-1]
+        first, last = min(self.differences), max(self.differences)
+        outside = {-math.inf: f"below {first}", math.inf: f"above {last}"}
         if self.value == math.inf:
             text = f"still better at N = {last}"
         elif self.value == -math.inf:
@@ -46,8 +43,7 @@ class Threshold:
             return text
         if self.low == self.high and math.isinf(self.low):
             return f"{text} (for certain)"
-        low = {-math.inf: f"below {first}", math.inf: f"above {last}"}.get(self.low, f"{self.low:.3g}")
-        high = {-math.inf: f"below {first}", math.inf: f"above {last}"}.get(self.high, f"{self.high:.3g}")
+        low, high = (outside.get(end, f"{end:.3g}") for end in (self.low, self.high))
         return f"{text} [{low}, {high}]"
 
 
@@ -81,11 +77,7 @@ def crossing(sizes: Sequence[int], differences: np.ndarray, margin: float = 0.0)
 
 
 def effectiveness_threshold(
-    method: Mapping[int, Arm],
-    rival: Mapping[int, Arm],
-    dataset: str,
-    *,
-    margin: float = 0.0,
+    pairs: Mapping[int, tuple[Arm, Arm]], dataset: str, *, margin: float = 0.0
 ) -> Threshold | None:
     """The N at which the method stops being more accurate than its rival, paired by draw.
 
@@ -93,8 +85,7 @@ def effectiveness_threshold(
     are none where a size has one draw.
 
     Args:
-        method: N → its arm.
-        rival: N → the other's.
+        pairs: N → the arms of the method and of its rival, ascending.
         dataset: evaluated on.
         margin: by how much it must be better.
 
@@ -104,28 +95,15 @@ def effectiveness_threshold(
     Raises:
         DataError: sizes were evaluated on different rows.
     """
-    sizes = sorted(set(method) & set(rival))
-    same_rows(
-        [e for n in sizes for arm in (method[n], rival[n]) for e in evaluations_of(arm, dataset).values()]
-    )
-    found = {n: d for n in sizes if (d := difference(method[n], rival[n], dataset, "accuracy")) is not None}
+    same_rows([e for pair in pairs.values() for arm in pair for e in arm.evaluations(dataset).values()])
+    by_seed = {n: differences(*pair, dataset, "accuracy") for n, pair in pairs.items()}
+    found = {n: t_interval(list(values.values())) for n, values in by_seed.items() if values}
     if len(found) < 2:
         return None
-    sizes = list(found)
-    curves = {
-        end: np.array([getattr(d.interval, end) for d in found.values()], float)
-        for end in ("value", "low", "high")
-    }
-    known = np.isfinite(curves["low"]).all()
-    value, low, high = (
-        float(crossing(sizes, curve, margin)) if end == "value" or known else math.nan
-        for end, curve in curves.items()
-    )
-    return Threshold(
-        value,
-        low,
-        high,
-        tuple(sizes),
-        tuple(curves["value"].tolist()),
-        tuple(d.interval.units for d in found.values()),
-    )
+
+    def falls(end: str) -> float:
+        return float(crossing(list(found), np.array([getattr(i, end) for i in found.values()]), margin))
+
+    known = all(math.isfinite(i.low) for i in found.values())
+    low, high = (falls("low"), falls("high")) if known else (math.nan, math.nan)
+    return Threshold(falls("value"), low, high, found)

@@ -10,17 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ia2.evaluation.statistics import Interval, side, t_interval
+from ia2.sweeps.notes import about
 from ia2.sweeps.report import METHOD, TITLES, Report
-from ia2.sweeps.selection import Arm, Task
-from ia2.sweeps.significance import works_on
-from ia2.sweeps.statistics import differences_by_seed
-from ia2.sweeps.tables import Column, Entry, Mark, Table
-from ia2.wording import MISSING, estimate
-
-_MEASURES = ("accuracy", "nll")
-
-# Differences of each pair, by measure.
-_Runs = list[dict[str, float]]
+from ia2.sweeps.selection import differences
+from ia2.sweeps.tables import Column, Entry, Fields, Table, fill, interval_entry
+from ia2.wording import MISSING
 
 
 @dataclass(frozen=True)
@@ -64,75 +58,87 @@ class Candidate:
     confirm: Half | None
 
 
-def candidates(report: Report, *, where_icl_works: bool = False) -> list[Candidate]:
+def candidates(report: Report) -> list[Candidate]:
     """Every variant of the method that has pairs with the plain one."""
     found = []
     for model in report.models:
-        tasks = [task for task in report.tasks if task.model == model]
         for size in report.sizes:
-            chosen = [t for t in tasks if not where_icl_works or works_on(report, t, size, t.benchmark)]
             for label in report.labels:
-                if not label.startswith(f"{METHOD}@"):
-                    continue
-                halves = _halves(report, chosen, size, label)
-                if any(halves):
-                    select, confirm = (_half(runs) if runs else None for runs in halves)
-                    found.append(Candidate(model, size, label.removeprefix(f"{METHOD}@"), select, confirm))
+                if label.startswith(f"{METHOD}@"):
+                    select, confirm = _halves(report, model, size, label)
+                    if select or confirm:
+                        found.append(
+                            Candidate(model, size, label.removeprefix(f"{METHOD}@"), select, confirm)
+                        )
     return found
+
+
+def _halves(report: Report, model: str, size: int, label: str) -> tuple[Half | None, Half | None]:
+    """Pairs are dealt to the halves in turn."""
+    halves: tuple[list[tuple[float, float]], ...] = ([], [])
+    for place, (task, dataset, _) in enumerate(report.places(own=True, model=model, size=size)):
+        variant, plain = report.arm(task, size, label), report.arm(task, size, METHOD)
+        if variant is not None and plain is not None:
+            accuracy, nll = (differences(variant, plain, dataset, name) for name in ("accuracy", "nll"))
+            for seed in accuracy:
+                halves[(place + seed) % 2].append((accuracy[seed], nll[seed]))
+    select, confirm = (
+        Half(len(runs), *(t_interval(values) for values in zip(*runs, strict=True))) if runs else None
+        for runs in halves
+    )
+    return select, confirm
 
 
 def selected(found: Sequence[Candidate], model: str, size: int) -> Candidate | None:
     """The variant with the largest gain on the first half among those better there in both respects."""
-    better = [
-        c for c in found if (c.model, c.size) == (model, size) and c.select is not None and c.select.better
-    ]
+    better = [c for c in found if (c.model, c.size) == (model, size) and c.select and c.select.better]
     return max(better, key=lambda c: c.select.gain if c.select else 0.0, default=None)
 
 
-def variants_table(report: Report, *, where_icl_works: bool = False) -> Table | None:
-    """All variants against the plain method on both halves, the selected one in bold; None without any."""
-    found = candidates(report, where_icl_works=where_icl_works)
-    if not found:
-        return None
+def variants_table(report: Report) -> Table:
+    """All variants against the plain method on both halves, the selected one in bold."""
+    found = candidates(report)
     best = {(c.model, c.size): selected(found, c.model, c.size) for c in found}
-    rows = []
-    for candidate in found:
-        mark: Mark = "best" if best[candidate.model, candidate.size] is candidate else ""
-        rows.append(
-            (
-                Entry(candidate.model),
-                Entry(str(candidate.size)),
-                Entry(candidate.variant, mark),
-                *_entries(candidate.select),
-                *_entries(candidate.confirm),
-            )
-        )
-    columns = (
-        *map(Column, ("model", "N", "variant")),
-        *(
-            Column(title, group)
-            for group in ("selection:", "confirmation:")
-            for title in ("pairs", "accuracy [95%]", "NLL [95%]")
-        ),
+    fields: Fields = [
+        ("model", lambda c: c.model),
+        ("N", lambda c: str(c.size)),
+        ("variant", lambda c: Entry(c.variant, "best" if best[c.model, c.size] is c else "")),
+        *_fields("selection:", "select"),
+        *_fields("confirmation:", "confirm"),
+    ]
+    title = (
+        f"Variants of {TITLES[METHOD]} less the plain one{report.where_words}: selected on half of the "
+        "pairs, confirmed on the other."
     )
-    where = " where ICL works" if where_icl_works else ""
-    arms = [arm for arm in report.arms if arm.recipe == METHOD]
-    return Table(
-        "variants",
-        f"Variants of {TITLES[METHOD]} less the plain one{where}: selected on half of the pairs, confirmed "
-        "on the other.",
-        columns,
-        tuple(rows),
-        (
-            *report.about(list(dict.fromkeys(arm.task for arm in arms)), arms),
-            "Pairs are of one benchmark and seed, dealt to the halves in turn: a benchmark with two seeds or "
-            "more is in both. Accuracy in percentage points, both among the labels; t-intervals over pairs.",
-            *(verdict(best[key], *key) for key in best),
-        ),
-    )
+    notes = [
+        *about((arm for arm in report.arms if arm.recipe == METHOD), report.select),
+        "Pairs are of one benchmark and seed, dealt to the halves in turn: a benchmark with two seeds or "
+        "more is in both. Accuracy in percentage points, both among the labels; t-intervals over pairs.",
+        *(_verdict(chosen, *key) for key, chosen in best.items()),
+    ]
+    return fill("variants", title, fields, ((c,) for c in found), notes)
 
 
-def verdict(chosen: Candidate | None, model: str, size: int) -> str:
+def _fields(group: str, which: str) -> Fields:
+    """Of one half."""
+
+    def entry(candidate: Candidate, measure: str) -> Entry:
+        half = getattr(candidate, which)
+        of = None if half is None else getattr(half, measure)
+        return interval_entry(of, signed=True, percent=measure == "accuracy")
+
+    def pairs(candidate: Candidate) -> str:
+        half = getattr(candidate, which)
+        return MISSING if half is None else str(half.pairs)
+
+    return [
+        (Column("pairs", group), pairs),
+        (Column("accuracy [95%]", group), lambda c: entry(c, "accuracy")),
+        (Column("NLL [95%]", group), lambda c: entry(c, "nll")),
+    ]
+
+
+def _verdict(chosen: Candidate | None, model: str, size: int) -> str:
     """What came of it, in a sentence."""
     at = f"{model}, N = {size}"
     if chosen is None:
@@ -147,34 +153,3 @@ def verdict(chosen: Candidate | None, model: str, size: int) -> str:
     else:
         came = "not confirmed: on the other half it is not better in both"
     return f"{at}: selected {chosen.variant}; {came}."
-
-
-def _halves(report: Report, tasks: Sequence[Task], size: int, label: str) -> tuple[_Runs, _Runs]:
-    halves: tuple[_Runs, _Runs] = ([], [])
-    for place, task in enumerate(tasks):
-        variant, plain = report.arm(task, size, label), report.arm(task, size, METHOD)
-        if variant is None or plain is None:
-            continue
-        for seed, run in _runs(variant, plain).items():
-            halves[(place + seed) % 2].append(run)
-    return halves
-
-
-def _runs(variant: Arm, plain: Arm) -> dict[int, dict[str, float]]:
-    found = {name: differences_by_seed(variant, plain, variant.task.benchmark, name) for name in _MEASURES}
-    return {seed: {name: found[name][seed] for name in _MEASURES} for seed in found["accuracy"]}
-
-
-def _half(runs: _Runs) -> Half:
-    return Half(len(runs), *(t_interval([run[name] for run in runs]) for name in _MEASURES))
-
-
-def _entries(half: Half | None) -> tuple[Entry, ...]:
-    if half is None:
-        return tuple(Entry(MISSING) for _ in range(3))
-    accuracy, nll = half.accuracy.to_dict(), half.nll.to_dict()
-    return (
-        Entry(str(half.pairs)),
-        Entry(estimate(accuracy, signed=True, percent=True), value=accuracy),
-        Entry(estimate(nll, signed=True), value=nll),
-    )
