@@ -52,10 +52,8 @@ def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert cell.notes == ("cut to 20,000 rows",)
     assert cell.seconds == {"teacher": 3.0, "sft": 14.0, "evaluate": 9.0, "other": 1.0}
     assert cell.own is not None
-    assert cell.own.correct.tolist() == [1, 0, 1]
-    assert cell.own.confidence.tolist() == [0.9, 0.6, 0.7]
     assert cell.own.labelled
-    assert [e.ood for e in cell.evaluations.values()] == [False, True]
+    assert {name: e.n for name, e in cell.evaluations.items()} == {"SST2": 3, "PoemS": 2}
     assert (results.name, results.total, results.failed, results.select) == ("sweep", 1, 0, "dev")
 
 

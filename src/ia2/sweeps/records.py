@@ -34,30 +34,19 @@ class Evaluation:
 
     Attributes:
         dataset: the benchmark evaluated on.
-        ood: whether it is another one than the cell was trained on.
-        verbaliser: its label words; None for free text.
+        n: test rows.
         test: fingerprint of the test rows; equal ones are the same rows in the same order.
         metrics: scope → metric → value, as ``evaluation/metrics.py`` names them, and ``scaled``.
-        correct: over the whole vocabulary (free text: the parsed answer), 0 or 1, ``[n]``.
-        confidence: of the first token, ``[n]``.
         majority: share of the most frequent label among the rows; None where it was not kept.
         num_labels: how many there are; None where it was not kept.
     """
 
     dataset: str
-    ood: bool
-    verbaliser: str | None
+    n: int
     test: str
     metrics: dict[str, Any] = field(repr=False)
-    correct: np.ndarray = field(repr=False)
-    confidence: np.ndarray = field(repr=False)
     majority: float | None = None
     num_labels: int | None = None
-
-    @property
-    def n(self) -> int:
-        """Test rows."""
-        return len(self.correct)
 
     @property
     def labelled(self) -> bool:
@@ -315,24 +304,15 @@ def _evaluation(dataset: str, record: dict[str, Any]) -> Evaluation:
     bits = record["rows"]["correct"]
     if not bits or set(bits) - {"0", "1"}:
         raise ValueError(f"rows.correct of {dataset} is not made of 0 and 1")
-    correct = np.array([bit == "1" for bit in bits], float)
     confidence = np.asarray(record["rows"]["confidence"], float)
-    if len(correct) != record["n"] or confidence.shape != correct.shape:
+    if not len(bits) == len(confidence) == record["n"]:
         raise ValueError(
-            f"{dataset} has n = {record['n']}, but {len(correct)} answers and {len(confidence)} confidences"
+            f"{dataset} has n = {record['n']}, but {len(bits)} answers and {len(confidence)} confidences"
         )
     if not ((confidence >= 0) & (confidence <= 1 + 1e-6)).all():
         raise ValueError(f"a confidence of {dataset} is no probability")
     return Evaluation(
-        dataset,
-        record["role"] == "ood",
-        record.get("verbaliser"),
-        record["test"],
-        record["metrics"],
-        correct,
-        confidence,
-        record.get("majority"),
-        record.get("labels"),
+        dataset, len(bits), record["test"], record["metrics"], record.get("majority"), record.get("labels")
     )
 
 
