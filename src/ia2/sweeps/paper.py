@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,10 +80,8 @@ class PaperTable:
     ) -> PaperRow | None:
         """The row of just this, if the paper has it."""
         wanted = (source, dataset, model, num_examples, adapter)
-        for row in self.rows:
-            if (row.source, row.dataset, row.model, row.num_examples, row.adapter) == wanted:
-                return row
-        return None
+        of = attrgetter("source", "dataset", "model", "num_examples", "adapter")
+        return next((row for row in self.rows if of(row) == wanted), None)
 
 
 @lru_cache(maxsize=1)

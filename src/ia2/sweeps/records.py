@@ -140,40 +140,32 @@ def load_results(folders: Sequence[str | Path]) -> Results:
         RunFolderError: no sweep there, or a damaged line (file and line are named).
         DataError: no finished cell.
     """
+    paths = [Path(folder) for folder in folders]
+    found = [cell for path in paths for cell in _read_folder(path)]
+    if not found:
+        raise DataError(f"{', '.join(map(str, paths))}: no finished cells. Run `ia2 sweep` first.")
     cells: dict[str, Record] = {}
-    facts, selects, names = [], set(), []
-    failed, total = 0, 0
-    complete = True
-    repeated = 0
-    for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise RunFolderError(f"{folder}: there is no such folder. Give one that `ia2 sweep` wrote.")
-        found = _read_folder(folder)
-        for cell in found:
-            repeated += cell.key in cells
-            cells.setdefault(cell.key, cell)
-        summary = read_json(folder / "sweep.json") if (folder / "sweep.json").is_file() else {}
-        if (folder / "failed.json").is_file():
-            failed += len(read_json(folder / "failed.json"))
-        counted = summary.get("cells", {}).get("total")
-        complete = complete and counted is not None
-        total += counted or 0
-        facts.append(summary)
-        names.append(summary.get("name") or folder.name)
-        selects.add(_select_of(folder / "grid.yaml"))
-    if repeated:
-        logger.info("%d cells are in several folders; each counts once.", repeated)
-    if not cells:
-        raise DataError(f"{', '.join(map(str, folders))}: no finished cells. Run `ia2 sweep` first.")
+    for cell in found:
+        cells.setdefault(cell.key, cell)
+    if len(cells) < len(found):
+        logger.info("%d cells are in several folders; each counts once.", len(found) - len(cells))
+    facts = [_read_if_there(path / "sweep.json", {}) for path in paths]
+    totals = [of.get("cells", {}).get("total") for of in facts]
+    selects = {_select_of(path / "grid.yaml") for path in paths}
+    names = dict.fromkeys(of.get("name") or path.name for of, path in zip(facts, paths, strict=True))
     return Results(
-        ", ".join(dict.fromkeys(names)),
-        tuple(str(folder) for folder in folders),
+        ", ".join(names),
+        tuple(map(str, paths)),
         tuple(cells.values()),
-        failed,
-        total if complete else None,
-        tuple(facts),
-        selects.pop() if len(selects) == 1 else "dev",
+        failed=sum(len(_read_if_there(path / "failed.json", [])) for path in paths),
+        total=None if None in totals else sum(totals),
+        facts=tuple(facts),
+        select=selects.pop() if len(selects) == 1 else "dev",
     )
+
+
+def _read_if_there(file: Path, otherwise: Any) -> Any:
+    return read_json(file) if file.is_file() else otherwise
 
 
 def filtered(
@@ -211,6 +203,8 @@ def filtered(
 
 
 def _read_folder(folder: Path) -> list[Record]:
+    if not folder.is_dir():
+        raise RunFolderError(f"{folder}: there is no such folder. Give one that `ia2 sweep` wrote.")
     gathered, loose = folder / CELLS, loose_cells(folder)
     if not gathered.is_file() and not loose:
         raise RunFolderError(f"{folder}: no cells.jsonl there. Give a folder that `ia2 sweep` wrote.")
