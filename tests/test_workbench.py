@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,9 @@ from benches import (
 
 from ia2.adapter_weights import adapter_state
 from ia2.errors import ConfigError, DataError, RunFolderError
+from ia2.examples import Example, Examples
 from ia2.models import BaseModel
+from ia2.teaching import Teaching
 from ia2.workbench import StageResult, Workbench
 
 ROWS = icl_examples(9)
@@ -270,3 +273,27 @@ def test_one_example_cannot_be_demonstrated(model: BaseModel, tmp_path: Path) ->
     bench.data = type(bench.data)(ROWS[:1], ROWS[1:])
     with pytest.raises(DataError, match="at least two training examples"):
         Workbench(clone(model), bench.data, bench.task, bench.config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("right", "labels", "said"),
+    [
+        (3, "aabb", None),
+        (2, "aabb", "so few rows cannot tell"),
+        (10, "a" * 16 + "b" * 16, "alignment is unlikely to help"),
+    ],
+)
+def test_what_is_said_of_icl_before_training(
+    right: int, labels: str, said: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = Examples([Example(f"q{i}", label, f"row {i}") for i, label in enumerate(labels)], name="rows")
+    teaching = SimpleNamespace(
+        _parts={"train": rows},
+        _judged=False,
+        task=SimpleNamespace(kind="classification"),
+        correct=lambda _: range(right),
+    )
+    with caplog.at_level(logging.WARNING, "ia2"):
+        Teaching.warn_if_icl_fails(teaching)  # type: ignore[arg-type]
+    assert len(caplog.messages) == (said is not None)
+    assert said is None or said in caplog.messages[0]

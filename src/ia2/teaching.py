@@ -21,6 +21,7 @@ from ia2.context import Contexts
 from ia2.distributed import gathered, is_first, wait
 from ia2.errors import ConfigError
 from ia2.evaluation.answers import exact_match, load_parser
+from ia2.evaluation.statistics import t_interval
 from ia2.examples import Example, Examples, FewShotSplit
 from ia2.files import digest, read_json, write_json
 from ia2.inference import AnswerOutput, answer_pass
@@ -352,12 +353,16 @@ class Teaching:
         what = "dev rows" if unlabelled else "training examples"
         logger.info("In context, the base model answers %d of %d %s rightly.", right, count, what)
         if right <= frequent:
+            # of a handful of rows, half may be right by chance where most would be
+            certain = t_interval([1.0] * right + [0.0] * (count - right)).high
+            few = not certain <= frequent / count
             logger.warning(
                 "In context it is right on %d of %d, no better than always giving the most frequent label "
-                "(%d): alignment is unlikely to help. `ia2 probe` tells more.",
+                "(%d): %s. `ia2 probe` tells more.",
                 right,
                 count,
                 frequent,
+                "so few rows cannot tell whether alignment helps" if few else "alignment is unlikely to help",
             )
 
     def _is_right(self, example: Example, answer: TeacherAnswer) -> bool:
