@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=2 python perf/analysis.py --output perf/analysis.json
 
 Four LoRAs (one epoch each: how well they are trained does not matter here) on the demo model, two seeds.
-A plain pass gives the logits at the answer positions of one view, as evaluation does; the analysis runs the
-same views, on the same prompts and answers, with its meters: activations, lens, heads, neurons. Both sides
+A plain pass gives the logits at the answer positions of one condition, as evaluation does; the analysis runs
+the same conditions, on the same prompts and answers, for activations, lens, heads and neurons. Both sides
 load adapters and render prompts, block by block, in turn: each block of each side is timed next to the
 other's, so that what else the machine does falls on both.
 """
@@ -18,10 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ia2.analysis import activations, heads, inside, lens, neurons, views
-from ia2.analysis.analyze import PARTS
-from ia2.analysis.sites import site_widths
-from ia2.analysis.subjects import Study, find_study
+from ia2.analysis.analyze import ATTENTION_QUERIES, PARTS, AnalysisSettings, Inside
+from ia2.analysis.checkpoints import Found, find_checkpoints
+from ia2.analysis.conditions import ICL, MEAN, Condition, Runner, conditions_of, run_conditions, sites_of
 from ia2.benchmarks import load_benchmark
 from ia2.comparison import compare
 from ia2.config import CompareConfig
@@ -36,7 +35,7 @@ from ia2.task import make_task
 RECIPES = ["sft", "ia2", "ia2-sft", "soft-sft"]
 
 
-def adapters(folder: Path, rows: Examples, queries: Examples) -> Study:
+def adapters(folder: Path, rows: Examples, queries: Examples) -> Found:
     """Train them, as quickly as can be, and find them again."""
     data, test = folder / "rows.jsonl", folder / "test.jsonl"
     for file, part in ((data, rows), (test, queries)):
@@ -48,50 +47,40 @@ def adapters(folder: Path, rows: Examples, queries: Examples) -> Study:
         recipes=RECIPES, learning_rates=[1e-3], align=brief, sft=brief, soft=brief,
     )  # fmt: skip
     compare("demo", rows, config, test=queries, output_dir=folder / "run")
-    return find_study([folder / "run"], data=str(test))
+    return find_checkpoints([folder / "run"], data=str(test))
 
 
-def plain(look: views.Look, every: list[views.View], members: range, answers: list[Any]) -> None:
+def plain(runner: Runner, conditions: list[Condition], members: range, answers: list[Any]) -> None:
     """The evaluation passes."""
-    for view in every:
-        with look.showing(view.subject) as model:
-            pairs = list(zip(look.prompts(view.context, members), answers, strict=True))
-            for _ in answer_pass(model, look.base.tokenizer, pairs, description=f"plain: {view.name}"):
+    for condition in conditions:
+        with runner.showing(condition.checkpoint) as model:
+            pairs = list(zip(runner.prompts(condition.context, members), answers, strict=True))
+            for _ in answer_pass(model, runner.base.tokenizer, pairs, description=f"plain: {condition.name}"):
                 pass
 
 
-def measure(look: views.Look, study: Study, controls: bool, queries: int, step: int) -> dict[str, Any]:
+def measure(runner: Runner, found: Found, controls: bool, queries: int) -> dict[str, Any]:
     """Seconds of both sides, over all queries."""
-    task, trial = look.task, look.trial
-    every = views.views_of(trial, study.trials, controls=controls, others=controls)
-    passes = [views.ICL, *(view for view in every if view is not views.MEAN)]
-    model = look.base.model
-    layers = list(range(model.config.num_hidden_layers))
+    conditions = conditions_of(runner.set, found.sets, controls=controls, others=controls)
+    passes = [ICL, *(condition for condition in conditions if condition is not MEAN)]
+    inside = Inside(runner.base, found, AnalysisSettings(controls=controls))
     answers: list[Any] = []
     start = time.perf_counter()
-    meters: list[Any] = [
-        activations.ActivationMeter(
-            layers, look.mean_of_training(["output"])["output"] if controls else None
-        ),
-        lens.LensMeter.for_task(
-            model, layers, task.label_ids, views.gold_of(task, trial.queries), answers=answers
-        ),
-        heads.HeadMeter(layers, model.config.num_attention_heads),
-        *(neurons.NeuronMeter(layers, w, s) for s, w in site_widths(model, ["residual", "neurons"]).items()),
-    ]
+    made = [inside.makers[part](runner, answers) for part in inside.parts]
+    accumulators = [accumulator for accumulator in made if accumulator is not None]
+    step = runner.block_size(sites_of(accumulators))
     seconds = {"plain": 0.0, "analysis": time.perf_counter() - start}
-    sites = ["output", "residual", "heads", "neurons"]
     for begin in range(0, queries, step):
         members = range(begin, min(begin + step, queries))
         start = time.perf_counter()
-        views.run_block(look, every, sites, meters, answers, members)
+        run_conditions(runner, conditions, accumulators, answers, members)
         middle = time.perf_counter()
-        plain(look, passes, members, answers[begin:])
+        plain(runner, passes, members, answers[begin:])
         seconds["analysis"] += middle - start
         seconds["plain"] += time.perf_counter() - middle
     start = time.perf_counter()
-    for meter in meters:
-        meter.finish()
+    for accumulator in accumulators:
+        accumulator.finish()
     seconds["analysis"] += time.perf_counter() - start
     return {
         "queries": queries,
@@ -112,21 +101,20 @@ def main() -> None:
     pool = list(data.test) + list(data.pool)
     queries = Examples((pool * 2)[: max(given.queries)], name="queries")
     with tempfile.TemporaryDirectory() as folder:
-        study = adapters(Path(folder), data.pool, queries)
+        checkpoints = adapters(Path(folder), data.pool, queries)
         base = load_base("demo")
-        task = make_task(study.examples, study.config, base.tokenizer)
-        look = views.Look(base, task, study.trials[0], Path(folder))
-        step = look.block_size(["output", "residual", "heads", "neurons"], 1)
+        task = make_task(checkpoints.examples, checkpoints.config, base.tokenizer)
+        runner = Runner(base, task, checkpoints.sets[0], Path(folder))
         found: dict[str, Any] = {
-            name: measure(look, study, controls, count, step)
+            name: measure(runner, checkpoints, controls, count)
             for (name, controls), count in zip(
                 (("without controls", False), ("with controls", True)), given.queries, strict=True
             )
         }
-        look.close()
+        runner.close()
     found |= {
         "parts": [part for part in PARTS if part in ("activations", "lens", "heads", "neurons")],
-        "not counted": f"attention of at most {inside.ATTENTION_QUERIES} queries; weights",
+        "not counted": f"attention of at most {ATTENTION_QUERIES} queries; weights",
         "machine": machine(),
         "versions": versions(),
     }

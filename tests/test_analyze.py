@@ -17,11 +17,11 @@ from benches import icl_base, icl_examples
 from command_line import run, write_rows
 
 from ia2.adaptation import adapt
-from ia2.analysis import views
-from ia2.analysis.activations import ActivationMeter, Pool
+from ia2.analysis import conditions
+from ia2.analysis.activations import ActivationAccumulator, Pool
 from ia2.analysis.analyze import AnalysisSettings, analyze
-from ia2.analysis.subjects import find_study
-from ia2.analysis.views import BASE, ICL, Look, View, run_views, views_of
+from ia2.analysis.checkpoints import find_checkpoints
+from ia2.analysis.conditions import BASE, ICL, OTHER, Condition, Runner, conditions_of, run_conditions
 from ia2.comparison import compare
 from ia2.config import CompareConfig, TrainConfig
 from ia2.errors import ConfigError, DataError, RunFolderError
@@ -73,8 +73,8 @@ def runs(
 
 
 def task_of(base: BaseModel, runs: dict[str, Path]) -> Task:
-    study = find_study([runs["compare"]])
-    return make_task(study.examples, study.config, base.tokenizer)
+    found = find_checkpoints([runs["compare"]])
+    return make_task(found.examples, found.config, base.tokenizer)
 
 
 def by_name(result: dict[str, Any]) -> dict[str, Any]:
@@ -85,91 +85,96 @@ def by_name(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_whom_a_comparison_holds(runs: dict[str, Path]) -> None:
-    study = find_study([runs["compare"]])
-    assert [(t.seed, t.fold) for t in study.trials] == [(0, None), (1, None)]
-    for trial in study.trials:
-        assert [s.name for s in trial.subjects] == ["sft", "ia2", "ia2-sft"]
-        assert all((s.weights / "stage.json").is_file() and s.seed == trial.seed for s in trial.subjects)
-        assert len(trial.data.train) == 8
-        assert len(trial.queries) == 12
+    found = find_checkpoints([runs["compare"]])
+    assert [(t.seed, t.fold) for t in found.sets] == [(0, None), (1, None)]
+    for set_ in found.sets:
+        assert [s.name for s in set_.checkpoints] == ["sft", "ia2", "ia2-sft"]
+        assert all((s.weights / "stage.json").is_file() and s.seed == set_.seed for s in set_.checkpoints)
+        assert len(set_.data.train) == 8
+        assert len(set_.queries) == 12
         # neither demonstrations nor queries: 30 rows less those trained on
-        assert len(trial.others) == 22
-        assert not {e.query for e in trial.others} & {e.query for e in trial.data.train}
-    assert find_study([runs["compare"] / "seed-1"]).trials[0].seed == 1
+        assert len(set_.others) == 22
+        assert not {e.query for e in set_.others} & {e.query for e in set_.data.train}
+    assert find_checkpoints([runs["compare"] / "seed-1"]).sets[0].seed == 1
 
 
 def test_folds_are_trials_and_their_queries_the_held_out_rows(runs: dict[str, Path]) -> None:
-    trials = find_study([runs["crossed"]]).trials
+    trials = find_checkpoints([runs["crossed"]]).sets
     assert [(t.seed, t.fold) for t in trials] == [(0, 0), (0, 1)]
     assert sorted(place for t in trials for place in t.places) == list(range(30))
-    for trial in trials:
-        trained = {e.source for e in trial.data.train}
-        assert not trained & {e.source for e in trial.queries}
-        assert not {e.source for e in trial.others} & (trained | {e.source for e in trial.queries})
+    for set_ in trials:
+        trained = {e.source for e in set_.data.train}
+        assert not trained & {e.source for e in set_.queries}
+        assert not {e.source for e in set_.others} & (trained | {e.source for e in set_.queries})
 
 
 def test_training_runs_on_the_same_examples_are_one_trial(runs: dict[str, Path]) -> None:
-    study = find_study([runs["sft"], runs["ia2-sft"]])
-    assert len(study.trials) == 1
+    found = find_checkpoints([runs["sft"], runs["ia2-sft"]])
+    assert len(found.sets) == 1
     # a run of two stages also shows what the first one left
-    assert [s.name for s in study.trials[0].subjects] == ["sft", "ia2-sft:align", "ia2-sft"]
+    assert [s.name for s in found.sets[0].checkpoints] == ["sft", "ia2-sft:align", "ia2-sft"]
     copy = shutil.copytree(runs["sft"], runs["sft"].with_name("again"))
     try:
-        twice = find_study([runs["sft"], copy]).trials[0].subjects
+        twice = find_checkpoints([runs["sft"], copy]).sets[0].checkpoints
         assert [s.name for s in twice] == ["sft", "sft@again"]
     finally:
         shutil.rmtree(copy)
 
 
 def test_queries_are_drawn_once_and_the_same_for_all(runs: dict[str, Path]) -> None:
-    few, again = (find_study([runs["compare"]], max_queries=5).trials for _ in range(2))
+    few, again = (find_checkpoints([runs["compare"]], max_queries=5).sets for _ in range(2))
     assert all(len(t.queries) == len(t.places) == 5 for t in few)
     assert len({t.places for t in (*few, *again)}) == 1
-    whole = find_study([runs["compare"]]).trials[0].queries
+    whole = find_checkpoints([runs["compare"]]).sets[0].queries
     assert [whole[place] for place in few[0].places] == list(few[0].queries)
 
 
 def test_queries_of_ones_own(runs: dict[str, Path], tmp_path: Path) -> None:
     data = saved(tmp_path / "own.jsonl", icl_examples(4, seed=33))
-    study = find_study([runs["compare"]], data=data)
-    assert all(list(t.places) == [0, 1, 2, 3] for t in study.trials)
-    assert study.queries_of == data
+    found = find_checkpoints([runs["compare"]], data=data)
+    assert all(list(t.places) == [0, 1, 2, 3] for t in found.sets)
+    assert found.queries_of == data
 
 
 # -------------------------------------------------------------------------------------------- views
 
 
 @pytest.fixture
-def look(base: BaseModel, runs: dict[str, Path], tmp_path: Path) -> Any:
-    made = Look(base, task_of(base, runs), find_study([runs["compare"]]).trials[0], tmp_path)
+def runner(base: BaseModel, runs: dict[str, Path], tmp_path: Path) -> Any:
+    made = Runner(base, task_of(base, runs), find_checkpoints([runs["compare"]]).sets[0], tmp_path)
     yield made
     made.close()
 
 
-def test_each_view_is_that_model_on_those_prompts(look: Look) -> None:
+def test_each_view_is_that_model_on_those_prompts(runner: Runner) -> None:
     """Against one plain forward pass at a time, with the adapter's weights merged into the model's."""
     import copy
 
     from peft import PeftModel
 
     members = [0, 3]
-    answers, icl = look.reference(members, ("output", "residual"))
-    sft = next(s for s in look.trial.subjects if s.name == "sft")
+    sites = ("output", "residual")
+    answers, icl = runner.reference(members, sites)
+    sft = next(s for s in runner.set.checkpoints if s.name == "sft")
     seen = {
         "icl": (None, "own", icl),
-        "base": (None, "none", look.run(BASE, members, answers, ("output", "residual"))),
-        "sft": (sft, "none", look.run(View("sft", sft), members, answers, ("output", "residual"))),
-        "sft+demos": (sft, "own", look.run(View("x", sft, "own"), members, answers, ("output", "residual"))),
+        "base": (None, "none", runner.run(BASE, members, answers, sites)),
+        "sft": (sft, "none", runner.run(Condition("sft", sft), members, answers, sites)),
+        "sft+demos": (
+            sft,
+            "own",
+            runner.run(Condition("x", sft, "own"), members, answers, sites),
+        ),
     }
-    look.close()
+    runner.close()
     outputs: dict[int, torch.Tensor] = {}
-    for subject, context, found in seen.values():
-        model = copy.deepcopy(look.base.model)
-        if subject is not None:
-            model = PeftModel.from_pretrained(model, str(subject.weights)).merge_and_unload()
+    for checkpoint, context, found in seen.values():
+        model = copy.deepcopy(runner.base.model)
+        if checkpoint is not None:
+            model = PeftModel.from_pretrained(model, str(checkpoint.weights)).merge_and_unload()
         for place, layer in enumerate(model.model.layers):
             layer.self_attn.register_forward_hook(lambda m, a, o, p=place: outputs.update({p: o[0]}))
-        for prompt, activations in zip(look.prompts(context, members), found, strict=True):
+        for prompt, activations in zip(runner.prompts(context, members), found, strict=True):
             with torch.no_grad():
                 record = model(torch.tensor([prompt]), output_hidden_states=True)
             expected = torch.stack([outputs[i][0, -1:] for i in range(4)])
@@ -179,78 +184,78 @@ def test_each_view_is_that_model_on_those_prompts(look: Look) -> None:
             )
 
 
-def test_the_answer_is_what_icl_says(look: Look) -> None:
-    answers, _ = look.reference([0, 1, 2], ("output",))
+def test_the_answer_is_what_icl_says(runner: Runner) -> None:
+    answers, _ = runner.reference([0, 1, 2], ("output",))
     with torch.no_grad():
-        for prompt, answer in zip(look.prompts("own", [0, 1, 2]), answers, strict=True):
-            assert answer == (int(look.base.model(torch.tensor([prompt])).logits[0, -1].argmax()),)
+        for prompt, answer in zip(runner.prompts("own", [0, 1, 2]), answers, strict=True):
+            assert answer == (int(runner.base.model(torch.tensor([prompt])).logits[0, -1].argmax()),)
 
 
-def test_other_demonstrations_are_other_rows(look: Look) -> None:
-    assert look.others is not None
-    assert len(look.others) == 8
-    assert not {e.query for e in look.others} & {e.query for e in look.trial.data.train}
-    assert look.prompts("own", [0]) != look.prompts("other", [0])
-    assert look.prompts("own", [0])[0][-4:] == look.prompts("other", [0])[0][-4:]
+def test_other_demonstrations_are_other_rows(runner: Runner) -> None:
+    assert runner.others is not None
+    assert len(runner.others) == 8
+    assert not {e.query for e in runner.others} & {e.query for e in runner.set.data.train}
+    assert runner.prompts("own", [0]) != runner.prompts("other", [0])
+    assert runner.prompts("own", [0])[0][-4:] == runner.prompts("other", [0])[0][-4:]
 
 
-def test_the_mean_over_training_examples_is_of_their_own_contexts(look: Look) -> None:
-    contexts = look.teaching.train_contexts
-    found = look.mean_of_training(("output",))["output"]
+def test_the_mean_over_training_examples_is_of_their_own_contexts(runner: Runner) -> None:
+    contexts = runner.teaching.train_contexts
+    found = runner.mean_of_training("output")
     rows = []
     outputs: dict[int, torch.Tensor] = {}
     handles = [
         layer.self_attn.register_forward_hook(lambda m, a, o, p=p: outputs.update({p: o[0]}))
-        for p, layer in enumerate(look.base.model.model.layers)
+        for p, layer in enumerate(runner.base.model.model.layers)
     ]
     for i in range(8):
         with torch.no_grad():
-            look.base.model(torch.tensor([contexts.context_ids(i)]))
+            runner.base.model(torch.tensor([contexts.context_ids(i)]))
         rows.append(torch.stack([outputs[p][0, -1] for p in range(4)]))
     for handle in handles:
         handle.remove()
     torch.testing.assert_close(found.float(), torch.stack(rows).mean(0), atol=2e-5, rtol=1e-4)
 
 
-def test_blocks_do_not_matter(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
-    sft = next(s for s in look.trial.subjects if s.name == "sft")
+def test_blocks_do_not_matter(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    sft = next(s for s in runner.set.checkpoints if s.name == "sft")
     results = []
     for size in (256, 5, 1):
-        monkeypatch.setattr(views, "_MAX_BLOCK", size)
-        meter = ActivationMeter([0, 1, 2, 3])
+        monkeypatch.setattr(conditions, "_MAX_BLOCK", size)
+        meter = ActivationAccumulator([0, 1, 2, 3])
         answers: list[Any] = []
-        run_views(look, [views.OTHER, BASE, View("sft", sft)], ("output",), [meter], answers)
+        run_conditions(runner, [OTHER, BASE, Condition("sft", sft)], [meter], answers)
         assert len(answers) == 12
         results.append(meter.finish())
     for other in results[1:]:
         assert set(other) == {"icl-other", "base", "sft"}
-        for name, (similar, _) in other.items():
-            np.testing.assert_allclose(similar.asim, results[0][name][0].asim, atol=1e-5)
+        for name, similar in other.items():
+            np.testing.assert_allclose(similar.asim, results[0][name].asim, atol=1e-5)
 
 
 def test_demonstrations_that_virtual_tokens_leave_no_room_for(
-    look: Look, monkeypatch: pytest.MonkeyPatch
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As of prompt tuning, whose tokens come before the prompt."""
-    monkeypatch.setattr(views, "virtual_tokens", lambda model: look.teaching.window - 10)
-    sft = next(s for s in look.trial.subjects if s.name == "sft")
-    look.run(View("sft", sft), [0], [(5,)], ("output",))
+    monkeypatch.setattr(conditions, "virtual_tokens", lambda model: runner.teaching.window - 10)
+    sft = next(s for s in runner.set.checkpoints if s.name == "sft")
+    runner.run(Condition("sft", sft), [0], [(5,)], ("output",))
     with pytest.raises(DataError, match=r"sft\+demos: \d+ tokens do not fit the 10 .* \(--no-controls\)"):
-        look.run(View("sft+demos", sft, "own"), [0], [(5,)], ("output",))
+        runner.run(Condition("sft+demos", sft, "own"), [0], [(5,)], ("output",))
 
 
 def test_controls(runs: dict[str, Path]) -> None:
-    trials = find_study([runs["compare"]]).trials
-    names = {v.name: v for v in views_of(trials[0], trials, controls=True, others=True)}
+    trials = find_checkpoints([runs["compare"]]).sets
+    names = {v.name: v for v in conditions_of(trials[0], trials, controls=True, others=True)}
     assert set(names) == {
         "icl-other", "icl-mean", "base", "sft", "ia2", "ia2-sft",
         "sft+demos", "ia2+demos", "ia2-sft+demos", "sft~seed", "ia2~seed", "ia2-sft~seed",
     }  # fmt: skip
-    twin = names["sft~seed"].subject
+    twin = names["sft~seed"].checkpoint
     assert twin is not None
     assert twin.seed == 1
-    assert twin.weights != names["sft"].subject.weights  # type: ignore[union-attr]
-    plain = views_of(trials[0], trials, controls=False, others=True)
+    assert twin.weights != names["sft"].checkpoint.weights  # type: ignore[union-attr]
+    plain = conditions_of(trials[0], trials, controls=False, others=True)
     assert [v.name for v in plain] == ["base", "sft", "ia2", "ia2-sft"]
     assert {v.kind for v in plain} == {"base", "adapter"}
     assert names["ia2~seed"].kind == names["icl-mean"].kind == "control"
@@ -324,12 +329,12 @@ def test_the_report_has_it(
 def test_the_causal_check_and_side_effects(
     base: BaseModel, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ia2.analysis import effects
+    from ia2.analysis import side_effects
 
     passes: list[Any] = []
-    perplexity = effects.perplexity
+    perplexity = side_effects.perplexity
     monkeypatch.setattr(
-        effects, "perplexity", lambda model, *a, **k: passes.append(model) or perplexity(model, *a, **k)
+        side_effects, "perplexity", lambda model, *a, **k: passes.append(model) or perplexity(model, *a, **k)
     )
     settings = AnalysisSettings(("neurons", "causal", "effects"), causal_queries=4)
     result = analyze([runs["compare"]], settings, base=base, max_queries=6, adapters=["sft"])
@@ -432,14 +437,14 @@ def test_mistakes(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureF
     spoilt = Path(shutil.copytree(runs["sft"], tmp_path / "spoilt"))
     (spoilt / "metrics.json").unlink()
     with pytest.raises(RunFolderError, match="has not finished"):
-        find_study([spoilt])
+        find_checkpoints([spoilt])
     partial = Path(shutil.copytree(runs["compare"], tmp_path / "partial"))
     (partial / "seed-1" / "evaluations" / "ia2.json").unlink()
     with pytest.raises(RunFolderError, match="ia2 has not been evaluated yet"):
-        find_study([partial])
+        find_checkpoints([partial])
     (partial / "ia2_run.json").unlink()
     with pytest.raises(RunFolderError, match="only results are there"):
-        find_study([partial])
+        find_checkpoints([partial])
 
 
 def test_changed_rows_are_refused(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -448,7 +453,7 @@ def test_changed_rows_are_refused(runs: dict[str, Path], tmp_path: Path) -> None
     facts["config"]["data"] = saved(tmp_path / "changed.jsonl", icl_examples(30, seed=5))
     write_json(moved / "ia2_run.json", facts)
     with pytest.raises(DataError, match="have changed since"):
-        find_study([moved])
+        find_checkpoints([moved])
 
 
 def test_other_models_are_refused(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -456,15 +461,15 @@ def test_other_models_are_refused(runs: dict[str, Path], tmp_path: Path) -> None
     facts = json.loads((other / "ia2_run.json").read_text())
     facts["config"]["model"] = "owner/other"
     write_json(other / "ia2_run.json", facts)
-    assert "sft@other" in find_study([runs["sft"], other]).names  # another name of the same content
+    assert "sft@other" in find_checkpoints([runs["sft"], other]).names  # another name of the same content
     facts["data"]["model"]["weights"] = "another digest"
     write_json(other / "ia2_run.json", facts)
     with pytest.raises(ConfigError, match=r"model is 'owner/other', .*; these differ: weights\."):
-        find_study([runs["sft"], other])
+        find_checkpoints([runs["sft"], other])
     del facts["data"]["model"]
     write_json(other / "ia2_run.json", facts)
     with pytest.raises(RunFolderError, match=f"{other}.*'model'"):
-        find_study([runs["sft"], other])
+        find_checkpoints([runs["sft"], other])
 
 
 def test_a_missing_adapter_is_told(
@@ -473,6 +478,6 @@ def test_a_missing_adapter_is_told(
     bare = Path(shutil.copytree(runs["compare"], tmp_path / "bare"))
     for folder in bare.glob("seed-*/sft"):
         shutil.rmtree(folder)
-    study = find_study([bare])
-    assert study.names == ["ia2", "ia2-sft"]
+    found = find_checkpoints([bare])
+    assert found.names == ["ia2", "ia2-sft"]
     assert "sft has no weights there" in caplog.text

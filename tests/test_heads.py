@@ -16,23 +16,15 @@ from families import ALL, HEADS, attention_layers
 from scipy import stats
 
 from ia2.analysis import heads as module
-from ia2.analysis.effect_sizes import (
-    LARGEST,
-    ShiftTest,
-    chance_overlap,
-    effects,
-    largest,
-    overlap,
-    rank_agreement,
-    stability,
-)
-from ia2.analysis.heads import CONTROL, HeadMeter, Heads, attention_mass, summarise
-from ia2.analysis.sites import SiteCapture
+from ia2.analysis.conditions import OTHER
+from ia2.analysis.heads import HeadAccumulator, attention_mass, summarise
 from ia2.capture import eager_attention
 from ia2.context import Contexts
+from ia2.evaluation.effect_sizes import Difference
 from ia2.files import finite
 from ia2.inference import answer_pass
 from ia2.report.head_figures import head_figures
+from ia2.sites import SiteCapture
 from ia2.sweeps.tables import markdown
 from ia2.tokens import Ids, fed_ids
 
@@ -51,8 +43,8 @@ def metered(
     order: Sequence[int] | None = None,
     heads: int = NUM,
     view: str = "sft",
-) -> Heads:
-    meter = HeadMeter(list(range(len(icl[0]))), heads)
+) -> dict[str, Difference]:
+    meter = HeadAccumulator(heads)
     for i in order or range(len(ours)):
         beside = None if other is None else {"heads": other[i]}
         meter.add(view, i, {"heads": ours[i]}, {"heads": icl[i]}, beside)
@@ -79,14 +71,14 @@ def by_hand(ours: list[torch.Tensor], icl: list[torch.Tensor]) -> tuple[np.ndarr
 
 def test_against_a_control_by_hand() -> None:
     ours, icl, other = tensors(LENGTHS, 0), tensors(LENGTHS, 1), tensors(LENGTHS, 2, scale=0.7)
-    view = metered(ours, icl, other, order=[3, 1, 5, 0, 4, 2]).views["sft"]
+    view = metered(ours, icl, other, order=[3, 1, 5, 0, 4, 2])["sft"]
     distance, cosine, energy = by_hand(ours, icl)
     control, _, _ = by_hand(other, icl)
     scale = energy.mean(0)
-    assert view.test == "control" and view.control is not None
-    np.testing.assert_allclose(view.distance, distance / scale, rtol=1e-5)
-    np.testing.assert_allclose(view.control, control / scale, rtol=1e-5)
-    np.testing.assert_allclose(view.cosine, cosine.mean(0), rtol=1e-5)
+    assert view.test == "control" and "control" in view.maps
+    np.testing.assert_allclose(view.maps["distance"], (distance / scale).mean(0), rtol=1e-5)
+    np.testing.assert_allclose(view.maps["control"], (control / scale).mean(0), rtol=1e-5)
+    np.testing.assert_allclose(view.maps["cosine"], cosine.mean(0), rtol=1e-5)
     logs = np.log(distance / scale + 1e-5), np.log(control / scale + 1e-5)
     p = stats.ttest_rel(*logs).pvalue
     np.testing.assert_allclose(view.effects.p, p, rtol=1e-5)
@@ -96,9 +88,9 @@ def test_against_a_control_by_hand() -> None:
     differences = logs[0] - logs[1]
     np.testing.assert_allclose(view.effects.d_z, differences.mean(0) / differences.std(0, ddof=1), rtol=1e-5)
     mean = distance.mean(0)
-    np.testing.assert_allclose(view.share_of_layer, mean / mean.sum(1, keepdims=True))
+    np.testing.assert_allclose(view.maps["share_of_layer"], mean / mean.sum(1, keepdims=True))
     layers = mean / scale.sum(1, keepdims=True)
-    np.testing.assert_allclose(view.share_of_model, layers / layers.sum())
+    np.testing.assert_allclose(view.maps["share_of_model"], layers / layers.sum())
 
 
 def test_without_a_control_by_hand() -> None:
@@ -107,8 +99,8 @@ def test_without_a_control_by_hand() -> None:
     ours = [a + 0.5 for a in ours]
     order = list(range(len(lengths)))
     random.Random(1).shuffle(order)
-    view = metered(ours, icl, None, order).views["sft"]
-    assert view.test == "direction" and view.control is None
+    view = metered(ours, icl, None, order)["sft"]
+    assert view.test == "direction" and "control" not in view.maps
     differences = np.stack([(a - b).double().mean(1).numpy() for a, b in zip(ours, icl, strict=True)])
     differences = differences.reshape(-1, LAYERS, NUM, DIM)
     half = np.array([bool(random.Random(i).getrandbits(1)) for i in range(len(lengths))])
@@ -122,23 +114,27 @@ def test_without_a_control_by_hand() -> None:
 
 
 def test_edges() -> None:
-    one = metered(tensors([2], 0), tensors([2], 1), tensors([2], 2)).views["sft"]
+    one = metered(tensors([2], 0), tensors([2], 1), tensors([2], 2))["sft"]
     assert np.isnan(one.effects.d_z).all() and not one.effects.significant.any()
-    alone = metered(tensors([2], 0), tensors([2], 1), None).views["sft"]
+    alone = metered(tensors([2], 0), tensors([2], 1), None)["sft"]
     assert np.isnan(alone.effects.q).all()
     icl = tensors(LENGTHS, 1)
-    same = metered(icl, icl, icl).views["sft"]
-    assert (same.effects.d_z == 0).all() and (same.effects.p == 1).all() and (same.distance == 0).all()
+    same = metered(icl, icl, icl)["sft"]
+    assert (same.effects.d_z == 0).all() and (same.effects.p == 1).all()
+    assert (same.maps["distance"] == 0).all()
     silent = [torch.cat([torch.zeros(LAYERS, t.shape[1], DIM), t[..., DIM:]], -1) for t in icl]
-    view = metered(tensors(LENGTHS, 0), silent, tensors(LENGTHS, 2)).views["sft"]
-    assert np.isnan(view.distance[:, :, 0]).all() and np.isfinite(view.distance[:, :, 1:]).all()
+    view = metered(tensors(LENGTHS, 0), silent, tensors(LENGTHS, 2))["sft"]
+    assert np.isnan(view.maps["distance"][:, 0]).all() and np.isfinite(view.maps["distance"][:, 1:]).all()
     assert np.isnan(view.effects.q[:, 0]).all() and np.isfinite(view.effects.q[:, 1:]).all()
-    assert not metered(icl, icl, icl, view="icl").views
+    assert not metered(icl, icl, icl, view="icl")
     # the control against itself would tell nothing
-    assert metered(tensors(LENGTHS, 0), icl, tensors(LENGTHS, 0), view=CONTROL).views[CONTROL].control is None
+    assert (
+        metered(tensors(LENGTHS, 0), icl, tensors(LENGTHS, 0), view=OTHER.name)[OTHER.name].test
+        == "direction"
+    )
     with pytest.raises(ValueError, match="not of 5 heads"):
         metered(icl, icl, icl, heads=5)
-    meter = HeadMeter([0, 1], NUM)
+    meter = HeadAccumulator(NUM)
     meter.add("sft", 0, {"heads": icl[0]}, {"heads": icl[0]}, {"heads": icl[0]})
     with pytest.raises(ValueError, match="all of its examples have a control, or none"):
         meter.add("sft", 1, {"heads": icl[1]}, {"heads": icl[1]}, None)
@@ -146,8 +142,8 @@ def test_edges() -> None:
 
 def test_low_precision_is_compared_in_double() -> None:
     icl = [t.bfloat16() for t in tensors(LENGTHS, 1)]
-    view = metered(icl, icl, None).views["sft"]
-    assert (view.distance == 0).all() and np.allclose(view.cosine, 1, atol=1e-12)
+    view = metered(icl, icl, None)["sft"]
+    assert (view.maps["distance"] == 0).all() and np.allclose(view.maps["cosine"], 1, atol=1e-12)
 
 
 # -------------------------------------------------------------------------------- planted and null
@@ -174,7 +170,7 @@ def test_planted_heads_are_found_and_few_others() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         ours, icl, other = (list(t) for t in zip(*drawn(rng, 40, factor, 16), strict=True))
-        view = metered(ours, icl, other, heads=8).views["sft"]
+        view = metered(ours, icl, other, heads=8)["sft"]
         flagged = {(int(i), int(j)) for i, j in np.argwhere(view.effects.significant)}
         found += len(flagged & {*planted, (1, 1)})
         false = len(flagged - {*planted, (1, 1)})
@@ -191,59 +187,11 @@ def test_nothing_is_found_where_there_is_nothing(controlled: bool) -> None:
     p, any_flagged = [], 0
     for _ in range(300):
         ours, icl, other = (list(t) for t in zip(*drawn(rng, 14, np.ones((2, 4)), 24), strict=True))
-        view = metered(ours, icl, other if controlled else None, heads=4).views["sft"]
+        view = metered(ours, icl, other if controlled else None, heads=4)["sft"]
         p.append(view.effects.p)
         any_flagged += bool(view.effects.significant.any())
     assert any_flagged / 300 < 0.08
     assert 0.03 < (np.array(p) < 0.05).mean() < 0.065
-
-
-def test_a_planted_direction_is_found() -> None:
-    rng = np.random.default_rng(2)
-    shift = ShiftTest()
-    move = np.zeros((2, 4, 24))
-    move[1, 2] = 0.3
-    for i in range(60):
-        shift.add(i, torch.from_numpy(rng.normal(size=move.shape) + move))
-    found = shift.effects()
-    assert [tuple(map(int, p)) for p in np.argwhere(found.significant)] == [(1, 2)]
-    assert found.d_z[1, 2] > 0.8  # ‖shift‖ = 1.5 in units of the spread, less what the estimate of it loses
-
-
-# ------------------------------------------------------------------------------------- effect sizes
-
-
-def test_effects_are_those_of_scipy() -> None:
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(2, 12, 5, 7))
-    found = effects((a - b).mean(0), (a - b).std(0, ddof=1), 12)
-    np.testing.assert_allclose(found.p, stats.ttest_rel(a, b).pvalue)
-    constant = effects(np.array([-2.0, 0.0]), np.zeros(2), 12)
-    assert constant.d_z.tolist() == [-LARGEST, 0.0] and constant.p[1] == 1
-
-
-def test_stability() -> None:
-    rng = np.random.default_rng(0)
-    maps = list(rng.normal(size=(3, 4, 5)))
-    pairs = [(0, 1), (0, 2), (1, 2)]
-    expected = np.mean([stats.spearmanr(maps[i].ravel(), maps[j].ravel()).statistic for i, j in pairs])
-    assert rank_agreement(maps) == pytest.approx(expected)
-    holey = [maps[0].copy(), maps[1].copy()]
-    holey[0][0, 0] = holey[1][1, 1] = np.nan
-    kept = np.isfinite(holey[0] + holey[1])
-    assert rank_agreement(holey) == pytest.approx(stats.spearmanr(maps[0][kept], maps[1][kept]).statistic)
-    assert np.isnan(rank_agreement(maps[:1])) and np.isnan(rank_agreement([maps[0], np.ones((4, 5))]))
-    assert largest(np.array([[1.0, np.nan], [3.0, 1.0]]), 3) == [2, 0, 3]
-    assert overlap([{1, 2, 3}, {2, 3, 4}]) == 0.5
-    drawn_sets = [[set(rng.permutation(20)[:6].tolist()) for _ in range(2)] for _ in range(4000)]
-    assert chance_overlap(20, 6) == pytest.approx(np.mean([overlap(pair) for pair in drawn_sets]), abs=0.01)
-    found = stability([maps[0], maps[0]], 5)
-    assert found == {
-        "k": 5,
-        "jaccard": 1.0,
-        "jaccard_by_chance": pytest.approx(chance_overlap(20, 5), abs=1e-4),
-    }
-    assert stability(maps, 500)["k"] == 10
 
 
 # ----------------------------------------------------------------------------------- attention mass
@@ -319,7 +267,7 @@ def section(tiny_icl_model_path: Path) -> dict[str, Any]:
         # other demonstrations before the same query
         other = [swapped.context_ids(i)[: -len(swapped.query_ids(i))] + bare[i] for i in range(len(queries))]
         answers: list[Ids] = [(3,)] * len(queries)
-        meter = HeadMeter([0, 1, 2, 3], 4)
+        meter = HeadAccumulator(4)
         found = {}
         for view, prompts in (("icl", icl), ("icl-other", other), ("base", bare)):
             with SiteCapture(base.model, ["heads"]) as capture:
@@ -338,13 +286,13 @@ def section(tiny_icl_model_path: Path) -> dict[str, Any]:
                 for view, prompts in (("icl", icl), ("base", bare))
             }
         )
-    return finite(summarise(trials, attention, top=5))  # type: ignore[return-value]
+    return finite(summarise(trials, range(4), 4, attention, top=5))  # type: ignore[return-value]
 
 
 def test_the_tiny_learner(section: dict[str, Any]) -> None:
     json.dumps(section, allow_nan=False)
-    base, other = section["views"]["base"], section["views"][CONTROL]
-    assert list(section["views"]) == [CONTROL, "base"]
+    base, other = section["views"]["base"], section["views"][OTHER.name]
+    assert list(section["views"]) == [OTHER.name, "base"]
     assert (base["test"], other["test"]) == ("control", "direction")
     assert base["n"] == [16, 16] and np.shape(base["effect"]) == (4, 4) == np.shape(base["control"])
     # without demonstrations some heads are further from ICL than with other ones, and trials agree on them
@@ -381,27 +329,16 @@ def test_figures(section: dict[str, Any], tmp_path: Path) -> None:
 def test_figures_of_little(tmp_path: Path) -> None:
     """One layer, one head, one example, no control, no attention."""
     icl = [torch.ones(1, 1, 4)]
-    (figure,) = head_figures(finite(summarise([metered(icl, icl, None, heads=1)])), "x")  # type: ignore[arg-type]
+    (figure,) = head_figures(finite(summarise([metered(icl, icl, None, heads=1)], [0], 1)), "x")  # type: ignore[arg-type]
     figure.save(tmp_path / "heads.svg")
     assert "| – |" in markdown(figure.numbers) and "mean shift away from ICL" in figure.caption
     assert head_figures({"views": {}}, "x") == []
 
 
-def test_controls_of_adapters_have_no_map() -> None:
-    icl = tensors(LENGTHS, 1)
-    meter = HeadMeter([0, 1], NUM)
-    for i, (ours, other) in enumerate(zip(tensors(LENGTHS, 0), tensors(LENGTHS, 2), strict=True)):
-        for view in ("sft", "sft+demos", "ia2+sft", "ia2+sft~seed"):
-            meter.add(view, i, {"heads": ours}, {"heads": icl[i]}, {"heads": other})
-    (figure,) = head_figures(summarise([meter.finish()]), "x")
-    assert len(figure.panels) == 2
-    assert {row[0].text for row in figure.numbers.rows} == {"sft", "ia2+sft"}
-
-
 def test_a_large_map_stays_a_small_file() -> None:
     rng = np.random.default_rng(0)
     ours, icl, other = (list(t) for t in zip(*drawn(rng, 4, np.ones((36, 32)), 2), strict=True))
-    (figure,) = head_figures(summarise([metered(ours, icl, other, heads=32)]), "x")
+    (figure,) = head_figures(summarise([metered(ours, icl, other, heads=32)], range(36), 32), "x")
     (picture,) = figure.pictures()
     assert len(picture.svg) < 250_000
     assert picture.svg.count(b"<path") < 100

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ia2.analysis.similarity import Similarity, SimilarityMeter
+from ia2.evaluation.similarity import Similarity, SimilarityMeter
 
 LAYERS, WIDTH = 3, 8
 

@@ -12,7 +12,6 @@ import numpy as np
 
 from ia2.adaptation import load_base_of
 from ia2.adapters import default_learning_rate
-from ia2.analysis.similarity import Similarity
 from ia2.arms import Arm, arms, rivals
 from ia2.config import CompareConfig
 from ia2.console import logger
@@ -20,6 +19,7 @@ from ia2.distributed import is_first, wait
 from ia2.errors import ConfigError, DivergedError
 from ia2.evaluation.metrics import STATISTICS, Measured, RowMeasures, summarise
 from ia2.evaluation.scoring import write_predictions
+from ia2.evaluation.similarity import Similarity
 from ia2.evaluation.statistics import main_scope, over_draws
 from ia2.examples import Examples
 from ia2.files import digest, read_json, write_json, write_text

@@ -25,7 +25,6 @@ from ia2.adapter_weights import (
     load_adapter_state,
 )
 from ia2.adapters import default_learning_rate, peft_config
-from ia2.analysis.similarity import Similarity, SimilarityMeter
 from ia2.batching import MAX_LOGITS
 from ia2.capture import ActivationCapture
 from ia2.config import AdaptConfig
@@ -36,6 +35,7 @@ from ia2.errors import ConfigError, DataError, DivergedError
 from ia2.evaluation.metrics import Measured, fitted_temperatures
 from ia2.evaluation.run import evaluate_prompts, temperature_losses
 from ia2.evaluation.scoring import Prediction
+from ia2.evaluation.similarity import Similarity, SimilarityMeter
 from ia2.examples import Example, FewShotSplit
 from ia2.files import digest
 from ia2.inference import AnswerOutput, answer_pass, half_precision

@@ -22,19 +22,19 @@ from tiny_icl.tasks import sample_task
 from words import make_word_tokenizer
 
 from ia2.adaptation import adapt
-from ia2.analysis.diversity import diversity
-from ia2.analysis.patching import patched_log_probs
 from ia2.applying import prediction_text
 from ia2.capture import ActivationCapture
 from ia2.cli.output import print_json
 from ia2.config import AdaptConfig, CompareConfig
 from ia2.errors import ModelError
 from ia2.evaluation.metrics import measure_labels, summarise
+from ia2.evaluation.plain_text import diversity
 from ia2.evaluation.scoring import LabelScorer, Prediction, write_predictions
 from ia2.examples import FewShotSplit
 from ia2.files import read_json
 from ia2.inference import AnswerOutput, answer_pass
 from ia2.manifest import MANIFEST
+from ia2.patching import patched_log_probs
 from ia2.task import Task
 from ia2.trainer import SftTrainer, StageSettings
 

@@ -410,7 +410,7 @@ KINDS: dict[str, tuple[Kind, str]] = {
 def test_only_regular_files_are_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    from ia2.analysis.texts import plain_texts
+    from ia2.evaluation.plain_text import plain_texts
 
     monkeypatch.chdir(tmp_path)  # a socket's path must be short
     make, reason = KINDS[kind]

@@ -15,8 +15,8 @@ from sweeping import grid_of, records
 
 from ia2 import prompts, teacher, teaching, workbench
 from ia2.adaptation import AdaptResult, adapt
+from ia2.analysis.checkpoints import find_checkpoints
 from ia2.analysis.reading import read_facts
-from ia2.analysis.subjects import find_study
 from ia2.comparison import compare
 from ia2.config import AdaptConfig, CompareConfig
 from ia2.evaluation import scoring
@@ -343,7 +343,7 @@ def test_a_shared_stage_is_read_once(files: Path, tmp_path: Path, capsys: pytest
     (read,) = read_facts(tmp_path / "out").rounds
     stages = [(stage.kind, stage.arms) for stage in read.stages]
     assert stages == [("align", ("ia2-sft",)), ("sft", ("ia2-sft",)), ("sft", ("ia2-sft",))]
-    assert find_study([tmp_path / "out"]).names == ["ia2-sft:align", "ia2-sft"]
+    assert find_checkpoints([tmp_path / "out"]).names == ["ia2-sft:align", "ia2-sft"]
 
 
 def test_fresh_demonstrations_are_drawn_once(

@@ -1,4 +1,4 @@
-"""How near each view's attention outputs come to those of ICL, beside controls (the paper, figure 2).
+"""How near each condition's attention outputs come to those of ICL, beside controls (the paper, figure 2).
 
 A similarity means nothing alone: the base model without demonstrations, another seed of the same recipe,
 the mean ICL activation, ICL with other demonstrations and a trained model that is shown the demonstrations
@@ -13,199 +13,163 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ia2.analysis.similarity import Similarity, SimilarityMeter
+from ia2.analysis.conditions import BASE, ICL, MEAN, OTHER, Activations, Condition
+from ia2.evaluation.similarity import Similarity, SimilarityMeter
 from ia2.evaluation.statistics import Interval, mean_interval
 
 if TYPE_CHECKING:
     import torch
 
-    from ia2.analysis.views import View
+_CENTRED = "centred "
+_Rows = Sequence[np.ndarray | None]
 
-SITE = "output"
 
-
-class ActivationMeter:
-    """Similarity of every view to ICL; see :class:`ia2.analysis.views.Meter`.
+class ActivationAccumulator:
+    """Similarity of every condition to ICL; see :class:`ia2.analysis.conditions.Accumulator`.
 
     Args:
         layers: their indices.
         mean: the mean ICL activation of other examples, ``[L, d]``, for the control ``icl-mean``.
     """
 
+    sites: tuple[str, ...] = ("output",)
+
     def __init__(self, layers: list[int], mean: torch.Tensor | None = None) -> None:
         self.layers, self.mean = layers, mean
-        self._views: dict[str, SimilarityMeter] = {}
-        self._centred: dict[str, SimilarityMeter] = {}
+        self._meters: dict[str, SimilarityMeter] = {}
 
     def add(
-        self,
-        view: str,
-        index: int,
-        found: Mapping[str, torch.Tensor],
-        icl: Mapping[str, torch.Tensor],
-        other: Mapping[str, torch.Tensor] | None,
+        self, condition: str, index: int, found: Activations, icl: Activations, other: Activations | None
     ) -> None:
-        """One query's attention outputs in one view."""
-        activations, reference = found[SITE], icl[SITE]
+        """One query's attention outputs in one condition."""
+        ours, reference = found["output"], icl["output"]
         constant = None if self.mean is None else self.mean[:, None].expand(reference.shape)
-        if view == "icl":  # the reference itself
-            if constant is None:
-                return
-            view, activations = "icl-mean", constant
+        if condition != ICL.name:
+            self._add(condition, index, ours, reference)
+            if constant is not None:
+                self._add(_CENTRED + condition, index, ours - constant, reference - constant)
         elif constant is not None:
-            meter = self._centred.setdefault(view, SimilarityMeter(self.layers))
-            meter.add(index, activations - constant, reference - constant)
-        self._views.setdefault(view, SimilarityMeter(self.layers)).add(index, activations, reference)
+            self._add(MEAN.name, index, constant, reference)
 
-    def finish(self) -> dict[str, tuple[Similarity, Similarity | None]]:
-        """View → its similarity to ICL, and the same with the mean ICL activation taken off both."""
-        return {
-            view: (meter.finish(), self._centred[view].finish() if view in self._centred else None)
-            for view, meter in self._views.items()
-        }
+    def _add(self, name: str, index: int, ours: torch.Tensor, reference: torch.Tensor) -> None:
+        self._meters.setdefault(name, SimilarityMeter(self.layers)).add(index, ours, reference)
+
+    def finish(self) -> dict[str, Similarity]:
+        """Condition → its similarity to ICL; ``centred CONDITION``: with the mean taken off both."""
+        return {name: meter.finish() for name, meter in self._meters.items()}
 
 
 class Pool:
-    """Rows of several trials: the folds of a seed are one run, in the order of the data.
+    """Rows of several training sets: the folds of a seed are one run, in the order of the data.
 
     Args:
-        seeds: of the trials.
-        places: of each trial's queries in their data.
+        seeds: of the training sets.
+        places: of each one's queries in their data.
     """
 
     def __init__(self, seeds: Sequence[int], places: Sequence[Sequence[int]]) -> None:
         self.seeds, self.places = list(seeds), [np.asarray(p) for p in places]
 
-    def runs(self, arrays: Sequence[np.ndarray | None]) -> list[np.ndarray]:
-        """A run per seed, ``[n, …]``.
-
-        Args:
-            arrays: of each trial, ``[n_trial, …]``, or None where it has none.
-        """
+    def runs(self, arrays: _Rows) -> list[np.ndarray]:
+        """A run per seed, ``[n, …]``, of the arrays of each training set; None where it has none."""
         runs = []
         for seed in dict.fromkeys(self.seeds):
-            mine = [
-                (p, a)
-                for s, p, a in zip(self.seeds, self.places, arrays, strict=True)
-                if s == seed and a is not None
-            ]
-            if not mine:
-                continue
-            places = np.concatenate([p for p, _ in mine])
-            order = np.argsort(places, kind="stable")
-            runs.append(np.concatenate([a for _, a in mine])[order])
+            rows = zip(self.seeds, self.places, arrays, strict=True)
+            mine = [(p, a) for s, p, a in rows if s == seed and a is not None]
+            if mine:
+                order = np.argsort(np.concatenate([p for p, _ in mine]), kind="stable")
+                runs.append(np.concatenate([a for _, a in mine])[order])
         return runs
 
-    def means(self, arrays: Sequence[np.ndarray | None]) -> Interval:
+    def means(self, arrays: _Rows) -> Interval:
         """Means over rows and seeds with intervals over seeds, or over the rows of a single one."""
         return mean_interval(self.runs(arrays))
 
+    def overall(self, arrays: _Rows) -> dict[str, Any]:
+        """:meth:`means` of ``[n, L]``, over layers."""
+        return self.means([None if a is None else np.nanmean(a, axis=1) for a in arrays]).to_dict()
+
 
 def summarise(
-    pool: Pool,
-    trials: Sequence[Mapping[str, tuple[Similarity, Similarity | None]]],
-    views: Sequence[Sequence[View]],
+    found: Sequence[Mapping[str, Similarity]], pool: Pool, conditions: Sequence[Sequence[Condition]]
 ) -> dict[str, Any]:
     """The section ``activations`` of an analysis.
 
     Args:
-        pool: rows of the trials.
-        trials: of each, view → similarity to ICL.
-        views: of each.
+        found: of each training set, condition → similarity to ICL.
+        pool: their rows.
+        conditions: of each.
 
     Returns:
-        Means and 95% t-intervals over seeds (of one seed over its queries), by view and layer; differences of
-        views paired by query. Intervals of the variance unexplained hold the reference's variance fixed.
-        ``centred`` is the cosine with the mean ICL activation of the training examples taken off both: what
-        is alike beyond what all queries have in common.
+        Means and 95% t-intervals over seeds (of one seed over its queries), by condition and layer;
+        differences of conditions paired by query. Intervals of the variance unexplained hold the reference's
+        variance fixed. ``centred`` is the cosine with the mean ICL activation of the training examples taken
+        off both: what is alike beyond what all queries have in common.
     """
-    known: dict[str, View] = {}
-    for own in views:
-        for view in own:
-            known.setdefault(view.name, view)
-    pairs = {name: [trial.get(name, (None, None)) for trial in trials] for name in known}
-    found = {name: [plain for plain, _ in own] for name, own in pairs.items()}
-    layers = next(plain.layers for trial in trials for plain, _ in trial.values())
+    known: dict[str, Condition] = {}
+    for condition in (condition for own in conditions for condition in own):
+        known.setdefault(condition.name, condition)
     return {
-        "layers": layers,
+        "layers": next(similar.layers for own in found for similar in own.values()),
         "views": [
-            _view(pool, view, found[name], [centred for _, centred in pairs[name]])
-            for name, view in known.items()
+            _condition(
+                pool,
+                condition,
+                [own.get(name) for own in found],
+                [own.get(_CENTRED + name) for own in found],
+            )
+            for name, condition in known.items()
         ],
         "differences": [_difference(pool, a, b, found) for a, b in _pairs(known)],
     }
 
 
-def _view(
+def _condition(
     pool: Pool,
-    view: View,
-    trials: Sequence[Similarity | None],
+    condition: Condition,
+    found: Sequence[Similarity | None],
     centred: Sequence[Similarity | None],
 ) -> dict[str, Any]:
-    asim = [None if s is None else s.asim for s in trials]
-    l2 = [None if s is None else s.l2 for s in trials]
-    # a trial's mean over its rows is then its fraction of variance unexplained
-    shares = [None if s is None else len(s.asim) * s.distance / _positive(s.variance) for s in trials]
-    known = [s for s in trials if s is not None]
+    known = [similar for similar in found if similar is not None]
+    rows: dict[str, _Rows] = {
+        "asim": [None if s is None else s.asim for s in found],
+        "l2": [None if s is None else s.l2 for s in found],
+        # a training set's mean over its rows is then its fraction of variance unexplained
+        "variance_unexplained": [
+            None if s is None else len(s.asim) * s.distance / np.where(s.variance > 0, s.variance, np.nan)
+            for s in found
+        ],
+    }
+    if any(s is not None for s in centred):
+        rows["centred"] = [None if s is None else s.asim for s in centred]
+    by_layer = {f"{name}_by_layer": pool.means(arrays).to_dict() for name, arrays in rows.items()}
+    unexplained = "variance_unexplained_by_layer"
     longest = max(len(s.tokens) for s in known)
     count = np.sum([np.pad(s.tokens, (0, longest - len(s.tokens))) for s in known], axis=0)
-    by_token = [
-        np.pad(s.asim_by_token.mean(1) * s.tokens, (0, longest - len(s.tokens))) / count for s in known
-    ]
-    beyond = [None if s is None else s.asim for s in centred]
-    extra = {}
-    if any(b is not None for b in beyond):
-        extra = {
-            "centred": pool.means([_mean(b) for b in beyond]).to_dict(),
-            "centred_by_layer": pool.means(beyond).to_dict(),
-        }
+    sums = [np.pad(s.asim_by_token.mean(1) * s.tokens, (0, longest - len(s.tokens))) for s in known]
     return {
-        "name": view.name,
-        "kind": view.kind,
-        "control": view.control,
-        "of": view.of,
+        "name": condition.name,
+        "kind": condition.kind,
+        "control": condition.control,
+        "of": condition.of,
         "n": sum(len(s.asim) for s in known),
-        "asim": pool.means([_mean(a) for a in asim]).to_dict(),
-        "l2": pool.means([_mean(a) for a in l2]).to_dict(),
-        "variance_unexplained": pool.means([_mean(a) for a in shares]).to_dict(),
-        "asim_by_layer": pool.means(asim).to_dict(),
-        "l2_by_layer": pool.means(l2).to_dict(),
-        "variance_unexplained_by_layer": pool.means(shares).value.tolist(),
-        "asim_by_token": {"value": np.sum(by_token, axis=0).tolist(), "count": count.tolist()},
-        **extra,
+        **{name: pool.overall(arrays) for name, arrays in rows.items()},
+        **by_layer,
+        unexplained: by_layer[unexplained]["value"],
+        "asim_by_token": {"value": (np.sum(sums, axis=0) / count).tolist(), "count": count.tolist()},
     }
 
 
-def _pairs(known: Mapping[str, View]) -> list[tuple[str, str]]:
+def _pairs(known: Mapping[str, Condition]) -> list[tuple[str, str]]:
     """What is compared: adapters with the base model and with each other, controls with what they are of."""
-    adapters = [name for name, view in known.items() if view.kind == "adapter"]
-    pairs = [(name, "base") for name in adapters if "base" in known]
+    adapters = [name for name, condition in known.items() if condition.kind == "adapter"]
+    pairs = [(name, BASE.name) for name in adapters if BASE.name in known]
     pairs += [(b, a) for a, b in combinations(adapters, 2)]
-    pairs += [(view.of, name) for name, view in known.items() if view.kind == "control" and view.of in known]
-    for control in ("icl-mean", "icl-other"):
-        pairs += [(name, control) for name in adapters if control in known]
-    return pairs
+    pairs += [(c.of, name) for name, c in known.items() if c.kind == "control" and c.of in known]
+    return pairs + [(n, control.name) for control in (MEAN, OTHER) for n in adapters if control.name in known]
 
 
-def _difference(
-    pool: Pool, a: str, b: str, found: Mapping[str, Sequence[Similarity | None]]
-) -> dict[str, Any]:
-    rows = [
-        None if x is None or y is None else x.asim - y.asim for x, y in zip(found[a], found[b], strict=True)
-    ]
-    return {
-        "a": a,
-        "b": b,
-        "asim": pool.means([_mean(r) for r in rows]).to_dict(),
-        "asim_by_layer": pool.means(rows).to_dict(),
-    }
-
-
-def _mean(array: np.ndarray | None) -> np.ndarray | None:
-    """Over layers."""
-    return None if array is None else np.nanmean(array, axis=1)
-
-
-def _positive(variance: np.ndarray) -> np.ndarray:
-    found: np.ndarray = np.where(variance > 0, variance, np.nan)
-    return found
+def _difference(pool: Pool, a: str, b: str, found: Sequence[Mapping[str, Similarity]]) -> dict[str, Any]:
+    rows = [own[a].asim - own[b].asim if a in own and b in own else None for own in found]
+    by_layer = pool.means(rows).to_dict()
+    return {"a": a, "b": b, "asim": pool.overall(rows), "asim_by_layer": by_layer}

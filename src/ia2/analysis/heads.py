@@ -1,4 +1,4 @@
-"""Which attention heads carry the difference between in-context learning and another view.
+"""Which attention heads carry the difference between in-context learning and another condition.
 
 A head is looked at by what it gives to the output projection (site ``heads``), at answer positions. How far
 it is from ICL says little: ICL with *other* demonstrations is some way off as well. So the question is
@@ -8,14 +8,14 @@ which heads are further from ICL than that.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ia2.analysis.effect_sizes import (
+from ia2.analysis.conditions import ICL, OTHER, Activations, by_condition
+from ia2.evaluation.effect_sizes import (
     LEVEL,
-    REFERENCE,
+    Difference,
     Effects,
     ShiftTest,
     effects,
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-CONTROL = "icl-other"
-"""The view whose distance to ICL others' are compared with: ICL with other demonstrations."""
-
 # Relative squared distances below are not told apart: what rounding to bfloat16 alone makes, (2^-9)², is
 # 4e-6, and a logarithm would make a finding of it.
 _FLOOR = 1e-5
@@ -46,70 +43,26 @@ with the answer so far."""
 _HELD = 2**30
 
 
-@dataclass(frozen=True)
-class HeadView:
-    """One view against ICL, by head.
+class HeadAccumulator:
+    """Differences from ICL by head, collected one example of one condition at a time.
 
-    Attributes:
-        test: ``control`` (is it further from ICL than ICL with other demonstrations is?) or ``direction``
-            (is there a mean shift at all?), see :class:`HeadMeter`.
-        distance: squared distance to ICL, mean over an example's answer tokens, over the mean of ICL's own
-            squared norm in that head (over answer tokens, then over all examples of the view), ``[n, L, H]``.
-            0 is the same; a head that is silent scores 1 in the mean over examples. NaN for a head that is
-            silent under ICL.
-        cosine: with ICL, mean over an example's answer tokens and the examples, ``[L, H]``.
-        control: ``distance`` of ICL with other demonstrations, ``[n, L, H]``; None without.
-        effects: of the test, ``[L, H]``; false discoveries are controlled over all heads of the view.
-        share_of_layer: the head's part of the layer's summed squared distance, ``[L, H]``.
-        share_of_model: the same of all layers, each layer's distances taken relative to the squared norm of
-            its heads under ICL, so that layers of large outputs do not own the whole; ``[L, H]``.
-    """
-
-    test: str
-    distance: np.ndarray
-    cosine: np.ndarray
-    control: np.ndarray | None
-    effects: Effects
-    share_of_layer: np.ndarray
-    share_of_model: np.ndarray
-
-
-@dataclass(frozen=True)
-class Heads:
-    """What a :class:`HeadMeter` found in one trial.
-
-    Attributes:
-        layers: layer indices, ``[L]``.
-        num_heads: H.
-        views: by name.
-    """
-
-    layers: list[int]
-    num_heads: int
-    views: dict[str, HeadView]
-
-
-class HeadMeter:
-    """Collects :class:`Heads`, one example of one view at a time.
-
-    **With a control** (``other`` is given), each example has two distances to ICL: the view's and that of
-    ICL with other demonstrations. Tested is the mean of the *logarithm* of their ratio: distances are
+    **With a control** (``other`` is given), each example has two distances to ICL: the condition's and that
+    of ICL with other demonstrations. Tested is the mean of the *logarithm* of their ratio: distances are
     skewed, and a query that moves heads much does so in both, so what is comparable over examples is the
-    ratio. Its t test is symmetric in the two. d_z above zero: further from ICL than the control.
+    ratio. d_z above zero: further from ICL than the control.
 
     **Without** (``other`` is None, and for the control itself), tested is whether the mean difference to ICL
-    is zero in all directions (:class:`~ia2.analysis.effect_sizes.ShiftTest`).
+    is zero in all directions (:class:`~ia2.evaluation.effect_sizes.ShiftTest`).
 
-    But for the sums of the latter only ``[L, H]`` numbers of each example and view are kept. The order of the
-    examples does not matter.
+    But for the sums of the latter only ``[L, H]`` numbers of each example and condition are kept.
 
     Args:
-        layers: layer indices.
         num_heads: H, query heads of a layer; the site's width is ``H·d_head``.
     """
 
-    def __init__(self, layers: list[int], num_heads: int) -> None:
-        self.layers = layers
+    sites: tuple[str, ...] = ("heads",)
+
+    def __init__(self, num_heads: int) -> None:
         self.num_heads = num_heads
         self._energy: dict[int, np.ndarray] = {}
         self._controls: dict[int, np.ndarray] = {}
@@ -118,72 +71,72 @@ class HeadMeter:
         self._shifts: dict[str, ShiftTest] = {}
 
     def add(
-        self,
-        view: str,
-        index: int,
-        found: Mapping[str, torch.Tensor],
-        icl: Mapping[str, torch.Tensor],
-        other: Mapping[str, torch.Tensor] | None,
+        self, condition: str, index: int, found: Activations, icl: Activations, other: Activations | None
     ) -> None:
-        """One example of one view; of ICL itself nothing is kept.
-
-        Args:
-            view: its name.
-            index: of the example, the same in all views.
-            found: its site ``heads``, ``[L, G, H·d_head]``.
-            icl: the same of ICL.
-            other: the same of ICL with other demonstrations.
+        """One example of one condition; of ICL itself nothing is kept.
 
         Raises:
-            ValueError: a width that H does not divide, or a view with a control for some examples only.
+            ValueError: a width that H does not divide, or a condition with a control for some examples only.
         """
         import torch
 
-        if view == REFERENCE:
+        if condition == ICL.name:
             return
         ours, reference = self._by_head(found), self._by_head(icl)
         difference = ours - reference
         if index not in self._energy:
             self._energy[index] = _squared(reference)
-        self._distance.setdefault(view, {})[index] = _squared(difference)
+        self._distance.setdefault(condition, {})[index] = _squared(difference)
         cosine = torch.nn.functional.cosine_similarity(ours, reference, dim=-1)
-        self._cosine[view] = self._cosine.get(view, 0.0) + cosine.mean(1).double().numpy()
-        controlled = other is not None and view != CONTROL
-        if len(self._distance[view]) > 1 and controlled == (view in self._shifts):
-            raise ValueError(f"view '{view}': all of its examples have a control, or none")
+        self._cosine[condition] = self._cosine.get(condition, 0.0) + cosine.mean(1).double().numpy()
+        controlled = other is not None and condition != OTHER.name
+        if len(self._distance[condition]) > 1 and controlled == (condition in self._shifts):
+            raise ValueError(f"'{condition}': all of its examples have a control, or none")
         if not controlled:
-            self._shifts.setdefault(view, ShiftTest()).add(index, difference.mean(1))
+            self._shifts.setdefault(condition, ShiftTest()).add(index, difference.mean(1))
         elif other is not None and index not in self._controls:
             self._controls[index] = _squared(self._by_head(other) - reference)
 
-    def _by_head(self, sites: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _by_head(self, sites: Activations) -> torch.Tensor:
         heads = sites["heads"].double()
         if heads.shape[-1] % self.num_heads:
             raise ValueError(f"a width of {heads.shape[-1]} is not of {self.num_heads} heads")
         return heads.unflatten(-1, (self.num_heads, -1))
 
-    def finish(self) -> Heads:
-        """All examples have been added."""
-        return Heads(self.layers, self.num_heads, {view: self._view(view) for view in self._distance})
+    def finish(self) -> dict[str, Difference]:
+        """By condition; all examples have been added. Maps ``[L, H]``:
 
-    def _view(self, view: str) -> HeadView:
-        order = sorted(self._distance[view])
-        squared = np.stack([self._distance[view][i] for i in order]).astype(float)
+        - ``distance``: squared distance to ICL, mean over an example's answer tokens, over the mean of ICL's
+          own squared norm in that head. 0 is the same; a head that is silent scores 1. NaN for a head that
+          is silent under ICL. ``control`` is that of ICL with other demonstrations, where there is one.
+        - ``cosine`` with ICL, mean over an example's answer tokens and the examples.
+        - ``share_of_layer``: the head's part of the layer's summed squared distance.
+        - ``share_of_model``: the same of all layers, each layer's distances taken relative to the squared
+          norm of its heads under ICL, so that layers of large outputs do not own the whole.
+
+        The test is ``control`` (is it further from ICL than ICL with other demonstrations is?) or
+        ``direction`` (is there a mean shift at all?).
+        """
+        return {condition: self._difference(condition) for condition in self._distance}
+
+    def _difference(self, condition: str) -> Difference:
+        order = sorted(self._distance[condition])
+        squared = np.stack([self._distance[condition][i] for i in order]).astype(float)
         energy = np.mean([self._energy[i] for i in order], axis=0, dtype=float)
         scale = np.where(energy > 0, energy, np.nan)
         mean = squared.mean(0)
         relative = mean / np.maximum(energy.sum(1, keepdims=True), np.finfo(float).tiny)
-        shift = self._shifts.get(view)
-        control = None if shift else np.stack([self._controls[i] for i in order]) / scale
-        return HeadView(
-            "direction" if shift else "control",
-            squared / scale,
-            self._cosine[view] / len(order),
-            control,
-            shift.effects() if shift else _against(squared / scale, control),
-            mean / _positive(mean.sum(1, keepdims=True)),
-            relative / _positive(relative.sum()),
-        )
+        maps = {
+            "distance": (squared / scale).mean(0),
+            "cosine": self._cosine[condition] / len(order),
+            "share_of_layer": mean / _positive(mean.sum(1, keepdims=True)),
+            "share_of_model": relative / _positive(relative.sum()),
+        }
+        if shift := self._shifts.get(condition):
+            return Difference(len(order), shift.effects(), maps, "direction")
+        control = np.stack([self._controls[i] for i in order]) / scale
+        tested = _against(squared / scale, control)
+        return Difference(len(order), tested, {**maps, "control": control.mean(0)}, "control")
 
 
 def _squared(heads: torch.Tensor) -> np.ndarray:
@@ -198,7 +151,7 @@ def _positive(total: Any) -> Any:
     return np.where(total > 0, total, np.nan)
 
 
-def _against(distance: np.ndarray, control: Any) -> Effects:
+def _against(distance: np.ndarray, control: np.ndarray) -> Effects:
     """The paired test of log ratios, ``[n, L, H]`` each."""
     ratios = np.log(distance + _FLOOR) - np.log(control + _FLOOR)
     sd = ratios.std(0, ddof=1) if len(ratios) > 1 else np.zeros(ratios.shape[1:])
@@ -209,71 +162,82 @@ def _against(distance: np.ndarray, control: Any) -> Effects:
 
 
 def summarise(
-    trials: Sequence[Heads], attention: Sequence[Mapping[str, np.ndarray]] = (), top: int = 10
+    found: Sequence[Mapping[str, Difference]],
+    layers: Sequence[int],
+    num_heads: int,
+    attention: Sequence[Mapping[str, np.ndarray]] = (),
+    top: int = 10,
 ) -> dict[str, Any]:
-    """The section ``heads`` of ``analysis.json``, over trials.
+    """The section ``heads`` of ``analysis.json``, over training sets.
 
-    Maps are ``[L][H]``: means over trials, but for ``q`` (the largest), and ``further`` and ``closer``, the
-    number of trials that call the head different, by the sign of d_z.
+    Maps are ``[L][H]``: means over training sets, but for ``q`` (the largest), and ``further`` and
+    ``closer``, the number of training sets that call the head different, by the sign of d_z.
 
     Args:
-        trials: one a training set; a view may be missing in some.
-        attention: of each trial, view → :func:`attention_mass`.
-        top: heads that are listed by name, and compared between trials.
+        found: one a training set; a condition may be missing in some.
+        layers: their indices.
+        num_heads: H.
+        attention: of each training set, condition → :func:`attention_mass`.
+        top: heads that are listed by name, and compared between training sets.
     """
-    first = trials[0]
-    names = list(dict.fromkeys(view for trial in trials for view in trial.views))
     section: dict[str, Any] = {
-        "layers": first.layers,
-        "num_heads": first.num_heads,
-        "trials": len(trials),
+        "layers": list(layers),
+        "num_heads": num_heads,
+        "trials": len(found),
         "level": LEVEL,
-        "views": {
-            name: _summary([t.views[name] for t in trials if name in t.views], first.layers, top)
-            for name in names
-        },
+        "views": {name: _summary(own, layers, top) for name, own in by_condition(found).items()},
     }
     if attention:
-        section["attention"] = {"regions": list(REGIONS), "views": _masses(attention)}
+        means = {
+            name: np.mean([shares.mean(0) for shares in own], axis=0)
+            for name, own in by_condition(attention).items()
+        }
+        section["attention"] = {
+            "regions": list(REGIONS),
+            "views": {
+                name: {"mass": rounded(mean), "by_layer": rounded(mean.mean(1))}
+                for name, mean in means.items()
+            },
+        }
     return section
 
 
-def _summary(found: Sequence[HeadView], layers: Sequence[int], top: int) -> dict[str, Any]:
+def _summary(found: Sequence[Difference], layers: Sequence[int], top: int) -> dict[str, Any]:
     maps = {
-        "effect": np.mean([v.effects.d_z for v in found], axis=0),
-        "q": np.max([v.effects.q for v in found], axis=0),
-        "distance": np.mean([v.distance.mean(0) for v in found], axis=0),
-        "cosine": np.mean([v.cosine for v in found], axis=0),
-        "share_of_layer": np.mean([v.share_of_layer for v in found], axis=0),
-        "share_of_model": np.mean([v.share_of_model for v in found], axis=0),
+        "effect": np.mean([d.effects.d_z for d in found], axis=0),
+        "q": np.max([d.effects.q for d in found], axis=0),
+        **{
+            name: np.mean([d.maps[name] for d in found], axis=0)
+            for name in ("distance", "cosine", "share_of_layer", "share_of_model")
+        },
     }
-    controls = [v.control.mean(0) for v in found if v.control is not None]
+    controls = [d.maps["control"] for d in found if "control" in d.maps]
     further, closer = (
-        sum((sign * v.effects.d_z > 0) & v.effects.significant for v in found) for sign in (1, -1)
+        np.sum([(sign * d.effects.d_z > 0) & d.effects.significant for d in found], axis=0)
+        for sign in (1, -1)
     )
+    shares = [d.maps["share_of_model"] for d in found]
     places = [divmod(place, maps["effect"].shape[1]) for place in largest(maps["share_of_model"], top)]
     return {
         "test": found[0].test,
-        "n": [len(v.distance) for v in found],
+        "n": [d.n for d in found],
         "heads_further": int(np.sum(further == len(found))),
         "heads_closer": int(np.sum(closer == len(found))),
         **{name: rounded(values) for name, values in maps.items()},
         "control": rounded(np.mean(controls, axis=0)) if len(controls) == len(found) else None,
-        "further": np.asarray(further).tolist(),
-        "closer": np.asarray(closer).tolist(),
+        "further": further.tolist(),
+        "closer": closer.tolist(),
         "top": [
             {"layer": layers[i], "head": j, **{name: rounded(values[i, j]) for name, values in maps.items()}}
             for i, j in places
         ],
-        "stability": _stability(found, top) if len(found) > 1 else None,
-    }
-
-
-def _stability(found: Sequence[HeadView], top: int) -> dict[str, Any]:
-    return {
-        "spearman_of_effect": rounded(rank_agreement([v.effects.d_z for v in found])),
-        "spearman_of_share": rounded(rank_agreement([v.share_of_model for v in found])),
-        **stability([v.share_of_model for v in found], top),
+        "stability": None
+        if len(found) < 2
+        else {
+            "spearman_of_effect": rounded(rank_agreement([d.effects.d_z for d in found])),
+            "spearman_of_share": rounded(rank_agreement(shares)),
+            **stability(shares, top),
+        },
     }
 
 
@@ -287,7 +251,7 @@ def attention_mass(
     answers: Sequence[Ids],
     query_lengths: Sequence[int],
     *,
-    attention_modules: str | None = None,
+    pattern: str | None = None,
     description: str = "attention",
 ) -> np.ndarray:
     """How much attention goes where, at answer positions, by head.
@@ -302,7 +266,7 @@ def attention_mass(
         answers: ids of each answer; ``prompt + answer[:-1]`` is fed.
         query_lengths: how many of the last ids of each prompt are the query; the rest, but for the first
             token, counts as demonstrations (instructions too, where there are some).
-        attention_modules: optional glob over module names.
+        pattern: optional glob over module names.
         description: text of the progress bar.
 
     Returns:
@@ -322,13 +286,14 @@ def attention_mass(
         raise ValueError("query lengths must be between 0 and the length of the prompt")
     pairs = list(zip(prompts, answers, strict=True))
     spans = [len(fed_ids(*pair)) for pair in pairs]
-    layers = ActivationCapture(model, attention_modules, site="weights").layers
+    layers = ActivationCapture(model, pattern, site="weights").layers
     together, rows = _fitting(model, pairs, len(layers))
+    budget = min(token_budget(model), rows * max(spans))
     parts = []
     for start in range(0, len(layers), together):
         some = layers[start : start + together]
-        found: dict[int, np.ndarray] = {}
-        with eager_attention(model), ActivationCapture(model, attention_modules, some, "weights") as capture:
+        found: list[Any] = [None] * len(pairs)
+        with eager_attention(model), ActivationCapture(model, pattern, some, "weights") as capture:
             for output in answer_pass(
                 model,
                 tokenizer,
@@ -337,11 +302,11 @@ def attention_mass(
                 spans=spans,
                 logits=False,
                 description=description,
-                batch_tokens=min(token_budget(model), rows * max(spans)),
+                batch_tokens=budget,
             ):
                 i = output.index
                 found[i] = _regions(output.activations, len(prompts[i]) - query_lengths[i])
-        parts.append(np.stack([found[i] for i in range(len(pairs))]))
+        parts.append(np.stack(found))
     return np.concatenate(parts, axis=1)
 
 
@@ -367,10 +332,3 @@ def _fitting(model: Any, pairs: Sequence[tuple[Ids, Ids]], layers: int) -> tuple
     row = longest * heads * (fed * size + 3 * 4 * answer)
     together = max(1, min(layers, _HELD // row))
     return together, max(1, _HELD // (row * together))
-
-
-def _masses(trials: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
-    """Means over examples, then trials, by view: of each head, and of each layer."""
-    names = list(dict.fromkeys(view for trial in trials for view in trial))
-    means = {n: np.mean([trial[n].mean(0) for trial in trials if n in trial], axis=0) for n in names}
-    return {name: {"mass": rounded(mean), "by_layer": rounded(mean.mean(1))} for name, mean in means.items()}

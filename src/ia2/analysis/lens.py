@@ -6,347 +6,321 @@ whether they reach it along the same path.
 
 **What it is not.** The basis of early layers differs from the last one's, and the lens then leans to
 certain tokens (Belrose et al. 2023, section 3). A layer that shows nothing may still hold the answer. Compare
-views at one layer rather than layers of one view, and with ``chance``: the share of the most common label,
-which a lens that says the same for every query can also reach.
+conditions at one layer rather than layers of one condition, and with ``chance``: the share of the most common
+label, which a lens that says the same for every query can also reach.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ia2.analysis.readings import (
-    LabelTokens,
-    Reading,
-    divergence,
-    greedy,
-    read_labels,
-    read_vocabulary,
-)
-from ia2.analysis.unembedding import Lens
+from ia2.analysis.conditions import BASE, ICL, Activations, by_condition
 from ia2.errors import ModelError
 from ia2.evaluation.statistics import mean_interval
-from ia2.tokens import Ids
+from ia2.tokens import Ids, common_prefix
+from ia2.unembedding import Lens
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-MEASURES = ("agreement", "gold", "log_probability", "divergence", "divergence_from_answer", "top1")
-"""What is measured of each view, layer and example; see :class:`LensMeter`."""
-
-REFERENCE, BASE = "icl", "base"
-
 # Answer positions of free text that are read. At each the logits of all layers cost L·V·d, on the demo model
 # eight times what the forward pass costs there: to read a whole answer would cost more than to make it.
-POSITIONS = 4
+_POSITIONS = 4
+
+# Tokens of the vocabulary that distributions of free text are compared over; the rest is one more outcome.
+TOP_TOKENS = 32
 
 # Layers in a row at which the task must show before it is said to: with intervals of 95%, one in forty layers
 # would show it by chance.
-RUN = 3
+_IN_A_ROW = 3
+
+
+@dataclass(frozen=True)
+class LabelTokens:
+    """One token a label: the first in which the labels differ.
+
+    Labels of several tokens are told apart at the position where not all of them say the same; those that
+    share the token there count as one label.
+
+    Attributes:
+        prefix: ids that all labels begin with; mostly none.
+        ids: distinct tokens behind it, ``[C]``.
+        of_label: index into ``ids`` of each label.
+    """
+
+    prefix: Ids
+    ids: Ids
+    of_label: tuple[int, ...]
+
+    @classmethod
+    def of(cls, label_ids: Sequence[Ids]) -> LabelTokens | None:
+        """From the ids of each label; None where there are none, or no one token tells any of them apart.
+
+        >>> LabelTokens.of([(4, 1), (4, 2, 3), (4, 2, 5)])
+        LabelTokens(prefix=(4,), ids=(1, 2), of_label=(0, 1, 1))
+        """
+        if not label_ids:
+            return None
+        place = min(common_prefix(label_ids), min(map(len, label_ids)) - 1)
+        tokens = [ids[place] for ids in label_ids]
+        distinct = tuple(dict.fromkeys(tokens))
+        if len(distinct) < 2:
+            return None
+        return cls(tuple(label_ids[0][:place]), distinct, tuple(distinct.index(t) for t in tokens))
 
 
 @dataclass
 class LensResult:
-    """What the lens has read in one trial.
+    """What the lens has read in one training set.
 
     Attributes:
-        layers: layer indices, ``[L]``.
-        examples: indices of those that were read, ``[n]``.
-        views: view → measure → ``[n, L]``.
-        over: ``labels`` or ``vocabulary``: what log-probabilities are normalised over.
+        conditions: condition → measure (see :class:`LensAccumulator`) → ``[n, L]``.
         chance: what a lens that says the same for every example can reach, by measure.
+        over: ``labels`` or ``vocabulary``: what log-probabilities are normalised over.
     """
 
-    layers: list[int]
-    examples: list[int]
-    views: dict[str, dict[str, np.ndarray]]
-    over: str
+    conditions: dict[str, dict[str, np.ndarray]]
     chance: dict[str, float]
+    over: str
 
 
-@dataclass
-class _Reference:
-    """ICL's reading of an example, and the teacher's answer where it is read: ids, or the label's index."""
-
-    reading: Reading
-    answer: Ids
-    label: int = -1
-
-
-@dataclass
-class LensMeter:
-    """Reads the residual streams of views, one example at a time.
+class LensAccumulator:
+    """Reads the residual streams of conditions, one example at a time.
 
     With labels, one position is read, that of the token in which they differ
-    (:class:`~ia2.analysis.readings.LabelTokens`): the first answer position, where labels are one token. For
-    free text four positions are, spread evenly over the answer, and an example's value is their mean.
-    Measures, each a number a view, layer and example:
+    (:class:`LabelTokens`): the first answer position, where labels are one token. For free text four
+    positions are, spread evenly over the answer, and an example's value is their mean. Measures, each a
+    number a condition, layer and example:
 
     - ``agreement``: the first label is the teacher's (free text: the first token of the vocabulary is);
     - ``gold``: the first label is the right one;
-    - ``log_probability``: of the teacher's answer, in nats, over the label set, or over the vocabulary if the
-      lens reads all of it;
+    - ``log_probability``: of the teacher's answer, in nats, over the label set, or the vocabulary;
     - ``divergence``: Jensen-Shannon divergence (Lin 1991) from ICL at the same layer, in bits, 0 to 1, over
       the label set; for free text over ICL's first 32 tokens and one outcome for all others;
     - ``divergence_from_answer``: the same from ICL's last layer, which is its output (but for a hybrid model
-      whose last layer has no attention);
-    - ``top1``: the first token of the vocabulary is the teacher's; only with labels and the whole vocabulary.
+      whose last layer has no attention).
 
     The teacher's label is its answer; where that is none of the labels, the one that its last layer puts
     first. Examples whose answer does not begin as all labels do are left out.
 
-    All views go through one lens, the base model's: what differs is then in the streams, not in what reads
-    them. A last norm or unembedding that was trained too (``full``) is thus not looked at; ``own`` does.
+    All conditions go through one lens, the base model's: what differs is then in the streams, not in what
+    reads them. A last norm or unembedding that was trained too (``full``) is thus not looked at.
+
+    Cost, on the demo model (30 layers, d = 576, V = 49,152; two CPU cores): to read the label tokens takes 1
+    to 4% of the forward pass that is read. Free text of 40 tokens takes 80% of a pass over prompts of 18
+    tokens, 20% with 8 demonstrations.
 
     Args:
-        lens: for the label tokens, or for the vocabulary.
-        layers: layer indices of the residual streams.
-        answers: ids of the teacher's answer by example; may grow until an example is added. None reads them
-            off ICL's last layer, whose first token at each position a greedy answer is.
-        labels: tokens of the label set, or None for free text.
-        gold: each example's label (index of the task's labels), or None.
-        own: view → a lens of its own.
-        positions: of free text that are read.
+        model: bare or wrapped causal model, its adapter off.
+        answers: ids of the teacher's answer by example; may grow until an example is added.
+        label_ids: ids of each label of the task; none for free text.
+        gold: each example's label (its index), or None.
+        pattern: glob over attention modules.
 
     Raises:
-        ValueError: a lens for other tokens than the labels'.
+        ModelError: the model's read-out cannot be followed (see :meth:`Lens.of`).
     """
 
-    lens: Lens
-    layers: Sequence[int]
-    answers: Sequence[Ids] | None = None
-    labels: LabelTokens | None = None
-    gold: Sequence[int] | None = None
-    own: dict[str, Lens] = field(default_factory=dict)
-    positions: int = POSITIONS
+    sites: tuple[str, ...] = ("residual",)
 
-    def __post_init__(self) -> None:
-        if self.lens.ids is not None and (self.labels is None or self.lens.ids != self.labels.ids):
-            raise ValueError("a lens for some tokens needs the labels that these are")
-        self._rows: dict[str, dict[int, np.ndarray]] = {}
-        self._names: dict[str, list[str]] = {}
-        self._teacher: dict[int, int] = {}
-        self._references: dict[int, _Reference | None] = {}
-        self._last = REFERENCE
-
-    @classmethod
-    def for_task(
-        cls,
+    def __init__(
+        self,
         model: nn.Module,
-        layers: Sequence[int],
+        answers: Sequence[Ids],
         label_ids: Sequence[Ids] = (),
         gold: Sequence[int] | None = None,
-        *,
-        answers: Sequence[Ids] | None = None,
-        whole: bool = False,
         pattern: str | None = None,
-    ) -> LensMeter:
-        """A meter with the lens of a model as it is now: give it with its adapter off.
-
-        Cost, on the demo model (30 layers, d = 576, V = 49,152; two CPU cores): to read the label tokens
-        alone takes 1 to 4% of the forward pass that is read; a position over the whole vocabulary as long as
-        eight tokens of a forward pass, by arithmetic. Measured: labels with the whole vocabulary 40% of a
-        pass over prompts of 18 tokens, 14% with 8 demonstrations; free text of 40 tokens 80% and 20%.
-
-        Args:
-            model: bare or wrapped causal model.
-            layers: as in the constructor.
-            label_ids: ids of each label of the task; none for free text.
-            gold: as in the constructor.
-            answers: as in the constructor.
-            whole: read the whole vocabulary though there are labels.
-            pattern: glob over attention modules.
-
-        Raises:
-            ModelError: the model's read-out cannot be followed (see :meth:`Lens.of`).
-        """
-        labels = LabelTokens.of(label_ids)
-        lens = Lens.of(model, labels.ids if labels is not None and not whole else None, pattern)
-        return cls(lens, layers, answers, labels, gold)
+    ) -> None:
+        self.labels = LabelTokens.of(label_ids)
+        self.lens = Lens.of(model, None if self.labels is None else self.labels.ids, pattern)
+        self.answers, self.gold = answers, gold
+        self._rows: dict[str, dict[int, dict[str, np.ndarray]]] = {}
+        self._teacher: dict[int, int] = {}
+        self._references: dict[int, dict[str, Any] | None] = {}
+        self._last = ICL.name
 
     def add(
-        self,
-        view: str,
-        index: int,
-        found: Mapping[str, torch.Tensor],
-        icl: Mapping[str, torch.Tensor],
-        other: Mapping[str, torch.Tensor] | None = None,
+        self, condition: str, index: int, found: Activations, icl: Activations, other: Activations | None
     ) -> None:
-        """Read one example of one view; the reference is read before its first view.
-
-        Args:
-            view: its name; ``icl`` is the reference itself.
-            index: of the example.
-            found: site → activations of the view; ``residual`` is read, ``[L, G, d]``.
-            icl: the same of the base model with demonstrations.
-            other: not used.
-
-        Raises:
-            ValueError: activations that do not fit the layers or the reference.
-        """
-        stream, beside = found["residual"], icl["residual"]
-        if stream.shape != beside.shape or len(stream) != len(self.layers):
-            raise ValueError(
-                f"{list(stream.shape)} does not fit {list(beside.shape)}, {len(self.layers)} layers"
-            )
-        if view == REFERENCE and self._last != REFERENCE:
-            self._references.clear()  # of the block of examples before, whose views have all been seen
-        self._last = view
-        if index not in self._references:
-            self._references[index] = made = self._refer(index, beside)
-            if made is not None:
-                self._keep(REFERENCE, index, made, made.reading)
+        """One example of one condition; ICL's comes first."""
+        if condition == ICL.name and self._last != ICL.name:
+            self._references.clear()  # of the block of examples before, whose conditions have all been seen
+        self._last = condition
+        if condition == ICL.name:
+            self._references[index] = self._refer(index, found["residual"])
         reference = self._references[index]
-        if view != REFERENCE and reference is not None:
-            lens = self.own.get(view, self.lens)
-            here = stream[:, self._places(stream.shape[1])]
-            self._keep(view, index, reference, self._read(lens, here, reference.answer, reference.reading))
-
-    def _places(self, count: int) -> list[int]:
-        """Which of ``count`` answer positions are read; none where the answer is too short for a label."""
+        if reference is None:
+            return
+        stream = found["residual"][:, reference["positions"]]
         if self.labels is None:
-            return sorted(set(np.linspace(0, count - 1, self.positions).round().astype(int).tolist()))
-        place = len(self.labels.prefix)
-        return [place] if place < count else []
+            measures = _free_text(self.lens, stream, reference)
+        else:
+            measures = self._of_labels(index, self._label_log_p(stream), reference["log_p"])
+        # arrays of numpy's own: small tensors are ten times as large
+        self._rows.setdefault(condition, {})[index] = {n: v.double().numpy() for n, v in measures.items()}
 
-    def _refer(self, index: int, stream: torch.Tensor) -> _Reference | None:
-        """ICL's reading; None where the answer does not begin as the labels do."""
-        answer = self.answers[index] if self.answers is not None else None
-        if answer is not None and len(answer) != stream.shape[1]:
+    def _refer(self, index: int, stream: torch.Tensor) -> dict[str, Any] | None:
+        """What others are compared with; None where the answer does not begin as the labels do."""
+        answer = self.answers[index]
+        if len(answer) != stream.shape[1]:
             raise ValueError(f"example {index} has {stream.shape[1]} positions, its answer {len(answer)} ids")
-        places = self._places(stream.shape[1])
-        if not places:
-            return None
-        if self.labels is not None and answer is not None:
-            prefix = self.labels.prefix
-            if tuple(answer[: len(prefix)]) != prefix:
-                return None
-        here = stream[:, places]
-        if answer is not None:
-            said = tuple(answer[place] for place in places)
-        else:
-            said = greedy(self.lens, here) if self.lens.ids is None else ()
-        reading = self._read(self.lens, here, said, None)
         if self.labels is None:
-            return _Reference(reading, said)
-        assert reading.labels is not None
-        named = bool(said) and said[0] in self.labels.ids
-        label = self.labels.ids.index(said[0]) if named else int(reading.labels[-1].argmax())
-        self._teacher[index] = label
-        return _Reference(reading, said, label)
+            spread = np.linspace(0, len(answer) - 1, _POSITIONS).round().astype(int)
+            positions = sorted(set(spread.tolist()))
+            return _free_text_reference(self.lens, stream[:, positions], positions, answer)
+        prefix = self.labels.prefix
+        if len(answer) <= len(prefix) or tuple(answer[: len(prefix)]) != prefix:
+            return None
+        said, positions = answer[len(prefix)], [len(prefix)]
+        log_p = self._label_log_p(stream[:, positions])
+        ids = self.labels.ids
+        self._teacher[index] = ids.index(said) if said in ids else int(log_p[-1].argmax())
+        return {"positions": positions, "log_p": log_p}
 
-    def _read(self, lens: Lens, stream: torch.Tensor, said: Ids, icl: Reading | None) -> Reading:
-        if lens.ids is not None:
-            return read_labels(lens, stream)
-        columns = self.labels.ids if self.labels is not None else ()
-        return read_vocabulary(lens, stream, said, columns, icl, compare=self.labels is None)
+    def _label_log_p(self, stream: torch.Tensor) -> torch.Tensor:
+        """``[L, 1, d]`` → ``[L, C]``."""
+        return self.lens.logits(stream[:, 0]).double().log_softmax(-1).cpu()
 
-    def _keep(self, view: str, index: int, reference: _Reference, reading: Reading) -> None:
-        """The measures of one reading, ``[L]`` each."""
-        icl = reference.reading
-        made: dict[str, Any] = {}
-        if self.labels is not None:
-            assert reading.labels is not None and icl.labels is not None
-            first = reading.labels.argmax(-1)
-            made["agreement"] = first == reference.label
-            if self.gold is not None:
-                made["gold"] = first == self.labels.of_label[self.gold[index]]
-            made["log_probability"] = reading.labels[:, reference.label]
-            made["divergence"] = divergence(reading.labels, icl.labels)
-            made["divergence_from_answer"] = divergence(reading.labels, icl.labels[-1:])
-            if reading.answer is not None:
-                made |= {"log_probability": reading.answer, "top1": reading.top1}
-        else:
-            made = {"agreement": reading.top1, "log_probability": reading.answer}
-            for name, mine, its in (
-                ("divergence", reading.same, icl.same),
-                ("divergence_from_answer", reading.last, icl.last[-1:] if icl.last is not None else None),
-            ):
-                assert mine is not None and its is not None
-                made[name] = divergence(mine, its).mean(-1)
-        names = self._names.setdefault(view, [name for name in MEASURES if name in made])
-        # one array of numpy's own: small tensors are ten times as large
-        rows = np.stack([made[name].double().numpy() for name in names])
-        self._rows.setdefault(view, {})[index] = rows
+    def _of_labels(self, index: int, log_p: torch.Tensor, icl: torch.Tensor) -> dict[str, torch.Tensor]:
+        assert self.labels is not None
+        first, teacher = log_p.argmax(-1), self._teacher[index]
+        gold = {} if self.gold is None else {"gold": first == self.labels.of_label[self.gold[index]]}
+        return {
+            "agreement": first == teacher,
+            **gold,
+            "log_probability": log_p[:, teacher],
+            "divergence": divergence(log_p, icl),
+            "divergence_from_answer": divergence(log_p, icl[-1:]),
+        }
 
     def finish(self) -> LensResult:
-        """All examples of all views have been added.
+        """All examples of all conditions have been added.
 
         Raises:
             ModelError: no example could be read.
         """
-        views = {}
-        known = sorted(self._rows.get(REFERENCE, {}))
+        known = sorted(self._rows.get(ICL.name, {}))
         if not known:
             raise ModelError(
                 "logit lens: no answer of the model with demonstrations begins as the labels do."
             )
-        for view, rows in self._rows.items():
-            measures = np.stack([rows[i] for i in known], axis=1)
-            views[view] = dict(zip(self._names[view], measures, strict=True))
-        chance = {}
-        if self.labels is not None:
-            chance["agreement"] = _most_common([self._teacher[i] for i in known])
-            if self.gold is not None:
-                chance["gold"] = _most_common([self.labels.of_label[self.gold[i]] for i in known])
-        over = "labels" if self.lens.ids is not None else "vocabulary"
-        return LensResult(list(self.layers), known, views, over, chance)
+        conditions = {
+            condition: {name: np.stack([rows[i][name] for i in known]) for name in rows[known[0]]}
+            for condition, rows in self._rows.items()
+        }
+        labels = {} if self.labels is None else {"agreement": [self._teacher[i] for i in known]}
+        if self.labels is not None and self.gold is not None:
+            labels["gold"] = [self.labels.of_label[self.gold[i]] for i in known]
+        chance = {name: float(np.bincount(of).max() / len(of)) for name, of in labels.items()}
+        return LensResult(conditions, chance, "vocabulary" if self.labels is None else "labels")
 
 
-def _most_common(labels: Sequence[int]) -> float:
-    return float(np.bincount(labels).max() / len(labels))
+def _free_text_reference(
+    lens: Lens, stream: torch.Tensor, positions: list[int], answer: Ids
+) -> dict[str, Any]:
+    """ICL's first tokens at each layer, and its distributions over them."""
+    import torch
+
+    count = min(TOP_TOKENS, lens.vocabulary)
+    firsts = [logits.topk(count).indices.cpu() for _, logits in lens.blocks(stream.flatten(0, 1))]
+    tokens = torch.cat(firsts).unflatten(0, stream.shape[:2])
+    said = torch.tensor([answer[place] for place in positions])
+    reference = {"positions": positions, "tokens": tokens, "said": said}
+    _, _, same, last = _read(lens, stream, reference)
+    return {**reference, "same": same, "last": last[-1:]}
 
 
-# ------------------------------------------------------------------------------------------ all trials
+def _free_text(lens: Lens, stream: torch.Tensor, reference: dict[str, Any]) -> dict[str, torch.Tensor]:
+    answer, top1, same, last = _read(lens, stream, reference)
+    return {
+        "agreement": top1.mean(-1),
+        "log_probability": answer.mean(-1),
+        "divergence": divergence(same, reference["same"]).mean(-1),
+        "divergence_from_answer": divergence(last, reference["last"]).mean(-1),
+    }
 
 
-def summarise(trials: Sequence[LensResult]) -> dict[str, Any]:
-    """The section ``lens``: means by layer, with 95% t-intervals over trials (of one, over examples).
-
-    ``shows_at`` of a view is the first layer at which the task shows, there and at the next two layers (as
-    far as there are any): where the interval of ``agreement`` lies above chance and, for views other than the
-    base model's, that of the paired difference to the base model's above 0.
-
-    Args:
-        trials: of one model and task.
+def _read(lens: Lens, stream: torch.Tensor, reference: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """Streams ``[L, G, d]`` read over the whole vocabulary.
 
     Returns:
-        ``{"layers", "over", "chance": {measure: share}, "views": [{"name", "n", "shows_at",
-        "<measure>_by_layer": {"value", "low", "high"}}]}``, lists ``[L]``; ``shows_at`` is a layer or None.
+        Log-probability of the teacher's token ``[L, G]``; whether it is the first; log-probabilities of the
+        reference's first tokens at each layer and of all others together ``[L, G, K + 1]``; the same of those
+        of its last layer.
     """
-    first = trials[0]
-    chance = {name: float(np.mean([trial.chance[name] for trial in trials])) for name in first.chance}
+    import torch
+
+    tokens = reference["tokens"]
+    said = reference["said"][None, :, None].expand(len(tokens), -1, -1)
+    index = torch.cat([said, tokens, tokens[-1:].expand_as(tokens)], dim=-1).flatten(0, 1)
+    log_p, first = [], []
+    for part, logits in lens.blocks(stream.flatten(0, 1)):
+        here = index[part].to(logits.device)
+        log_p.append((logits.gather(1, here) - logits.logsumexp(-1, keepdim=True)).cpu())
+        first.append((logits.argmax(-1) == here[:, 0]).cpu())
+    found = torch.cat(log_p).double().unflatten(0, stream.shape[:2])
+    top1 = torch.cat(first).double().unflatten(0, stream.shape[:2])
+    same, last = found[..., 1:].unflatten(-1, (2, -1)).unbind(-2)
+    return found[..., 0], top1, _with_rest(same), _with_rest(last)
+
+
+def _with_rest(log_p: torch.Tensor) -> torch.Tensor:
+    """``[..., K]`` and behind it the log-probability of everything else; float32, for it is kept."""
+    import torch
+
+    rest = (-log_p.exp().sum(-1, keepdim=True)).clamp(-1.0, 0.0).log1p()
+    return torch.cat([log_p, rest], dim=-1).float()
+
+
+def divergence(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Jensen-Shannon divergence (Lin 1991) in bits, 0 to 1.
+
+    Args:
+        a, b: log-probabilities in nats, ``[..., C]``; shapes broadcast.
+
+    Returns:
+        ``[...]``, float64.
+    """
+    import torch
+
+    a, b = torch.broadcast_tensors(a.double(), b.double())
+    # equal ones are their own middle: rounding would leave what is the same a little apart, on some CPUs
+    middle = torch.where(a == b, a, torch.logaddexp(a, b) - np.log(2))
+    # an outcome without probability adds nothing; its logarithm would make it NaN
+    halves = [torch.where(x > -torch.inf, x.exp() * (x - middle), 0.0).sum(-1) for x in (a, b)]
+    return ((halves[0] + halves[1]) / (2 * np.log(2))).clamp(0.0, 1.0)
+
+
+# ------------------------------------------------------------------------------------------- summary
+
+
+def summarise(found: Sequence[LensResult], layers: Sequence[int]) -> dict[str, Any]:
+    """The section ``lens``: means by layer, with 95% t-intervals over training sets (of one, over examples).
+
+    ``shows_at`` of a condition is the first layer at which the task shows, there and at the next two layers
+    (as far as there are any): where the interval of ``agreement`` lies above chance and, for conditions other
+    than the base model's, that of the paired difference to the base model's above 0.
+    """
+    chance = {name: float(np.mean([each.chance[name] for each in found])) for name in found[0].chance}
+    base = [each.conditions.get(BASE.name) for each in found]
     views = []
-    for view in dict.fromkeys(name for trial in trials for name in trial.views):
-        having = [trial for trial in trials if view in trial.views]
-        names = list(having[0].views[view])
-        runs = [np.concatenate([trial.views[view][name] for name in names], axis=1) for trial in having]
-        means = mean_interval(runs)
-        entry: dict[str, Any] = {"name": view, "n": sum(len(run) for run in runs), "shows_at": None}
-        for place, name in enumerate(names):
-            own = slice(place * len(first.layers), (place + 1) * len(first.layers))
-            entry[f"{name}_by_layer"] = {
-                "value": means.value[own].tolist(),
-                "low": means.low[own].tolist(),
-                "high": means.high[own].tolist(),
-            }
-        above = np.array(entry["agreement_by_layer"]["low"]) > chance.get("agreement", 0.0)
-        if view != BASE and all(BASE in trial.views for trial in having):
-            gain = [trial.views[view]["agreement"] - trial.views[BASE]["agreement"] for trial in having]
-            above &= mean_interval(gain).low > 0
-        if (start := _first_run(above)) is not None:
-            entry["shows_at"] = first.layers[start]
-        views.append(entry)
-    return {"layers": first.layers, "over": first.over, "chance": chance, "views": views}
-
-
-def _first_run(above: np.ndarray) -> int | None:
-    """The first place from which on ``RUN`` are true, or all up to the end."""
-    for place in np.flatnonzero(above):
-        if above[place : place + RUN].all():
-            return int(place)
-    return None
+    for name, own in by_condition([each.conditions for each in found]).items():
+        entry: dict[str, Any] = {"name": name, "n": sum(len(m["agreement"]) for m in own), "shows_at": None}
+        intervals = {measure: mean_interval([m[measure] for m in own]) for measure in own[0]}
+        above = intervals["agreement"].low > chance.get("agreement", 0.0)
+        pairs = [
+            (each.conditions[name], b) for each, b in zip(found, base, strict=True) if name in each.conditions
+        ]
+        if name != BASE.name and all(b is not None for _, b in pairs):
+            gain = [m["agreement"] - b["agreement"] for m, b in pairs if b is not None]
+            above = above & (mean_interval(gain).low > 0)
+        runs = (int(place) for place in np.flatnonzero(above) if above[place : place + _IN_A_ROW].all())
+        if (start := next(runs, None)) is not None:
+            entry["shows_at"] = layers[start]
+        views.append(entry | {f"{measure}_by_layer": i.to_dict() for measure, i in intervals.items()})
+    return {"layers": list(layers), "over": found[0].over, "chance": chance, "views": views}

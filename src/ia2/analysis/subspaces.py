@@ -38,9 +38,8 @@ class LowRank:
 
     Attributes:
         b: left singular vectors of ``B``, ``[d_out, k_b]``.
-        left: left singular vectors of ``ΔW``, ``[d_out, k]``.
+        left, right: singular vectors of ``ΔW``, ``[d_out, k]`` and ``[d_in, k]``.
         sizes: singular values of ``ΔW``, ``[k]``, descending.
-        right: right singular vectors of ``ΔW``, ``[d_in, k]``.
     """
 
     b: Floats
@@ -50,30 +49,24 @@ class LowRank:
 
 
 def low_rank(a: Any, b: Any, scale: float) -> LowRank:
-    """Singular value decomposition of ``scale · b @ a``, in time linear in its width.
-
-    Args:
-        a: ``[r, d_in]``.
-        b: ``[d_out, r]``.
-        scale: factor on the product.
-    """
+    """Singular value decomposition of ``scale · b @ a``, of ``[r, d_in]`` and ``[d_out, r]``."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     q_b, r_b = np.linalg.qr(b)
     q_a, r_a = np.linalg.qr(a.T)
     u_b, s_b, _ = np.linalg.svd(r_b)
     u, s, vt = np.linalg.svd(scale * r_b @ r_a.T, full_matrices=False)
-    k_b, k = (_rank(sizes, max(a.shape[1], b.shape[0])) for sizes in (s_b, s))
+    width = max(a.shape[1], b.shape[0])
+    k_b, k = (int((sizes > sizes[:1].sum() * width * _NOISE).sum()) for sizes in (s_b, s))
     return LowRank(q_b @ u_b[:, :k_b], q_b @ u[:, :k], s[:k], q_a @ vt[:k].T)
-
-
-def _rank(sizes: Floats, width: int) -> int:
-    return int((sizes > sizes[0] * width * _NOISE).sum()) if sizes.size and sizes[0] > 0 else 0
 
 
 def effective_rank(sizes: Any) -> float:
     """``exp(entropy of s / Σs)`` of singular values ``[k]``: k if all are equal, 1 if one is alone.
 
     NaN without any. Source: Roy and Vetterli 2007, definition 1.
+
+    >>> round(effective_rank([3, 3, 3, 3]), 6), round(effective_rank([5, 0, 0]), 6)
+    (4.0, 1.0)
     """
     p = np.asarray(sizes, dtype=np.float64)
     p = p[p > 0]
@@ -83,42 +76,29 @@ def effective_rank(sizes: Any) -> float:
     return float(np.exp(-(p * np.log(p)).sum()))
 
 
-@dataclass(frozen=True)
-class Overlap:
-    """How alike two updates of one module are.
-
-    Attributes:
-        values: by :data:`MEASURES`, ``[5]``.
-        random: what random subspaces of the same ranks and singular values have on average, ``[5]``
-            (r/d_out and r/d_in where both have rank r; 0 for the cosine).
-        angles: principal angles between the column spaces of both ``B``, in degrees, ascending,
-            ``[min(k1, k2)]``.
-    """
-
-    values: Floats
-    random: Floats
-    angles: Floats
-
-
-def overlap(x: LowRank, y: LowRank) -> Overlap:
+def overlap(x: LowRank, y: LowRank) -> tuple[Floats, Floats, Floats]:
     """Compare two updates of one module.
 
     Adapters of different ranks k1 and k2 are compared by all their directions; sums of squared cosines are
     divided by the smaller rank, so that 1 still means that one subspace holds the other. Random subspaces
     then have max(k1, k2)/d. An update that is zero has no subspace: all is NaN.
+
+    Returns:
+        Overlap by :data:`MEASURES`, ``[5]``; what random subspaces of the same ranks and singular values have
+        on average (0 for the cosine); principal angles between the column spaces of both ``B`` in degrees,
+        ascending, ``[min(k1, k2)]``.
     """
     if not (x.sizes.size and y.sizes.size):
-        return Overlap(np.full(5, np.nan), np.full(5, np.nan), np.zeros(0))
-    between = [u.T @ v for u, v in ((x.b, y.b), (x.left, y.left), (x.right, y.right))]
+        return np.full(5, np.nan), np.full(5, np.nan), np.zeros(0)
+    sides = (x.b, y.b), (x.left, y.left), (x.right, y.right)
+    between = [u.T @ v for u, v in sides]
     values = [float((m**2).sum() / min(m.shape)) for m in between]
-    widths = (len(x.b), len(x.left), len(x.right))
-    random = [max(m.shape) / width for m, width in zip(between, widths, strict=True)]
+    random = [max(m.shape) / len(u) for m, (u, _) in zip(between, sides, strict=True)]
     squares, strengths = np.outer(x.sizes**2, y.sizes**2), np.outer(x.sizes, y.sizes)
     spread = math.sqrt(float((squares**2).sum()))
     values.append(float((squares * between[1] ** 2).sum()) / spread)
     random.append(float(squares.sum()) / spread / len(x.left))
     values.append(float((strengths * between[1] * between[2]).sum() / math.sqrt(squares.sum())))
     cosines = np.linalg.svd(between[0], compute_uv=False)
-    return Overlap(
-        np.array(values), np.minimum([*random, 0.0], 1.0), np.degrees(np.arccos(np.clip(cosines, 0.0, 1.0)))
-    )
+    angles = np.degrees(np.arccos(np.clip(cosines, 0.0, 1.0)))
+    return np.array(values), np.minimum([*random, 0.0], 1.0), angles

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,18 +13,21 @@ from ia2.report.layer_lines import (
     MEAN,
     OTHER,
     array,
-    draw_line,
-    layer_axis,
+    cells,
+    layer_table,
     limits_of,
+    lines,
     number,
     view_styles,
-    with_interval,
 )
-from ia2.report.style import FAINT, Figure, Panel, numbers_table, plain_log
+from ia2.report.style import Figure, numbers_table, plain_log
 from ia2.report.verdict import METHOD, RIVAL
 from ia2.wording import MISSING, estimate
 
-_BROKEN = {"with demonstrations": "dashed", "other seed": "dash-dotted"}
+_BROKEN = {
+    "with demonstrations": "dashed, the trained model that is given the demonstrations too",
+    "other seed": "dash-dotted, the same recipe with another seed's examples, looked at with these",
+}
 
 # A range beyond which a linear axis would press most layers onto the bottom.
 _LOG_FROM = 20
@@ -44,25 +48,23 @@ def activation_figures(section: Mapping[str, Any], heading: str) -> list[Figure]
     drawn = {name: view for name, view in views.items() if view["kind"] != "control"}
     if not drawn:
         return []
+    shown = {**drawn, **{name: views[name] for name in (OTHER, MEAN) if name in views}}
+    layers = section["layers"]
     found = (
-        _layers_figure(section["layers"], views, drawn, heading),
-        _controls_figure(section["layers"], views, heading),
-        _differences_figure(section, heading),
-        _unexplained_figure(section["layers"], views, drawn, heading),
-        _tokens_figure(views, drawn, heading),
+        _layers(layers, shown, heading),
+        _controls(layers, views, heading),
+        _differences(section, heading),
+        _unexplained(layers, shown, heading),
+        _tokens(shown, drawn, heading),
     )
     return [figure for figure in found if figure is not None]
 
 
-# ------------------------------------------------------------------------------------------ by layer
-
-
-def _layers_figure(
-    layers: Sequence[int], views: Mapping[str, Any], drawn: Mapping[str, Any], heading: str
-) -> Figure:
-    shown = {**drawn, **{name: views[name] for name in (OTHER, MEAN) if name in views}}
-    centred = {name: view for name, view in shown.items() if "centred_by_layer" in view}
-    panels = [_similar(layers, shown, "asim_by_layer", "asim to ICL", "as it is" if centred else "")]
+def _layers(layers: Sequence[int], shown: Mapping[str, Any], heading: str) -> Figure:
+    plain = {name: view["asim_by_layer"] for name, view in shown.items()}
+    centred = {n: view["centred_by_layer"] for n, view in shown.items() if "centred_by_layer" in view}
+    styles = view_styles(shown)
+    panels = [lines(layers, plain, styles, "asim to ICL", "as it is" if centred else "")]
     caption = (
         "Mean cosine between self-attention outputs and those of the base model with demonstrations, where "
         "the answer is; bands are 95% intervals over queries and seeds. The base model's line is what there "
@@ -76,69 +78,43 @@ def _layers_figure(
             "no higher need not have anything to do with the query."
         )
     if centred:
-        panels.append(_similar(layers, centred, "centred_by_layer", "centred cosine", "mean taken off"))
+        panels.append(lines(layers, centred, view_styles(centred), "centred cosine", "mean taken off"))
         caption += " On the right that mean is taken off both sides, which leaves what differs by query."
-    columns = [*shown, *(f"{name}, centred" for name in centred)]
-    parts = [view["asim_by_layer"] for view in shown.values()]
-    parts += [view["centred_by_layer"] for view in centred.values()]
-    rows = [
-        [str(layer), *(with_interval(part, place) for part in parts)] for place, layer in enumerate(layers)
-    ]
+    columns = {**plain, **{f"{name}, centred": part for name, part in centred.items()}}
     return Figure(
         "activations-layers",
         "Similarity of attention outputs to ICL by layer",
         heading,
         caption,
         tuple(panels),
-        numbers_table("activations-layers", "asim to ICL by layer [95%]", ["layer", *columns], rows),
+        layer_table(
+            "activations-layers",
+            "asim to ICL by layer [95%]",
+            layers,
+            {name: cells(part) for name, part in columns.items()},
+        ),
         columns=2,
     )
 
 
-def _similar(layers: Sequence[int], views: Mapping[str, Any], measure: str, ylabel: str, title: str) -> Panel:
-    styles = view_styles(views)
-
-    def draw(axis: Any) -> None:
-        for name, view in views.items():
-            draw_line(
-                axis,
-                layers,
-                view[measure],
-                name,
-                **styles[name],
-            )
-        layer_axis(axis, ylabel, title)
-
-    return Panel(draw, legend=True, width=5.0, height=3.8)
-
-
-# ------------------------------------------------------------------------------------------ controls
-
-
-def _controls_figure(layers: Sequence[int], views: Mapping[str, Any], heading: str) -> Figure | None:
+def _controls(layers: Sequence[int], views: Mapping[str, Any], heading: str) -> Figure | None:
     """A panel an adapter with controls of its own."""
     own: dict[str, dict[str, Any]] = {}
     for view in views.values():
         if view["kind"] == "control" and view["of"] in views:
-            own.setdefault(view["of"], {})[view["control"]] = view
+            own.setdefault(view["of"], {})[view["control"]] = view["asim_by_layer"]
     if not own:
         return None
     styles = view_styles(name for name, view in views.items() if view["kind"] != "control")
     kinds = list(dict.fromkeys(kind for found in own.values() for kind in found))
-    rows = [
-        [name, str(layer), with_interval(views[name]["asim_by_layer"], place)]
-        + [with_interval(found[k]["asim_by_layer"], place) if k in found else MISSING for k in kinds]
+    itself = {name: views[name]["asim_by_layer"] for name in own}
+    limits = limits_of(part for name, found in own.items() for part in (itself[name], *found.values()))
+    columns = {
+        name: [cells(itself[name])]
+        + [cells(found[kind]) if kind in found else [MISSING] * len(layers) for kind in kinds]
         for name, found in own.items()
-        for place, layer in enumerate(layers)
-    ]
-    says = {
-        "with demonstrations": "the trained model that is given the demonstrations too",
-        "other seed": "the same recipe with another seed's examples, looked at with these",
     }
-    limits = limits_of(
-        view["asim_by_layer"] for n, found in own.items() for view in (views[n], *found.values())
-    )
-    lines = "; ".join(f"{_BROKEN[kind]}, {says[kind]}" for kind in kinds if kind in says)
+    told = "; ".join(_BROKEN[kind] for kind in kinds if kind in _BROKEN)
     twin = (
         " Where another seed's adapter is as near, it was not these very examples that brought it there."
         if "other seed" in kinds
@@ -148,54 +124,42 @@ def _controls_figure(layers: Sequence[int], views: Mapping[str, Any], heading: s
         "activations-controls",
         "Similarity to ICL beside controls",
         heading,
-        f"Solid, in its colour: the trained model without demonstrations; {lines}.{twin}",
+        f"Solid, in its colour: the trained model without demonstrations; {told}.{twin}",
         tuple(
-            Panel(_beside(layers, views[name], own[name], styles[name], limits), legend=True, width=3.6)
-            for name in own
+            lines(
+                layers,
+                {name: itself[name], **found},
+                {name: styles[name], **CONTROL_STYLES},
+                "asim to ICL",
+                name,
+                unnamed={name},
+                after=lambda axis: axis.set_ylim(*limits),
+                width=3.6,
+                height=3.1,
+            )
+            for name, found in own.items()
         ),
         numbers_table(
             "activations-controls",
             "asim to ICL by layer [95%]",
             ["view", "layer", "itself", *kinds],
-            rows,
+            [
+                [name, str(layer), *(column[i] for column in parts)]
+                for name, parts in columns.items()
+                for i, layer in enumerate(layers)
+            ],
         ),
     )
 
 
-def _beside(
-    layers: Sequence[int],
-    view: Mapping[str, Any],
-    controls: Mapping[str, Any],
-    style: Mapping[str, Any],
-    limits: tuple[float, float],
-) -> Callable[[Any], None]:
-    def draw(axis: Any) -> None:
-        draw_line(axis, layers, view["asim_by_layer"], "", **style)
-        for kind, control in controls.items():
-            draw_line(axis, layers, control["asim_by_layer"], kind, **CONTROL_STYLES[kind])
-        axis.set_ylim(*limits)
-        layer_axis(axis, "asim to ICL", view["name"])
-
-    return draw
-
-
-# --------------------------------------------------------------------------------------- differences
-
-
-def _differences_figure(section: Mapping[str, Any], heading: str) -> Figure | None:
-    pairs = _chosen(section)
+def _differences(section: Mapping[str, Any], heading: str) -> Figure | None:
+    pairs = {f"{pair['a']} − {pair['b']}": pair for pair in _chosen(section)}
     if not pairs:
         return None
     layers = section["layers"]
     styles = view_styles(view["name"] for view in section["views"] if view["kind"] != "control")
-    limits = limits_of(pair["asim_by_layer"] for pair in pairs)
-    titles = [f"{pair['a']} − {pair['b']}" for pair in pairs]
-    rows = [
-        [str(layer), *(with_interval(pair["asim_by_layer"], place, signed=True) for pair in pairs)]
-        for place, layer in enumerate(layers)
-    ]
-    overall = [f"{t}: {estimate(p['asim'], signed=True)}"
-               for t, p in zip(titles, pairs, strict=True)]  # fmt: skip
+    limits = limits_of(pair["asim_by_layer"] for pair in pairs.values())
+    overall = [f"{title}: {estimate(pair['asim'], signed=True)}" for title, pair in pairs.items()]
     return Figure(
         "activations-differences",
         "Differences in similarity to ICL by layer",
@@ -203,11 +167,26 @@ def _differences_figure(section: Mapping[str, Any], heading: str) -> Figure | No
         "Difference in asim, paired by query; bands are 95% intervals, and where one is wholly above 0 the "
         f"first of the two is nearer to ICL. Over all layers: {'; '.join(overall)}.",
         tuple(
-            Panel(_difference(layers, p, t, styles[p["a"]], limits))
-            for p, t in zip(pairs, titles, strict=True)
+            lines(
+                layers,
+                {title: pair["asim_by_layer"]},
+                {title: styles[pair["a"]]},
+                "difference in asim",
+                title,
+                rules={0: {"linestyle": "--"}},
+                unnamed={title},
+                after=lambda axis: axis.set_ylim(*limits),
+                legend=False,
+                width=3.6,
+                height=3.1,
+            )
+            for title, pair in pairs.items()
         ),
-        numbers_table(
-            "activations-differences", "Difference in asim by layer [95%]", ["layer", *titles], rows
+        layer_table(
+            "activations-differences",
+            "Difference in asim by layer [95%]",
+            layers,
+            {title: cells(pair["asim_by_layer"], signed=True) for title, pair in pairs.items()},
         ),
     )
 
@@ -231,54 +210,30 @@ def _chosen(section: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return []
 
 
-def _difference(
-    layers: Sequence[int],
-    pair: Mapping[str, Any],
-    title: str,
-    style: Mapping[str, Any],
-    limits: tuple[float, float],
-) -> Callable[[Any], None]:
-    def draw(axis: Any) -> None:
-        axis.axhline(0, color=FAINT, linewidth=0.8, linestyle="--")
-        draw_line(axis, layers, pair["asim_by_layer"], "", **style)
-        axis.set_ylim(*limits)
-        layer_axis(axis, "difference in asim", title)
-
-    return draw
-
-
-# -------------------------------------------------------------------------------- variance unexplained
-
-
-def _unexplained_figure(
-    layers: Sequence[int], views: Mapping[str, Any], drawn: Mapping[str, Any], heading: str
-) -> Figure:
-    shown = {**drawn, **{name: views[name] for name in (OTHER, MEAN) if name in views}}
-    measure = "variance_unexplained_by_layer"
-    rows = [
-        [str(layer), *(number(view[measure][place], ".3g") for view in shown.values())]
-        for place, layer in enumerate(layers)
-    ]
-    styles = view_styles(drawn)
-
-    def draw(axis: Any) -> None:
-        # a fraction of 1: the mean of ICL over these queries
-        axis.axhline(1, color=FAINT, linewidth=0.8)
-        for name, view in shown.items():
-            draw_line(axis, layers, {"value": view[measure]}, name, **styles[name])
-        if _wide(view[measure] for view in shown.values()):
-            plain_log(axis, "y")
-        layer_axis(axis, "variance unexplained")
-
+def _unexplained(layers: Sequence[int], shown: Mapping[str, Any], heading: str) -> Figure:
+    parts = {name: {"value": view["variance_unexplained_by_layer"]} for name, view in shown.items()}
+    wide = _wide(part["value"] for part in parts.values())
     return Figure(
         "activations-unexplained",
         "Variance of ICL's activations that is not matched",
         heading,
         "Squared distance to ICL's attention outputs over their variance: 0 is a perfect match, and 1 "
         "(the thin line) is what their mean over the queries scores. Unlike the cosine it counts sizes too.",
-        (Panel(draw, legend=True, width=5.0, height=3.8),),
-        numbers_table(
-            "activations-unexplained", "Fraction of variance unexplained by layer", ["layer", *shown], rows
+        (
+            lines(
+                layers,
+                parts,
+                view_styles(shown),
+                "variance unexplained",
+                rules={1: {}},
+                after=partial(plain_log, which="y") if wide else None,
+            ),
+        ),
+        layer_table(
+            "activations-unexplained",
+            "Fraction of variance unexplained by layer",
+            layers,
+            {name: [number(value, ".3g") for value in part["value"]] for name, part in parts.items()},
         ),
     )
 
@@ -290,39 +245,40 @@ def _wide(parts: Iterable[Any]) -> bool:
     return bool(known.size and known.min() > 0 and known.max() / known.min() > _LOG_FROM)
 
 
-# ------------------------------------------------------------------------------------------ by token
-
-
-def _tokens_figure(views: Mapping[str, Any], drawn: Mapping[str, Any], heading: str) -> Figure | None:
+def _tokens(shown: Mapping[str, Any], drawn: Mapping[str, Any], heading: str) -> Figure | None:
     longest = max(len(view["asim_by_token"]["value"]) for view in drawn.values())
     if longest < 2:
         return None
-    shown = {**drawn, **{name: views[name] for name in (OTHER, MEAN) if name in views}}
-    styles = view_styles(drawn)
+    values = {name: view["asim_by_token"]["value"][:longest] for name, view in shown.items()}
     count = max((view["asim_by_token"]["count"] for view in shown.values()), key=len)
-    rows = [
-        [str(place + 1), str(count[place])]
-        + [number(_at(view["asim_by_token"]["value"], place)) for view in shown.values()]
-        for place in range(longest)
-    ]
-
-    def draw(axis: Any) -> None:
-        for name, view in shown.items():
-            values = view["asim_by_token"]["value"]
-            style = styles[name] if longest <= _MARKED else {**styles[name], "marker": None}
-            draw_line(axis, range(1, len(values) + 1), {"value": values}, name, **style)
-        layer_axis(axis, "asim to ICL")
-        axis.set_xlabel("token of the answer")
-
+    styles = view_styles(shown)
+    if longest > _MARKED:
+        styles = {name: {**style, "marker": None} for name, style in styles.items()}
     return Figure(
         "activations-tokens",
         "Similarity to ICL by token of the answer",
         heading,
         "Mean over layers and queries. Fewer answers reach the later tokens, as the table says.",
-        (Panel(draw, legend=True, width=5.0, height=3.8),),
-        numbers_table("activations-tokens", "asim to ICL by token", ["token", "answers", *shown], rows),
+        (
+            lines(
+                (),
+                {name: {"x": range(1, len(own) + 1), "value": own} for name, own in values.items()},
+                styles,
+                "asim to ICL",
+                xlabel="token of the answer",
+            ),
+        ),
+        layer_table(
+            "activations-tokens",
+            "asim to ICL by token",
+            range(1, longest + 1),
+            {
+                "answers": [str(number_of) for number_of in count],
+                **{
+                    name: [*map(number, own), *[MISSING] * (longest - len(own))]
+                    for name, own in values.items()
+                },
+            },
+            first="token",
+        ),
     )
-
-
-def _at(values: Sequence[Any], place: int) -> Any:
-    return values[place] if place < len(values) else None

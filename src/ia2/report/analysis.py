@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,19 @@ from ia2.report.style import Figure, numbers_table
 from ia2.report.verdict import METHOD, RIVAL, arm_title
 from ia2.runs import ANALYSIS_FILE
 from ia2.sweeps.tables import Table
-from ia2.wording import counted, estimate
+from ia2.wording import MISSING, counted, estimate
 
-# The maker of each section's figures, imported when there is something to draw.
 _FIGURES = {
     "activations": "activation_figures",
     "lens": "lens_figures",
     "weights": "weight_figures",
     "heads": "head_figures",
-    "neurons": "neuron_figures",
+    "neurons": "head_figures:neuron_figures",
     "causal": "causal_figures",
     "effects": "effect_figures",
 }
+"""Section → module of ``ia2.report`` and the maker of its figures (by default of the same name), which is
+imported when there is something to draw."""
 
 
 def read_analysis(folder: Path) -> dict[str, Any] | None:
@@ -57,16 +58,12 @@ def analysis_figures(result: Mapping[str, Any]) -> list[Figure]:
     """Every figure of every section."""
     heading = analysis_heading(result)
     figures: list[Figure] = []
-    for name, maker in _FIGURES.items():
+    for name, place in _FIGURES.items():
         if result.get(name):
-            module = importlib.import_module(f"ia2.report.{_module_of(maker)}")
-            make: Callable[[Any, str], list[Figure]] = getattr(module, maker)
+            module, _, maker = place.partition(":")
+            make = getattr(importlib.import_module(f"ia2.report.{module}"), maker or module)
             figures += make(result[name], heading)
     return figures
-
-
-def _module_of(maker: str) -> str:
-    return "head_figures" if maker == "neuron_figures" else maker
 
 
 # ---------------------------------------------------------------------------------------- sentences
@@ -74,55 +71,60 @@ def _module_of(maker: str) -> str:
 
 def analysis_verdict(result: Mapping[str, Any]) -> list[str]:
     """What came out, a sentence a section."""
-    makers = (_activations, _weights, _lens, _heads, _causal, _effects)
-    return [line for make in makers for line in make(result)]
+    makers = {
+        "activations": _activations,
+        "weights": _weights,
+        "lens": _lens,
+        "heads": _heads,
+        "causal": _causal,
+        "effects": _effects,
+    }
+    made = (make(result[name], result["subjects"]) for name, make in makers.items() if result.get(name))
+    return [line for lines in made for line in lines]
 
 
-def _activations(result: Mapping[str, Any]) -> Iterator[str]:
-    section = result.get("activations")
-    if not section:
-        return
+def _each(names: Iterable[str], say: Callable[[str], str], between: str = ", ") -> str:
+    """``SFT 0.5, IA2 0.9``."""
+    return between.join(f"{arm_title(name)} {say(name)}" for name in names)
+
+
+def _activations(section: Mapping[str, Any], subjects: Sequence[str]) -> Iterator[str]:
     views = {view["name"]: view for view in section["views"]}
     differences = {(d["a"], d["b"]): d["asim"] for d in section["differences"]}
-    arms = [name for name in result["subjects"] if name in views]
-    method = next((a for a in arms if a.partition("@")[0] == METHOD), None)
-    rival = next((a for a in arms if a.partition("@")[0] == RIVAL), None)
+    arms = [name for name in subjects if name in views]
+    method, rival = (next((a for a in arms if a.partition("@")[0] == of), None) for of in (METHOD, RIVAL))
+
+    def asim(name: str) -> str:
+        return f"{views[name]['asim']['value']:.3f}"
+
+    def centred(name: str) -> str:
+        return f"{views[name]['centred']['value']:.2f}" if "centred" in views[name] else MISSING
+
     if method and rival:
         found = differences.get((method, rival)) or _turned(differences[rival, method])
         words = {1: "nearer to ICL inside than", -1: "further from ICL inside than", 0: "as near to ICL as"}
         yield (
-            f"{arm_title(method)} is {words[side(found)]} {arm_title(rival)}: asim "
-            f"{_value(views[method])} against {_value(views[rival])}, difference "
-            f"{estimate(found, signed=True)}."
+            f"{arm_title(method)} is {words[side(found)]} {arm_title(rival)}: asim {asim(method)} against "
+            f"{asim(rival)}, difference {estimate(found, signed=True)}."
         )
     else:
-        yield "asim to ICL: " + ", ".join(f"{arm_title(a)} {_value(views[a])}" for a in arms) + "."
-    controls = [
-        f"{words} {_value(views[name])}"
-        for name, words in (
-            ("base", "the base model without demonstrations"),
-            ("icl-mean", "one constant, the mean ICL activation,"),
-            ("icl-other", "ICL with other demonstrations"),
-        )
-        if name in views
-    ]
-    if controls:
-        yield f"For comparison: {'; '.join(controls)}."
+        yield f"asim to ICL: {_each(arms, asim)}."
+    controls = {
+        "base": "the base model without demonstrations",
+        "icl-mean": "one constant, the mean ICL activation,",
+        "icl-other": "ICL with other demonstrations",
+    }
+    if told := [f"{words} {asim(name)}" for name, words in controls.items() if name in views]:
+        yield f"For comparison: {'; '.join(told)}."
     if method and "centred" in views[method] and "base" in views:
-        rest = (
-            f"; ICL with other demonstrations {_centred(views['icl-other'])}" if "icl-other" in views else ""
-        )
+        other = f"; ICL with other demonstrations {centred('icl-other')}" if "icl-other" in views else ""
         yield (
             "With what all queries have in common taken off (centred cosine): "
-            + ", ".join(f"{arm_title(a)} {_centred(views[a])}" for a in arms)
-            + f"; the base model {_centred(views['base'])}{rest}."
+            f"{_each(arms, centred)}; the base model {centred('base')}{other}."
         )
 
 
-def _weights(result: Mapping[str, Any]) -> Iterator[str]:
-    section = result.get("weights")
-    if not section:
-        return
+def _weights(section: Mapping[str, Any], subjects: Sequence[str]) -> Iterator[str]:
     known = []
     for pair in section["pairs"]:
         value = pair["overlap"]["b"]["value"]
@@ -136,105 +138,73 @@ def _weights(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"{arm_title(skipped['name'])}, seed {skipped['seed']}: {skipped['reason']}."
 
 
-def _lens(result: Mapping[str, Any]) -> Iterator[str]:
-    section = result.get("lens")
-    if not section:
-        return
-    shown = [
-        f"{arm_title(view['name'])} {'nowhere' if view['shows_at'] is None else view['shows_at']}"
-        for view in section["views"]
-        if view["name"] in ("icl", "base", *result["subjects"])
-    ]
+def _lens(section: Mapping[str, Any], subjects: Sequence[str]) -> Iterator[str]:
+    shows = {view["name"]: view["shows_at"] for view in section["views"]}
+    shown = [name for name in shows if name in ("icl", "base", *subjects)]
     yield (
         f"First layer (of {section['layers'][0]} to {section['layers'][-1]}) at which the logit lens shows "
-        f"the task: {', '.join(shown)}."
+        f"the task: {_each(shown, lambda name: 'nowhere' if shows[name] is None else str(shows[name]))}."
     )
 
 
-def _heads(result: Mapping[str, Any]) -> Iterator[str]:
-    section = result.get("heads")
-    if not section:
-        return
-    total = len(section["layers"]) * section["num_heads"]
+def _heads(section: Mapping[str, Any], subjects: Sequence[str]) -> Iterator[str]:
     views = section["views"]
-    found = [
-        f"{arm_title(name)} {views[name]['heads_further']}"
-        for name in ("base", *result["subjects"])
-        if name in views and views[name]["test"] == "control"
-    ]
-    if found:
+    tested = [name for name in ("base", *subjects) if name in views and views[name]["test"] == "control"]
+    if tested:
+        total = len(section["layers"]) * section["num_heads"]
         yield (
-            f"Heads (of {total}) further from ICL than ICL with other demonstrations is, in every training "
-            f"set: {', '.join(found)}."
+            f"Heads (of {total}) further from ICL than ICL with other "
+            "demonstrations is, in every training set: "
+            f"{_each(tested, lambda name: str(views[name]['heads_further']))}."
         )
 
 
-def _causal(result: Mapping[str, Any]) -> Iterator[str]:
-    section = result.get("causal")
-    if not section:
-        return
+def _causal(section: Mapping[str, Any], subjects: Sequence[str]) -> Iterator[str]:
+    names = section["layers"]
     for name, target in section["targets"].items():
-        gap = target["gap"]
-        whole = target["all"]["recovered"]
+        gap, whole = target["gap"], target["all"]["recovered"]
         if whole is None or whole != whole:
             yield (
                 f"Causal check, {arm_title(name)}: it gives ICL's answer about as much probability as ICL "
                 f"does (gap {estimate(gap, signed=True)} nats), so there is no fraction to recover."
             )
             continue
-        layers = _largest(target["layers"], section["layers"], 3)
-        flat = [(f"{section['layers'][i]}.{j}", v) for i, j, v in _cells(target["heads"]["recovered"])]
-        heads = ", ".join(f"{n} ({v:.2f})" for n, v in sorted(flat, key=lambda pair: -pair[1])[:3])
+        layers = dict(zip(map(str, names), target["layers"]["recovered"], strict=True))
+        heads = {
+            f"{layer}.{head}": value
+            for layer, row in zip(names, target["heads"]["recovered"], strict=True)
+            for head, value in enumerate(row)
+        }
         yield (
             f"Causal check, {arm_title(name)}: of a gap of {gap['value']:.2f} nats, ICL's attention outputs "
-            f"at the answer recover {whole:.2f}; single layers {layers}; heads (layer.head) {heads}."
+            f"at the answer recover {whole:.2f}; single layers {_largest(layers)}; heads (layer.head) "
+            f"{_largest(heads)}."
         )
 
 
-def _largest(found: Mapping[str, Any], names: Sequence[int], count: int) -> str:
-    known = [(n, v) for n, v in zip(names, found["recovered"], strict=True) if v is not None and v == v]
+def _largest(found: Mapping[str, float | None], count: int = 3) -> str:
+    known = [(name, value) for name, value in found.items() if value is not None and value == value]
     return ", ".join(f"{n} ({v:.2f})" for n, v in sorted(known, key=lambda pair: -pair[1])[:count])
 
 
-def _cells(rows: Sequence[Sequence[Any]]) -> Iterator[tuple[int, int, float]]:
-    for i, row in enumerate(rows):
-        for j, value in enumerate(row):
-            if value is not None and value == value:
-                yield i, j, value
-
-
-def _effects(result: Mapping[str, Any]) -> Iterator[str]:
-    section = result.get("effects")
-    if not section:
-        return
-    arms = [name for name in result["subjects"] if name in section["views"]]
-    perplexity = section.get("perplexity")
-    if perplexity:
-        found = [f"{arm_title(a)} {estimate(perplexity['views'][a]['ratio'])}" for a in arms]
-        yield f"Perplexity on plain text, over the base model's: {', '.join(found)}."
+def _effects(section: Mapping[str, Any], subjects: Sequence[str]) -> Iterator[str]:
+    arms = [name for name in subjects if name in section["views"]]
+    if perplexity := section.get("perplexity"):
+        ratios = _each(arms, lambda name: estimate(perplexity["views"][name]["ratio"]))
+        yield f"Perplexity on plain text, over the base model's: {ratios}."
     worded = section.get("wordings")
     if worded and "labels" in worded["scopes"]:
         views = worded["scopes"]["labels"]["views"]
-        found = [
-            f"{arm_title(a)} {estimate(views[a]['accuracy']['unchanged'])}, {_worst(views[a]['worst'])}"
-            for a in arms
-        ]
+
+        def both(name: str) -> str:
+            worst = views[name]["worst"]
+            unchanged = estimate(views[name]["accuracy"]["unchanged"])
+            return f"{unchanged}, {worst['accuracy']:.2f} ({worst['wording']})"
+
         yield (
             "Accuracy among the labels as trained, and under the worst of the other wordings: "
-            f"{'; '.join(found)}."
+            f"{_each(arms, both, '; ')}."
         )
-
-
-def _worst(found: Mapping[str, Any]) -> str:
-    return f"{found['accuracy']:.2f} ({found['wording']})"
-
-
-def _value(view: Mapping[str, Any]) -> str:
-    return f"{view['asim']['value']:.3f}"
-
-
-def _centred(view: Mapping[str, Any]) -> str:
-    return f"{view['centred']['value']:.2f}" if "centred" in view else "–"
 
 
 def _turned(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,7 +223,7 @@ def analysis_tables(result: Mapping[str, Any]) -> list[Table]:
     rows = [
         [
             view["name"],
-            view["control"] or "–",
+            view["control"] or MISSING,
             *(estimate(view.get(name)) for name in ("asim", "centred", "variance_unexplained", "l2")),
         ]
         for view in section["views"]

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ia2.analysis.causal_summary import MIN_FRACTION
 from ia2.report.head_map import head_map
-from ia2.report.layer_lines import array, number
-from ia2.report.style import COLOURS, FAINT, Figure, Panel, numbers_table
-from ia2.wording import estimate
+from ia2.report.layer_lines import array, lines, number
+from ia2.report.style import COLOURS, Figure, Panel, numbers_table
+from ia2.wording import MISSING, estimate
 
 LEVEL = 0.05
 
+# Of the difference between the two runs: what counts as a change (ia2.analysis.interventions).
+MIN_FRACTION = 0.02
+
 _LISTED = 10
 
-_FRACTIONS = {"targets": "recovered", "reverse": "broken"}
+# Direction → what a fraction is called, the verb, and the ending of the figures' names.
+_DIRECTIONS = {"targets": ("recovered", "recovers", ""), "reverse": ("broken", "breaks", "-reverse")}
 
 # What is patched → name, colour, marker, line; those with a control behind a slash.
 _LINES: dict[str, tuple[str, str, str, str]] = {
@@ -28,6 +31,8 @@ _LINES: dict[str, tuple[str, str, str, str]] = {
     "residual": ("residual stream", COLOURS[2], "^", "-"),
 }
 
+_CHANGE = ("change", "change_low", "change_high")
+
 
 def causal_figures(section: Mapping[str, Any], heading: str) -> list[Figure]:
     """Layer × head maps and lines by layer, for ICL into each target and the reverse.
@@ -37,34 +42,28 @@ def causal_figures(section: Mapping[str, Any], heading: str) -> list[Figure]:
         heading: what the figures are of.
     """
     found = []
-    for direction in _FRACTIONS:
+    for direction in _DIRECTIONS:
         targets = section.get(direction) or {}
         if any("heads" in target for target in targets.values()):
-            found.append(_maps_figure(section, direction, heading))
+            found.append(_maps(section, direction, heading))
         if any("layers" in target for target in targets.values()):
-            found.append(_layers_figure(section, direction, heading))
+            found.append(_layers(section, direction, heading))
     return found
 
 
-def _told(target: Mapping[str, Any], fraction: str) -> bool:
-    """Whether there are fractions: they are missing where the two runs hardly differ."""
-    return bool(np.isfinite(array(target["all"][fraction])).all())
+def _keys(target: Mapping[str, Any], fraction: str) -> tuple[str, str, str]:
+    """Of the values that are drawn, and their interval: there is no fraction where two runs hardly differ."""
+    told = np.isfinite(array(target["all"][fraction])).all()
+    return (fraction, "low", "high") if told else _CHANGE
 
 
-def _shown(target: Mapping[str, Any], fraction: str) -> tuple[str, str, str, str]:
-    """Keys of the values that are drawn and of their interval, and the values' name."""
-    if _told(target, fraction):
-        return fraction, "low", "high", f"{fraction} fraction"
-    return "change", "change_low", "change_high", "change of log p, nats"
+def _label(key: str) -> str:
+    return "change of log p, nats" if key == "change" else f"{key} fraction"
 
 
 def _interval(values: Mapping[str, Any], place: tuple[int, ...], keys: Sequence[str]) -> str:
     value, low, high = (array(values[key])[place] for key in keys)
     return estimate({"value": value if np.isfinite(value) else None, "low": low, "high": high})
-
-
-def _gap(target: Mapping[str, Any]) -> str:
-    return f"{estimate(target['gap'], signed=True)} nats"
 
 
 def _explained(section: Mapping[str, Any], direction: str) -> str:
@@ -83,24 +82,22 @@ def _explained(section: Mapping[str, Any], direction: str) -> str:
 # ---------------------------------------------------------------------------------------------- maps
 
 
-def _maps_figure(section: Mapping[str, Any], direction: str, heading: str) -> Figure:
-    fraction, targets = _FRACTIONS[direction], section[direction]
-    width, height = min(5.0, 2.6 + 0.085 * section["heads"]), min(5.0, 1.6 + 0.1 * len(section["layers"]))
-    panels = [
-        Panel(_map(name, target, section, fraction, _limit(targets, fraction)), width=width, height=height)
-        for name, target in targets.items()
-        if "heads" in target
-    ]
-    verb = "recovers" if direction == "targets" else "breaks"
+def _maps(section: Mapping[str, Any], direction: str, heading: str) -> Figure:
+    fraction, verb, ending = _DIRECTIONS[direction]
+    targets = {name: target for name, target in section[direction].items() if "heads" in target}
+    values = np.concatenate([array(target["heads"][fraction]).ravel() for target in targets.values()])
+    values = np.abs(values[np.isfinite(values)])
+    # one scale for the fractions of all targets
+    limit = max(float(values.max()), 0.05) if values.size else 1.0
     return Figure(
-        "causal-heads" if direction == "targets" else "causal-heads-reverse",
+        f"causal-heads{ending}",
         f"What each head {verb}",
         heading,
         f"{_explained(section, direction)} A dot marks a head that changes the answer's log-probability by "
         f"more than {MIN_FRACTION:.0%} of the difference between the two runs, at a false-discovery rate of "
         f"{LEVEL:g} over all heads. Where a model is about as sure of the answer as ICL is, there is no "
         "fraction, and colour is the change itself.",
-        tuple(panels),
+        tuple(_map(name, target, section, fraction, limit) for name, target in targets.items()),
         numbers_table(
             "causal heads",
             f"The {_LISTED} heads of each model with the largest changes",
@@ -116,48 +113,37 @@ def _maps_figure(section: Mapping[str, Any], direction: str, heading: str) -> Fi
             [
                 row
                 for name, target in targets.items()
-                if "heads" in target
-                for row in _head_rows(name, target, section, fraction)
+                for row in _head_rows(name, target, section["layers"], fraction)
             ],
         ),
     )
 
 
-def _limit(targets: Mapping[str, Any], fraction: str) -> float:
-    """One scale for the fractions of all targets."""
-    values = np.concatenate([array(t["heads"][fraction]).ravel() for t in targets.values() if "heads" in t])
-    values = np.abs(values[np.isfinite(values)])
-    return max(float(values.max()), 0.05) if values.size else 1.0
-
-
 def _map(
     name: str, target: Mapping[str, Any], section: Mapping[str, Any], fraction: str, limit: float
-) -> Callable[[Any], None]:
-    key, _, _, label = _shown(target, fraction)
+) -> Panel:
+    key, _, _ = _keys(target, fraction)
     values = array(target["heads"][key])
     certain = array(target["heads"]["q"]) < LEVEL
     if key == "change":
         limit = max(float(np.nanmax(np.abs(values))), 0.05)
-
     title = f"{name}: {int(certain.sum())} of {values.size} heads marked"
-    return head_map(values, limit, certain, section["layers"], label, title)
+    return head_map(values, limit, certain, section["layers"], _label(key), title)
 
 
-def _head_rows(
-    name: str, target: Mapping[str, Any], section: Mapping[str, Any], fraction: str
-) -> list[list[str]]:
+def _head_rows(name: str, target: Mapping[str, Any], layers: Sequence[int], fraction: str) -> list[list[str]]:
     heads, rows = target["heads"], []
     other = target["control"].get("other", {}).get("heads")
     change = array(heads["change"])
-    for place in np.argsort(-np.abs(change), axis=None)[:_LISTED]:
-        layer, head = (int(i) for i in np.unravel_index(place, change.shape))
+    for flat in np.argsort(-np.abs(change), axis=None)[:_LISTED]:
+        place = layer, head = tuple(int(i) for i in np.unravel_index(flat, change.shape))
         rows.append(
             [
                 name,
-                _gap(target),
-                f"layer {section['layers'][layer]}, head {head}",
-                _interval(heads, (layer, head), (fraction, "low", "high")),
-                _interval(heads, (layer, head), ("change", "change_low", "change_high")),
+                f"{estimate(target['gap'], signed=True)} nats",
+                f"layer {layers[layer]}, head {head}",
+                _interval(heads, place, (fraction, "low", "high")),
+                _interval(heads, place, _CHANGE),
                 number(heads["q"][layer][head], ".2g"),
                 number(None if other is None else other[fraction][layer][head], ".3f"),
             ]
@@ -168,22 +154,19 @@ def _head_rows(
 # -------------------------------------------------------------------------------------------- layers
 
 
-def _layers_figure(section: Mapping[str, Any], direction: str, heading: str) -> Figure:
-    fraction, targets = _FRACTIONS[direction], section[direction]
-    verb = "recovers" if direction == "targets" else "breaks"
+def _layers(section: Mapping[str, Any], direction: str, heading: str) -> Figure:
+    fraction, verb, ending = _DIRECTIONS[direction]
+    targets = section[direction]
     kinds = [kind for kind in _LINES if any(_values(target, kind) for target in targets.values())]
     return Figure(
-        "causal-layers" if direction == "targets" else "causal-layers-reverse",
+        f"causal-layers{ending}",
         f"What each layer {verb}",
         heading,
         f"{_explained(section, direction)} Bands are 95% intervals. Broken and dotted lines are controls: "
         "the layer's attention output on another query, from ICL or from the patched run itself; where they "
         "leave the picture, the table has them. The residual stream after a layer holds all that came "
         "before; after the last layer it is the other run itself.",
-        tuple(
-            Panel(_by_layer(name, target, section, fraction), legend=True, width=4.2, height=3.4)
-            for name, target in targets.items()
-        ),
+        tuple(_by_layer(name, target, section["layers"], fraction) for name, target in targets.items()),
         numbers_table(
             "causal layers",
             f"{fraction.capitalize()} fraction by layer, with 95% intervals where there is room",
@@ -191,7 +174,7 @@ def _layers_figure(section: Mapping[str, Any], direction: str, heading: str) -> 
             [
                 row
                 for name, target in targets.items()
-                for row in _layer_rows(name, target, section, fraction, kinds)
+                for row in _layer_rows(name, target, section["layers"], fraction, kinds)
             ],
         ),
         columns=2,
@@ -205,50 +188,42 @@ def _values(target: Mapping[str, Any], kind: str) -> Mapping[str, Any] | None:
 
 
 def _layer_rows(
-    name: str, target: Mapping[str, Any], section: Mapping[str, Any], fraction: str, kinds: Sequence[str]
+    name: str, target: Mapping[str, Any], layers: Sequence[int], fraction: str, kinds: Sequence[str]
 ) -> list[list[str]]:
-    keys = _shown(target, fraction)[:3]
+    keys = _keys(target, fraction)
     named = name if keys[0] == fraction else f"{name} (change, nats)"
 
-    def row(place: str, index: tuple[int, ...], group: str = "") -> list[str]:
-        cells = []
-        for kind in kinds:
-            found = _values(target, kind if not group else kind.replace("layers", group))
-            known = found is not None and (not group or kind.startswith("layers"))
-            cells.append(_interval(found, index, keys) if known and found else number(None, ""))
-        return [named, place, *cells]
+    def cell(kind: str, place: tuple[int, ...]) -> str:
+        found = _values(target, kind)
+        return _interval(found, place, keys) if found else MISSING
 
-    return [
-        *(row(str(layer), (i,)) for i, layer in enumerate(section["layers"])),
-        row("all at once", (), "all"),
+    rows = [[named, str(layer), *(cell(kind, (i,)) for kind in kinds)] for i, layer in enumerate(layers)]
+    whole = [
+        cell(kind.replace("layers", "all"), ()) if kind.startswith("layers") else MISSING for kind in kinds
     ]
+    return [*rows, [named, "all at once", *whole]]
 
 
-def _by_layer(
-    name: str, target: Mapping[str, Any], section: Mapping[str, Any], fraction: str
-) -> Callable[[Any], None]:
-    key, low, high, label = _shown(target, fraction)
+def _by_layer(name: str, target: Mapping[str, Any], layers: Sequence[int], fraction: str) -> Panel:
+    key, low, high = _keys(target, fraction)
+    found: dict[str, Any] = {}
+    styles: dict[str, Any] = {}
+    reach = [-0.6, 1.1]
+    for kind, (title, colour, marker, line) in _LINES.items():
+        if (values := _values(target, kind)) is None:
+            continue
+        if "/" not in kind:  # a control may be far away: another answer than this one
+            reach += [float(np.nanmin(array(values[low]))), float(np.nanmax(array(values[high])))]
+        ends = {} if kind == "layers/own" else {"low": values[low], "high": values[high]}
+        found[title] = {"value": values[key], **ends}
+        styles[title] = {"color": colour, "marker": marker, "linestyle": line}
+    rules: dict[float, Any] = {0: {"linewidth": 0.6}}
+    if key == fraction:
+        rules[1] = {"linewidth": 0.6, "linestyle": "--"}
 
-    def draw(axis: Any) -> None:
-        axis.axhline(0, color=FAINT, linewidth=0.6)
-        if key == fraction:
-            axis.axhline(1, color=FAINT, linewidth=0.6, linestyle="--")
-        layers, reach = section["layers"], [-0.6, 1.1]
-        for kind, (title, colour, marker, line) in _LINES.items():
-            if (found := _values(target, kind)) is None:
-                continue
-            if "/" not in kind:  # a control may be far away: another answer than this one
-                reach += [float(np.nanmin(array(found[low]))), float(np.nanmax(array(found[high])))]
-            style = {"color": colour, "marker": marker, "linestyle": line}
-            axis.plot(layers, array(found[key]), markersize=3.5, linewidth=1.3, label=title, **style)
-            if kind != "layers/own":
-                ends = array(found[low]), array(found[high])
-                axis.fill_between(layers, *ends, color=colour, alpha=0.12, linewidth=0)
+    def limited(axis: Any) -> None:
         if key == fraction:
             axis.set_ylim(min(reach) - 0.1, max(reach) + 0.1)
-        axis.set_xlabel("layer")
-        axis.set_ylabel(label)
-        axis.set_title(f"{name}: all attention outputs {number(target['all'][key], '.2f')}", fontsize=10)
-        axis.xaxis.get_major_locator().set_params(integer=True)
 
-    return draw
+    title = f"{name}: all attention outputs {number(target['all'][key], '.2f')}"
+    return lines(layers, found, styles, _label(key), title, rules=rules, after=limited, width=4.2, height=3.4)

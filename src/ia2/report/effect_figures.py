@@ -26,34 +26,34 @@ def effect_figures(section: Mapping[str, Any], heading: str) -> list[Figure]:
     """Every figure that the section has something for.
 
     Args:
-        section: what :func:`ia2.analysis.effects.summarise` gives, or the same from JSON.
+        section: ``effects`` of ``analysis.json``.
         heading: what it is of: model, data, seeds.
     """
-    found = (
-        perplexity_figure(section, heading),
-        benchmarks_figure(section, heading),
-        diversity_figure(section, heading),
-        wordings_figure(section, heading),
-    )
+    makers = {
+        "perplexity": _perplexity,
+        "benchmarks": _benchmarks,
+        "diversity": _diversity,
+        "wordings": _wordings,
+    }
+    found = [make(section, section[part], heading) for part, make in makers.items() if section.get(part)]
     return [figure for figure in found if figure is not None]
 
 
 def _dots(
-    entries: Mapping[str, Mapping[str, Any]],
     views: Sequence[str],
+    entries: Mapping[str, Mapping[str, Any]],
     title: str,
     line: float | None = None,
-    *,
-    zero: bool = False,
-) -> Callable[[Any], None]:
+    width: float = 3.6,
+) -> Panel:
     """A dot and its interval a view, one below the other.
 
     Args:
-        entries: view → value, low and high.
         views: all that there are, which settle the colours.
+        entries: view → value, low and high.
         title: of the panel.
-        line: where nothing has changed, if there is such a place.
-        zero: whether the axis begins at zero.
+        line: where nothing has changed, if there is such a place; else the axis begins at zero.
+        width: inches.
     """
     styles = arm_styles(views)
     known = {view: found for view, found in entries.items() if found["value"] is not None}
@@ -62,42 +62,40 @@ def _dots(
         if line is not None:
             axis.axvline(line, color=FAINT, linewidth=0.8, linestyle="--")
         for place, (view, found) in enumerate(known.items()):
-            if found["low"] is not None and found["high"] is not None:
-                axis.plot(
-                    [found["low"], found["high"]], [place] * 2, color=styles[view]["color"], linewidth=1.8
-                )
+            _bar(axis, found, place, styles[view]["color"], 1.8)
             axis.plot(found["value"], place, markersize=6, linestyle="none", **styles[view])
         axis.set_yticks(range(len(known)), list(known))
         axis.set_ylim(max(len(known), 1) - 0.5, -0.5)
-        if line and max((found["value"] for found in known.values()), default=0) > _LARGE * line:
-            plain_log(axis, "x")
-        if zero:
+        if line is None:
             axis.set_xlim(0, max(1.05 * axis.get_xlim()[1], 1e-3))
+        elif max((found["value"] for found in known.values()), default=0) > _LARGE * line:
+            plain_log(axis, "x")
         axis.set_title(title, fontsize=10)
 
-    return draw
+    return Panel(draw, width=width, height=max(1.7, 0.9 + 0.28 * len(entries)))
 
 
-def _height(count: int) -> float:
-    return max(1.7, 0.9 + 0.28 * count)
+def _bar(axis: Any, found: Mapping[str, Any], y: float, colour: str, width: float) -> None:
+    """The interval, where there is one."""
+    if found["low"] is not None and found["high"] is not None:
+        axis.plot([found["low"], found["high"]], [y, y], color=colour, linewidth=width)
 
 
-# ---------------------------------------------------------------------------------------- forgetting
+def _main(scopes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Views in the scope that is drawn."""
+    return scopes["labels" if "labels" in scopes else next(iter(scopes))]["views"]  # type: ignore[no-any-return]
 
 
-def perplexity_figure(section: Mapping[str, Any], heading: str) -> Figure | None:
-    """Perplexity of plain text as a multiple of the reference's; None where it was not measured."""
-    part = section.get("perplexity")
-    if not part:
-        return None
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _perplexity(section: Mapping[str, Any], part: Mapping[str, Any], heading: str) -> Figure | None:
+    """As a multiple of the reference's."""
     reference = section["reference"]
     ratios = {view: found["ratio"] for view, found in part["views"].items() if "ratio" in found}
     if not ratios:
         return None
-    rows = [
-        [view, estimate(found["perplexity"]), estimate(found.get("ratio"))]
-        for view, found in part["views"].items()
-    ]
     return Figure(
         "perplexity",
         "Has it forgotten how to read plain text?",
@@ -106,36 +104,25 @@ def perplexity_figure(section: Mapping[str, Any], heading: str) -> Figure | None
         f"of that of {reference}, with 95% intervals over texts and training sets. At the dashed line "
         "nothing has changed; to its right, text that has nothing to do with the task is harder to predict "
         "than before.",
-        (
-            Panel(
-                _dots(ratios, section["views"], f"perplexity / {reference}", 1.0),
-                width=5,
-                height=_height(len(ratios)),
-            ),
-        ),
+        (_dots(section["views"], ratios, f"perplexity / {reference}", 1.0, 5),),
         numbers_table(
-            "perplexity", "Perplexity of plain text", ["view", "perplexity", f"multiple of {reference}"], rows
+            "perplexity",
+            "Perplexity of plain text",
+            ["view", "perplexity", f"multiple of {reference}"],
+            [
+                [view, estimate(found["perplexity"]), estimate(found.get("ratio"))]
+                for view, found in part["views"].items()
+            ],
         ),
     )
 
 
-def benchmarks_figure(section: Mapping[str, Any], heading: str) -> Figure | None:
-    """Accuracy on benchmarks that nothing was trained on, a panel each; None where none was measured."""
-    part = section.get("benchmarks")
-    if not part:
-        return None
-    drawn = {name: _main(found["scopes"]) for name, found in part.items()}
+def _benchmarks(section: Mapping[str, Any], part: Mapping[str, Any], heading: str) -> Figure:
+    """Accuracy on benchmarks that nothing was trained on, a panel each."""
     panels = []
-    for name, (_, found) in drawn.items():
-        entries = {view: value["accuracy"] for view, value in found.items()}
-        title = f"{name} ({part[name]['rows']} rows)"
-        panels.append(Panel(_dots(entries, section["views"], title, zero=True), height=_height(len(entries))))
-    rows = [
-        [name, scope, view, estimate(value["accuracy"]), estimate(value.get("difference"), signed=True)]
-        for name, found in part.items()
-        for scope, entry in found["scopes"].items()
-        for view, value in entry["views"].items()
-    ]
+    for name, found in part.items():
+        entries = {view: value["accuracy"] for view, value in _main(found["scopes"]).items()}
+        panels.append(_dots(section["views"], entries, f"{name} ({found['rows']} rows)"))
     return Figure(
         "benchmarks",
         "Has it forgotten other tasks?",
@@ -148,88 +135,75 @@ def benchmarks_figure(section: Mapping[str, Any], heading: str) -> Figure | None
             "benchmarks",
             "Accuracy on other benchmarks",
             ["benchmark", "scope", "view", "accuracy", f"less {section['reference']}"],
-            rows,
+            [
+                [name, scope, view, *_beside(value, "accuracy")]
+                for name, found in part.items()
+                for scope, entry in found["scopes"].items()
+                for view, value in entry["views"].items()
+            ],
         ),
     )
 
 
-def _main(scopes: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    scope = "labels" if "labels" in scopes else next(iter(scopes))
-    return scope, scopes[scope]["views"]
+def _beside(value: Mapping[str, Any], name: str) -> tuple[str, str]:
+    """A mean, and its difference from the reference's."""
+    return estimate(value[name]), estimate(value.get("difference"), signed=True)
 
 
-# ----------------------------------------------------------------------------------------- diversity
-
-
-def diversity_figure(section: Mapping[str, Any], heading: str) -> Figure | None:
-    """What sampled continuations of plain text look like, a panel a measure; None where none was measured."""
-    part = section.get("diversity")
-    if not part:
-        return None
+def _diversity(section: Mapping[str, Any], part: Mapping[str, Any], heading: str) -> Figure:
+    """What sampled continuations of plain text look like, a panel a measure."""
     measures = part["measures"]
-    panels = []
-    for measure, found in measures.items():
-        entries = {view: value["mean"] for view, value in found["views"].items()}
-        panels.append(
-            Panel(_dots(entries, section["views"], _TITLES[measure], zero=True), height=_height(len(entries)))
-        )
-    rows = [
-        [measure, view, estimate(value["mean"]), estimate(value.get("difference"), signed=True)]
-        for measure, found in measures.items()
-        for view, value in found["views"].items()
-    ]
     about = "; ".join(f"{_TITLES[measure]}: {found['about']}" for measure, found in measures.items())
     return Figure(
         "diversity",
         "What does it write when it goes on from plain text?",
         heading,
         f"Continuations of {part['openings']} openings, drawn at temperature 1, with 95% intervals over "
-        f"openings and training sets. {about[:1].upper()}{about[1:]}.",
-        tuple(panels),
+        f"openings and training sets. {_capital(about)}.",
+        tuple(
+            _dots(section["views"], {view: v["mean"] for view, v in found["views"].items()}, _TITLES[measure])
+            for measure, found in measures.items()
+        ),
         numbers_table(
             "diversity",
             "Continuations of plain text",
             ["measure", "view", "mean", f"less {section['reference']}"],
-            rows,
+            [
+                [measure, view, *_beside(value, "mean")]
+                for measure, found in measures.items()
+                for view, value in found["views"].items()
+            ],
         ),
     )
 
 
-# ------------------------------------------------------------------------------------------ wordings
-
-
-def wordings_figure(section: Mapping[str, Any], heading: str) -> Figure | None:
-    """Accuracy of each view under each wording of the prompt; None where none was measured."""
-    part = section.get("wordings")
-    if not part:
-        return None
-    scope = "labels" if "labels" in part["scopes"] else next(iter(part["scopes"]))
-    found = part["scopes"][scope]["views"]
-    rows = [
-        [view]
-        + [estimate(value["accuracy"][name]) for name in part["wordings"]]
-        + [estimate(value["spread"]), str(value["worst"]["wording"])]
-        for view, value in found.items()
-    ]
+def _wordings(section: Mapping[str, Any], part: Mapping[str, Any], heading: str) -> Figure:
+    """Accuracy of each view under each wording of the prompt."""
+    found, wordings = _main(part["scopes"]), list(part["wordings"])
     told = "; ".join(f"{name}: {about}" for name, about in part["wordings"].items())
     left = f" Not tried: {', '.join(part['left_out'])}." if part["left_out"] else ""
+    height = 0.9 + len(wordings) * (0.25 + 0.12 * len(found))
     return Figure(
         "wordings",
         "Does it hang on the wording of the prompt?",
         heading,
         f"Accuracy on {part['rows']} queries whose prompt is written in other ways, with 95% intervals over "
         "rows and training sets. The dashed lines are each view's accuracy with the unchanged prompt. "
-        f"{told[:1].upper()}{told[1:]}.{left}",
-        (
-            Panel(
-                _accuracies(found, list(part["wordings"]), section["views"]),
-                legend=True,
-                width=6.2,
-                height=0.9 + len(part["wordings"]) * (0.25 + 0.12 * len(found)),
-            ),
-        ),
+        f"{_capital(told)}.{left}",
+        (Panel(_accuracies(found, wordings, section["views"]), legend=True, width=6.2, height=height),),
         numbers_table(
-            "wordings", "Accuracy by wording", ["view", *part["wordings"], "spread", "worst"], rows
+            "wordings",
+            "Accuracy by wording",
+            ["view", *wordings, "spread", "worst"],
+            [
+                [
+                    view,
+                    *(estimate(value["accuracy"][name]) for name in wordings),
+                    estimate(value["spread"]),
+                    str(value["worst"]["wording"]),
+                ]
+                for view, value in found.items()
+            ],
         ),
     )
 
@@ -247,8 +221,7 @@ def _accuracies(
             axis.axvline(unchanged, color=colour, linewidth=0.7, linestyle="--", alpha=0.7)
             for place, name in enumerate(wordings):
                 entry, y = value["accuracy"][name], place + (n - (len(found) - 1) / 2) * step
-                if entry["low"] is not None and entry["high"] is not None:
-                    axis.plot([entry["low"], entry["high"]], [y, y], color=colour, linewidth=1.4)
+                _bar(axis, entry, y, colour, 1.4)
                 label = view if place == 0 else None
                 axis.plot(entry["value"], y, markersize=5, linestyle="none", label=label, **styles[view])
         for place in range(1, len(wordings)):

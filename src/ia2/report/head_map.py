@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ia2.report.layer_lines import number
+from ia2.report.style import Panel
 
 # From Okabe and Ito's blue over grey to their vermilion, in steps that can be told apart: the steps are few
 # paths in a file, however many heads there are.
@@ -25,8 +26,8 @@ def head_map(
     layers: Sequence[int],
     label: str,
     title: str,
-) -> Callable[[Any], None]:
-    """Draws the map on a panel's axis.
+) -> Panel:
+    """The panel of a map, as large as its cells need.
 
     Args:
         values: ``[L, H]``; NaN stays empty.
@@ -38,7 +39,6 @@ def head_map(
     """
 
     def draw(axis: Any) -> None:
-        rows, columns = values.shape
         _cells(axis, values, limit, label)
         size = max(3.5, min(16.0, 900.0 / (rows * columns) ** 0.9))
         # only the outermost steps are dark
@@ -55,7 +55,9 @@ def head_map(
         axis.set_ylabel("layer")
         axis.set_title(title, fontsize=10)
 
-    return draw
+    rows, columns = values.shape
+    width, height = min(5.0, 2.6 + 0.085 * columns), min(5.0, 1.6 + 0.1 * rows)
+    return Panel(draw, width=width, height=height)
 
 
 def _palette() -> list[str]:

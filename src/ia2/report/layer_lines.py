@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ia2.report.style import FAINT, INK, arm_styles
+from ia2.report.style import FAINT, INK, Panel, arm_styles, numbers_table
+from ia2.sweeps.tables import Table
 from ia2.wording import MISSING, estimate
 
 OTHER, MEAN = "icl-other", "icl-mean"
@@ -68,13 +69,69 @@ def draw_line(axis: Any, x: Sequence[int], found: Mapping[str, Any], label: str,
         axis.fill_between(x, low, high, color=own["color"], alpha=0.12, linewidth=0)
 
 
-def layer_axis(axis: Any, ylabel: str, title: str = "") -> None:
+def layer_axis(axis: Any, ylabel: str, title: str = "", xlabel: str = "layer") -> None:
     """Names of a panel over layers."""
-    axis.set_xlabel("layer")
+    axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
     axis.xaxis.get_major_locator().set_params(integer=True)
     if title:
         axis.set_title(title, fontsize=10)
+
+
+def lines(
+    x: Sequence[int],
+    found: Mapping[str, Mapping[str, Any]],
+    styles: Mapping[str, Mapping[str, Any]],
+    ylabel: str,
+    title: str = "",
+    *,
+    rules: Mapping[float, Mapping[str, Any]] | None = None,
+    unnamed: Collection[str] = (),
+    after: Callable[[Any], None] | None = None,
+    xlabel: str = "layer",
+    legend: bool = True,
+    width: float = 5.0,
+    height: float = 3.8,
+) -> Panel:
+    """A panel of lines over layers.
+
+    Args:
+        x: layers.
+        found: by name ``value`` and, where there is an interval, ``low`` and ``high``, lists; ``x`` where a
+            line has layers of its own.
+        styles: of each name.
+        ylabel, title: of the panel.
+        rules: heights of horizontal lines, and their style.
+        unnamed: lines that are not in the legend.
+        after: what else is drawn, once the lines are there.
+        xlabel: where these are no layers.
+        legend: whether there is one.
+        width, height: inches.
+    """
+
+    def draw(axis: Any) -> None:
+        for at, style in (rules or {}).items():
+            axis.axhline(at, **{"color": FAINT, "linewidth": 0.8, **style})
+        for name, part in found.items():
+            draw_line(axis, part.get("x", x), part, "" if name in unnamed else name, **styles[name])
+        if after is not None:
+            after(axis)
+        layer_axis(axis, ylabel, title, xlabel)
+
+    return Panel(draw, legend=legend, width=width, height=height)
+
+
+def cells(found: Mapping[str, Any], *, signed: bool = False) -> list[str]:
+    """One line in a table: each layer's value with its interval."""
+    return [with_interval(found, place, signed=signed) for place in range(len(found["value"]))]
+
+
+def layer_table(
+    name: str, title: str, layers: Sequence[int], columns: Mapping[str, Sequence[str]], first: str = "layer"
+) -> Table:
+    """Lines in numbers: a row a layer, a column a line."""
+    rows = [[str(layer), *(column[i] for column in columns.values())] for i, layer in enumerate(layers)]
+    return numbers_table(name, title, [first, *columns], rows)
 
 
 def limits_of(parts: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
@@ -83,3 +140,8 @@ def limits_of(parts: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
     known = np.append(values[np.isfinite(values)], 0.0)
     room = 0.05 * max(float(np.ptp(known)), 1e-6)
     return float(known.min()) - room, float(known.max()) + room
+
+
+def from_zero(axis: Any) -> None:
+    """Room above: of values that are nearly equal, matplotlib's own margin is a part of their range."""
+    axis.set_ylim(0, 1.05 * axis.get_ylim()[1])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ia2.report.layer_lines import OTHER, array, draw_line, layer_axis, view_styles, with_interval
-from ia2.report.style import FAINT, Figure, Panel, numbers_table
+from ia2.report.layer_lines import OTHER, array, cells, lines, view_styles
+from ia2.report.style import Figure, Panel, numbers_table
+from ia2.sweeps.tables import Table
 from ia2.wording import MISSING
 
 # Measures with a panel, and how it is titled; one more is in the numbers.
@@ -15,7 +16,6 @@ _TITLES = {
     "gold": "accuracy",
     "log_probability": "log-probability of ICL's answer",
     "divergence": "divergence from ICL at that layer",
-    "top1": "ICL's answer first of all tokens",
 }
 _UNITS = {"log_probability": "nats", "divergence": "bits (0 is the same)"}
 _COLUMNS = {**_TITLES, "divergence_from_answer": "divergence from ICL's output"}
@@ -33,9 +33,7 @@ def lens_figures(section: Mapping[str, Any], heading: str) -> list[Figure]:
         return []
     layers = section["layers"]
     known = [m for m in _TITLES if all(f"{m}_by_layer" in view for view in views.values())]
-    panels = tuple(
-        Panel(_measure(section, views, measure), legend=True, width=4.2, height=3.2) for measure in known
-    )
+    panels = tuple(_measure(section, views, measure) for measure in known)
     return [
         Figure("lens", "Logit lens: where the task shows", heading, _caption(section), panels,
                _numbers(layers, views), columns=2)
@@ -62,32 +60,31 @@ def _caption(section: Mapping[str, Any]) -> str:
     )
 
 
-def _measure(section: Mapping[str, Any], views: Mapping[str, Any], measure: str) -> Callable[[Any], None]:
-    layers = section["layers"]
-    styles = view_styles(views)
-    name_of = f"{measure}_by_layer"
+def _measure(section: Mapping[str, Any], views: Mapping[str, Any], measure: str) -> Panel:
+    layers, styles = section["layers"], view_styles(views)
+    parts = {name: view[f"{measure}_by_layer"] for name, view in views.items()}
+    chance = {section["chance"][measure]: {"linestyle": "--"}} if measure in section["chance"] else {}
 
-    def draw(axis: Any) -> None:
-        if measure in section["chance"]:
-            axis.axhline(section["chance"][measure], color=FAINT, linewidth=0.8, linestyle="--")
+    def rings(axis: Any) -> None:
         for name, view in views.items():
-            draw_line(axis, layers, view[name_of], name, **styles[name])
             if measure == "agreement" and view["shows_at"] is not None:
-                height = array(view[name_of]["value"])[layers.index(view["shows_at"])]
+                height = array(parts[name]["value"])[layers.index(view["shows_at"])]
                 ring = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "linestyle": "none"}
                 axis.plot(view["shows_at"], height, color=styles[name]["color"], **ring)
-        layer_axis(axis, _UNITS.get(measure, "share of queries"), _TITLES[measure])
 
-    return draw
+    unit = _UNITS.get(measure, "share of queries")
+    return lines(
+        layers, parts, styles, unit, _TITLES[measure], rules=chance, after=rings, width=4.2, height=3.2
+    )
 
 
-def _numbers(layers: Sequence[int], views: Mapping[str, Any]) -> Any:
+def _numbers(layers: Sequence[int], views: Mapping[str, Any]) -> Table:
     known = [m for m in _COLUMNS if any(f"{m}_by_layer" in view for view in views.values())]
-    rows = [
-        [name, str(layer), "yes" if view["shows_at"] == layer else ""]
-        + [with_interval(view[f"{m}_by_layer"], place) if f"{m}_by_layer" in view else MISSING for m in known]
-        for name, view in views.items()
-        for place, layer in enumerate(layers)
-    ]
+    rows = []
+    for name, view in views.items():
+        parts = [cells(view[f"{m}_by_layer"]) if f"{m}_by_layer" in view else None for m in known]
+        for place, layer in enumerate(layers):
+            marked = "yes" if view["shows_at"] == layer else ""
+            rows.append([name, str(layer), marked, *(part[place] if part else MISSING for part in parts)])
     columns = ["view", "layer", "task shows from here", *(_COLUMNS[m] for m in known)]
     return numbers_table("lens", "Logit lens by view and layer [95%]", columns, rows)

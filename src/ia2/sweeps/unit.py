@@ -13,11 +13,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ia2.analysis.similarity import Similarity
 from ia2.benchmarks import Benchmark, BenchmarkData
 from ia2.config import AdaptConfig
 from ia2.errors import DataError, DivergedError, UserError
 from ia2.evaluation.metrics import STATISTICS, Measured, RowMeasures
+from ia2.evaluation.similarity import Similarity
 from ia2.examples import Examples, FewShotSplit
 from ia2.files import digest, finite
 from ia2.manifest import begin

@@ -23,8 +23,7 @@ class Similarity:
 
     Attributes:
         layers: layer indices, ``[L]``.
-        asim: cosine, mean over an example's answer tokens, ``[n, L]``.
-        l2: Euclidean distance, mean over an example's answer tokens, ``[n, L]``.
+        asim, l2: cosine and Euclidean distance, mean over an example's answer tokens, ``[n, L]``.
         distance: squared distance, summed over an example's answer tokens, ``[n, L]``.
         variance: the reference's summed squared deviation from its mean, ``[L]``.
         asim_by_token: cosine by place in the answer, mean over the examples that are so long, ``[G, L]``.
@@ -81,20 +80,19 @@ class SimilarityMeter:
 
         a, b = activations.double(), reference.double()
         cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1).numpy()
-        squared = (a - b).pow(2).sum(-1)
-        distances = squared.numpy()
+        distances = (a - b).pow(2).sum(-1).numpy()
         self._rows[index] = np.stack([cosine.mean(-1), np.sqrt(distances).mean(-1), distances.sum(-1)])
         self._sum = self._sum + b.sum(1).numpy()
         self._squares = self._squares + b.pow(2).sum((1, 2)).numpy()
-        self._reach(cosine.shape[1])
-        self._by_token[: cosine.shape[1]] += cosine.T
-        self._tokens[: cosine.shape[1]] += 1
+        self._count(cosine.T, np.ones(cosine.shape[1], int))
 
-    def _reach(self, length: int) -> None:
-        """Room for answers of so many tokens."""
-        if (longer := length - len(self._tokens)) > 0:
-            self._by_token = np.concatenate([self._by_token, np.zeros((longer, len(self.layers)))])
-            self._tokens = np.concatenate([self._tokens, np.zeros(longer, int)])
+    def _count(self, by_token: np.ndarray, tokens: np.ndarray) -> None:
+        """Add cosines ``[G, L]`` and numbers of examples ``[G]``; answers may be longer than all before."""
+        if (longer := len(tokens) - len(self._tokens)) > 0:
+            self._by_token = np.pad(self._by_token, ((0, longer), (0, 0)))
+            self._tokens = np.pad(self._tokens, (0, longer))
+        self._by_token[: len(tokens)] += by_token
+        self._tokens[: len(tokens)] += tokens
 
     def join(self) -> SimilarityMeter:
         """What all processes of a launch have added; all of them must ask for it."""
@@ -103,21 +101,12 @@ class SimilarityMeter:
         for rows, total, squares, by_token, tokens in gathered(mine):
             found._rows |= rows
             found._sum, found._squares = found._sum + total, found._squares + squares
-            found._reach(len(tokens))
-            found._by_token[: len(tokens)] += by_token
-            found._tokens[: len(tokens)] += tokens
+            found._count(by_token, tokens)
         return found
 
     def finish(self) -> Similarity:
         """All examples have been added."""
         asim, l2, distance = np.stack([self._rows[i] for i in sorted(self._rows)], axis=1)
         variance = self._squares - (self._sum**2).sum(-1) / self._tokens.sum()
-        return Similarity(
-            self.layers,
-            asim,
-            l2,
-            distance,
-            variance,
-            self._by_token / self._tokens[:, None],
-            self._tokens,
-        )
+        by_token = self._by_token / self._tokens[:, None]
+        return Similarity(self.layers, asim, l2, distance, variance, by_token, self._tokens)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ia2.examples import Example
 from ia2.rows import Template
@@ -23,20 +23,7 @@ _OPENING = re.compile(r"[^\n:]{1,40}:[ \t]*")
 _CUE = re.compile(r"\n+[^\n:]{1,40}:[ \t]*$")
 
 
-@dataclass(frozen=True)
-class Parts:
-    """A query, cut where the template's own words end and begin again; together they are the query."""
-
-    opening: str
-    middle: str
-    cue: str
-
-    def text(self) -> str:
-        """The query."""
-        return self.opening + self.middle + self.cue
-
-
-def _reworded(literal: str, words: Sequence[str]) -> str:
+def _reworded(literal: str, *words: str) -> str:
     found = _WORDS.search(literal)
     if found is None:
         return literal
@@ -51,39 +38,36 @@ def _spaced(opening: str) -> str:
     return opening.rstrip(" ") if opening.endswith(" ") else f"{opening} "
 
 
-def _instruction(parts: Parts, labels: Sequence[str]) -> str:
+def _instruction(labels: Sequence[str]) -> str:
     names = ", ".join(label.strip() for label in labels)
-    line = f"Answer with one of: {names}.\n" if labels else "Answer the following.\n"
-    return line + parts.text()
+    return f"Answer with one of: {names}.\n" if labels else "Answer the following.\n"
 
 
-_Change = Callable[[Parts, Sequence[str]], str]
-
-WORDINGS: dict[str, tuple[str, _Change]] = {
-    UNCHANGED: ("as it was trained", lambda p, labels: p.text()),
+WORDINGS: dict[str, tuple[str, Callable[[str, str, str, Sequence[str]], str]]] = {
+    UNCHANGED: ("as it was trained", lambda o, m, c, labels: o + m + c),
     "opening": (
         "another opening word (Input:)",
-        lambda p, labels: replace(p, opening=_reworded(p.opening, ("Input", "Passage"))).text(),
+        lambda o, m, c, labels: _reworded(o, "Input", "Passage") + m + c,
     ),
-    "cue": (
-        "another cue (Answer:)",
-        lambda p, labels: replace(p, cue=_reworded(p.cue, ("Answer", "Output"))).text(),
-    ),
+    "cue": ("another cue (Answer:)", lambda o, m, c, labels: o + m + _reworded(c, "Answer", "Output")),
     "blank line": (
         "an empty line before the cue",
-        lambda p, labels: replace(p, cue=f"\n{p.cue}" if p.cue.startswith("\n") else p.cue).text(),
+        lambda o, m, c, labels: o + m + ("\n" if c.startswith("\n") else "") + c,
     ),
     "lower case": (
         "opening word and cue in lower case",
-        lambda p, labels: replace(p, opening=p.opening.lower(), cue=p.cue.lower()).text(),
+        lambda o, m, c, labels: o.lower() + m + c.lower(),
     ),
     "blank": (
         "a blank behind the opening's colon, or none",
-        lambda p, labels: replace(p, opening=_spaced(p.opening)).text(),
+        lambda o, m, c, labels: _spaced(o) + m + c,
     ),
-    "instruction": ("a line in front that names the labels", _instruction),
+    "instruction": (
+        "a line in front that names the labels",
+        lambda o, m, c, labels: _instruction(labels) + o + m + c,
+    ),
 }
-"""Name → what is changed, and the change."""
+"""Name → what is changed, and the change of a query's opening, middle and cue."""
 
 
 def wordings(
@@ -103,11 +87,11 @@ def wordings(
     opening, cue = _literals([query.query for query in queries], template)
     found = {}
     for name, (_, change) in WORDINGS.items():
-        changed = []
-        for query in queries:
-            end = len(query.query) - len(cue)
-            parts = Parts(opening, query.query[len(opening) : end], cue)
-            changed.append(replace(query, query=change(parts, labels)))
+        texts = [query.query[len(opening) : len(query.query) - len(cue)] for query in queries]
+        changed = [
+            replace(query, query=change(opening, text, cue, labels))
+            for query, text in zip(queries, texts, strict=True)
+        ]
         if name == UNCHANGED or any(a.query != b.query for a, b in zip(changed, queries, strict=True)):
             found[name] = changed
     return found
@@ -115,17 +99,17 @@ def wordings(
 
 def _literals(texts: Sequence[str], template: str | None) -> tuple[str, str]:
     """What comes before and after the part that differs from query to query."""
+
+    def fits(opening: str, cue: str) -> bool:
+        least = len(opening) + len(cue)
+        return all(len(t) >= least and t.startswith(opening) and t.endswith(cue) for t in texts)
+
     if template is not None:
         parts = Template.parse(template, "prompt template").parts
         opening, cue = parts[0][0], parts[-1][0] if parts[-1][1] is None else ""
-        fits = (
-            len(t) >= len(opening) + len(cue) and t.startswith(opening) and t.endswith(cue) for t in texts
-        )
-        if all(fits):
+        if fits(opening, cue):
             return opening, cue
     before = _OPENING.match(common_beginning(texts))
     after = _CUE.search(common_beginning([text[::-1] for text in texts])[::-1])
     opening, cue = before[0] if before else "", after[0] if after else ""
-    if any(len(text) < len(opening) + len(cue) for text in texts):
-        return "", ""
-    return opening, cue
+    return (opening, cue) if fits(opening, cue) else ("", "")

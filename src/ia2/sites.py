@@ -41,8 +41,8 @@ class SiteCapture:
     site = "several"
 
     def __init__(self, model: nn.Module, sites: Sequence[str], pattern: str | None = None) -> None:
-        if not sites or (unknown := set(sites) - set(READABLE)):
-            raise ValueError(f"sites {sorted(unknown) if sites else '[]'}: some of {', '.join(READABLE)}")
+        if not sites or set(sites) - set(READABLE):
+            raise ValueError(f"sites {list(sites)}: some of {', '.join(READABLE)}")
         self.captures = {site: ActivationCapture(model, pattern, site=site) for site in dict.fromkeys(sites)}
         self.layers = next(iter(self.captures.values())).layers
         self._widths: list[int] = []
@@ -84,18 +84,6 @@ class SiteCapture:
     def split(self, activations: torch.Tensor) -> dict[str, torch.Tensor]:
         """``[L, G, Σw]`` of one row → site → ``[L, G, w]``."""
         return dict(zip(self.captures, activations.split(self._widths, dim=-1), strict=True))
-
-
-def site_widths(model: nn.Module, sites: Sequence[str], pattern: str | None = None) -> dict[str, int]:
-    """Features of each site, found by a pass over one token."""
-    import torch
-
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
-    with SiteCapture(model, sites, pattern) as capture, torch.no_grad():
-        capture.arm()
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False, logits_to_keep=1)
-        found = {site: next(iter(c.take().values())) for site, c in capture.captures.items()}
-    return {site: int(tensor.shape[-1]) for site, tensor in found.items()}
 
 
 def has_site(model: nn.Module, site: str, pattern: str | None = None) -> bool:

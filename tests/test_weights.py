@@ -17,8 +17,8 @@ from families import FAMILIES, llama
 
 from ia2.adapter_weights import adapter_state, attach, detach, read_adapter_state, save_adapter
 from ia2.adapters import ADAPTERS, peft_config
-from ia2.analysis.overlap import AdapterWeights, over_seeds, overlaps, place
 from ia2.analysis.subspaces import MEASURES, effective_rank, low_rank, overlap
+from ia2.analysis.weights import AdapterWeights, over_seeds, overlaps, place
 from ia2.config_sections import AdapterConfig
 from ia2.files import finite
 from ia2.report.weight_figures import weight_figures
@@ -55,7 +55,7 @@ def test_an_update_as_a_dense_decomposition_has_it(rank: int) -> None:
 @pytest.mark.parametrize("ranks", [(4, 4), (2, 7), (24, 24)])
 def test_an_overlap_as_dense_decompositions_have_it(ranks: tuple[int, int]) -> None:
     (a1, b1), (a2, b2) = map(factors, ranks)
-    found = overlap(low_rank(a1, b1, 2.0), low_rank(a2, b2, 0.25))
+    values, _, found_angles = overlap(low_rank(a1, b1, 2.0), low_rank(a2, b2, 0.25))
     (u1, _, v1), (u2, _, v2) = dense(a1, b1, 2.0), dense(a2, b2, 0.25)
     d1, d2 = 2.0 * b1 @ a1, 0.25 * b2 @ a2
     columns = [np.linalg.svd(b)[0][:, : b.shape[1]] for b in (b1, b2)]
@@ -67,33 +67,32 @@ def test_an_overlap_as_dense_decompositions_have_it(ranks: tuple[int, int]) -> N
         "weighted": ((d1 @ d1.T) * (d2 @ d2.T)).sum() / np.linalg.norm(d1 @ d1.T) / np.linalg.norm(d2 @ d2.T),
         "cosine": (d1 * d2).sum() / np.linalg.norm(d1) / np.linalg.norm(d2),
     }
-    assert dict(zip(MEASURES, found.values, strict=True)) == pytest.approx(expected, abs=1e-10)
-    assert found.values[1] == pytest.approx(found.values[0])  # A has full rank: the same subspace
+    assert dict(zip(MEASURES, values, strict=True)) == pytest.approx(expected, abs=1e-10)
+    assert values[1] == pytest.approx(values[0])  # A has full rank: the same subspace
     angles = np.sort(np.degrees(scipy.linalg.subspace_angles(*columns)))
-    np.testing.assert_allclose(found.angles, angles, atol=1e-5)
+    np.testing.assert_allclose(found_angles, angles, atol=1e-5)
 
 
 def test_equal_and_orthogonal_updates() -> None:
     a, b = factors(3)
     one = low_rank(a, b, 1.0)
-    same = overlap(one, low_rank(a, b, 7.0))
-    np.testing.assert_allclose(same.values, 1, rtol=1e-9)
-    np.testing.assert_allclose(same.angles, 0, atol=1e-5)
-    assert overlap(one, low_rank(a, -b, 1.0)).values[-1] == pytest.approx(-1)
+    values, _, angles = overlap(one, low_rank(a, b, 7.0))
+    np.testing.assert_allclose(values, 1, rtol=1e-9)
+    np.testing.assert_allclose(angles, 0, atol=1e-5)
+    assert overlap(one, low_rank(a, -b, 1.0))[0][-1] == pytest.approx(-1)
     others = np.linalg.svd(b)[0][:, 3:6]
-    apart = overlap(one, low_rank(a, others, 1.0))
-    np.testing.assert_allclose(apart.values[[0, 1, 3, 4]], 0, atol=1e-9)
-    assert apart.values[2] == pytest.approx(1)
-    np.testing.assert_allclose(apart.angles, 90)
+    values, _, angles = overlap(one, low_rank(a, others, 1.0))
+    np.testing.assert_allclose(values[[0, 1, 3, 4]], 0, atol=1e-9)
+    assert values[2] == pytest.approx(1)
+    np.testing.assert_allclose(angles, 90)
 
 
 @pytest.mark.parametrize("ranks", [(3, 3), (2, 6)])
 def test_random_subspaces_have_the_random_baseline(ranks: tuple[int, int]) -> None:
     found = [overlap(*(low_rank(*factors(rank), 1.0) for rank in ranks)) for _ in range(400)]
-    np.testing.assert_allclose(
-        np.mean([f.values for f in found], 0), np.mean([f.random for f in found], 0), atol=0.02
-    )
-    np.testing.assert_allclose(found[0].random[[0, 2, 4]], [max(ranks) / OUT, max(ranks) / IN, 0])
+    values, random, _ = zip(*found, strict=True)
+    np.testing.assert_allclose(np.mean(values, 0), np.mean(random, 0), atol=0.02)
+    np.testing.assert_allclose(random[0][[0, 2, 4]], [max(ranks) / OUT, max(ranks) / IN, 0])
 
 
 def test_directions_that_are_only_rounding_are_none() -> None:
@@ -103,7 +102,8 @@ def test_directions_that_are_only_rounding_are_none() -> None:
     assert found.b.shape[1] == 3 and len(found.sizes) == 3
     nothing = low_rank(a, np.zeros_like(b), 1.0)
     assert nothing.left.shape == (OUT, 0)
-    assert np.isnan(overlap(found, nothing).values).all() and not overlap(found, nothing).angles.size
+    values, _, angles = overlap(found, nothing)
+    assert np.isnan(values).all() and not angles.size
 
 
 def test_effective_rank() -> None:
@@ -298,12 +298,6 @@ def test_names_of_other_families(name: str) -> None:
     assert set(section["modules"]["layers"]) == {0, 1}
     assert len(set(section["modules"]["kinds"])) == len(section["modules"]["names"]) / 2
     assert section["updates"]["sft"]["relative_norm"]["value"] > 0
-
-
-def test_places_of_modules() -> None:
-    assert place("model.layers.3.self_attn.q_proj") == (3, "self_attn.q_proj")
-    assert place("model.layers.2.mlp.experts.11.w1.weight") == (2, "mlp.experts.w1")
-    assert place("lm_head") == (None, "lm_head")
 
 
 # ------------------------------------------------------------------------------------------- figures

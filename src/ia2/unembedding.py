@@ -8,8 +8,11 @@ Gemma 2 soft-caps them). What was found is then checked on that pass against the
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ia2.capture import find_attention_modules, layer_of, unwrap
 from ia2.errors import ModelError
@@ -17,18 +20,19 @@ from ia2.tokens import Ids
 from ia2.traits import evaluating, input_device
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import torch
     from torch import nn
+
+# Elements of the float32 logits that are held at once: 64 MB. Of a whole vocabulary at every layer of a long
+# answer they would fill the memory.
+_BLOCK = 2**24
 
 # Ids of the pass that is watched: low ones, for high ones may stand for images.
 _TRIED = 8
 
 # Largest difference from the model's own logits, as a share of the largest logit: in float32, and in half
 # precision, where sums over a row of 50,000 logits' inputs are rounded at every step.
-_TOLERANCE = 1e-4
-_HALF_TOLERANCE = 2e-2
+_TOLERANCE, _HALF_TOLERANCE = 1e-4, 2e-2
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,9 @@ class Lens:
         head: output embeddings, if they are not plain.
         weight: of plain ones, ``[V, d]`` or, with ``ids``, ``[C, d]`` in float32.
         bias: of plain ones, or None.
-        scale: what logits are multiplied with.
-        cap: logits are ``cap · tanh(logits / cap)``; None without.
+        scale, cap: logits are multiplied with the one, and are ``cap · tanh(logits / cap)``; None without.
         ids: tokens whose logits are wanted; None for the vocabulary.
-        device: where residual streams are taken to.
-        dtype: what they are taken to.
+        like: where and as what residual streams are taken in: an empty tensor there.
         vocabulary: V.
     """
 
@@ -60,8 +62,7 @@ class Lens:
     scale: float
     cap: float | None
     ids: Ids | None
-    device: torch.device
-    dtype: torch.dtype
+    like: torch.Tensor
     vocabulary: int
 
     @classmethod
@@ -76,6 +77,8 @@ class Lens:
         Raises:
             ModelError: what comes after the last layer cannot be followed, or gives other logits.
         """
+        from torch import nn
+
         inner = unwrap(model)
         name, _ = list(find_attention_modules(inner, pattern).values())[-1]
         head = inner.get_output_embeddings()
@@ -83,27 +86,25 @@ class Lens:
             raise ModelError(
                 f"logit lens: {type(inner).__name__} has no output embeddings. Leave the lens out."
             )
-        watched = _watch(inner, _last_layer(inner, name), head)
-        plain = _is_plain(head)
-        # a chosen few in float32: rounded to half precision, labels would tie
-        chosen = None if ids is None else list(ids)
-        weight = bias = None
-        if plain:
-            weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-            if chosen is not None:
-                weight, bias = weight[chosen].float(), None if bias is None else bias[chosen].float()
-        scale, cap = _after(inner, watched, head)
+        tail, residual, logits = _watch(inner, _last_layer(inner, name), head)
+        scale, cap = _after(inner, tail, residual, logits, head)
+        # exactly: a quantised or adapted layer is a linear layer to isinstance
+        plain = type(head) is nn.Linear and head.weight.device.type != "meta"
+        weight = head.weight.detach() if plain else None
+        bias = head.bias.detach() if plain and head.bias is not None else None
+        if ids is not None and weight is not None:
+            # a chosen few in float32: rounded to half precision, labels would tie
+            weight, bias = weight[list(ids)].float(), None if bias is None else bias[list(ids)].float()
         return cls(
-            tail=tuple(copy.deepcopy(module).requires_grad_(False) for module in watched.tail),
-            head=None if plain else head,
-            weight=weight,
-            bias=bias,
-            scale=scale,
-            cap=cap,
-            ids=None if ids is None else tuple(ids),
-            device=watched.residual.device,
-            dtype=watched.residual.dtype,
-            vocabulary=watched.logits.shape[-1],
+            tuple(copy.deepcopy(module).requires_grad_(False) for module in tail),
+            None if plain else head,
+            weight,
+            bias,
+            scale,
+            cap,
+            None if ids is None else tuple(ids),
+            residual.new_empty(0),
+            logits.shape[-1],
         )
 
     def logits(self, residual: torch.Tensor) -> torch.Tensor:
@@ -114,11 +115,11 @@ class Lens:
         import torch
 
         with torch.no_grad():
-            states = residual.reshape(1, -1, residual.shape[-1]).to(self.device, self.dtype)
+            states = residual.reshape(1, -1, residual.shape[-1]).to(self.like)
             for module in self.tail:
                 states = module(states)
             if self.weight is not None:
-                states = states.to(self.weight.device, self.weight.dtype)
+                states = states.to(self.weight)
                 raw = torch.nn.functional.linear(states, self.weight, self.bias).float()
             else:
                 assert self.head is not None
@@ -126,21 +127,62 @@ class Lens:
                 raw = raw if self.ids is None else raw[..., list(self.ids)]
             return _capped(raw * self.scale, self.cap).reshape(*residual.shape[:-1], -1)
 
+    def blocks(self, rows: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Logits ``[rows, V]`` of ``[N, d]``, so many rows at once as are to be held."""
+        size = max(1, _BLOCK // self.vocabulary)
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
+            yield part, self.logits(rows[part])
 
-@dataclass
-class _Watched:
-    """What a forward pass did from the last layer on."""
+    def promotes(self, shifts: np.ndarray) -> np.ndarray:
+        """What directions ``[m, d]`` of the residual stream add to the logits on their way straight out.
 
-    tail: list[nn.Module]
-    residual: torch.Tensor  # [1, T, d]
-    logits: torch.Tensor  # [1, T, V], float32
+        They are put through the gains of the final norm (a LayerNorm also removes their mean) and the
+        unembedding. Layers in between, which would make more of them, are left out; so is the length that the
+        norm divides by, the same for all tokens.
+
+        Returns:
+            ``[m, V]``, in standard deviations over the vocabulary from its mean.
+        """
+        import torch
+
+        with torch.no_grad():
+            # scaled, so that half precision does not drown it; only the direction matters
+            directions = torch.from_numpy(shifts / np.maximum(np.abs(shifts).max(1, keepdims=True), 1e-30))
+            states = directions.to(self.like.device, torch.float32)
+            for module in self.tail:
+                states = _linear_part(module, states, self.like.dtype)
+            if self.weight is not None:
+                states = states.to(self.weight.device)
+                # a part of the vocabulary at a time is taken to float32
+                logits = torch.cat([states @ part.float().T for part in self.weight.split(2**14)], dim=1)
+            else:
+                assert self.head is not None
+                silent = torch.zeros_like(states[:1]).to(self.like.dtype)
+                logits = (self.head(states.to(self.like.dtype)) - self.head(silent)).float()
+        scores = logits.double().cpu().numpy()
+        return (scores - scores.mean(1, keepdims=True)) / np.maximum(scores.std(1, keepdims=True), 1e-30)
 
 
-def _is_plain(head: nn.Module) -> bool:
+def _linear_part(module: nn.Module, states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What a module between layers and unembedding does to a direction.
+
+    The gains of a norm are read off what it does to a vector of ones of alternating signs, which has mean
+    square 1 and mean 0: families write them differently (Gemma's are 1 + weight).
+    """
+    import torch
     from torch import nn
 
-    # exactly: a quantised or adapted layer is a linear layer to isinstance
-    return type(head) is nn.Linear and head.weight.device.type != "meta"
+    if isinstance(module, nn.Linear):
+        return states @ module.weight.float().T
+    probe = torch.ones(1, 1, states.shape[-1], device=states.device, dtype=dtype)
+    probe[..., 1::2] = -1
+    plus, minus = module(probe).float(), module(-probe).float()
+    gains = (0.5 * (plus - minus) * probe.float())[0]
+    # a norm that removes the mean does not see what is added to all coordinates
+    if (module(probe + 1).float() - plus).abs().max() < 1e-2 * (plus - minus).abs().max():
+        states = states - states.mean(-1, keepdim=True)
+    return states * gains
 
 
 def _last_layer(inner: nn.Module, name: str) -> nn.Module:
@@ -148,30 +190,26 @@ def _last_layer(inner: nn.Module, name: str) -> nn.Module:
     from torch import nn
 
     layer = layer_of(inner, name)
-    for module in inner.modules():
-        if isinstance(module, nn.ModuleList) and any(child is layer for child in module):
-            return module[-1]
-    raise ModelError(f"logit lens: the layers around {name} stand in no list. Leave the lens out.")
+    lists = (m for m in inner.modules() if isinstance(m, nn.ModuleList) and any(c is layer for c in m))
+    return next(lists)[-1]
 
 
-def _watch(inner: Any, last: nn.Module, head: nn.Module) -> _Watched:
+def _watch(
+    inner: Any, last: nn.Module, head: nn.Module
+) -> tuple[list[nn.Module], torch.Tensor, torch.Tensor]:
+    """After the last layer: modules that ran, residual ``[1, T, d]``, logits ``[1, T, V]``."""
     import torch
 
     residual: list[torch.Tensor] = []
     tail: list[nn.Module] = []
-    reached = False
-    depth = 0
+    reached, depth = False, 0
 
     def before(module: nn.Module, args: Any) -> None:
         nonlocal depth, reached
-        if not residual or reached:
-            return
-        if module is head:
-            reached = True
-            return
-        if depth == 0:
-            tail.append(module)
-        depth += 1
+        reached = reached or (bool(residual) and module is head)
+        if residual and not reached:
+            tail.extend([module] if depth == 0 else [])
+            depth += 1
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         nonlocal depth
@@ -197,10 +235,12 @@ def _watch(inner: Any, last: nn.Module, head: nn.Module) -> _Watched:
             f"logit lens: {type(inner).__name__} does not call its output embeddings after its last layer. "
             "Leave the lens out."
         )
-    return _Watched(tail, residual[0], logits.float())
+    return tail, residual[0], logits.float()
 
 
-def _after(inner: Any, watched: _Watched, head: nn.Module) -> tuple[float, float | None]:
+def _after(
+    inner: Any, tail: Sequence[nn.Module], residual: torch.Tensor, logits: torch.Tensor, head: nn.Module
+) -> tuple[float, float | None]:
     """Factor and soft cap between the output embeddings and the logits.
 
     The factor is measured: families name it differently, and multiply with it or divide by it.
@@ -208,22 +248,19 @@ def _after(inner: Any, watched: _Watched, head: nn.Module) -> tuple[float, float
     import torch
 
     with torch.no_grad(), evaluating(inner):
-        states = watched.residual
-        for module in watched.tail:
-            states = module(states)
-        raw = head(states).float()
-    own = watched.logits.to(raw.device)
-    error = float("inf")
-    best: tuple[float, float | None] = (1.0, None)
+        for module in tail:
+            residual = module(residual)
+        raw = head(residual).float()
+    own = logits.to(raw.device)
+    error, best = float("inf"), (1.0, None)
     if raw.shape == own.shape:
         factor = float((raw * own).sum() / raw.square().sum().clamp_min(1e-30))
         cap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
-        candidates = [(1.0, None), (factor, None), *([(1.0, float(cap))] if cap else [])]
+        candidates: list[Any] = [(1.0, None), (factor, None), *([(1.0, float(cap))] if cap else [])]
         errors = [float((_capped(raw * s, c) - own).abs().max()) for s, c in candidates]
         error = min(errors) / max(float(own.abs().max()), 1e-30)
         best = candidates[errors.index(min(errors))]
-    tolerance = _TOLERANCE if watched.residual.dtype.itemsize >= 4 else _HALF_TOLERANCE
-    if not error <= tolerance:
+    if not error <= (_TOLERANCE if residual.dtype.itemsize >= 4 else _HALF_TOLERANCE):
         raise ModelError(
             f"logit lens: the last norm and output embeddings of {type(inner).__name__} do not give its own "
             "logits; something is done between them that is not known here. Leave the lens out."

@@ -1,21 +1,30 @@
-"""What a model writes when it goes on from plain text: how varied, how certain, with labels in it or not.
+"""What a model makes of plain text: how probable it finds it, and how it goes on.
 
-Continuations are sampled, since greedy ones repeat themselves whatever was trained.
+Perplexity shows what has been forgotten; sampled continuations how varied and how certain a model writes,
+with labels in it or not.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from importlib.resources import files
 from itertools import combinations
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ia2.console import progress
+from ia2.errors import DataError
 from ia2.generation import cut_answer, refusing_nan
 from ia2.inference import answer_pass
+from ia2.readers import READERS, read_file
+from ia2.rows import bad_rows
 from ia2.tokens import Ids, encode_prompt, pad_id
 from ia2.traits import end_ids, evaluating, greedy, input_device
+from ia2.user_files import read_text, user_path
+from ia2.wording import names_of, type_name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,6 +32,84 @@ if TYPE_CHECKING:
 
 # Continuations that are sampled together. Fixed, since what is drawn depends on it.
 _SAMPLED_ROWS = 32
+
+
+def plain_texts(path: str | Path | None = None) -> list[str]:
+    """Texts of a file, in order; without one, forty packaged paragraphs of English prose.
+
+    Args:
+        path: rows (``.jsonl``, ``.csv``, ``.parquet``) with the column ``text``, or any other file as plain
+            text with blank lines between texts. A line break within a text is kept.
+
+    Raises:
+        DataError: no such file, not UTF-8, a row without a text, or no text at all. One line.
+    """
+    if path is None:
+        return _paragraphs((files("ia2") / "data" / "plain_text.txt").read_text(encoding="utf-8"))
+    file = user_path(path)
+    if file.suffix.lower() not in READERS:
+        texts = _paragraphs(read_text(file))
+    else:
+        read = [(source, row, _problem(row) if why is None else why) for source, row, why in read_file(file)]
+        if bad := [f"{source}: {why}" for source, _, why in read if why is not None]:
+            raise bad_rows(str(file), bad)
+        texts = [str(row["text"]) for _, row, _ in read]
+    if not texts:
+        raise DataError(f"{file}: there is no text in it. Write texts with a blank line between them.")
+    return texts
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
+
+
+def _problem(row: Any) -> str | None:
+    if not isinstance(row, dict):
+        return f"not an object with columns but {type_name(row)}"
+    if "text" not in row:
+        return f"no column 'text'; there are {names_of(list(map(str, row))) or 'none'}"
+    text = row["text"]
+    if isinstance(text, str) and text.strip():
+        return None
+    return f"'text' is {'empty' if isinstance(text, str) else type_name(text)}"
+
+
+def perplexity(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], window: int
+) -> np.ndarray:
+    """Negative log-likelihood of plain texts, every token given those before it.
+
+    The very first token (the begin-of-sequence token, where the tokenizer has one) is given, not scored. A
+    text longer than the window is cut into pieces; each begins with the last token of the one before.
+
+    Args:
+        model: as it is to be measured.
+        tokenizer: its tokenizer.
+        texts: plain texts.
+        window: tokens that are fed at once, at least 1.
+
+    Returns:
+        Sum in nats and number of scored tokens of each text, ``[n, 2]``.
+    """
+    import torch
+
+    found = np.zeros((len(texts), 2))
+    pieces: list[tuple[Ids, Ids]] = []
+    owners: list[int] = []
+    for n, text in enumerate(texts):
+        ids = encode_prompt(tokenizer, text, f"text {n + 1}")
+        for start in range(0, len(ids) - 1, window):
+            pieces.append(((ids[start],), ids[start + 1 : start + window + 1]))
+            owners.append(n)
+    for output in answer_pass(model, tokenizer, pieces, description="perplexity"):
+        assert output.logits is not None
+        answer = torch.tensor(pieces[output.index][1])
+        log_p = output.logits.log_softmax(-1).gather(1, answer[:, None])
+        found[owners[output.index]] += (-float(log_p.double().sum()), len(answer))
+    return found
+
+
+# ------------------------------------------------------------------------------------- continuations
 
 DIVERSITY = {
     "distinct_1": "share of a continuation's tokens that are different ones",
@@ -54,6 +141,8 @@ def diversity(
 ) -> dict[str, np.ndarray]:
     """What a model writes when it goes on from the openings of plain texts, drawn at temperature 1.
 
+    Continuations are sampled, since greedy ones repeat themselves whatever was trained.
+
     Args:
         model: as it is to be measured.
         tokenizer: its tokenizer.
@@ -70,24 +159,32 @@ def diversity(
     Raises:
         ValueError: openings of different lengths, or fewer than two samples.
     """
+    import torch
+
     if samples < 2 or len({len(prompt) for prompt in prompts}) > 1:
         raise ValueError("diversity takes openings of one length, and at least two samples of each")
     asked = [prompt for prompt in prompts for _ in range(samples)]
     written = list(_sampled(model, tokenizer, asked, seed, max_new_tokens))
-    rows: dict[str, np.ndarray] = {
-        "distinct_1": np.array([_distinct(ids, 1) for _, ids, _ in written]),
-        "distinct_2": np.array([_distinct(ids, 2) for _, ids, _ in written]),
-        "repeated_4": np.array([1 - _distinct(ids, 4) for _, ids, _ in written]),
-        "entropy": _entropies(model, tokenizer, asked, [whole for whole, _, _ in written]),
-        "length": np.array([float(len(ids)) for _, ids, _ in written]),
+    entropy = np.zeros(len(asked))
+    pairs = [(prompt, whole) for prompt, (whole, _, _) in zip(asked, written, strict=True)]
+    for output in answer_pass(model, tokenizer, pairs, description="entropy"):
+        assert output.logits is not None
+        # at the positions that predict the continuation
+        entropy[output.index] = float(torch.special.entr(output.logits.softmax(-1)).sum(-1).mean())
+    rows: dict[str, Any] = {
+        "distinct_1": [_distinct(ids, 1) for _, ids, _ in written],
+        "distinct_2": [_distinct(ids, 2) for _, ids, _ in written],
+        "repeated_4": [1 - _distinct(ids, 4) for _, ids, _ in written],
+        "entropy": entropy,
+        "length": [float(len(ids)) for _, ids, _ in written],
     }
     if labels:
-        rows["leak"] = np.array([float(begins_with_label(text, labels)) for _, _, text in written])
-    found = {name: values.reshape(-1, samples).mean(1) for name, values in rows.items()}
-    pairs = [{*_runs(ids, 2)} for _, ids, _ in written]
-    groups = [pairs[start : start + samples] for start in range(0, len(pairs), samples)]
+        rows["leak"] = [float(begins_with_label(text, labels)) for _, _, text in written]
+    found = {name: np.reshape(values, (-1, samples)).mean(1) for name, values in rows.items()}
+    runs = [{*_runs(ids, 2)} for _, ids, _ in written]
+    groups = [runs[start : start + samples] for start in range(0, len(runs), samples)]
     found["self_similarity"] = np.array(
-        [np.mean([_jaccard(a, b) for a, b in combinations(group, 2)]) for group in groups]
+        [np.mean([len(a & b) / len(a | b) if a | b else 1.0 for a, b in combinations(g, 2)]) for g in groups]
     )
     return {name: found[name] for name in DIVERSITY if name in found}
 
@@ -133,20 +230,6 @@ def _sampled(
             bar.advance(len(ids))
 
 
-def _entropies(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Ids], written: Sequence[Ids]
-) -> np.ndarray:
-    """Mean entropy at the positions that predict each continuation, ``[n]`` nats."""
-    import torch
-
-    found = np.zeros(len(prompts))
-    pairs = list(zip(prompts, written, strict=True))
-    for output in answer_pass(model, tokenizer, pairs, description="entropy"):
-        assert output.logits is not None
-        found[output.index] = float(torch.special.entr(output.logits.softmax(-1)).sum(-1).mean())
-    return found
-
-
 def _runs(ids: Ids, n: int) -> list[Ids]:
     return [ids[start : start + n] for start in range(len(ids) - n + 1)]
 
@@ -156,12 +239,12 @@ def _distinct(ids: Ids, n: int) -> float:
     return len(set(runs)) / len(runs) if runs else 1.0
 
 
-def _jaccard(a: set[Ids], b: set[Ids]) -> float:
-    return len(a & b) / len(a | b) if a | b else 1.0
-
-
 def begins_with_label(text: str, labels: Sequence[str]) -> bool:
-    """Whether a text begins with a whole label, whatever its case and the white space before it."""
+    """Whether a text begins with a whole label, whatever its case and the white space before it.
+
+    >>> begins_with_label(" Positive thoughts", [" positive"]), begins_with_label("positively", [" positive"])
+    (True, False)
+    """
     begun = text.lstrip().lower()
     names = [label.strip().lower() for label in labels]
     return any(name and begun.startswith(name) and not begun[len(name) :][:1].isalnum() for name in names)

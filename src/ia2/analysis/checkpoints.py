@@ -1,11 +1,8 @@
-"""Trained adapters in run folders, grouped by what they were trained on: whom an analysis looks at.
-
-A *trial* is one training set (a seed, or a fold of one) with the adapters of all recipes that were trained
-on it, and the queries that they are looked at on.
-"""
+"""Checkpoints: trained adapters in run folders, grouped by the training set they were trained on."""
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,9 +23,12 @@ from ia2.rounds import drawn_test, rounds_of
 from ia2.runs import check_outputs, not_finished, read_run_file, say_unchecked, settings_of
 from ia2.stages import plan, stage_place
 
+_Config = TrainConfig | CompareConfig
+_Read = tuple[_Config, Examples, "list[TrainingSet]"]
+
 
 @dataclass(frozen=True)
-class Subject:
+class Checkpoint:
     """A trained adapter.
 
     Attributes:
@@ -47,19 +47,18 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One training set, what was trained on it, and the queries.
+class TrainingSet:
+    """A seed, or a fold of one: its examples, what was trained on them, and the queries.
 
     Attributes:
         place: its folder.
-        seed: of the draw.
-        fold: of a cross-fitted comparison.
+        seed, fold: of the draw; the fold of a cross-fitted comparison only.
         data: training and dev examples.
         others: labelled rows that are neither training examples nor queries.
         queries: labelled rows to look at.
-        places: of the queries in their data, which tells whether trials share them.
+        places: of the queries in their data, which tells whether training sets share them.
         config: settings of task and contexts.
-        subjects: in the order of the recipes.
+        checkpoints: in the order of the recipes.
     """
 
     place: Path
@@ -69,37 +68,53 @@ class Trial:
     others: tuple[Example, ...]
     queries: Examples
     places: tuple[int, ...]
-    config: AdaptConfig
-    subjects: tuple[Subject, ...]
+    config: _Config
+    checkpoints: tuple[Checkpoint, ...]
+
+    def __str__(self) -> str:
+        return f"seed {self.seed}" if self.fold is None else f"seed {self.seed}, fold {self.fold}"
+
+    def other_demonstrations(self) -> Examples | None:
+        """As many other labelled rows as there are training examples, or None if there are too few.
+
+        None too where the context is no demonstrations.
+        """
+        config, train = self.config, self.data.train
+        if config.context_text or config.context_file or config.context_column or config.context_function:
+            return None
+        if len(self.others) < len(train):
+            return None
+        draw = random.Random(f"other demonstrations {self.seed}")
+        return Examples(draw.sample(list(self.others), len(train)), name=train.name)
 
 
 @dataclass(frozen=True)
-class Study:
-    """Trials on one base model and one data set.
+class Found:
+    """Training sets of one base model and one data set.
 
     Attributes:
         model: as the runs name it.
         identity: what it is.
         config: settings of the first run: model, data, task.
         examples: all labelled rows that the first run was given; they settle the task.
-        trials: by seed and fold.
+        sets: by seed and fold.
         queries_of: where the queries come from.
     """
 
     model: str
     identity: dict[str, Any]
-    config: TrainConfig | CompareConfig
+    config: _Config
     examples: Examples
-    trials: tuple[Trial, ...]
+    sets: tuple[TrainingSet, ...]
     queries_of: str
 
     @property
     def names(self) -> list[str]:
-        """Of all subjects, each once, in order."""
-        return list(dict.fromkeys(subject.name for trial in self.trials for subject in trial.subjects))
+        """Of all checkpoints, each once, in order."""
+        return list(dict.fromkeys(checkpoint.name for each in self.sets for checkpoint in each.checkpoints))
 
 
-def find_study(
+def find_checkpoints(
     folders: Sequence[Path],
     *,
     data: str | None = None,
@@ -108,7 +123,7 @@ def find_study(
     max_queries: int | None = None,
     only: Sequence[str] = (),
     code: Mapping[str, Any] | None = None,
-) -> Study:
+) -> Found:
     """What is to be analysed in these folders.
 
     Args:
@@ -117,8 +132,8 @@ def find_study(
             run has none).
         split: of ``data``, where it is a hub data set or a folder.
         data_config: configuration of ``data``, where it is one of these.
-        max_queries: at most so many rows of each trial, drawn once.
-        only: names of the adapters to look at; empty for all.
+        max_queries: at most so many rows of each training set, drawn once.
+        only: names of the checkpoints to look at; empty for all.
         code: what the runs may name (see :func:`ia2.config_reading.refuse_code`).
 
     Raises:
@@ -129,28 +144,31 @@ def find_study(
     from ia2.adaptation import run_format
 
     runs = [run for folder in folders for run in find_runs(folder)]
-    found = [_trials_of(run, part, code or {}) for run, part in runs]
+    read = [_read(run, part, code or {}) for run, part in runs]
     identities = [_identity(run) for run, _ in runs]
-    config, examples, _ = found[0]
-    for (folder_config, _, trials), identity in zip(found[1:], identities[1:], strict=True):
-        _check_same(config, folder_config, trials[0].place)
-        _check_same_model((config.model, identities[0]), (folder_config.model, identity), trials[0].place)
-    trials = _merged([trial for _, _, own in found for trial in own])
+    config, examples, _ = read[0]
+    for (other, _, sets), identity in zip(read[1:], identities[1:], strict=True):
+        _check_same((config, identities[0]), (other, identity), sets[0].place)
+    sets = _merged([each for _, _, own in read for each in own])
     queries_of = config.test_data or config.data or "the runs' rows"
     if data is not None:
         rows = Examples.load(data, split=split, config=data_config, format=run_format(config), labelled=True)  # type: ignore[arg-type]
-        places = tuple(range(len(rows)))
-        trials = [replace(trial, queries=rows, places=places) for trial in trials]
+        sets = [replace(each, queries=rows, places=tuple(range(len(rows)))) for each in sets]
         queries_of = data
-    trials = [_drawn(trial, max_queries) for trial in _chosen(trials, only)]
-    for trial in trials:
-        _check_queries(trial)
-    return Study(config.model, identities[0], config, examples, tuple(trials), queries_of)
+    sets = [_drawn(each, max_queries) for each in _chosen(sets, only)]
+    for each in sets:
+        known = {row.query for row in each.data.train}
+        if inside := sum(row.query in known for row in each.queries):
+            logger.warning(
+                "%s: %d of the %d queries are training examples: their answers stand in their own context.",
+                each.place,
+                inside,
+                len(each.queries),
+            )
+    return Found(config.model, identities[0], config, examples, tuple(sets), queries_of)
 
 
-def _trials_of(
-    run: Path, part: str, code: Mapping[str, Any]
-) -> tuple[TrainConfig | CompareConfig, Examples, list[Trial]]:
+def _read(run: Path, part: str, code: Mapping[str, Any]) -> _Read:
     if not (run / RUN_FILE).is_file():
         raise RunFolderError(f"{run}: only results are there, no adapters ({RUN_FILE} is missing).")
     facts = read_run_file(run)
@@ -164,10 +182,7 @@ def _trials_of(
     raise RunFolderError(f"{run}: a run of another kind ({facts.get('kind')}) than train or compare.")
 
 
-# ---------------------------------------------------------------------------------------- ia2 train
-
-
-def _of_training(run: Path, facts: dict[str, Any]) -> tuple[TrainConfig, Examples, list[Trial]]:
+def _of_training(run: Path, facts: dict[str, Any]) -> _Read:
     from ia2.adaptation import load_examples, load_test_examples
 
     if not (run / "metrics.json").is_file():
@@ -175,45 +190,28 @@ def _of_training(run: Path, facts: dict[str, Any]) -> tuple[TrainConfig, Example
     config = settings_of(TrainConfig, run, facts)
     examples = load_examples(config)
     data = examples.split(seed=config.seed, **config.drawn)
-    known = facts["data"]
-    _check_unchanged(run, config.data, data.train, known["train"])
+    _check_unchanged(run, config.data, data.train, facts["data"]["train"])
     test = load_test_examples(config)
     queries = data.dev if test is None else test
     if not len(queries):
         raise DataError(f"{run}: the run had neither test nor dev rows. Name rows with --data.")
     check_outputs(run)
     metrics = read_json(run / "metrics.json")
-    subjects = [Subject(config.recipe, config.recipe, config.seed, config, run)]
     stages = plan(config.recipe, config)
+    found = []
     for number in range(1, len(stages)):
         # what the stages before the last one left: whether the last one undid it
-        chain = [stage.label for stage in stages[:number]]
         place = stage_place(stages[:number], metrics["learning_rate"], metrics.get("beta"), alone=True)
-        folder = run / place
-        if (folder / "stage.json").is_file():
-            name = f"{config.recipe}:{'-'.join(chain)}"
-            subjects.insert(number - 1, Subject(name, config.recipe, config.seed, config, folder))
-    places = tuple(range(len(queries)))
-    trial = Trial(
-        run,
-        config.seed,
-        None,
-        data,
-        tuple(_others(examples, data, queries)),
-        queries,
-        places,
-        config,
-        tuple(subjects),
-    )
-    return config, examples, [trial]
+        if (run / place / "stage.json").is_file():
+            name = f"{config.recipe}:{'-'.join(stage.label for stage in stages[:number])}"
+            found.append(Checkpoint(name, config.recipe, config.seed, config, run / place))
+    found.append(Checkpoint(config.recipe, config.recipe, config.seed, config, run))
+    others, places = _others(examples, data, queries), tuple(range(len(queries)))
+    made = TrainingSet(run, config.seed, None, data, others, queries, places, config, tuple(found))
+    return config, examples, [made]
 
 
-# -------------------------------------------------------------------------------------- ia2 compare
-
-
-def _of_comparison(
-    run: Path, facts: dict[str, Any], part: str
-) -> tuple[CompareConfig, Examples, list[Trial]]:
+def _of_comparison(run: Path, facts: dict[str, Any], part: str) -> _Read:
     from ia2.adaptation import load_examples, load_test_examples
 
     config = settings_of(CompareConfig, run, facts)
@@ -225,32 +223,30 @@ def _of_comparison(
     if test is not None:
         _check_unchanged(run, config.test_data, test, facts["data"]["test"])
     summary = read_json(run / "compare.json") if (run / "compare.json").is_file() else {}
-    diverged = summary.get("diverged", {})
-    trials = []
+    sets = []
     for current in rounds_of(examples, test, config, run):
         place = current.folder.relative_to(run).as_posix()
         if part and not (place == part or place.startswith(f"{part}/")):
             continue
-        subjects = tuple(_arms_of(current.folder, config, current.seed, diverged))
-        others = tuple(_others(examples, current.data, current.test))
-        settings = config.model_copy(update={"seed": current.seed})
-        trials.append(
-            Trial(
+        sets.append(
+            TrainingSet(
                 current.folder,
                 current.seed,
                 current.fold,
                 current.data,
-                others,
+                _others(examples, current.data, current.test),
                 current.test,
                 tuple(current.places),
-                settings,
-                subjects,
+                config.model_copy(update={"seed": current.seed}),
+                tuple(_arms_of(current.folder, config, current.seed, summary.get("diverged", {}))),
             )
         )
-    return config, examples, trials
+    return config, examples, sets
 
 
-def _arms_of(folder: Path, config: CompareConfig, seed: int, diverged: Container[str]) -> Iterator[Subject]:
+def _arms_of(
+    folder: Path, config: CompareConfig, seed: int, diverged: Container[str]
+) -> Iterator[Checkpoint]:
     for arm in arms(config):
         stages = plan(arm.recipe, arm.config) if arm.recipe not in ("base", "icl") else []
         if not stages:
@@ -270,72 +266,60 @@ def _arms_of(folder: Path, config: CompareConfig, seed: int, diverged: Container
             # a comparison does not keep fully fine-tuned models
             logger.warning("%s: %s has no weights there; it is left out.", folder, arm.name)
             continue
-        settings = arm.config.model_copy(update={"seed": seed})
-        yield Subject(arm.name, arm.recipe, seed, settings, weights)
+        yield Checkpoint(arm.name, arm.recipe, seed, arm.config.model_copy(update={"seed": seed}), weights)
 
 
 # ------------------------------------------------------------------------------------------ together
 
 
-def _merged(trials: Sequence[Trial]) -> list[Trial]:
-    """Training runs on the same examples are one trial; what has one name twice is told apart by folder."""
-    groups: dict[str, Trial] = {}
-    for trial in trials:
-        key = digest([trial.data.train.fingerprint, trial.data.dev.fingerprint, trial.seed, trial.fold])
+def _merged(sets: Sequence[TrainingSet]) -> list[TrainingSet]:
+    """Training runs on the same examples are one set; what has one name twice is told apart by folder."""
+    groups: dict[str, TrainingSet] = {}
+    for each in sets:
+        key = digest([each.data.train.fingerprint, each.data.dev.fingerprint, each.seed, each.fold])
         if (known := groups.get(key)) is None:
-            groups[key] = trial
+            groups[key] = each
             continue
-        if known.queries.fingerprint != trial.queries.fingerprint:
+        if known.queries.fingerprint != each.queries.fingerprint:
             raise ConfigError(
-                f"{trial.place}: trained on the same examples as {known.place}, but with other test rows. "
+                f"{each.place}: trained on the same examples as {known.place}, but with other test rows. "
                 "Name the rows to look at with --data."
             )
-        taken = Counter(subject.name for subject in known.subjects)
+        taken = Counter(checkpoint.name for checkpoint in known.checkpoints)
         own = [
-            replace(s, name=f"{s.name}@{trial.place.name}") if taken[s.name] else s for s in trial.subjects
+            replace(c, name=f"{c.name}@{each.place.name}") if taken[c.name] else c for c in each.checkpoints
         ]
-        groups[key] = replace(known, subjects=(*known.subjects, *own))
-    found = sorted(groups.values(), key=lambda trial: (trial.seed, -1 if trial.fold is None else trial.fold))
-    if not any(trial.subjects for trial in found):
+        groups[key] = replace(known, checkpoints=(*known.checkpoints, *own))
+    found = sorted(groups.values(), key=lambda each: (each.seed, -1 if each.fold is None else each.fold))
+    if not any(each.checkpoints for each in found):
         raise RunFolderError(f"{found[0].place}: no trained adapter there.")
     return found
 
 
-def _chosen(trials: Sequence[Trial], only: Sequence[str]) -> list[Trial]:
+def _chosen(sets: Sequence[TrainingSet], only: Sequence[str]) -> list[TrainingSet]:
     if not only:
-        return list(trials)
-    known = list(dict.fromkeys(subject.name for trial in trials for subject in trial.subjects))
+        return list(sets)
+    known = list(dict.fromkeys(checkpoint.name for each in sets for checkpoint in each.checkpoints))
     for name in only:
         if name not in known:
             there = f" There are {', '.join(known)}."
             raise ConfigError(f"adapters: there is no '{name}'.{suggest(name, known) or there}")
-    return [replace(t, subjects=tuple(s for s in t.subjects if s.name in only)) for t in trials]
+    return [replace(s, checkpoints=tuple(c for c in s.checkpoints if c.name in only)) for s in sets]
 
 
-def _others(examples: Examples, data: FewShotSplit, queries: Sequence[Example]) -> Iterator[Example]:
+def _others(examples: Examples, data: FewShotSplit, queries: Sequence[Example]) -> tuple[Example, ...]:
     """Rows that can be demonstrations instead of the training examples."""
     used = {(row.query, row.answer) for part in (data.train, queries) for row in part}
-    return (row for row in examples if (row.query, row.answer) not in used)
+    return tuple(row for row in examples if (row.query, row.answer) not in used)
 
 
-def _drawn(trial: Trial, count: int | None) -> Trial:
-    if count is None or count >= len(trial.queries):
-        return trial
-    logger.info("%s: looking at %d of %d queries, drawn once.", trial.place, count, len(trial.queries))
-    where = {id(row): place for row, place in zip(trial.queries, trial.places, strict=True)}
-    rows = drawn_test(trial.queries, count)
-    return replace(trial, queries=rows, places=tuple(where[id(row)] for row in rows))
-
-
-def _check_queries(trial: Trial) -> None:
-    known = {row.query for row in trial.data.train}
-    if inside := sum(row.query in known for row in trial.queries):
-        logger.warning(
-            "%s: %d of the %d queries are training examples: their answers stand in their own context.",
-            trial.place,
-            inside,
-            len(trial.queries),
-        )
+def _drawn(each: TrainingSet, count: int | None) -> TrainingSet:
+    if count is None or count >= len(each.queries):
+        return each
+    logger.info("%s: looking at %d of %d queries, drawn once.", each.place, count, len(each.queries))
+    where = {id(row): place for row, place in zip(each.queries, each.places, strict=True)}
+    rows = drawn_test(each.queries, count)
+    return replace(each, queries=rows, places=tuple(where[id(row)] for row in rows))
 
 
 def _check_unchanged(run: Path, source: str | None, rows: Examples, fingerprint: str) -> None:
@@ -346,28 +330,20 @@ def _check_unchanged(run: Path, source: str | None, rows: Examples, fingerprint:
         )
 
 
-def _check_same(first: TrainConfig | CompareConfig, other: TrainConfig | CompareConfig, place: Path) -> None:
-    for name in ("task", "labels", "chat", "separator", "max_answer_tokens"):
-        mine, its = getattr(first, name), getattr(other, name)
-        if mine != its:
-            raise ConfigError(
-                f"{place}: {name} is {its!r}, that of the first run is {mine!r}. Analyse them one by one."
-            )
-
-
 def _identity(run: Path) -> dict[str, Any]:
     facts = read_run_file(run)
     with understood(run):
         return dict(facts["data"]["model"])
 
 
-_Model = tuple[str, dict[str, Any]]
-
-
-def _check_same_model(first: _Model, other: _Model, place: Path) -> None:
-    """By content: the same model may lie elsewhere."""
-    if differing := differences(first[1], other[1]):
-        raise ConfigError(
-            f"{place}: model is {other[0]!r}, that of the first run is {first[0]!r}; these differ: "
-            f"{', '.join(differing)}. Analyse them one by one."
-        )
+def _check_same(first: tuple[_Config, Any], other: tuple[_Config, Any], place: Path) -> None:
+    """Settings of the task, and the model: by content, since the same one may lie elsewhere."""
+    differing = differences(first[1], other[1])
+    for name in ("model", "task", "labels", "chat", "separator", "max_answer_tokens"):
+        mine, its = getattr(first[0], name), getattr(other[0], name)
+        if differing if name == "model" else mine != its:
+            which = f"; these differ: {', '.join(differing)}" if name == "model" else ""
+            raise ConfigError(
+                f"{place}: {name} is {its!r}, that of the first run is {mine!r}{which}. "
+                "Analyse them one by one."
+            )
