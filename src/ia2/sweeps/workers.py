@@ -13,6 +13,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -161,15 +162,14 @@ def _serve(connection: Connection, work: Path, keep: bool, threads: int) -> None
     torch.set_num_threads(threads)
     configure(quiet=True)  # what dependencies have to say is for nobody
     with muted():
-        while True:
-            try:
+        # a parent that was interrupted has closed its end, while a unit is waited for or an event sent
+        with suppress(EOFError, BrokenPipeError):
+            while True:
                 unit = connection.recv()
-            except EOFError:
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is leaving
-                return
-            for event in run_unit(unit, work, keep=keep):
-                connection.send(event)
-            connection.send(None)
+                for event in run_unit(unit, work, keep=keep):
+                    connection.send(event)
+                connection.send(None)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is leaving
 
 
 def _leave(*_: Any) -> None:
