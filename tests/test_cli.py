@@ -85,11 +85,12 @@ def options_of(kind: type[AdaptConfig], leave_out: tuple[str, ...] = ()) -> list
     return flags
 
 
+NOT_PROBED = ("recipe", "unlabelled", "max_unlabelled", "unlabelled_split", "selection")
 OPTIONS = {
     "train": [*options_of(TrainConfig), "--config", "--json", "--quiet", "--overwrite"],
     "compare": [*options_of(CompareConfig, ("recipe",)), "--config", "--json", "--quiet", "--overwrite"],
     "curve": [*options_of(CurveConfig, ("recipe", "num_examples", "folds")), "--config", "--json", "--quiet"],
-    "probe": [*options_of(ProbeConfig, ("recipe",)), "--config", "--json", "--quiet"],
+    "probe": [*options_of(ProbeConfig, NOT_PROBED), "--config", "--json", "--quiet"],
     "eval": ["--adapter", "--data", "--split", "--output", "--device", "--json", "--quiet"],
     "predict": ["--adapter", "--data", "--split", "--output", "--device", "--json", "--quiet"],
     "demo": ["--output-dir", "--model", "--seeds", "--json", "--quiet", "--overwrite"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from benches import clone, icl_base, icl_examples
 
 from ia2.adaptation import adapt
 from ia2.config import AdaptConfig, ProbeConfig, TrainConfig
-from ia2.errors import DataError, RunFolderError
+from ia2.errors import ConfigError, DataError, RunFolderError
 from ia2.evaluation.headroom import judge
 from ia2.examples import Example, Examples
 from ia2.models import BaseModel
@@ -166,6 +167,26 @@ def test_auto_learns_from_no_teacher_that_guesses(
     chosen, reason = choose_recipe(base, icl_examples(4), AdaptConfig(unlabelled=unlabelled))
     assert chosen == recipe
     assert (reason == found.reason) if unlabelled else ("25.0%" in reason and "--unlabelled" in reason)
+
+
+def test_rows_that_nothing_learns_from(base: BaseModel, caplog: pytest.LogCaptureFixture) -> None:
+    """Refused where the user named the recipe; where it was chosen, told, and counted nowhere."""
+    more = Examples([Example(r.query, None, r.source) for r in icl_examples(20, seed=9)], name="more")
+    config = TrainConfig(sft={"epochs": 1}, learning_rates=[3e-3])
+    with caplog.at_level(logging.INFO, "ia2"):
+        found = adapt(clone(base), shuffled(17), config, unlabelled=more).metrics
+    assert found["recipe"] == "sft" and "num_unlabelled" not in found
+    assert any("unlabelled rows are not used" in message for message in caplog.messages)
+    with pytest.raises(ConfigError, match="'sft' learns nothing from unlabelled rows"):
+        adapt(clone(base), shuffled(17), config.model_copy(update={"recipe": "sft"}), unlabelled=more)
+
+
+def test_a_file_of_settings_for_training_serves_a_probe(base: BaseModel) -> None:
+    """What it says of unlabelled rows and of selection is not for a probe, and its rate for SFT is."""
+    config = ProbeConfig(unlabelled="more.jsonl", selection="folds", sft={"learning_rate": 2e-3})
+    found = probe(base, icl_examples(9), config)
+    assert found.facts["sft"]["rate"] == 2e-3
+    assert found.facts["cost"]["num_train"] == 6
 
 
 def test_auto_does_not_probe_two_rows(base: BaseModel) -> None:

@@ -24,6 +24,7 @@ from ia2.report.tables import (
     comparison_markdown,
     difference_lines,
     mean_of,
+    rates,
     seconds,
 )
 from ia2.task import Task
@@ -371,3 +372,10 @@ def test_without_matplotlib_there_is_no_figure(
         assert try_comparison_figure(summary(), tmp_path) is None
     assert "pip install 'ia2[report]'" in caplog.text
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("selected_by", "said"), [("dev loss", "rate 0.001 by dev loss"), (None, "rate 0.001")]
+)
+def test_a_rate_that_nothing_chose_is_only_named(selected_by: str | None, said: str) -> None:
+    assert rates({"learning_rates": {"lora": [1e-3]}, "selected_by": selected_by}) == said

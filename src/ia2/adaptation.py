@@ -22,7 +22,7 @@ from ia2.files import atomic_files, digest, read_json, write_json, write_text
 from ia2.manifest import RUN_FILE, begin
 from ia2.models import BaseModel, load_base
 from ia2.prompts import ContextFunction
-from ia2.recipes import AUTO, METHOD, TRAINED, is_trained
+from ia2.recipes import AUTO, METHOD, TRAINED, UNLABELLED, is_trained
 from ia2.report.card import model_card
 from ia2.runs import (
     REMADE,
@@ -127,8 +127,12 @@ def adapt(
     if more := distinct_from(unlabelled, config.unlabelled, [data.train, data.dev, test]):
         data = with_unlabelled(data, more, config.max_unlabelled, config.seed)
         config = config.model_copy(update={"unlabelled": config.unlabelled or more.name})
-    if config.recipe != AUTO:
-        plan(config.recipe, config)  # refuses stages that lack their rows, before the model is loaded
+    # stages that lack their rows, and rows that no stage learns from, are refused before the model is loaded
+    if config.recipe != AUTO and not _uses_unlabelled(config) and len(data.unlabelled):
+        raise ConfigError(
+            f"recipe '{config.recipe}' learns nothing from unlabelled rows. Leave out --unlabelled, or "
+            "choose a recipe such as ia2-sft."
+        )
     base = load_base_of(model, config)
     content = {
         "train": data.train.fingerprint,
@@ -142,6 +146,9 @@ def adapt(
         folder = None if output_dir is None else Path(output_dir)
         choice = _choice(base, _joined(data), config, content, folder, overwrite, context)
         config = config.model_copy(update={"recipe": choice["recipe"]})
+        if len(data.unlabelled) and not _uses_unlabelled(config):
+            logger.info("The unlabelled rows are not used: %s learns nothing from them.", config.recipe)
+            data = FewShotSplit(data.train, data.dev)
     config = fitted(config.recipe, config)
     facts = {"config": _settings(base, config), "data": content}
     template = getattr(config, "prompt_template", None)
@@ -173,6 +180,10 @@ def adapt(
         except BaseException:
             bench.close()
             raise
+
+
+def _uses_unlabelled(config: AdaptConfig) -> bool:
+    return any(UNLABELLED in stage.rows for stage in plan(config.recipe, config))
 
 
 def _choice(

@@ -408,7 +408,7 @@ def _summary(
             "advice": [list(each) for each in task.advice],
             "single_token": task.single_token,
             "learning_rates": _rates(every),
-            "selected_by": "dev loss",
+            "selected_by": {"dev": "dev loss", "last": None}.get(config.selection, "loss of the folds"),
             "icl_demonstrations": _context_of(config),
         },
         "recipes": recipes,

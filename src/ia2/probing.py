@@ -81,6 +81,8 @@ def probe(
         UserError: a mistake in data, settings or model.
     """
     config = config or ProbeConfig()
+    # a file of settings may be one for training
+    config = config.model_copy(update={"unlabelled": None, "selection": "dev"})
     base = load_base_of(model, config)
     task = make_task(examples, config, base.tokenizer, config.prompt_template)
     limit = min(config.num_examples or len(examples), config.max_queries)
@@ -129,7 +131,7 @@ def choose_recipe(
     if len(examples) < FOLDS:
         return METHOD, f"{len(examples)} rows are too few to probe."
     given = {k: v for k, v in config.model_dump().items() if k in ProbeConfig.model_fields}
-    settings = ProbeConfig(**{**given, "recipe": METHOD, "num_examples": None, "unlabelled": None})
+    settings = ProbeConfig(**{**given, "recipe": METHOD, "num_examples": None})
     found = probe(base, examples, settings, context)
     if found.verdict == _WORDS["no"]:
         return PLAIN, found.reason
@@ -299,7 +301,8 @@ def _held_out(bench: Workbench, rows: Examples) -> _Tried | None:
             return None
         finally:
             fold.close()
-    about = {"folds": FOLDS, "rows": smallest, "steps": epochs * per_epoch, "rate": bench.learning_rates[0]}
+    rate = config.sft.learning_rate or bench.learning_rates[0]
+    about = {"folds": FOLDS, "rows": smallest, "steps": epochs * per_epoch, "rate": rate}
     return _Tried(found["icl"], found["sft"], about)
 
 

@@ -8,7 +8,10 @@ from ia2.cli.options import Json, Quiet, with_settings
 from ia2.config import ProbeConfig
 
 
-@with_settings(ProbeConfig, leave_out=("recipe",))
+# it trains nothing on unlabelled rows, and chooses nothing
+@with_settings(
+    ProbeConfig, leave_out=("recipe", "unlabelled", "max_unlabelled", "unlabelled_split", "selection")
+)
 def probe(config: ProbeConfig, json: Json = False, quiet: Quiet = False) -> None:
     """Will IA2 help here? ICL against quick fine-tuning and the bare model on your rows, and the cost."""
     from ia2.cli.output import print_json, start

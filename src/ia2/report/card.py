@@ -74,7 +74,7 @@ def model_card(metrics: dict[str, Any], facts: dict[str, Any], task: Task) -> st
 
 
 def _chosen(metrics: dict[str, Any]) -> str:
-    return f" Chosen by a probe: {metrics['chosen_because']}" if "chosen_because" in metrics else ""
+    return f" Why this recipe: {metrics['chosen_because']}" if "chosen_because" in metrics else ""
 
 
 def _unlabelled(metrics: dict[str, Any]) -> str:

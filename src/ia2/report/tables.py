@@ -121,7 +121,7 @@ def _diverged(found: dict[str, str]) -> list[str]:
 
 
 def rates(design: dict[str, Any]) -> str:
-    """``rate 0.001 by dev loss``, by adapter type where they differ."""
+    """``rate 0.001 by dev loss``, by adapter type where they differ; only the rate where nothing chose."""
     tried = {
         kind: "/".join(f"{rate:g}" for rate in rates) for kind, rates in design["learning_rates"].items()
     }
@@ -130,7 +130,7 @@ def rates(design: dict[str, Any]) -> str:
     shown = next(iter(tried.values()))
     if len(set(tried.values())) > 1:
         shown = ", ".join(f"{rate} ({kind})" for kind, rate in tried.items())
-    return f"rate {shown} by {design['selected_by']}"
+    return f"rate {shown}" + (f" by {design['selected_by']}" if design["selected_by"] else "")
 
 
 def difference_lines(summary: dict[str, Any]) -> list[str]:
