@@ -21,16 +21,16 @@ from typing import Any
 from ia2.analysis.analyze import ATTENTION_QUERIES, PARTS, AnalysisSettings, Inside
 from ia2.analysis.checkpoints import Found, find_checkpoints
 from ia2.analysis.conditions import ICL, MEAN, Condition, Runner, conditions_of, run_conditions, sites_of
-from ia2.benchmarks import load_benchmark
-from ia2.comparison import compare
 from ia2.config import CompareConfig
-from ia2.console import configure
-from ia2.examples import Examples
-from ia2.files import write_json
-from ia2.inference import answer_pass
-from ia2.models import load_base
-from ia2.runs import machine, versions
-from ia2.task import make_task
+from ia2.data.benchmarks import load_benchmark
+from ia2.data.examples import Examples
+from ia2.experiment.compare import compare
+from ia2.experiment.run_folder import machine, versions
+from ia2.models.forward import answer_pass
+from ia2.models.load import load_base
+from ia2.prompts.task import make_task
+from ia2.utils.files import write_json
+from ia2.utils.logging import configure
 
 RECIPES = ["sft", "ia2", "ia2-sft", "soft-sft"]
 

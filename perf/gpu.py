@@ -29,20 +29,20 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ia2.adapter_weights import attach, base_weights
-from ia2.adapters import peft_config
-from ia2.batches import AnswerDataset, Row
-from ia2.capture import ActivationCapture
-from ia2.config_sections import AdapterConfig
-from ia2.distributed import is_first, process_state
-from ia2.example_trainer import _disable_checkpointing
-from ia2.files import write_json
-from ia2.generation import generate_answers
-from ia2.inference import answer_pass
-from ia2.manifest import begin
-from ia2.runs import machine, versions
-from ia2.targets import MemoryTargets, TeacherAnswer
-from ia2.trainer import AlignTrainer, SftTrainer, StageSettings
+from ia2.adapters.types import peft_config
+from ia2.adapters.weights import attach, base_weights
+from ia2.config.sections import AdapterConfig
+from ia2.experiment.run_folder import machine, versions
+from ia2.models.capture import ActivationCapture
+from ia2.models.forward import answer_pass
+from ia2.models.generation import generate_answers
+from ia2.teacher.targets import MemoryTargets, TeacherAnswer
+from ia2.training.dataset import AnswerDataset, Row
+from ia2.training.example_trainer import _disable_checkpointing
+from ia2.training.trainer import AlignTrainer, SftTrainer, StageSettings
+from ia2.utils.distributed import is_first, process_state
+from ia2.utils.files import write_json
+from ia2.utils.manifest import begin
 
 ADAPTED = ["q_proj", "k_proj", "o_proj"]
 RANK = 8

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ia2.tokens import Ids
+from ia2.models.tokens import Ids
 
 
 @dataclass

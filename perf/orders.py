@@ -25,23 +25,23 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the tests' tasks
 
 from ia2 import Examples, load_base
-from ia2.adaptation import load_both
-from ia2.adapter_weights import base_weights
-from ia2.capture import ActivationCapture
+from ia2.adapters.weights import base_weights
 from ia2.config import AdaptConfig
-from ia2.demo import demo_config
+from ia2.data.examples import FewShotSplit
 from ia2.evaluation.metrics import RowMeasures, measure_labels
 from ia2.evaluation.scoring import score_labels
-from ia2.examples import FewShotSplit
-from ia2.files import finite, read_json, write_json
-from ia2.inference import AnswerOutput
-from ia2.manifest import begin
-from ia2.models import BaseModel
-from ia2.runs import machine, versions
-from ia2.targets import MemoryTargets, TeacherAnswer
-from ia2.task import Task, make_task
-from ia2.tokens import decode
-from ia2.workbench import Workbench
+from ia2.experiment.adapt import load_both
+from ia2.experiment.demo import demo_config
+from ia2.experiment.run_folder import machine, versions
+from ia2.experiment.workbench import Workbench
+from ia2.models.capture import ActivationCapture
+from ia2.models.forward import AnswerOutput
+from ia2.models.load import BaseModel
+from ia2.models.tokens import decode
+from ia2.prompts.task import Task, make_task
+from ia2.teacher.targets import MemoryTargets, TeacherAnswer
+from ia2.utils.files import finite, read_json, write_json
+from ia2.utils.manifest import begin
 from tests.tiny_icl.tasks import sample_task
 
 TINY = Path(__file__).resolve().parents[1] / "tests" / "tiny_icl" / "model"

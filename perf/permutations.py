@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the tests' t
 
 from ia2 import CompareConfig, Examples, compare, load_base
 from ia2.evaluation.statistics import t_interval
-from ia2.files import finite, write_json
-from ia2.runs import machine, versions
-from ia2.wording import estimate
+from ia2.experiment.run_folder import machine, versions
+from ia2.utils.files import finite, write_json
+from ia2.utils.wording import estimate
 from tests.tiny_icl.tasks import sample_task
 
 MODEL = Path(__file__).resolve().parents[1] / "tests" / "tiny_icl" / "model"

@@ -23,8 +23,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from ia2.files import write_json  # noqa: E402
-from ia2.runs import machine, versions  # noqa: E402
+from ia2.experiment.run_folder import machine, versions  # noqa: E402
+from ia2.utils.files import write_json  # noqa: E402
 
 DEV = 48
 

@@ -44,28 +44,28 @@ import torch  # noqa: E402
 from floor import Floor, depths  # noqa: E402
 from naive import Pair, answer_token, no_hooks, step, teach, train, watching  # noqa: E402
 
-from ia2.adapter_weights import attach, base_weights  # noqa: E402
-from ia2.adapters import peft_config  # noqa: E402
-from ia2.batches import AnswerDataset, Row  # noqa: E402
-from ia2.benchmarks import DATA_DIR, load_benchmark  # noqa: E402
-from ia2.comparison import compare  # noqa: E402
+from ia2.adapters.types import peft_config  # noqa: E402
+from ia2.adapters.weights import attach, base_weights  # noqa: E402
 from ia2.config import AdaptConfig, CompareConfig  # noqa: E402
-from ia2.config_sections import AdapterConfig  # noqa: E402
-from ia2.console import configure  # noqa: E402
-from ia2.context import Contexts  # noqa: E402
-from ia2.errors import ModelError  # noqa: E402
-from ia2.examples import Example, Examples, FewShotSplit  # noqa: E402
-from ia2.files import read_json, write_json  # noqa: E402
-from ia2.models import BaseModel, load_base  # noqa: E402
-from ia2.rounds import rounds_of  # noqa: E402
-from ia2.runs import machine, versions  # noqa: E402
-from ia2.targets import MemoryTargets, TeacherAnswer  # noqa: E402
-from ia2.task import make_task  # noqa: E402
-from ia2.teacher import Teacher  # noqa: E402
-from ia2.teaching import Teaching  # noqa: E402
-from ia2.tokens import Ids, decode, encode_answer, fed_ids  # noqa: E402
-from ia2.trainer import AlignTrainer, SftTrainer, StageSettings  # noqa: E402
-from ia2.workbench import Workbench  # noqa: E402
+from ia2.config.sections import AdapterConfig  # noqa: E402
+from ia2.data.benchmarks import DATA_DIR, load_benchmark  # noqa: E402
+from ia2.data.examples import Example, Examples, FewShotSplit  # noqa: E402
+from ia2.experiment.compare import compare  # noqa: E402
+from ia2.experiment.rounds import rounds_of  # noqa: E402
+from ia2.experiment.run_folder import machine, versions  # noqa: E402
+from ia2.experiment.workbench import Workbench  # noqa: E402
+from ia2.models.load import BaseModel, load_base  # noqa: E402
+from ia2.models.tokens import Ids, decode, encode_answer, fed_ids  # noqa: E402
+from ia2.prompts.context import Contexts  # noqa: E402
+from ia2.prompts.task import make_task  # noqa: E402
+from ia2.teacher.targets import MemoryTargets, TeacherAnswer  # noqa: E402
+from ia2.teacher.teacher import Teacher  # noqa: E402
+from ia2.teacher.teaching import Teaching  # noqa: E402
+from ia2.training.dataset import AnswerDataset, Row  # noqa: E402
+from ia2.training.trainer import AlignTrainer, SftTrainer, StageSettings  # noqa: E402
+from ia2.utils.errors import ModelError  # noqa: E402
+from ia2.utils.files import read_json, write_json  # noqa: E402
+from ia2.utils.logging import configure  # noqa: E402
 
 GET_TRL = "pip install 'ia2[perf]' (or --no-deps --target DIR 'trl==1.16.*', and PYTHONPATH=DIR)"
 EQUAL = 1e-3  # relative; losses and activations of two ways to compute the same in float32

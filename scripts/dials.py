@@ -29,17 +29,17 @@ from typing import Any
 import numpy as np
 
 from ia2.config import AdaptConfig
-from ia2.console import configure
-from ia2.errors import DataError, UserError
+from ia2.data.examples import Example, Examples, FewShotSplit
 from ia2.evaluation.statistics import Interval, bounded, t_interval
-from ia2.examples import Example, Examples, FewShotSplit
-from ia2.files import json_text, write_text
-from ia2.manifest import begin
-from ia2.models import BaseModel, load_base
-from ia2.report.style import FAINT, canvas, legend, recipe_style
-from ia2.runs import machine, versions
-from ia2.task import make_task
-from ia2.workbench import Workbench
+from ia2.experiment.run_folder import machine, versions
+from ia2.experiment.workbench import Workbench
+from ia2.models.load import BaseModel, load_base
+from ia2.prompts.task import make_task
+from ia2.report.figures.style import FAINT, canvas, legend, recipe_style
+from ia2.utils.errors import DataError, UserError
+from ia2.utils.files import json_text, write_text
+from ia2.utils.logging import configure
+from ia2.utils.manifest import begin
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path.insert(0, str(TESTS))

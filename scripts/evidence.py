@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ia2.errors import UserError
 from ia2.evaluation.statistics import Interval, t_interval
-from ia2.files import read_json
-from ia2.sweeps.store import CELLS, read_lines
-from ia2.wording import MISSING, estimate
+from ia2.experiment.sweep.store import CELLS, read_lines
+from ia2.utils.errors import UserError
+from ia2.utils.files import read_json
+from ia2.utils.wording import MISSING, estimate
 
 RIVAL, TEACHER = "sft", "icl"
 # Also each arm less these, which learn from the same teacher on the same unlabelled rows.

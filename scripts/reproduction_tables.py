@@ -16,14 +16,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ia2.evaluation.statistics import t_interval
-from ia2.files import write_text
-from ia2.sweeps.own_tables import headroom_fields
-from ia2.sweeps.printing import make_report, print_tables
-from ia2.sweeps.records import filtered
-from ia2.sweeps.report import METHOD, RIVAL, TITLES, Place, Report
-from ia2.sweeps.selection import Arm, Task, differences
-from ia2.sweeps.tables import Entry, Fields, Table, fill, interval_entry, markdown
-from ia2.wording import MISSING
+from ia2.experiment.sweep.records import filtered
+from ia2.report.sweep.cells import METHOD, RIVAL, TITLES, Place, Report
+from ia2.report.sweep.own_tables import headroom_fields
+from ia2.report.sweep.printing import make_report, print_tables
+from ia2.report.sweep.selection import Arm, Task, differences
+from ia2.report.sweep.tables import Entry, Fields, Table, fill, interval_entry, markdown
+from ia2.utils.files import write_text
+from ia2.utils.wording import MISSING
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reproduction.md"

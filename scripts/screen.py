@@ -18,17 +18,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ia2.benchmarks import load_benchmark
 from ia2.config import AdaptConfig
-from ia2.config_reading import validate
-from ia2.errors import DataError, UserError
-from ia2.examples import Examples, FewShotSplit
-from ia2.files import read_json, write_json
-from ia2.manifest import begin
-from ia2.models import BaseModel, load_base
-from ia2.runs import machine, versions
-from ia2.sweeps.unit import load_rows, task_of
-from ia2.workbench import Workbench
+from ia2.config.reading import validate
+from ia2.data.benchmarks import load_benchmark
+from ia2.data.examples import Examples, FewShotSplit
+from ia2.experiment.run_folder import machine, versions
+from ia2.experiment.sweep.job import load_rows, task_of
+from ia2.experiment.workbench import Workbench
+from ia2.models.load import BaseModel, load_base
+from ia2.utils.errors import DataError, UserError
+from ia2.utils.files import read_json, write_json
+from ia2.utils.manifest import begin
 
 HOLD_BACK = 120
 """Rows at the pool's end that a grid must not draw."""

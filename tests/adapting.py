@@ -11,10 +11,10 @@ from families import FAMILIES
 from torch import nn
 from transformers import PreTrainedModel
 
-from ia2.adapter_weights import attach
-from ia2.adapters import ADAPTERS, peft_config
-from ia2.applying import predict_blocks
-from ia2.config_sections import AdapterConfig
+from ia2.adapters.types import ADAPTERS, peft_config
+from ia2.adapters.weights import attach
+from ia2.config.sections import AdapterConfig
+from ia2.experiment.predict import predict_blocks
 
 SEPARATE = {"q_proj", "k_proj", "o_proj"}
 EXPECTED = {

@@ -12,15 +12,15 @@ import torch
 from families import build, llama
 from tiny_icl.tasks import sample_task
 
-from ia2.batches import AnswerDataset, Row
 from ia2.config import AdaptConfig
-from ia2.examples import Example, Examples, FewShotSplit
-from ia2.models import BaseModel, load_base
-from ia2.recipes import LABELLED
-from ia2.task import make_task
-from ia2.teaching import PARTS
-from ia2.unlabelled import with_unlabelled
-from ia2.workbench import Workbench
+from ia2.config.recipes import LABELLED
+from ia2.data.examples import Example, Examples, FewShotSplit
+from ia2.data.unlabelled import with_unlabelled
+from ia2.experiment.workbench import Workbench
+from ia2.models.load import BaseModel, load_base
+from ia2.prompts.task import make_task
+from ia2.teacher.teaching import PARTS
+from ia2.training.dataset import AnswerDataset, Row
 
 _WORDS = tuple(
     "good bad great awful fine film food song day night cat dog bird fish sun one two three".split()  # noqa: SIM905
@@ -58,7 +58,7 @@ def wordy_model(**changes: Any) -> Any:
 
 
 def base_of(model: Any, tokenizer: Any, name: str = "tiny") -> BaseModel:
-    """A model in memory, as :func:`ia2.models.load_base` would give it."""
+    """A model in memory, as :func:`ia2.models.load.load_base` would give it."""
     return BaseModel(model.requires_grad_(False), tokenizer, name, name, identity={"model": name})
 
 

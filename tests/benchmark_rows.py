@@ -7,7 +7,7 @@ from typing import Any
 
 from command_line import write_rows
 
-from ia2.benchmarks import BENCHMARKS, Benchmark
+from ia2.data.benchmarks import BENCHMARKS, Benchmark
 
 ROOT = Path(__file__).parents[1]
 

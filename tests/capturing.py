@@ -10,13 +10,13 @@ from families import ALL
 from torch import nn
 from transformers import PreTrainedModel
 
-from ia2.adapter_weights import attach
-from ia2.adapters import peft_config
-from ia2.capture import ActivationCapture
-from ia2.config_sections import AdapterConfig
+from ia2.adapters.types import peft_config
+from ia2.adapters.weights import attach
+from ia2.config.sections import AdapterConfig
+from ia2.models.capture import ActivationCapture
 
 # Where each family keeps a layer, its attention and its output projection: written down from
-# transformers' sources, so that the search in ia2.capture is checked against something else.
+# transformers' sources, so that the search in ia2.models.capture is checked against something else.
 PLACES = {
     "llama": ("model.layers", "self_attn", "o_proj"),
     "qwen3": ("model.layers", "self_attn", "o_proj"),

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from ia2.locks import LOCK
-from ia2.manifest import MANIFEST
+from ia2.utils.locks import LOCK
+from ia2.utils.manifest import MANIFEST
 
 
 @dataclass(frozen=True)

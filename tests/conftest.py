@@ -21,7 +21,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import pytest
 from words import make_word_tokenizer
 
-from ia2 import console
+from ia2.utils import logging as console
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -115,8 +115,10 @@ def shared_data() -> Path:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """`ia2 compare` leaves out its figure and its page: they take longer than what a tiny model does."""
-    monkeypatch.setattr("ia2.report.figures.try_comparison_figure", lambda summary, folder: None)
-    monkeypatch.setattr("ia2.report.html.try_report", lambda folder: None)
+    monkeypatch.setattr(
+        "ia2.report.figures.comparison_figures.try_comparison_figure", lambda summary, folder: None
+    )
+    monkeypatch.setattr("ia2.report.page.try_report", lambda folder: None)
 
 
 @pytest.fixture

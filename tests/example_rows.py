@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ia2.errors import DataError, UserError
-from ia2.examples import Examples, RowFormat
+from ia2.data.examples import Examples, RowFormat
+from ia2.utils.errors import DataError, UserError
 
 REVIEWS = RowFormat("Text: {text}\nLabel:", " {label}", {"0": "negative", "1": "positive"})
 

@@ -20,10 +20,16 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from ia2.examples import Examples
+from ia2.data.examples import Examples
 
 _PATIENCE = 240
-_PRELOAD = ["ia2.cli", "ia2.comparison", "ia2.trainer", "peft", "transformers.models.llama.modeling_llama"]
+_PRELOAD = [
+    "ia2.cli",
+    "ia2.experiment.compare",
+    "ia2.training.trainer",
+    "peft",
+    "transformers.models.llama.modeling_llama",
+]
 
 
 def write_rows(examples: Examples, path: Path) -> Path:

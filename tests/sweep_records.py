@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ia2.config.recipes import is_trained
 from ia2.evaluation.calibration import ece_equal_mass
-from ia2.files import digest
-from ia2.recipes import is_trained
+from ia2.utils.files import digest
 
 LABELLED = {"SST2": 2, "FinS": 2, "PoemS": 2, "AGN": 4, "BBCN": 4, "STF": 2, "Intents": 4}
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from sweep_records import evaluation, record, rows, write_sweep
 
-from ia2.sweeps.records import load_results
-from ia2.sweeps.report import Report
-from ia2.sweeps.selection import Select
+from ia2.experiment.sweep.records import load_results
+from ia2.report.sweep.cells import Report
+from ia2.report.sweep.selection import Select
 
 QWEN = "Qwen/Qwen3-4B-Base"
 RECIPES = ("icl", "sft", "ia2", "ia2-sft")

@@ -12,9 +12,9 @@ from benches import wordy_model
 from command_line import write_rows
 from words import make_word_tokenizer
 
-from ia2.files import digest
-from ia2.sweeps.grid import Cell, GridConfig, expand
-from ia2.sweeps.run import Sweep, sweep
+from ia2.experiment.sweep.execute import Sweep, sweep
+from ia2.experiment.sweep.grid import Cell, GridConfig, expand
+from ia2.utils.files import digest
 
 BRIEF = {"align": {"epochs": 2}, "sft": {"epochs": 2}, "joint": {"epochs": 2}, "soft": {"epochs": 2}}
 """Settings under which a stage takes no time."""

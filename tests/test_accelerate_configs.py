@@ -13,9 +13,9 @@ from accelerate.commands import launch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
-from ia2 import distributed
 from ia2.cli import main
-from ia2.errors import ConfigError
+from ia2.utils import distributed
+from ia2.utils.errors import ConfigError
 
 KINDS = {"ddp": DistributedType.MULTI_GPU, "fsdp2": DistributedType.FSDP, "zero3": DistributedType.DEEPSPEED}
 FSDP = {"ACCELERATE_USE_FSDP": "true"}

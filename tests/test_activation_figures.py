@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ia2.report.activation_figures import activation_figures
-from ia2.report.layer_lines import view_styles
-from ia2.report.style import Figure, recipe_style
+from ia2.report.figures.activation_figures import activation_figures
+from ia2.report.figures.layer_lines import view_styles
+from ia2.report.figures.style import Figure, recipe_style
 
 
 def around(values: Sequence[float], width: float = 0.02) -> dict[str, list[float]]:

@@ -9,9 +9,9 @@ import torch
 from families import HYBRIDS, build
 from transformers import Gemma4TextConfig, PreTrainedModel
 
-from ia2.adapter_checks import check_adapter
-from ia2.config_sections import AdapterConfig
-from ia2.errors import ConfigError, ModelError
+from ia2.adapters.checks import check_adapter
+from ia2.config.sections import AdapterConfig
+from ia2.utils.errors import ConfigError, ModelError
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from families import ALL, gpt2
 from torch import nn
 from transformers import PreTrainedModel
 
-from ia2.adapter_targets import attention_projections
-from ia2.errors import ModelError
+from ia2.adapters.modules import attention_projections
+from ia2.utils.errors import ModelError
 
 
 @pytest.mark.parametrize("name", list(ALL))

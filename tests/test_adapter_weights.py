@@ -14,7 +14,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from ia2.adapter_weights import (
+from ia2.adapters.types import peft_config
+from ia2.adapters.weights import (
     adapter_state,
     attach,
     base_weights,
@@ -23,9 +24,8 @@ from ia2.adapter_weights import (
     read_adapter_state,
     save_adapter,
 )
-from ia2.adapters import peft_config
-from ia2.config_sections import AdapterConfig
-from ia2.errors import ConfigError, DataError
+from ia2.config.sections import AdapterConfig
+from ia2.utils.errors import ConfigError, DataError
 
 
 @family

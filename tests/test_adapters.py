@@ -11,8 +11,9 @@ from adapting import INPUTS, PEFT, PROMPTS, SEPARATE, disturb, family, kinds, lo
 from families import ALL, FAMILIES
 from transformers import GenerationConfig, PreTrainedModel
 
-from ia2.adapter_checks import check_adapter
-from ia2.adapter_weights import (
+from ia2.adapters.checks import check_adapter
+from ia2.adapters.types import ADAPTERS, default_learning_rate, narrowed, peft_config
+from ia2.adapters.weights import (
     adapter_state,
     attach,
     base_weights,
@@ -20,11 +21,10 @@ from ia2.adapter_weights import (
     load_adapter_state,
     virtual_tokens,
 )
-from ia2.adapters import ADAPTERS, default_learning_rate, narrowed, peft_config
 from ia2.config import AdaptConfig
-from ia2.config_reading import validate
-from ia2.config_sections import AdapterConfig
-from ia2.errors import ConfigError, ModelError
+from ia2.config.reading import validate
+from ia2.config.sections import AdapterConfig
+from ia2.utils.errors import ConfigError, ModelError
 
 # What cannot work, and what is said of it; everything else must.
 REFUSED = {

@@ -16,20 +16,20 @@ import torch
 from benches import icl_base, icl_examples
 from command_line import run, write_rows
 
-from ia2.adaptation import adapt
 from ia2.analysis import conditions
 from ia2.analysis.activations import ActivationAccumulator, Pool
 from ia2.analysis.analyze import AnalysisSettings, analyze
 from ia2.analysis.checkpoints import find_checkpoints
 from ia2.analysis.conditions import BASE, ICL, OTHER, Condition, Runner, conditions_of, run_conditions
-from ia2.comparison import compare
 from ia2.config import CompareConfig, TrainConfig
-from ia2.errors import ConfigError, DataError, RunFolderError
-from ia2.examples import Example, Examples
-from ia2.files import write_json
-from ia2.models import BaseModel
+from ia2.data.examples import Example, Examples
+from ia2.experiment.adapt import adapt
+from ia2.experiment.compare import compare
+from ia2.models.load import BaseModel
+from ia2.prompts.task import Task, make_task
 from ia2.report.analysis import analysis_figures, analysis_tables, analysis_verdict
-from ia2.task import Task, make_task
+from ia2.utils.errors import ConfigError, DataError, RunFolderError
+from ia2.utils.files import write_json
 
 BRIEF = {"epochs": 3}
 RECIPES = ["base", "icl", "sft", "ia2", "ia2-sft"]

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ia2.errors import ConfigError
-from ia2.evaluation.answers import PARSERS, exact_match, load_parser, normalise, parse
+from ia2.data.answers import PARSERS, exact_match, load_parser, normalise, parse
+from ia2.utils.errors import ConfigError
 
 PARSED: list[tuple[str, str, str | None]] = [
     # text, first-line
@@ -307,7 +307,7 @@ def test_parser_of_wrong_type() -> None:
 
 def test_imports_nothing_heavy() -> None:
     code = (
-        "import sys, ia2.evaluation.answers; "
+        "import sys, ia2.data.answers; "
         "assert not {'torch', 'numpy', 'scipy', 'transformers'} & set(sys.modules)"
     )
     subprocess.run(

@@ -15,11 +15,11 @@ from benches import icl_base
 from command_line import write_rows
 from tiny_icl.tasks import sample_task
 
-from ia2.adaptation import AdaptResult, adapt, load_adapter
-from ia2.applying import evaluate_adapter, predict_blocks, prediction_text
 from ia2.config import TrainConfig
-from ia2.errors import DataError
-from ia2.examples import Examples, RowFormat
+from ia2.data.examples import Examples, RowFormat
+from ia2.experiment.adapt import AdaptResult, adapt, load_adapter
+from ia2.experiment.predict import evaluate_adapter, predict_blocks, prediction_text
+from ia2.utils.errors import DataError
 
 TASK = sample_task(0, num_classes=3)
 
@@ -131,7 +131,7 @@ def test_rows_are_answered_in_blocks(labelled: AdaptResult, tmp_path: Path) -> N
 def test_rows_are_read_before_the_model(
     labelled: AdaptResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ia2.applying.load_adapter", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("ia2.experiment.predict.load_adapter", lambda *_: pytest.fail("the model was loaded"))
     rows = write_rows(tmp_path / "new.jsonl", [{"txt": "a0"}])
     assert labelled.folder is not None
     with pytest.raises(DataError, match="Did you mean 'txt'"):

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from benches import icl_base, icl_examples
 
-from ia2.arms import arms, rivals
-from ia2.comparison import compare
 from ia2.config import CompareConfig
-from ia2.config_reading import validate
-from ia2.errors import ConfigError
-from ia2.files import digest, finite
+from ia2.config.reading import validate
+from ia2.experiment.compare import compare
+from ia2.experiment.methods import arms, rivals
+from ia2.utils.errors import ConfigError
+from ia2.utils.files import digest, finite
 
 
 def names(**settings: Any) -> list[str]:

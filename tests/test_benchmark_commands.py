@@ -18,8 +18,8 @@ from benchmark_rows import (
 )
 from command_line import run
 
-from ia2.benchmarks import BENCHMARKS
-from ia2.examples import Examples
+from ia2.data.benchmarks import BENCHMARKS
+from ia2.data.examples import Examples
 
 
 def test_ls(capsys: pytest.CaptureFixture[str]) -> None:

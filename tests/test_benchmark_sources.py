@@ -12,9 +12,9 @@ from benchmark_rows import (
 )
 from example_rows import said
 
-from ia2.benchmarks import BENCHMARKS
-from ia2.benchmarks.loading import mirror_notes
-from ia2.errors import DataError
+from ia2.data.benchmarks import BENCHMARKS
+from ia2.data.benchmarks.loading import mirror_notes
+from ia2.utils.errors import DataError
 
 
 def test_what_the_mirrors_say(tmp_path: Path, shared_data: Path) -> None:

@@ -23,14 +23,14 @@ from benchmark_rows import (
     verbalisers,
 )
 
-from ia2.benchmarks import BENCHMARKS, load_benchmark
-from ia2.benchmarks.loading import tokens_at_most
 from ia2.config import AdaptConfig
-from ia2.config_reading import validate
-from ia2.errors import ConfigError, DataError
-from ia2.evaluation.answers import parse
-from ia2.files import cache_dir
-from ia2.packaged_models import PACKAGED_MODELS
+from ia2.config.packaged_models import PACKAGED_MODELS
+from ia2.config.reading import validate
+from ia2.data.answers import parse
+from ia2.data.benchmarks import BENCHMARKS, load_benchmark
+from ia2.data.benchmarks.loading import tokens_at_most
+from ia2.utils.errors import ConfigError, DataError
+from ia2.utils.files import cache_dir
 
 
 def test_the_twelve_and_the_intents() -> None:

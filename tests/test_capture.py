@@ -15,12 +15,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ia2.adapter_targets import attention_projections
-from ia2.adapter_weights import base_weights
-from ia2.capture import SITES, ActivationCapture, eager_attention, find_attention_modules
-from ia2.errors import ModelError
-from ia2.example_trainer import _disable_checkpointing, _enable_checkpointing
-from ia2.tokens import pad_rows
+from ia2.adapters.modules import attention_projections
+from ia2.adapters.weights import base_weights
+from ia2.models.capture import SITES, ActivationCapture, eager_attention, find_attention_modules
+from ia2.models.tokens import pad_rows
+from ia2.training.example_trainer import _disable_checkpointing, _enable_checkpointing
+from ia2.utils.errors import ModelError
 
 
 def test_every_family_is_covered() -> None:

@@ -10,8 +10,8 @@ from capturing import captured, ids, lora
 from families import HYBRIDS, LAYERS, attention_layers, build, gpt2
 from transformers import MambaConfig, PreTrainedModel, Zamba2Config
 
-from ia2.capture import ActivationCapture, find_attention_modules
-from ia2.errors import ModelError
+from ia2.models.capture import ActivationCapture, find_attention_modules
+from ia2.utils.errors import ModelError
 
 
 def test_glob(tiny_llama: PreTrainedModel) -> None:

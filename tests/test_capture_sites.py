@@ -13,12 +13,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ia2.adapter_weights import attach
-from ia2.adapters import peft_config
-from ia2.capture import SITES, ActivationCapture, eager_attention
-from ia2.config_sections import AdapterConfig
-from ia2.errors import ModelError
-from ia2.tokens import pad_rows
+from ia2.adapters.types import peft_config
+from ia2.adapters.weights import attach
+from ia2.config.sections import AdapterConfig
+from ia2.models.capture import SITES, ActivationCapture, eager_attention
+from ia2.models.tokens import pad_rows
+from ia2.utils.errors import ModelError
 
 
 def watched(model: nn.Module, path: str) -> dict[str, torch.Tensor]:
@@ -182,7 +182,7 @@ def test_weights_need_eager_attention_and_spans(tiny_llama: PreTrainedModel) -> 
     with torch.no_grad(), pytest.raises(ModelError) as caught:
         captured(tiny_llama, ids(), site="weights")
     assert "model.layers.0.self_attn gave no attention weights" in str(caught.value)
-    assert "ia2.capture.eager_attention(model)" in str(caught.value)
+    assert "ia2.models.capture.eager_attention(model)" in str(caught.value)
     batch = pad_rows([(5, 6, 7)], [1], 0)
     with torch.no_grad(), eager_attention(tiny_llama), pytest.raises(ValueError, match="spans"):  # noqa: SIM117
         with ActivationCapture(tiny_llama, site="weights") as capture:

@@ -18,7 +18,7 @@ from tiny_icl.tasks import sample_task
 import ia2
 from ia2.cli.options import gather_lists, list_flags, with_settings
 from ia2.config import AdaptConfig, CompareConfig, CurveConfig, ProbeConfig, TrainConfig
-from ia2.config_sections import SECTIONS
+from ia2.config.sections import SECTIONS
 
 TASK = sample_task(0, num_classes=3)
 
@@ -206,7 +206,7 @@ def test_an_interrupt_is_one_line(
     def interrupted(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ia2.adaptation.load_examples", interrupted)
+    monkeypatch.setattr("ia2.experiment.adapt.load_examples", interrupted)
     ran = run(capsys, "train", "--data", "rows.jsonl", "--output-dir", tmp_path / "out")
     assert (ran.status, ran.out) == (130, "")
     assert ran.err == "\nia2: interrupted; start the same command again to continue.\n"

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from benches import icl_base, icl_examples
 
-from ia2 import trainer
-from ia2.comparison import Comparison, Outcome, _asim_interval, _merge, compare
 from ia2.config import CompareConfig
-from ia2.errors import DataError, RunFolderError
+from ia2.data.examples import Example, Examples
 from ia2.evaluation.metrics import Measured, RowMeasures
-from ia2.examples import Example, Examples
-from ia2.locks import LOCK
-from ia2.models import BaseModel
-from ia2.rounds import rounds_of
+from ia2.experiment.compare import Comparison, Outcome, _asim_interval, _merge, compare
+from ia2.experiment.rounds import rounds_of
+from ia2.models.load import BaseModel
+from ia2.training import trainer
+from ia2.utils.errors import DataError, RunFolderError
+from ia2.utils.locks import LOCK
 
 ROWS = icl_examples(18)
 RECIPES = ["base", "icl", "sft", "ia2", "ia2-sft"]

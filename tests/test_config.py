@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from ia2.config import AdaptConfig, CompareConfig, ProbeConfig, TrainConfig
-from ia2.config_reading import load_config, validate
-from ia2.config_sections import SECTIONS
-from ia2.errors import ConfigError, DataError
+from ia2.config.reading import load_config, validate
+from ia2.config.sections import SECTIONS
+from ia2.utils.errors import ConfigError, DataError
 
 
 def settings_file(folder: Path, text: str) -> Path:

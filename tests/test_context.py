@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ia2.context import (
+from ia2.data.examples import Example
+from ia2.models.tokens import common_prefix, decode, encode_prompt
+from ia2.prompts.context import (
     SEPARATOR,
     Contexts,
     DemonstrationContexts,
@@ -25,11 +27,9 @@ from ia2.context import (
     pool_orders,
     render,
 )
-from ia2.errors import DataError
-from ia2.examples import Example
-from ia2.files import digest
-from ia2.rendering import Rendering
-from ia2.tokens import common_prefix, decode, encode_prompt
+from ia2.prompts.format import Rendering
+from ia2.utils.errors import DataError
+from ia2.utils.files import digest
 
 WORDS = ["good", "bad", "film", "food", "cat", "dog", "red", "blue", "one", "two"]
 
@@ -358,7 +358,7 @@ class LeaveOneOutOfNothing(FixedOrders):
 def test_many_are_counted_on_a_sample(
     word_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ia2.context._LOOKED_AT", (1000, 200))
+    monkeypatch.setattr("ia2.prompts.context._LOOKED_AT", (1000, 200))
     contexts = Contexts.leave_one_out(word_tokenizer, many(100), max_length=150, reserve=5)
     dropped = contexts.dropped
     assert 0 < dropped.of < 20 and dropped.total == 100

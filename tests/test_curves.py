@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from benches import icl_base, icl_examples
 
-from ia2.analysis.reading import find_runs
 from ia2.config import CurveConfig
-from ia2.config_reading import validate
-from ia2.curves import curve
-from ia2.errors import ConfigError, DataError
-from ia2.files import read_json
-from ia2.report.figures import curve_figure
+from ia2.config.reading import validate
+from ia2.experiment.curve import curve
+from ia2.report.doctor.reading import find_runs
+from ia2.report.figures.comparison_figures import curve_figure
+from ia2.utils.errors import ConfigError, DataError
+from ia2.utils.files import read_json
 
 BRIEF = {"epochs": 1}
 

@@ -20,8 +20,10 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from test_context import WORDS, rows
 from transformers import PreTrainedTokenizerFast
 
-from ia2.context import DemonstrationContexts, FixedOrders, LeaveOneOut
-from ia2.demonstrations import (
+from ia2.data.examples import Example
+from ia2.models.tokens import encode_answer
+from ia2.prompts.context import DemonstrationContexts, FixedOrders, LeaveOneOut
+from ia2.prompts.demonstrations import (
     Balanced,
     Embedder,
     Nearest,
@@ -33,9 +35,7 @@ from ia2.demonstrations import (
     nearest_rows,
     other_halves,
 )
-from ia2.examples import Example
-from ia2.rendering import Rendering
-from ia2.tokens import encode_answer
+from ia2.prompts.format import Rendering
 
 
 def labelled(*answers: str) -> list[Example]:
@@ -242,7 +242,7 @@ def test_nearest_rows() -> None:
 def test_nearest_rows_block_by_block(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     points = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
     whole = nearest_rows(points, points, count, leave_one_out=True)
-    monkeypatch.setattr("ia2.demonstrations._SIMILARITIES", 60 * 7)
+    monkeypatch.setattr("ia2.prompts.demonstrations._SIMILARITIES", 60 * 7)
     blocks = nearest_rows(points, points, count, leave_one_out=True)
     assert (whole == blocks).all()
     unit = points / np.linalg.norm(points, axis=1, keepdims=True)
@@ -307,7 +307,7 @@ def test_many_are_embedded_in_parts(
 ) -> None:
     examples, rendering, model = rows(7), Rendering(word_tokenizer), llama()
     whole = Embedder(rendering, lambda: model)(examples, 0)
-    monkeypatch.setattr("ia2.demonstrations._EMBEDDED", 3)
+    monkeypatch.setattr("ia2.prompts.demonstrations._EMBEDDED", 3)
     caplog.set_level(logging.INFO, logger="ia2")
     np.testing.assert_allclose(Embedder(rendering, lambda: model)(examples, 55), whole, atol=1e-5)
     assert "demo_order nearest: embedding 7 prompts (7 forward rows, 55 tokens)" in caplog.text
@@ -386,7 +386,7 @@ def test_search_is_done_once_and_late(
 def test_search_of_many_scores_some(
     word_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("ia2.demonstrations.SEARCH_EXAMPLES", 4)
+    monkeypatch.setattr("ia2.prompts.demonstrations.SEARCH_EXAMPLES", 4)
     caplog.set_level(logging.INFO, logger="ia2")
     search = search_of(word_tokenizer, word_examples(12), llama(), most=3)
     assert len(search.scores()) == 5

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from launching import together
 from words import make_word_tokenizer
 
-from ia2 import CompareConfig, compare, distributed
+from ia2 import CompareConfig, compare
+from ia2.utils import distributed
 
 gloo = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")
 

@@ -18,8 +18,8 @@ from packaging.requirements import Requirement
 import ia2
 from ia2.cli import app, main
 from ia2.cli import options as cli_options
-from ia2.config_reading import load_config
-from ia2.sweeps.grid import expand, load_grid
+from ia2.config.reading import load_config
+from ia2.experiment.sweep.grid import expand, load_grid
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -20,15 +20,15 @@ import pytest
 from benches import icl_base, icl_examples
 from command_line import run
 
-from ia2.adaptation import adapt
-from ia2.analysis import findings
-from ia2.analysis.reading import find_runs, read_facts
-from ia2.analysis.signatures import RULES, SEVERITIES, Diagnosis, Finding, diagnose, diagnose_all
-from ia2.comparison import compare
 from ia2.config import CompareConfig, TrainConfig
-from ia2.errors import RunFolderError
-from ia2.examples import Examples
-from ia2.manifest import MANIFEST
+from ia2.data.examples import Examples
+from ia2.experiment.adapt import adapt
+from ia2.experiment.compare import compare
+from ia2.report.doctor import findings
+from ia2.report.doctor.reading import find_runs, read_facts
+from ia2.report.doctor.signatures import RULES, SEVERITIES, Diagnosis, Finding, diagnose, diagnose_all
+from ia2.utils.errors import RunFolderError
+from ia2.utils.manifest import MANIFEST
 
 RATE = 0.01
 ROOT = Path(__file__).parents[1]
@@ -622,7 +622,7 @@ def test_flags_in_advice_exist() -> None:
 
 def test_nothing_heavy_is_imported(trained: Path) -> None:
     code = (
-        "import sys, ia2.cli.doctor; from ia2.analysis.signatures import diagnose; "
+        "import sys, ia2.cli.doctor; from ia2.report.doctor.signatures import diagnose; "
         f"diagnose({str(trained)!r}); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

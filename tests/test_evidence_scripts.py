@@ -14,8 +14,8 @@ import yaml
 from sweeping import grid_of, records, swept, write_files
 from words import make_word_tokenizer
 
-from ia2.benchmarks import load_benchmark
-from ia2.files import read_json
+from ia2.data.benchmarks import load_benchmark
+from ia2.utils.files import read_json
 from scripts import dials, evidence, peers, screen
 
 

@@ -9,8 +9,8 @@ import pytest
 from command_line import names
 from example_rows import REVIEWS, jsonl, said
 
-from ia2.errors import ConfigError, DataError
-from ia2.examples import Examples, RowFormat
+from ia2.data.examples import Examples, RowFormat
+from ia2.utils.errors import ConfigError, DataError
 
 
 def test_jsonl(tmp_path: Path) -> None:

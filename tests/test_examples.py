@@ -14,8 +14,8 @@ from example_rows import REVIEWS, jsonl, refuse, said
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ia2.errors import ConfigError, DataError
-from ia2.examples import Example, Examples, RowFormat, unescape
+from ia2.data.examples import Example, Examples, RowFormat, unescape
+from ia2.utils.errors import ConfigError, DataError
 
 
 def test_a_sequence_of_examples() -> None:
@@ -104,7 +104,7 @@ def test_own_sources() -> None:
 
 def test_import_stays_light() -> None:
     code = (
-        "import sys, ia2.examples; "
+        "import sys, ia2.data.examples; "
         "assert not {'torch', 'transformers', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -19,22 +19,22 @@ from pydantic import Field
 from typer.testing import CliRunner
 
 import ia2
-from ia2.adapters import ADAPTERS, AdapterType
-from ia2.arms import arms
+from ia2.adapters.types import ADAPTERS, AdapterType
 from ia2.cli import options
 from ia2.cli.options import with_settings
 from ia2.config import AdaptConfig, CompareConfig, TrainConfig
-from ia2.config_reading import load_config, validate
-from ia2.config_sections import SECTIONS, AdapterConfig, AlignConfig
-from ia2.context import Orders
-from ia2.errors import ConfigError
-from ia2.examples import Examples, FewShotSplit
-from ia2.losses import OBJECTIVES, Objective
-from ia2.models import BaseModel
-from ia2.prompts import Prompts
-from ia2.recipes import ADAPTER_NAMES, ALIGN, OBJECTIVE_NAMES, RECIPES, TRAINED, Recipe
-from ia2.task import make_task
-from ia2.workbench import Workbench
+from ia2.config.reading import load_config, validate
+from ia2.config.recipes import ADAPTER_NAMES, ALIGN, OBJECTIVE_NAMES, RECIPES, TRAINED, Recipe
+from ia2.config.sections import SECTIONS, AdapterConfig, AlignConfig
+from ia2.data.examples import Examples, FewShotSplit
+from ia2.experiment.methods import arms
+from ia2.experiment.workbench import Workbench
+from ia2.models.load import BaseModel
+from ia2.prompts.builder import Prompts
+from ia2.prompts.context import Orders
+from ia2.prompts.task import make_task
+from ia2.training.objectives import OBJECTIVES, Objective
+from ia2.utils.errors import ConfigError
 
 ROWS = icl_examples(12, task=1, num_classes=2)
 BRIEF = {"epochs": 1, "restore_best": False}
@@ -90,7 +90,7 @@ def absolute(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setitem(OBJECTIVES, "absolute", Objective("output", loss))
     # one line of recipes.py; settings have imported it
-    for module in ("ia2.recipes", "ia2.config_sections"):
+    for module in ("ia2.config.recipes", "ia2.config.sections"):
         monkeypatch.setattr(f"{module}.OBJECTIVE_NAMES", (*OBJECTIVE_NAMES, "absolute"))
     return shapes
 
@@ -129,7 +129,7 @@ def values(monkeypatch: pytest.MonkeyPatch) -> str:
 
     made = AdapterType(build, 5e-3, ("rank",), "low-rank updates of value projections")
     monkeypatch.setitem(ADAPTERS, "values", made)
-    monkeypatch.setattr("ia2.config_sections.ADAPTER_NAMES", (*ADAPTER_NAMES, "values"))
+    monkeypatch.setattr("ia2.config.sections.ADAPTER_NAMES", (*ADAPTER_NAMES, "values"))
     return "values"
 
 

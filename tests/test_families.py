@@ -14,11 +14,11 @@ from families import ALL, HYBRIDS, LAYERS, VOCABULARY, attention_layers
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from words import make_word_tokenizer
 
-from ia2.adaptation import adapt, load_adapter
-from ia2.adapter_weights import base_weights
-from ia2.applying import evaluate_adapter
+from ia2.adapters.weights import base_weights
 from ia2.config import AdaptConfig
-from ia2.examples import Examples, FewShotSplit
+from ia2.data.examples import Examples, FewShotSplit
+from ia2.experiment.adapt import adapt, load_adapter
+from ia2.experiment.predict import evaluate_adapter
 
 SETTINGS: dict[str, Any] = {
     "recipe": "ia2-sft",

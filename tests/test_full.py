@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
-from ia2.adapter_weights import (
+from ia2.adapters.full_finetuning import FullModel
+from ia2.adapters.types import peft_config
+from ia2.adapters.weights import (
     adapter_state,
     attach,
     base_weights,
@@ -22,11 +24,9 @@ from ia2.adapter_weights import (
     save_adapter,
     virtual_tokens,
 )
-from ia2.adapters import peft_config
-from ia2.capture import ActivationCapture, unwrap
-from ia2.config_sections import AdapterConfig
-from ia2.errors import ConfigError, ModelError
-from ia2.full import FullModel
+from ia2.config.sections import AdapterConfig
+from ia2.models.capture import ActivationCapture, unwrap
+from ia2.utils.errors import ConfigError, ModelError
 
 INPUTS = torch.arange(4, 24).reshape(2, 10)
 

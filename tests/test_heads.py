@@ -18,15 +18,15 @@ from scipy import stats
 from ia2.analysis import heads as module
 from ia2.analysis.conditions import OTHER
 from ia2.analysis.heads import HeadAccumulator, attention_mass, summarise
-from ia2.capture import eager_attention
-from ia2.context import Contexts
 from ia2.evaluation.effect_sizes import Difference
-from ia2.files import finite
-from ia2.inference import answer_pass
-from ia2.report.head_figures import head_figures
-from ia2.sites import SiteCapture
-from ia2.sweeps.tables import markdown
-from ia2.tokens import Ids, fed_ids
+from ia2.models.capture import eager_attention
+from ia2.models.forward import answer_pass
+from ia2.models.sites import SiteCapture
+from ia2.models.tokens import Ids, fed_ids
+from ia2.prompts.context import Contexts
+from ia2.report.figures.head_figures import head_figures
+from ia2.report.sweep.tables import markdown
+from ia2.utils.files import finite
 
 LAYERS, NUM, DIM = 2, 3, 4
 
@@ -238,7 +238,9 @@ def test_attention_mass(name: str, shared: int, word_tokenizer: Any, monkeypatch
     # a layer and a row at a time
     passes = []
     monkeypatch.setattr(module, "_HELD", 1)
-    monkeypatch.setattr("ia2.inference.answer_pass", lambda *a, **k: passes.append(k) or answer_pass(*a, **k))
+    monkeypatch.setattr(
+        "ia2.models.forward.answer_pass", lambda *a, **k: passes.append(k) or answer_pass(*a, **k)
+    )
     again = attention_mass(model, word_tokenizer, prompts, answers, queries)
     np.testing.assert_allclose(again, found, atol=2e-5)
     assert len(passes) == len(attention_layers(name))

@@ -20,16 +20,16 @@ from command_line import run
 from finished_runs import EVIL, SKILL, write_comparison, write_curve, write_training
 from sweep_records import record, rows, write_sweep
 
-from ia2.analysis import signatures
-from ia2.errors import RunFolderError
-from ia2.files import read_json, write_json
-from ia2.report import html
+from ia2.report import page as html
 from ia2.report.data import read_run
-from ia2.report.figures import cost_figure, frontier
-from ia2.report.html import page
-from ia2.report.run_figures import run_figures, wilson
+from ia2.report.doctor import signatures
+from ia2.report.figures.comparison_figures import cost_figure, frontier
+from ia2.report.figures.run_figures import run_figures, wilson
+from ia2.report.page import page
 from ia2.report.tables import INTERVALS
 from ia2.report.verdict import comparison_verdict, curve_verdict
+from ia2.utils.errors import RunFolderError
+from ia2.utils.files import read_json, write_json
 
 PICTURE = "data:image/svg+xml;base64,"
 # elements without an end tag
@@ -238,7 +238,7 @@ def test_a_very_long_query_is_cut(tmp_path: Path) -> None:
 
 
 def test_the_doctor_s_findings(comparison: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ia2.analysis import signatures
+    from ia2.report.doctor import signatures
 
     finding = signatures.Finding("a-rule", "problem", "It is ill.", f"0.1 {EVIL}", "Rest.", "sft, seed 0")
     told = ((finding,), ("b-rule",), {"c-rule": "no rows"})
@@ -388,7 +388,7 @@ def test_what_was_not_recorded_is_said(tmp_path: Path) -> None:
 def test_without_matplotlib_there_is_a_page_without_figures(
     comparison: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ia2.report.html.matplotlib_is_there", lambda: False)
+    monkeypatch.setattr("ia2.report.page.matplotlib_is_there", lambda: False)
     ran = run(capsys, "report", comparison, "--output", tmp_path / "r.html")
     assert ran.err.splitlines() == ["No figures: pip install 'ia2[report]' brings matplotlib."]
     text = (tmp_path / "r.html").read_text()

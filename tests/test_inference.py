@@ -29,17 +29,18 @@ from test_context import awkward
 from transformers import FalconConfig, PreTrainedModel, PreTrainedTokenizerFast, RecurrentGemmaConfig
 from words import make_word_tokenizer
 
-from ia2 import batching, generation, inference, packing
-from ia2.adapter_weights import attach, base_weights
-from ia2.adapters import peft_config
-from ia2.batching import token_budget
-from ia2.capture import ActivationCapture, eager_attention
-from ia2.config_sections import AdapterConfig
-from ia2.console import progress
-from ia2.generation import Generated, cut_answer, generate_answers
-from ia2.inference import AnswerOutput, answer_pass
-from ia2.packing import packs
-from ia2.tokens import Ids, common_prefix, fed_ids
+from ia2.adapters.types import peft_config
+from ia2.adapters.weights import attach, base_weights
+from ia2.config.sections import AdapterConfig
+from ia2.models.batching import token_budget
+from ia2.models.capture import ActivationCapture, eager_attention
+from ia2.models.forward import AnswerOutput, answer_pass
+from ia2.models.generation import Generated, cut_answer, generate_answers
+from ia2.models.load import batching, generation, packing
+from ia2.models.load import forward as inference
+from ia2.models.packing import packs
+from ia2.models.tokens import Ids, common_prefix, fed_ids
+from ia2.utils.logging import progress
 
 family = pytest.mark.parametrize("name", list(ALL))
 sharing = pytest.mark.parametrize("shared", [0, 20])

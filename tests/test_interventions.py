@@ -20,11 +20,11 @@ from tiny_icl import planted
 
 from ia2.analysis import interventions
 from ia2.analysis.interventions import MAX_POSITIONS, Patched, Units, intervene, partners, units_of
-from ia2.errors import DataError
-from ia2.files import finite
-from ia2.models import BaseModel
-from ia2.patching import Unit
-from ia2.report.causal_figures import causal_figures
+from ia2.analysis.patching import Unit
+from ia2.models.load import BaseModel
+from ia2.report.figures.causal_figures import causal_figures
+from ia2.utils.errors import DataError
+from ia2.utils.files import finite
 
 PLANTED = (planted.LAYER, planted.HEAD)
 

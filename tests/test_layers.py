@@ -11,9 +11,9 @@ from families import HYBRIDS, attention_layers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ia2.capture import ActivationCapture
-from ia2.errors import ConfigError
-from ia2.layers import choose_layers, layer_shift
+from ia2.models.capture import ActivationCapture
+from ia2.teacher.layer_choice import choose_layers, layer_shift
+from ia2.utils.errors import ConfigError
 
 
 def named(count: int) -> dict[int, str]:

@@ -12,13 +12,13 @@ from families import llama
 from scipy.spatial.distance import jensenshannon
 from test_unembedding import FEW, streams
 
-from ia2 import unembedding
 from ia2.analysis import lens as module
+from ia2.analysis import unembedding
 from ia2.analysis.lens import LabelTokens, LensAccumulator, LensResult, divergence, summarise
-from ia2.errors import ModelError
-from ia2.report.lens_figures import lens_figures
-from ia2.report.style import Figure
-from ia2.unembedding import Lens
+from ia2.analysis.unembedding import Lens
+from ia2.report.figures.lens_figures import lens_figures
+from ia2.report.figures.style import Figure
+from ia2.utils.errors import ModelError
 
 # ------------------------------------------------------------------------------------------- measures
 

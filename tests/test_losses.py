@@ -7,16 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ia2.errors import ConfigError
-from ia2.losses import (
+from ia2.config.recipes import OBJECTIVE_NAMES
+from ia2.teacher.targets import pack_targets
+from ia2.training.objectives import (
     OBJECTIVES,
     alignment_losses,
     cross_entropy_losses,
     mean_by_example,
     soft_label_losses,
 )
-from ia2.recipes import OBJECTIVE_NAMES
-from ia2.targets import pack_targets
+from ia2.utils.errors import ConfigError
 
 LAYERS, WIDTH, HEADS = 3, 16, 4
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ia2 import manifest
-from ia2.errors import RunFolderError
-from ia2.files import read_json, write_json
-from ia2.manifest import MANIFEST, begin, check, compact, record, recorded, sha256
+from ia2.utils import manifest
+from ia2.utils.errors import RunFolderError
+from ia2.utils.files import read_json, write_json
+from ia2.utils.manifest import MANIFEST, begin, check, compact, record, recorded, sha256
 
 
 @pytest.fixture

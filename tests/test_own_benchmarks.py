@@ -16,8 +16,8 @@ from benchmark_rows import (
 )
 from example_rows import said
 
-from ia2.benchmarks import BENCHMARKS, load_benchmark
-from ia2.errors import ConfigError, DataError
+from ia2.data.benchmarks import BENCHMARKS, load_benchmark
+from ia2.utils.errors import ConfigError, DataError
 
 
 def test_ones_own_benchmark(tmp_path: Path) -> None:

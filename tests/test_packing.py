@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from ia2 import packing
-from ia2.adapter_weights import attach
-from ia2.adapters import peft_config
-from ia2.batches import Collator, Row, near_lengths, parts_of, run_parts
-from ia2.capture import ActivationCapture
-from ia2.config_sections import AdapterConfig
-from ia2.losses import cross_entropy_losses
-from ia2.packing import groups, packs, row_attention, tree_pass
-from ia2.tokens import Ids
+from ia2.adapters.types import peft_config
+from ia2.adapters.weights import attach
+from ia2.config.sections import AdapterConfig
+from ia2.models.capture import ActivationCapture
+from ia2.models.load import packing
+from ia2.models.packing import groups, packs, row_attention, tree_pass
+from ia2.models.tokens import Ids
+from ia2.training.dataset import Collator, Row, near_lengths, parts_of, run_parts
+from ia2.training.objectives import cross_entropy_losses
 
 LLAMA = llama()
 

@@ -10,12 +10,12 @@ import torch
 from families import ALL, HEADS, llama
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
-from ia2 import patching
-from ia2.capture import ActivationCapture
-from ia2.errors import ModelError
-from ia2.inference import answer_pass
-from ia2.patching import AnswerRuns, Layout, Patch, Unit, patched_log_probs
-from ia2.sites import SiteCapture, has_site
+from ia2.analysis import patching
+from ia2.analysis.patching import AnswerRuns, Layout, Patch, Unit, patched_log_probs
+from ia2.models.capture import ActivationCapture
+from ia2.models.forward import answer_pass
+from ia2.models.sites import SiteCapture, has_site
+from ia2.utils.errors import ModelError
 
 Ids = tuple[int, ...]
 

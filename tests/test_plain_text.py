@@ -13,12 +13,12 @@ from adapting import disturb, lora
 from benches import wordy_model
 from families import FAMILIES, HYBRIDS
 
-from ia2.adapter_weights import attach, base_weights, detach
-from ia2.adapters import peft_config
-from ia2.config_sections import AdapterConfig
-from ia2.errors import DataError
+from ia2.adapters.types import peft_config
+from ia2.adapters.weights import attach, base_weights, detach
+from ia2.config.sections import AdapterConfig
 from ia2.evaluation.plain_text import DIVERSITY, diversity, openings, perplexity, plain_texts
-from ia2.tokens import encode_prompt
+from ia2.models.tokens import encode_prompt
+from ia2.utils.errors import DataError
 
 TEXTS = [
     "the cat was not very good",

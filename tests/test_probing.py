@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from benches import clone, icl_base, icl_examples
 
-from ia2.adaptation import adapt
 from ia2.config import AdaptConfig, ProbeConfig, TrainConfig
-from ia2.errors import ConfigError, DataError, RunFolderError
+from ia2.data.examples import Example, Examples
 from ia2.evaluation.headroom import judge
-from ia2.examples import Example, Examples
-from ia2.models import BaseModel
-from ia2.probing import Probe, choose_recipe, probe, reason_of
+from ia2.experiment.adapt import adapt
+from ia2.experiment.probe import Probe, choose_recipe, probe, reason_of
+from ia2.models.load import BaseModel
+from ia2.utils.errors import ConfigError, DataError, RunFolderError
 
 
 def test_reasons_hold_the_numbers_and_a_way_on() -> None:
@@ -148,7 +148,7 @@ def test_auto_takes_the_method_where_in_context_learning_helps(
     reason = result.metrics["chosen_because"]
     assert "ICL" in reason and reason in (tmp_path / "out" / "README.md").read_text()
     # the same run knows what it chose
-    monkeypatch.setattr("ia2.probing.probe", lambda *_: pytest.fail("probed again"))
+    monkeypatch.setattr("ia2.experiment.probe.probe", lambda *_: pytest.fail("probed again"))
     again = adapt(clone(base), rows, config, output_dir=tmp_path / "out")
     assert again.metrics == result.metrics
     # another run is refused before it is probed
@@ -163,7 +163,7 @@ def test_auto_learns_from_no_teacher_that_guesses(
     """With one row a label, leave one out is always wrong; other rows may be answered rightly."""
     accuracy = {"icl_leave_one_out": 0.25, "most_frequent_label": 0.25}
     found = Probe("unclear", "ICL and SFT cannot be told apart.", {"accuracy": accuracy, "chance": 0.25})
-    monkeypatch.setattr("ia2.probing.probe", lambda *_: found)
+    monkeypatch.setattr("ia2.experiment.probe.probe", lambda *_: found)
     chosen, reason = choose_recipe(base, icl_examples(4), AdaptConfig(unlabelled=unlabelled))
     assert chosen == recipe
     assert (reason == found.reason) if unlabelled else ("25.0%" in reason and "--unlabelled" in reason)

@@ -19,14 +19,14 @@ from test_rendering import chatty
 from transformers import PreTrainedTokenizerFast
 
 from ia2.config import AdaptConfig
-from ia2.config_reading import validate
-from ia2.context import render
-from ia2.errors import ConfigError, DataError
-from ia2.examples import Example
-from ia2.files import digest
-from ia2.prompts import Prompts, load_function, query_prompts, read_given
-from ia2.rendering import Rendering
-from ia2.tokens import decode, encode_prompt
+from ia2.config.reading import validate
+from ia2.data.examples import Example
+from ia2.models.tokens import decode, encode_prompt
+from ia2.prompts.builder import Prompts, load_function, query_prompts, read_given
+from ia2.prompts.context import render
+from ia2.prompts.format import Rendering
+from ia2.utils.errors import ConfigError, DataError
+from ia2.utils.files import digest
 
 
 def no_model() -> Any:

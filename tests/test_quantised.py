@@ -12,13 +12,13 @@ from families import gpt2, llama
 from torch import nn
 from words import make_word_tokenizer
 
-from ia2.adapter_checks import check_adapter
-from ia2.adapter_weights import adapter_state, attach, base_weights, detach, load_adapter_state
-from ia2.adapters import ADAPTERS, peft_config
-from ia2.config_sections import AdapterConfig
-from ia2.errors import ConfigError, ModelError
-from ia2.full import FullModel
-from ia2.models import BaseModel, load_base
+from ia2.adapters.checks import check_adapter
+from ia2.adapters.full_finetuning import FullModel
+from ia2.adapters.types import ADAPTERS, peft_config
+from ia2.adapters.weights import adapter_state, attach, base_weights, detach, load_adapter_state
+from ia2.config.sections import AdapterConfig
+from ia2.models.load import BaseModel, load_base
+from ia2.utils.errors import ConfigError, ModelError
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 if "cpu" not in getattr(bitsandbytes, "supported_torch_devices", ()):

@@ -20,20 +20,20 @@ from benches import (
     wordy_model,
 )
 
-from ia2.adapter_weights import base_weights
-from ia2.adapters import ADAPTERS
-from ia2.alignment import AlignmentSettings
-from ia2.batches import parts_of
+from ia2.adapters.types import ADAPTERS
+from ia2.adapters.weights import base_weights
 from ia2.config import AdaptConfig
-from ia2.config_reading import validate
-from ia2.errors import ConfigError, DataError
-from ia2.losses import OBJECTIVES
-from ia2.models import BaseModel
-from ia2.recipes import ADAPTER_NAMES, OBJECTIVE_NAMES, RECIPES, TRAINED, is_trained
-from ia2.stages import plan
-from ia2.targets import pack_soft
-from ia2.trainer import AlignTrainer, MixedTrainer, SftTrainer, SoftTrainer, StageSettings
-from ia2.workbench import Workbench
+from ia2.config.reading import validate
+from ia2.config.recipes import ADAPTER_NAMES, OBJECTIVE_NAMES, RECIPES, TRAINED, is_trained
+from ia2.experiment.workbench import Workbench
+from ia2.models.load import BaseModel
+from ia2.teacher.targets import pack_soft
+from ia2.training.alignment import AlignmentSettings
+from ia2.training.dataset import parts_of
+from ia2.training.objectives import OBJECTIVES
+from ia2.training.stages import plan
+from ia2.training.trainer import AlignTrainer, MixedTrainer, SftTrainer, SoftTrainer, StageSettings
+from ia2.utils.errors import ConfigError, DataError
 
 BRIEF = {"epochs": 2}
 ROWS = icl_examples(12, task=1, num_classes=2)
@@ -192,8 +192,8 @@ def test_the_joint_loss_is_the_weighted_sum(answers: str, wordy: BaseModel, tmp_
 def test_a_kept_alignment_term_decays(wordy: BaseModel, tmp_path: Path) -> None:
     bench = free(wordy, tmp_path, sft={"ia2_weight": 0.5, "epochs": 10, "ia2_decay_epochs": 4})
     (stage,) = plan("sft", bench.config)
-    from ia2.console import Progress
-    from ia2.stages import StageJob, _trainer
+    from ia2.training.stages import StageJob, _trainer
+    from ia2.utils.logging import Progress
 
     how = bench._how(stage)
     rows = bench._rows(stage, how)

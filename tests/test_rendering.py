@@ -11,11 +11,11 @@ import pytest
 from test_context import awkward, rows
 from transformers import PreTrainedTokenizerFast
 
-from ia2.context import Contexts, DemonstrationContexts, FixedOrders, LeaveOneOut
-from ia2.errors import ConfigError, DataError
-from ia2.examples import Example
-from ia2.rendering import Rendering, render
-from ia2.tokens import common_prefix, encode_answer, encode_prompt
+from ia2.data.examples import Example
+from ia2.models.tokens import common_prefix, encode_answer, encode_prompt
+from ia2.prompts.context import Contexts, DemonstrationContexts, FixedOrders, LeaveOneOut
+from ia2.prompts.format import Rendering, render
+from ia2.utils.errors import ConfigError, DataError
 
 CHATML = """\
 {%- for m in messages %}<|im_start|>{{ m.role }}

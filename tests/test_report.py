@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import yaml
 
-from ia2.config_sections import AdapterConfig
+from ia2.config.sections import AdapterConfig
 from ia2.evaluation.metrics import Measured, RowMeasures, summarise
-from ia2.report.card import model_card
+from ia2.experiment.card import model_card
+from ia2.prompts.task import Task
 from ia2.report.data import without_older_intervals
-from ia2.report.figures import comparison_figure, try_comparison_figure
+from ia2.report.figures.comparison_figures import comparison_figure, try_comparison_figure
 from ia2.report.tables import (
     INTERVALS,
     comparison_columns,
@@ -27,8 +28,7 @@ from ia2.report.tables import (
     rates,
     seconds,
 )
-from ia2.task import Task
-from ia2.wording import estimate
+from ia2.utils.wording import estimate
 
 TASK = Task("classification", labels=(" no", " yes"), max_answer_tokens=1)
 
@@ -111,8 +111,8 @@ def test_the_snippet_of_a_card_is_python() -> None:
     ("adapter", "needed"),
     [
         ({"type": "full"}, 'AutoModelForCausalLM.from_pretrained("path/to'),
-        ({"type": "bottleneck"}, "import ia2.bottleneck"),
-        ({"peft": {"peft_type": "BOTTLENECK"}}, "import ia2.bottleneck"),
+        ({"type": "bottleneck"}, "import ia2.adapters.bottleneck"),
+        ({"peft": {"peft_type": "BOTTLENECK"}}, "import ia2.adapters.bottleneck"),
     ],
 )
 def test_the_snippet_suits_the_adapter(adapter: dict[str, Any], needed: str) -> None:

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from ia2.sweeps.overview import overview_lines
-from ia2.sweeps.printing import make_report
-from ia2.sweeps.tables import fill
+from ia2.report.sweep.overview import overview_lines
+from ia2.report.sweep.printing import make_report
+from ia2.report.sweep.tables import fill
 from scripts.reproduction_tables import PAGE, SMALL, TABLES, main, rewritten
 
 BLOCK = re.compile(r"<!-- (table: \w+|said before) -->.*?<!-- end -->", re.DOTALL)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ia2.schedule import Schedule
+from ia2.training.schedule import Schedule
 
 sizes = st.integers(1, 64)
 

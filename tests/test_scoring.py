@@ -13,9 +13,10 @@ import torch
 from families import FAMILIES, HYBRIDS
 
 from ia2.config import AdaptConfig
+from ia2.data.examples import Example, Examples
 from ia2.evaluation.calibration import TEMPERATURES as TEMPERATURES_TRIED
+from ia2.evaluation.evaluate import temperature_losses
 from ia2.evaluation.metrics import label_temperature_losses
-from ia2.evaluation.run import temperature_losses
 from ia2.evaluation.scoring import (
     LabelScorer,
     LabelScores,
@@ -25,10 +26,9 @@ from ia2.evaluation.scoring import (
     score_labels,
     write_predictions,
 )
-from ia2.examples import Example, Examples
-from ia2.inference import AnswerOutput, answer_pass
-from ia2.task import Task, make_task
-from ia2.tokens import Ids, encode_prompt
+from ia2.models.forward import AnswerOutput, answer_pass
+from ia2.models.tokens import Ids, encode_prompt
+from ia2.prompts.task import Task, make_task
 
 TEMPERATURES = (1.0, 0.5, 3.0)
 MANY = (" good film", " good food", " good day song", " bad", " red fish song", " red fish day")
@@ -142,7 +142,7 @@ def test_labels_that_share_beginnings_and_prompts_score_as_each_alone(
             if ends:
                 expected[query, label, t] += log_p[len(ids), list(task.terminators)].logsumexp(0)
     for budget in (4096, 12):
-        monkeypatch.setattr("ia2.inference.token_budget", lambda *_, budget=budget: budget)
+        monkeypatch.setattr("ia2.models.forward.token_budget", lambda *_, budget=budget: budget)
         found = score_labels(model, word_tokenizer, task, prompts, temperatures=TEMPERATURES)
         np.testing.assert_allclose(found.log_probability, expected, atol=1e-6)
     # where only the truth is asked for beside temperature 1, the rest is not computed

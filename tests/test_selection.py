@@ -9,13 +9,13 @@ import pytest
 import torch
 from benches import bench_of, clone, icl_base, icl_examples
 
-from ia2.adaptation import adapt
 from ia2.config import AdaptConfig
-from ia2.errors import DataError
-from ia2.examples import Examples
-from ia2.models import BaseModel
-from ia2.selection import FOLDS, best_epoch
-from ia2.workbench import Workbench
+from ia2.data.examples import Examples
+from ia2.experiment.adapt import adapt
+from ia2.experiment.cross_fitting import FOLDS, best_epoch
+from ia2.experiment.workbench import Workbench
+from ia2.models.load import BaseModel
+from ia2.utils.errors import DataError
 
 ROWS = icl_examples(10)
 SHORT = {"align": {"epochs": 2}, "sft": {"epochs": 2}, "selection": "folds"}
@@ -76,7 +76,7 @@ def test_a_killed_run_finds_its_folds(
     model: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = made(model, tmp_path).train("ia2-sft")
-    monkeypatch.setattr("ia2.workbench.run_stage", None)  # nothing may be trained again
+    monkeypatch.setattr("ia2.experiment.workbench.run_stage", None)  # nothing may be trained again
     again = made(model, tmp_path).train("ia2-sft")
     assert again.tried == first.tried and again.temperatures == first.temperatures
     assert all(torch.equal(again.state[name], first.state[name]) for name in first.state)
@@ -99,7 +99,7 @@ def test_folds_are_averaged(model: BaseModel, tmp_path: Path) -> None:
 
 
 def trained_stages(fold: Workbench) -> Any:
-    from ia2.stages import plan
+    from ia2.training.stages import plan
 
     return plan("sft", fold.config)
 

@@ -10,21 +10,22 @@ import torch
 from benches import icl_examples
 from launching import together
 
-import ia2.models
-from ia2 import AdaptConfig, adapt, distributed
-from ia2.adapter_weights import attach, detach
-from ia2.adapters import peft_config
-from ia2.batches import AnswerDataset, Collator, Row
-from ia2.batching import in_halves
-from ia2.config_sections import AdapterConfig
-from ia2.console import Progress
-from ia2.errors import ConfigError
-from ia2.example_trainer import ExampleTrainer
-from ia2.generation import generate_answers
-from ia2.inference import answer_pass
-from ia2.models import load_base
-from ia2.recipes import ADAPTER_NAMES
-from ia2.sharding import NEEDS_WHOLE
+import ia2.models.load
+from ia2 import AdaptConfig, adapt
+from ia2.adapters.types import peft_config
+from ia2.adapters.weights import attach, detach
+from ia2.config.recipes import ADAPTER_NAMES
+from ia2.config.sections import AdapterConfig
+from ia2.models.batching import in_halves
+from ia2.models.forward import answer_pass
+from ia2.models.generation import generate_answers
+from ia2.models.load import load_base
+from ia2.models.sharding import NEEDS_WHOLE
+from ia2.training.dataset import AnswerDataset, Collator, Row
+from ia2.training.example_trainer import ExampleTrainer
+from ia2.utils import distributed
+from ia2.utils.errors import ConfigError
+from ia2.utils.logging import Progress
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_gloo_available(), reason="torch was built without gloo"
@@ -35,7 +36,7 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 def trained(path: Path, folder: Path, stop_after: int | None = None, **settings: Any) -> dict[str, Any]:
     """A recipe, stopped and taken up again if asked; in float64, since Adam makes rounding errors visible."""
-    ia2.models.DTYPES = (*ia2.models.DTYPES, "float64")
+    ia2.models.load.DTYPES = (*ia2.models.load.DTYPES, "float64")
     base = load_base(str(path), device="cpu", dtype="float64")
     rows = icl_examples(24)
     config = AdaptConfig(
@@ -184,14 +185,14 @@ def test_a_pass_that_fails_is_not_made_again_by_one_process(monkeypatch: pytest.
         tried.append(members)
         raise RuntimeError("CUDA out of memory.")
 
-    monkeypatch.setattr("ia2.batching.stepping", lambda: True)
+    monkeypatch.setattr("ia2.models.batching.stepping", lambda: True)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(in_halves([[0, 1]], run, Progress()))
     assert tried == [[0, 1]]
 
 
 def test_quantised_weights_are_refused(tiny_icl_model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ia2.models.shards_model", lambda: True)
+    monkeypatch.setattr("ia2.models.load.shards_model", lambda: True)
     with pytest.raises(ConfigError, match="quantised weights cannot be sharded"):
         load_base(str(tiny_icl_model_path), device="cpu", quantization="4bit")
 

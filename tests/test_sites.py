@@ -7,9 +7,9 @@ import torch
 from families import ALL
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ia2.capture import ActivationCapture
-from ia2.inference import answer_pass
-from ia2.sites import READABLE, SiteCapture, has_site
+from ia2.models.capture import ActivationCapture
+from ia2.models.forward import answer_pass
+from ia2.models.sites import READABLE, SiteCapture, has_site
 
 PAIRS = [
     (tuple(range(5, 30)), (7,)),

@@ -9,8 +9,8 @@ from example_rows import queries, rows_of, said
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ia2.errors import ConfigError, DataError
-from ia2.examples import Examples, FewShotSplit
+from ia2.data.examples import Examples, FewShotSplit
+from ia2.utils.errors import ConfigError, DataError
 
 some_answers = st.lists(st.sampled_from("abcd"), min_size=1, max_size=60)
 seeds = st.integers(0, 2**32)

@@ -15,11 +15,11 @@ from command_line import write_rows
 from tiny_icl.tasks import sample_task
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from ia2.adaptation import adapt
 from ia2.config import TrainConfig
-from ia2.example_trainer import Trainer  # as it is imported for training
-from ia2.examples import Examples
-from ia2.tokens import _KEPT_IDS, _Kept
+from ia2.data.examples import Examples
+from ia2.experiment.adapt import adapt
+from ia2.models.tokens import _KEPT_IDS, _Kept
+from ia2.training.example_trainer import Trainer  # as it is imported for training
 
 TASK = sample_task(0, num_classes=3)
 ROOT = Path(__file__).parent.parent
@@ -66,7 +66,7 @@ def test_bitsandbytes_is_found_after_it_was_left_out() -> None:
     pytest.importorskip("bitsandbytes")
     code = """
 import sys, importlib.util
-from ia2.imports import without_bitsandbytes
+from ia2.utils.imports import without_bitsandbytes
 with without_bitsandbytes():
     import peft.helpers
     from peft.import_utils import is_bnb_available
@@ -84,7 +84,7 @@ with without_bitsandbytes():
 def test_the_compiler_comes_when_it_is_used() -> None:
     code = """
 import sys, torch
-from ia2.imports import for_one_forward_pass
+from ia2.utils.imports import for_one_forward_pass
 with for_one_forward_pass():
     from transformers import GPT2LMHeadModel
     from transformers.masking_utils import TransformGetItemToIndex

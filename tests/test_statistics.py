@@ -25,7 +25,7 @@ from ia2.evaluation.statistics import (
     t_test,
     wilcoxon,
 )
-from ia2.wording import estimate
+from ia2.utils.wording import estimate
 
 numbers = st.lists(st.floats(-1, 1), min_size=2, max_size=12)
 

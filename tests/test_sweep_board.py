@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from sweeping import grid_of
 
-from ia2 import console
-from ia2.sweeps import board as boards
-from ia2.sweeps.board import Board
-from ia2.sweeps.grid import GridConfig, expand
+from ia2.experiment.sweep import progress as boards
+from ia2.experiment.sweep.grid import GridConfig, expand
+from ia2.experiment.sweep.progress import Board
+from ia2.utils import logging as console
 
 
 def board_of(files: Path, known: int = 0, seconds: float = 10.0) -> tuple[Board, list[Any], Any]:

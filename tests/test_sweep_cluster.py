@@ -18,12 +18,12 @@ import pytest
 from command_line import run
 from sweeping import grid_of, results, write_files, write_grid
 
-from ia2.errors import ConfigError
-from ia2.sweeps.cluster import on_ray
-from ia2.sweeps.grid import GridConfig
-from ia2.sweeps.run import sweep
-from ia2.sweeps.unit import Event, Finished
-from ia2.sweeps.workers import Lost
+from ia2.experiment.sweep.cluster import on_ray
+from ia2.experiment.sweep.execute import sweep
+from ia2.experiment.sweep.grid import GridConfig
+from ia2.experiment.sweep.job import Event, Finished
+from ia2.experiment.sweep.workers import Lost
+from ia2.utils.errors import ConfigError
 
 # without importing it, which a sweep does once it has told it to be silent
 with_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")

@@ -9,9 +9,9 @@ import pytest
 from command_line import run
 from sweeping import cells_of, grid_of, records, results, swept, write_grid
 
-from ia2.sweeps.grid import GridConfig
-from ia2.sweeps.pace import WorkLeft, first_of_kinds
-from ia2.sweeps.run import sweep
+from ia2.experiment.sweep.execute import sweep
+from ia2.experiment.sweep.grid import GridConfig
+from ia2.experiment.sweep.pace import WorkLeft, first_of_kinds
 
 
 def record(**seconds: float) -> dict[str, Any]:

@@ -13,14 +13,14 @@ from command_line import run, tree, write_rows
 from launching import finish, kill_when, start
 from sweeping import grid_of, records, results, swept, write_files, write_grid
 
-from ia2 import trainer
-from ia2.errors import DataError, RunFolderError
-from ia2.files import read_json
-from ia2.sweeps.grid import GridConfig
-from ia2.sweeps.run import RETRIES, sweep
-from ia2.sweeps.store import alone
-from ia2.sweeps.unit import Failed, Started
-from ia2.sweeps.workers import Lost, in_process
+from ia2.experiment.sweep.execute import RETRIES, sweep
+from ia2.experiment.sweep.grid import GridConfig
+from ia2.experiment.sweep.job import Failed, Started
+from ia2.experiment.sweep.store import alone
+from ia2.experiment.sweep.workers import Lost, in_process
+from ia2.training import trainer
+from ia2.utils.errors import DataError, RunFolderError
+from ia2.utils.files import read_json
 
 # --------------------------------------------------------------------------------------------- failures
 

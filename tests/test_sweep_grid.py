@@ -9,15 +9,15 @@ import pytest
 from sweeping import cells_of, grid_of, write_files, write_grid, write_split
 from transformers import PreTrainedModel
 
-from ia2.adapters import ADAPTERS, peft_config
+from ia2.adapters.types import ADAPTERS, peft_config
 from ia2.config import AdaptConfig
-from ia2.config_sections import AdapterConfig
-from ia2.errors import ConfigError, DataError
-from ia2.files import digest
-from ia2.sweeps.grid import FORMAT, Cell, GridConfig, evaluated_on, expand, load_grid
-from ia2.sweeps.run import cells_of as units_of
-from ia2.sweeps.run import first_cells, read_benchmarks
-from ia2.sweeps.settings import KEPT
+from ia2.config.sections import AdapterConfig
+from ia2.experiment.sweep.cell_settings import KEPT
+from ia2.experiment.sweep.execute import cells_of as units_of
+from ia2.experiment.sweep.execute import first_cells, read_benchmarks
+from ia2.experiment.sweep.grid import FORMAT, Cell, GridConfig, evaluated_on, expand, load_grid
+from ia2.utils.errors import ConfigError, DataError
+from ia2.utils.files import digest
 
 ALL = ["base", "icl", "sft", "ia2", "ia2-sft", "sft-ia2", "ia2+sft", "soft-sft", "constant-sft"]
 
@@ -384,8 +384,8 @@ def test_the_defaults_are_those_that_finished_cells_were_run_with(tiny_llama: Pr
     assert known == "b03db81697f28d4a", (
         "A default of AdaptConfig, or of an adapter type, is not what it was. Keys of cells leave defaults "
         "out: if a default changed (or what one means, or what a record holds), bump FORMAT in "
-        "src/ia2/sweeps/grid.py, so that no old cell passes for a new one. If a setting or a type is new and "
-        f"its default is what was done before, do not. Either way, write {known} here."
+        "src/ia2/experiment/sweep/grid.py, so that no old cell passes for a new one. If a setting or a "
+        f"type is new and its default is what was done before, do not. Either way, write {known} here."
     )
 
 

@@ -14,22 +14,22 @@ import yaml
 from command_line import tree
 from sweeping import cells_of, grid_of, records, swept
 
-from ia2 import trainer
-from ia2.adapter_weights import read_adapter_state
-from ia2.benchmarks import load_benchmark
+from ia2.adapters.weights import read_adapter_state
 from ia2.config import AdaptConfig
+from ia2.data.benchmarks import load_benchmark
+from ia2.data.examples import Examples, FewShotSplit
 from ia2.evaluation.metrics import STATISTICS
-from ia2.examples import Examples, FewShotSplit
-from ia2.files import read_json
-from ia2.models import BaseModel, load_base
-from ia2.sweeps import unit
-from ia2.sweeps.grid import GridConfig, expand
-from ia2.sweeps.run import sweep
-from ia2.sweeps.unit import task_of
-from ia2.sweeps.workers import in_process
-from ia2.task import make_task
-from ia2.teacher import Teacher
-from ia2.workbench import Workbench
+from ia2.experiment.sweep import job as unit
+from ia2.experiment.sweep.execute import sweep
+from ia2.experiment.sweep.grid import GridConfig, expand
+from ia2.experiment.sweep.job import task_of
+from ia2.experiment.sweep.workers import in_process
+from ia2.experiment.workbench import Workbench
+from ia2.models.load import BaseModel, load_base
+from ia2.prompts.task import make_task
+from ia2.teacher.teacher import Teacher
+from ia2.training import trainer
+from ia2.utils.files import read_json
 
 ALL = ["base", "icl", "sft", "ia2", "ia2-sft", "sft-ia2", "ia2+sft", "soft-sft"]
 VARIANTS = {"dora": {"adapter": {"type": "dora", "rank": 2}}, "cosine": {"align.objective": "cosine"}}

@@ -13,13 +13,13 @@ import pytest
 from scipy import stats
 from sweep_records import drawn, evaluation, record, rows, small_grid, write_sweep
 
-from ia2.errors import ConfigError, DataError, RunFolderError
 from ia2.evaluation.statistics import paired_test
-from ia2.sweeps.records import Results, filtered, load_results
-from ia2.sweeps.report import IclVerdict, Place, Report
-from ia2.sweeps.selection import Arm, Task, Tried, differences, make_arms
-from ia2.sweeps.tables import mean_entry
-from ia2.sweeps.threshold import Threshold, crossing, effectiveness_threshold
+from ia2.experiment.sweep.records import Results, filtered, load_results
+from ia2.report.sweep.cells import IclVerdict, Place, Report
+from ia2.report.sweep.selection import Arm, Task, Tried, differences, make_arms
+from ia2.report.sweep.tables import mean_entry
+from ia2.report.sweep.threshold import Threshold, crossing, effectiveness_threshold
+from ia2.utils.errors import ConfigError, DataError, RunFolderError
 
 TASK = Task("SST2", "words", "demo")
 

@@ -10,13 +10,13 @@ from command_line import names
 from sweep_records import evaluation, record, rows, small_grid, write_sweep
 from sweep_reports import QWEN, RECIPES, few, grid_of, report_of
 
-from ia2.errors import ConfigError
-from ia2.sweeps.layouts import available, paper_table
-from ia2.sweeps.paper import paper_tables
-from ia2.sweeps.printing import print_tables
-from ia2.sweeps.records import load_results
-from ia2.sweeps.report import Report
-from ia2.sweeps.tables import latex, markdown
+from ia2.experiment.sweep.records import load_results
+from ia2.report.sweep.cells import Report
+from ia2.report.sweep.paper import paper_tables
+from ia2.report.sweep.paper_layouts import available, paper_table
+from ia2.report.sweep.printing import print_tables
+from ia2.report.sweep.tables import latex, markdown
+from ia2.utils.errors import ConfigError
 
 # ---------------------------------------------------------------------------------- the paper's own
 

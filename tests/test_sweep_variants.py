@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from sweep_records import evaluation, record, write_sweep
 
-from ia2.errors import ConfigError
-from ia2.sweeps.printing import make_report, print_tables
-from ia2.sweeps.report import Report
-from ia2.sweeps.variants import candidates, selected, variants_table
+from ia2.report.sweep.cells import Report
+from ia2.report.sweep.printing import make_report, print_tables
+from ia2.report.sweep.variants import candidates, selected, variants_table
+from ia2.utils.errors import ConfigError
 
 N = 300
 PLAIN = (0.6, 0.2)  # share of right rows, overconfidence

@@ -15,11 +15,11 @@ import pytest
 from launching import python
 from sweeping import grid_of, records, results, write_grid
 
-from ia2.errors import ConfigError
-from ia2.sweeps.grid import GridConfig, expand
-from ia2.sweeps.run import cells_of, read_benchmarks, sweep
-from ia2.sweeps.unit import Event, Finished, Started
-from ia2.sweeps.workers import Lost, in_process, processes
+from ia2.experiment.sweep.execute import cells_of, read_benchmarks, sweep
+from ia2.experiment.sweep.grid import GridConfig, expand
+from ia2.experiment.sweep.job import Event, Finished, Started
+from ia2.experiment.sweep.workers import Lost, in_process, processes
+from ia2.utils.errors import ConfigError
 
 pytestmark = pytest.mark.slow  # each worker imports torch
 
@@ -126,7 +126,7 @@ def test_a_worker_that_is_killed_loses_nothing(
 def test_a_cell_whose_workers_always_die_is_given_up_and_the_rest_is_done(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ia2.sweeps.run.RETRIES", 1)
+    monkeypatch.setattr("ia2.experiment.sweep.execute.RETRIES", 1)
     deaths: list[str] = []
 
     def kill(event: Event | Lost) -> None:

@@ -13,11 +13,11 @@ from command_line import run
 from sweep_records import record, rows, small_grid, write_sweep
 from sweep_reports import few, grid_of, report_of
 
-from ia2.sweeps.figures import sweep_figures, try_figures
-from ia2.sweeps.layouts import paper_table
-from ia2.sweeps.notes import span
-from ia2.sweeps.printing import print_tables
-from ia2.sweeps.tables import Column, Entry, Table, escape, latex, markdown, p_value, ranked
+from ia2.report.sweep.notes import span
+from ia2.report.sweep.paper_layouts import paper_table
+from ia2.report.sweep.printing import print_tables
+from ia2.report.sweep.sweep_figures import sweep_figures, try_figures
+from ia2.report.sweep.tables import Column, Entry, Table, escape, latex, markdown, p_value, ranked
 
 # ------------------------------------------------------------------------------------------- writing
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ia2 import targets
-from ia2.errors import RunFolderError
-from ia2.targets import MemoryTargets, StoreWriter, TargetStore, TeacherAnswer, open_store
+from ia2.teacher.targets import MemoryTargets, StoreWriter, TargetStore, TeacherAnswer, open_store
+from ia2.teacher.teacher import targets
+from ia2.utils.errors import RunFolderError
 
 LAYERS, WIDTH = [0, 2, 5], 16
 ANSWERS = [TeacherAnswer((3, 4, 2), " a b"), TeacherAnswer((5,), "c", ended=False), TeacherAnswer((2,), "")]

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from ia2.config import AdaptConfig
-from ia2.errors import ConfigError, DataError
-from ia2.examples import Examples, RowFormat
-from ia2.task import FREE_TEXT_TOKENS, Task, make_task, stop_text
+from ia2.data.examples import Examples, RowFormat
+from ia2.prompts.task import FREE_TEXT_TOKENS, Task, make_task, stop_text
+from ia2.utils.errors import ConfigError, DataError
 
 WORDS = ["good", "bad", "great", "awful", "fine", "film", "food", "song"]
 

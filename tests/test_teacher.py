@@ -14,12 +14,11 @@ from benches import base_of, bench_of, icl_base, icl_examples, word_examples, wo
 from families import llama
 from launching import forkserver
 
-from ia2 import targets
-from ia2 import teacher as module
-from ia2.context import Contexts
-from ia2.errors import RunFolderError
-from ia2.generation import Generated
-from ia2.teacher import Teacher
+from ia2.models.generation import Generated
+from ia2.prompts.context import Contexts
+from ia2.teacher.teacher import Teacher, targets
+from ia2.teacher.teacher import teacher as module
+from ia2.utils.errors import RunFolderError
 
 ROWS = 7
 
@@ -153,7 +152,7 @@ def test_a_pass_that_dies_leaves_no_folder(
                 raise end
             yield output
 
-    monkeypatch.setattr("ia2.targets._SHARD_BYTES", 1)  # shards have been written by then
+    monkeypatch.setattr("ia2.teacher.targets._SHARD_BYTES", 1)  # shards have been written by then
     with monkeypatch.context() as patch, pytest.raises(end):
         patch.setattr(module, "answer_pass", dying)
         teacher.to_store(contexts_of(trained), tmp_path / "teacher" / "train", {})

@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ia2.adapter_weights import attach
-from ia2.adapters import peft_config
-from ia2.capture import ActivationCapture
-from ia2.config_sections import AdapterConfig
-from ia2.errors import DataError
-from ia2.tokens import (
+from ia2.adapters.types import peft_config
+from ia2.adapters.weights import attach
+from ia2.config.sections import AdapterConfig
+from ia2.models.capture import ActivationCapture
+from ia2.models.tokens import (
     Batch,
     answer_index,
     common_prefix,
@@ -29,6 +28,7 @@ from ia2.tokens import (
     pad_id,
     pad_rows,
 )
+from ia2.utils.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

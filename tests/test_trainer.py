@@ -10,11 +10,17 @@ import pytest
 import torch
 from benches import align_rows, base_of, bench_of, icl_base, icl_examples, word_examples, wordy_model
 
-from ia2.adapter_weights import adapter_state
-from ia2.batches import AnswerDataset, EpochSampler, parts_of
-from ia2.errors import ConfigError
-from ia2.trainer import AlignTrainer, ExampleTrainer, SftTrainer, StageSettings, last_complete_checkpoint
-from ia2.workbench import Workbench
+from ia2.adapters.weights import adapter_state
+from ia2.experiment.workbench import Workbench
+from ia2.training.dataset import AnswerDataset, EpochSampler, parts_of
+from ia2.training.trainer import (
+    AlignTrainer,
+    ExampleTrainer,
+    SftTrainer,
+    StageSettings,
+    last_complete_checkpoint,
+)
+from ia2.utils.errors import ConfigError
 
 
 @pytest.fixture
@@ -268,7 +274,7 @@ def test_resumed_at_any_step_it_ends_the_same(
     script = [2.0, 1.0, 0.9, 0.8, 0.85, 0.84, 0.83, 0.7, 0.6, 0.5]
     results = []
     for name in ("whole", "killed"):
-        from ia2.adapter_weights import load_adapter_state
+        from ia2.adapters.weights import load_adapter_state
 
         load_adapter_state(bench.model, initial)
         steps: list[int] = []

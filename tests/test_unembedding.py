@@ -11,10 +11,10 @@ from adapting import lora
 from families import ALL, FAMILIES, build, llama
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaForCausalLM, OPTConfig
 
-from ia2.capture import ActivationCapture
-from ia2.errors import ModelError
-from ia2.full import FullModel
-from ia2.unembedding import Lens
+from ia2.adapters.full_finetuning import FullModel
+from ia2.analysis.unembedding import Lens
+from ia2.models.capture import ActivationCapture
+from ia2.utils.errors import ModelError
 
 IDS = torch.tensor([[5, 17, 40, 33, 21, 60, 12]])
 FEW = (9, 5, 77)

@@ -13,21 +13,21 @@ from command_line import names, run, tree, write_rows
 from sweeping import cells_of, records, swept
 
 from ia2 import AdaptConfig, CompareConfig, Examples, adapt
-from ia2.adaptation import load_adapter
-from ia2.adapter_weights import read_adapter_state
-from ia2.batches import EpochSampler
-from ia2.console import Progress
-from ia2.constant import ConstantTrainer
-from ia2.errors import ConfigError, DataError
-from ia2.examples import Example, FewShotSplit
-from ia2.files import read_json
-from ia2.models import BaseModel
-from ia2.recipes import LABELLED, UNLABELLED
-from ia2.rounds import draws
-from ia2.stages import StageJob, _trainer, plan
-from ia2.trainer import AlignTrainer, MixedTrainer, SftTrainer, StageSettings
-from ia2.unlabelled import distinct, with_unlabelled
-from ia2.workbench import Workbench, answered_parts, held_out, teacher_passes
+from ia2.adapters.weights import read_adapter_state
+from ia2.config.recipes import LABELLED, UNLABELLED
+from ia2.data.examples import Example, FewShotSplit
+from ia2.data.unlabelled import distinct, with_unlabelled
+from ia2.experiment.adapt import load_adapter
+from ia2.experiment.rounds import draws
+from ia2.experiment.workbench import Workbench, answered_parts, held_out, teacher_passes
+from ia2.models.load import BaseModel
+from ia2.training.constant import ConstantTrainer
+from ia2.training.dataset import EpochSampler
+from ia2.training.stages import StageJob, _trainer, plan
+from ia2.training.trainer import AlignTrainer, MixedTrainer, SftTrainer, StageSettings
+from ia2.utils.errors import ConfigError, DataError
+from ia2.utils.files import read_json
+from ia2.utils.logging import Progress
 
 ROWS = icl_examples(12, task=1, num_classes=2)
 MORE = icl_examples(20, seed=9, task=1, num_classes=2)

@@ -15,13 +15,13 @@ import torch
 from adapting import disturb, lora
 from families import FAMILIES, llama
 
-from ia2.adapter_weights import adapter_state, attach, detach, read_adapter_state, save_adapter
-from ia2.adapters import ADAPTERS, peft_config
+from ia2.adapters.types import ADAPTERS, peft_config
+from ia2.adapters.weights import adapter_state, attach, detach, read_adapter_state, save_adapter
 from ia2.analysis.subspaces import MEASURES, effective_rank, low_rank, overlap
 from ia2.analysis.weights import AdapterWeights, over_seeds, overlaps, place
-from ia2.config_sections import AdapterConfig
-from ia2.files import finite
-from ia2.report.weight_figures import weight_figures
+from ia2.config.sections import AdapterConfig
+from ia2.report.figures.weight_figures import weight_figures
+from ia2.utils.files import finite
 
 RNG = np.random.default_rng(0)
 OUT, IN = 40, 24

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ia2.wording import counted, in_words
+from ia2.utils.wording import counted, in_words
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,12 @@ from benches import (
     wordy_model,
 )
 
-from ia2.adapter_weights import adapter_state
-from ia2.errors import ConfigError, DataError, RunFolderError
-from ia2.examples import Example, Examples
-from ia2.models import BaseModel
-from ia2.teaching import Teaching
-from ia2.workbench import StageResult, Workbench
+from ia2.adapters.weights import adapter_state
+from ia2.data.examples import Example, Examples
+from ia2.experiment.workbench import StageResult, Workbench
+from ia2.models.load import BaseModel
+from ia2.teacher.teaching import Teaching
+from ia2.utils.errors import ConfigError, DataError, RunFolderError
 
 ROWS = icl_examples(9)
 SHORT = {"align": {"epochs": 2}, "sft": {"epochs": 2}}
@@ -50,7 +50,7 @@ def test_targets_are_found_again(model: BaseModel, tmp_path: Path, monkeypatch: 
     train, dev = first.teaching.targets()
     seconds = first.teaching.seconds
     assert seconds.keys() == {"output"}
-    monkeypatch.setattr("ia2.teacher.answer_pass", None)  # nothing may be computed again
+    monkeypatch.setattr("ia2.teacher.teacher.answer_pass", None)  # nothing may be computed again
     again = made(model, tmp_path, targets="store")
     for old, new in zip((train, dev), again.teaching.targets(), strict=True):
         assert old.answers == new.answers and old.rms == new.rms

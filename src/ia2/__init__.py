@@ -11,59 +11,59 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "ActivationCapture": "ia2.capture",
+    "ActivationCapture": "ia2.models.capture",
     "AdaptConfig": "ia2.config",
-    "AdaptResult": "ia2.adaptation",
-    "AdapterConfig": "ia2.config_sections",
-    "AlignConfig": "ia2.config_sections",
-    "AlignTrainer": "ia2.trainer",
+    "AdaptResult": "ia2.experiment.adapt",
+    "AdapterConfig": "ia2.config.sections",
+    "AlignConfig": "ia2.config.sections",
+    "AlignTrainer": "ia2.training.trainer",
     "AnalysisSettings": "ia2.analysis.analyze",
-    "BaseModel": "ia2.models",
+    "BaseModel": "ia2.models.load",
     "CompareConfig": "ia2.config",
     "CurveConfig": "ia2.config",
-    "ConfigError": "ia2.errors",
-    "DataError": "ia2.errors",
-    "Example": "ia2.examples",
-    "Examples": "ia2.examples",
-    "FewShotSplit": "ia2.examples",
-    "ModelError": "ia2.errors",
+    "ConfigError": "ia2.utils.errors",
+    "DataError": "ia2.utils.errors",
+    "Example": "ia2.data.examples",
+    "Examples": "ia2.data.examples",
+    "FewShotSplit": "ia2.data.examples",
+    "ModelError": "ia2.utils.errors",
     "ProbeConfig": "ia2.config",
-    "RowFormat": "ia2.examples",
-    "RunFolderError": "ia2.errors",
-    "SftConfig": "ia2.config_sections",
-    "MixedTrainer": "ia2.trainer",
-    "SftTrainer": "ia2.trainer",
-    "SoftTrainer": "ia2.trainer",
-    "StageSettings": "ia2.trainer",
-    "Teacher": "ia2.teacher",
-    "UserError": "ia2.errors",
-    "adapt": "ia2.adaptation",
+    "RowFormat": "ia2.data.examples",
+    "RunFolderError": "ia2.utils.errors",
+    "SftConfig": "ia2.config.sections",
+    "MixedTrainer": "ia2.training.trainer",
+    "SftTrainer": "ia2.training.trainer",
+    "SoftTrainer": "ia2.training.trainer",
+    "StageSettings": "ia2.training.trainer",
+    "Teacher": "ia2.teacher.teacher",
+    "UserError": "ia2.utils.errors",
+    "adapt": "ia2.experiment.adapt",
     "analyze": "ia2.analysis.analyze",
-    "compare": "ia2.comparison",
-    "curve": "ia2.curves",
-    "diagnose": "ia2.analysis.signatures",
-    "load_adapter": "ia2.adaptation",
-    "load_base": "ia2.models",
-    "probe": "ia2.probing",
+    "compare": "ia2.experiment.compare",
+    "curve": "ia2.experiment.curve",
+    "diagnose": "ia2.report.doctor.signatures",
+    "load_adapter": "ia2.experiment.adapt",
+    "load_base": "ia2.models.load",
+    "probe": "ia2.experiment.probe",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
 if TYPE_CHECKING:
-    from ia2.adaptation import AdaptResult, adapt, load_adapter
     from ia2.analysis.analyze import AnalysisSettings, analyze
-    from ia2.analysis.signatures import diagnose
-    from ia2.capture import ActivationCapture
-    from ia2.comparison import compare
     from ia2.config import AdaptConfig, CompareConfig, CurveConfig, ProbeConfig
-    from ia2.config_sections import AdapterConfig, AlignConfig, SftConfig
-    from ia2.curves import curve
-    from ia2.errors import ConfigError, DataError, ModelError, RunFolderError, UserError
-    from ia2.examples import Example, Examples, FewShotSplit, RowFormat
-    from ia2.models import BaseModel, load_base
-    from ia2.probing import probe
-    from ia2.teacher import Teacher
-    from ia2.trainer import AlignTrainer, MixedTrainer, SftTrainer, SoftTrainer, StageSettings
+    from ia2.config.sections import AdapterConfig, AlignConfig, SftConfig
+    from ia2.data.examples import Example, Examples, FewShotSplit, RowFormat
+    from ia2.experiment.adapt import AdaptResult, adapt, load_adapter
+    from ia2.experiment.compare import compare
+    from ia2.experiment.curve import curve
+    from ia2.experiment.probe import probe
+    from ia2.models.capture import ActivationCapture
+    from ia2.models.load import BaseModel, load_base
+    from ia2.report.doctor.signatures import diagnose
+    from ia2.teacher.teacher import Teacher
+    from ia2.training.trainer import AlignTrainer, MixedTrainer, SftTrainer, SoftTrainer, StageSettings
+    from ia2.utils.errors import ConfigError, DataError, ModelError, RunFolderError, UserError
 
 
 def __getattr__(name: str) -> Any:

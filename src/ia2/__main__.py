@@ -11,7 +11,7 @@ def main() -> None:
     """Run a command; an interrupt while it is still being imported is no traceback either."""
     atexit.register(gc.freeze)  # no search for garbage in what ends with the process
     try:
-        from ia2.imports import uncollected
+        from ia2.utils.imports import uncollected
 
         with uncollected():
             from ia2.cli import main as run

@@ -22,17 +22,17 @@ from tiny_icl.tasks import sample_task
 from words import make_word_tokenizer
 
 import ia2
-from ia2 import trainer
-from ia2.capture import ActivationCapture
 from ia2.config import AdaptConfig, CurveConfig, ProbeConfig
-from ia2.context import DemonstrationContexts, GivenContexts
-from ia2.curves import curve
-from ia2.examples import Example, Examples
-from ia2.files import read_json
-from ia2.inference import answer_pass
-from ia2.models import BaseModel
-from ia2.probing import probe
-from ia2.tokens import Ids
+from ia2.data.examples import Example, Examples
+from ia2.experiment.curve import curve
+from ia2.experiment.probe import probe
+from ia2.models.capture import ActivationCapture
+from ia2.models.forward import answer_pass
+from ia2.models.load import BaseModel
+from ia2.models.tokens import Ids
+from ia2.prompts.context import DemonstrationContexts, GivenContexts
+from ia2.training import trainer
+from ia2.utils.files import read_json
 
 TASK = sample_task(0, num_classes=2)
 BRIEF = ["--align-epochs", 1, "--sft-epochs", 1, "--learning-rates", 0.01]

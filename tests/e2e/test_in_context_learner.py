@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ia2 import CompareConfig, Examples, compare, load_base
-from ia2.files import read_json
+from ia2.utils.files import read_json
 from tests.tiny_icl.tasks import sample_task
 
 SEEDS = 10

@@ -14,8 +14,8 @@ from launching import finish, free_port, python, start, write_rows
 from safetensors.torch import load_file
 
 import ia2
-from ia2.distributed import process_state
-from ia2.errors import ConfigError
+from ia2.utils.distributed import process_state
+from ia2.utils.errors import ConfigError
 
 # What `-m ia2` runs, and a word about how many processes share a stage: `accelerate launch --cpu` starts
 # a single one, whatever it is asked for, so the launch goes through torchrun (MULTI_GPU).
@@ -23,8 +23,8 @@ _MAIN = """
 import os
 
 from ia2.cli import main
-from ia2.teacher import Teacher
-from ia2.trainer import ExampleTrainer
+from ia2.teacher.teacher import Teacher
+from ia2.training.trainer import ExampleTrainer
 
 run = Teacher._run
 

@@ -11,7 +11,7 @@ import pytest
 from benches import icl_examples
 from launching import finish, kill_when, python, start, write_rows
 
-from ia2.locks import LOCK
+from ia2.utils.locks import LOCK
 
 # Epochs of three steps and checkpoints every five: they fall into the middle of epochs, and step 15 is
 # an epoch's end that no regular evaluation falls on.

@@ -421,13 +421,6 @@ def _import_everything() -> None:
     import peft  # noqa: F401
     from transformers import AutoModelForCausalLM, Trainer  # noqa: F401
 
-    import ia2.analysis.analyze
-    import ia2.applying
-    import ia2.cli
-    import ia2.comparison
-    import ia2.report.html
-    import ia2.sweeps.run  # noqa: F401
-
 
 def _run(given: Input, world: Path) -> Outcome:
     began = time.perf_counter()

@@ -10,7 +10,7 @@ import pytest
 @pytest.fixture
 def fits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The trainers of the stages that were trained, in order."""
-    from ia2.example_trainer import ExampleTrainer
+    from ia2.training.example_trainer import ExampleTrainer
 
     trained: list[str] = []
     fit = ExampleTrainer.fit

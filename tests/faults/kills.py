@@ -20,8 +20,8 @@ from typing import Any
 from benches import icl_examples
 from launching import finish, start, write_rows
 
-from ia2.locks import LOCK
-from ia2.manifest import TEMPORARY
+from ia2.utils.locks import LOCK
+from ia2.utils.manifest import TEMPORARY
 
 MODEL = Path(__file__).resolve().parents[1] / "tiny_icl" / "model"
 _BRIEF = ["--learning-rates", 0.005, "--adapter-dropout", 0.1, "--checkpoint-every", 5]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import yaml
 
-from ia2.identity import folder_identity
-from ia2.manifest import record, relative, root_of, sha256
+from ia2.models.identity import folder_identity
+from ia2.utils.manifest import record, relative, root_of, sha256
 
 EVIL = "evil_of_a_stranger"
 FUNCTION = f"{EVIL}:run"

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from tiny_icl.tasks import sample_task
 
 from ia2.config import TrainConfig
-from ia2.config_reading import load_config
-from ia2.errors import ConfigError, DataError, suggest
-from ia2.examples import Examples, RowFormat, unescape
+from ia2.config.reading import load_config
+from ia2.data.examples import Examples, RowFormat, unescape
+from ia2.utils.errors import ConfigError, DataError, suggest
 
 TASK = sample_task(0, num_classes=3)
 FAST = ("--align-epochs", 1, "--sft-epochs", 1, "--quiet")
@@ -366,7 +366,7 @@ def test_words_of_benchmarks_and_grids(tmp_path: Path, capsys: pytest.CaptureFix
             in run(capsys, "benchmarks", "show", entry).refusal()
         )
     entry.write_text(text.format("01: ' a', true: ' b'"))
-    from ia2.benchmarks import load_benchmark
+    from ia2.data.benchmarks import load_benchmark
 
     assert load_benchmark(entry).verbalisers == {"w": {"01": " a", "true": " b"}}
     grid = tmp_path / "grid.yaml"

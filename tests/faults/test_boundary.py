@@ -22,9 +22,9 @@ from finished_runs import write_comparison
 from tiny_icl.tasks import sample_task
 
 from ia2.cli import boundary
-from ia2.errors import DataError, ModelError, RunFolderError
-from ia2.examples import Examples
-from ia2.manifest import begin
+from ia2.data.examples import Examples
+from ia2.utils.errors import DataError, ModelError, RunFolderError
+from ia2.utils.manifest import begin
 
 TASK = sample_task(0, num_classes=3)
 LONG = "n" * 300  # names of files end at 255 bytes
@@ -87,7 +87,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def loaded(*_: Any, **__: Any) -> Any:
         raise AssertionError("a model was loaded before the outputs were looked at")
 
-    monkeypatch.setattr("ia2.adaptation.load_base", loaded)
+    monkeypatch.setattr("ia2.experiment.adapt.load_base", loaded)
 
 
 # --------------------------------------------------------------------------------------------- streams
@@ -233,7 +233,7 @@ def test_a_sweep_into_a_folder_that_cannot_be_written(ia2: Command, here: Path) 
 
 
 def test_the_writers_say_it_too(here: Path) -> None:
-    from ia2.files import atomic_dir, write_text
+    from ia2.utils.files import atomic_dir, write_text
 
     for path in (here / LONG, here / "loop" / "x", here / "fifo.csv", here / "file" / "x", here / "compared"):
         with pytest.raises(RunFolderError, match=r"name|file|link"):
@@ -392,7 +392,7 @@ def test_a_marker_without_a_row_is_refused_where_a_prompt_has_it(
     """Gemma 3's tokenizer has one token more than its text models: the marker of an image."""
     import torch
 
-    from ia2.models import load_base
+    from ia2.models.load import load_base
 
     shutil.copytree(tiny_icl_model_path, here / "marked")
     tokenizer = load_base(str(tiny_icl_model_path)).tokenizer
@@ -454,7 +454,7 @@ def test_errors_of_the_machine(
     def fails(*_: Any) -> Any:
         raise error
 
-    monkeypatch.setattr("ia2.analysis.signatures.diagnose_all", fails)
+    monkeypatch.setattr("ia2.report.doctor.signatures.diagnose_all", fails)
     assert expected in ia2("doctor", "compared").refusal()
 
 
@@ -470,7 +470,7 @@ def test_our_own_mistakes(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: A
     monkeypatch.setenv("TMPDIR", str(here))
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.delenv(boundary.DEBUG, raising=False)
-    monkeypatch.setattr("ia2.analysis.signatures.diagnose_all", fails)
+    monkeypatch.setattr("ia2.report.doctor.signatures.diagnose_all", fails)
     with pytest.raises(SystemExit) as stop:
         main(["doctor", "compared"])
     assert stop.value.code == 1
@@ -490,7 +490,7 @@ def test_our_own_mistakes(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: A
 
 def test_memory_that_is_not_there(here: Path) -> None:
     code = (
-        "import sys\nfrom ia2.cli import main\nimport ia2.analysis.signatures as s\n"
+        "import sys\nfrom ia2.cli import main\nimport ia2.report.doctor.signatures as s\n"
         "s.diagnose_all = lambda _: bytearray(1 << 60)\nmain(sys.argv[1:])"
     )
     done = subprocess.run(

@@ -16,13 +16,13 @@ from command_line import Ran, run, write_rows
 from strangers import EVIL, FUNCTION, Stranger, edit_json
 from tiny_icl.tasks import sample_task
 
-from ia2.adaptation import adapt, load_adapter
-from ia2.benchmarks import load_benchmark
 from ia2.config import TrainConfig
-from ia2.console import printable
-from ia2.errors import ConfigError, ModelError
-from ia2.examples import Examples
-from ia2.sweeps.grid import load_grid
+from ia2.data.benchmarks import load_benchmark
+from ia2.data.examples import Examples
+from ia2.experiment.adapt import adapt, load_adapter
+from ia2.experiment.sweep.grid import load_grid
+from ia2.utils.errors import ConfigError, ModelError
+from ia2.utils.logging import printable
 
 TASK = sample_task(0, num_classes=3)
 STEERING = "a\x1b[2Jb\rc\x07d\x9b31me\u202ef\u2066g\u200fh\x7fi\u2028jl\x85"
@@ -195,8 +195,8 @@ def test_a_checkpoint_with_pickles(stranger: Stranger, ia2: Command, monkeypatch
     """A run that somebody else began: training goes on from optimiser and random states on disk."""
     from transformers import Trainer
 
-    from ia2.example_trainer import BestWeights
-    from ia2.manifest import record_tree
+    from ia2.training.example_trainer import BestWeights
+    from ia2.utils.manifest import record_tree
 
     on_save = BestWeights.on_save
 
@@ -318,7 +318,7 @@ def test_a_benchmark_that_a_grid_names(stranger: Stranger, ia2: Command, partner
 def test_a_kernel_for_a_part_of_a_model(tmp_path: Path) -> None:
     from transformers import Gemma3Config
 
-    from ia2.models import load_base
+    from ia2.models.load import load_base
 
     config = {**Gemma3Config().to_dict(), "attn_implementation": {"text_config": "evil/kernel"}}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -18,8 +18,8 @@ import pytest
 from command_line import Ran, run, write_rows
 from tiny_icl.tasks import sample_task
 
-from ia2.example_trainer import BestWeights
-from ia2.manifest import MANIFEST
+from ia2.training.example_trainer import BestWeights
+from ia2.utils.manifest import MANIFEST
 
 TASK = sample_task(0, num_classes=3)
 _SHORT = ("--align-epochs", 8, "--sft-epochs", 8, "--checkpoint-every", 5, "--sft-patience", 99)
@@ -162,7 +162,7 @@ def test_commands_that_read_results(
     runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # of what has been read; it takes longer than the reading
-    monkeypatch.setattr("ia2.report.html.matplotlib_is_there", lambda: False)
+    monkeypatch.setattr("ia2.report.page.matplotlib_is_there", lambda: False)
 
     def read(command: str, folder: Path) -> Ran:
         output = ["--output", runs.folder / "page.html"] if command == "report" else []

@@ -21,22 +21,22 @@ from sweeping import grid_of, records, swept, write_grid
 from tiny_icl.tasks import sample_task
 from words import make_word_tokenizer
 
-from ia2.adaptation import adapt
-from ia2.applying import prediction_text
-from ia2.capture import ActivationCapture
+from ia2.analysis.patching import patched_log_probs
 from ia2.cli.output import print_json
 from ia2.config import AdaptConfig, CompareConfig
-from ia2.errors import ModelError
+from ia2.data.examples import FewShotSplit
 from ia2.evaluation.metrics import measure_labels, summarise
 from ia2.evaluation.plain_text import diversity
 from ia2.evaluation.scoring import LabelScorer, Prediction, write_predictions
-from ia2.examples import FewShotSplit
-from ia2.files import read_json
-from ia2.inference import AnswerOutput, answer_pass
-from ia2.manifest import MANIFEST
-from ia2.patching import patched_log_probs
-from ia2.task import Task
-from ia2.trainer import SftTrainer, StageSettings
+from ia2.experiment.adapt import adapt
+from ia2.experiment.predict import prediction_text
+from ia2.models.capture import ActivationCapture
+from ia2.models.forward import AnswerOutput, answer_pass
+from ia2.prompts.task import Task
+from ia2.training.trainer import SftTrainer, StageSettings
+from ia2.utils.errors import ModelError
+from ia2.utils.files import read_json
+from ia2.utils.manifest import MANIFEST
 
 TASK = sample_task(0, num_classes=3)
 BRIEF = ["--align-epochs", 2, "--sft-epochs", 2, "--joint-epochs", 2]
@@ -367,7 +367,7 @@ def test_if_all_rates_diverge_one_line_says_so_at_once_and_again(
     assert not list((here / "out").rglob("adapter_model.safetensors"))
     assert_finite(here / "out")
     with monkeypatch.context() as patch:
-        patch.setattr("ia2.workbench.run_stage", None)  # nothing is trained again
+        patch.setattr("ia2.experiment.workbench.run_stage", None)  # nothing is trained again
         assert refused(ia2("train", *options)) == line
     if recipe == "sft":  # what it suggests is accepted
         assert ia2("train", *options[:2], "--learning-rates", "1e-3", "--overwrite", "--quiet").status == 0

@@ -23,12 +23,12 @@ from tiny_icl.tasks import sample_task
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from words import make_word_tokenizer
 
-from ia2 import identity, manifest
-from ia2.adaptation import adapt, load_adapter
 from ia2.config import AdaptConfig
-from ia2.errors import ModelError
-from ia2.examples import Example, Examples
-from ia2.models import BaseModel, load_base, resolve
+from ia2.data.examples import Example, Examples
+from ia2.experiment.adapt import adapt, load_adapter
+from ia2.models.load import BaseModel, identity, load_base, resolve
+from ia2.utils import manifest
+from ia2.utils.errors import ModelError
 
 TASK = sample_task(0, num_classes=3)
 ROWS = TASK.examples(12, seed=0)
@@ -355,7 +355,9 @@ def test_a_moved_comparison_is_complete(
     options = ["--recipes", "icl", "sft", "--seeds", 1, *sizes]
     assert ia2(*train_command(project, *options, command=command)).status == 0
     moved = move(project, tmp_path / "far" / "project")
-    monkeypatch.setattr("ia2.workbench.Workbench.evaluate", lambda *_: pytest.fail("evaluated again"))
+    monkeypatch.setattr(
+        "ia2.experiment.workbench.Workbench.evaluate", lambda *_: pytest.fail("evaluated again")
+    )
     assert ia2(*train_command(moved, *options, command=command)).status == 0
     run_of = moved / "out" / ("n-4" if command == "curve" else "")
     assert ia2("doctor", run_of).status == 0
@@ -380,8 +382,8 @@ def test_changed_content_is_another_run(project: Path, ia2: Ia2) -> None:
 def test_cells_of_grids_are_known_by_content(tmp_path: Path, files: Path) -> None:
     from sweeping import grid_of
 
-    from ia2.sweeps.grid import GridConfig
-    from ia2.sweeps.run import cells_of, read_benchmarks
+    from ia2.experiment.sweep.execute import cells_of, read_benchmarks
+    from ia2.experiment.sweep.grid import GridConfig
 
     def keys(model: Path, **values: Any) -> list[tuple[str, str]]:
         settings = {**values, **({"context_file": str(values["context_file"])} if values else {})}

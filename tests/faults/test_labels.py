@@ -16,15 +16,15 @@ import pytest
 from command_line import Ran, run, write_rows
 from tiny_icl.tasks import sample_task
 
-from ia2.analysis.signatures import diagnose
-from ia2.applying import prediction_text
 from ia2.cli.options import _options, _read, gather_lists
 from ia2.config import AdaptConfig, TrainConfig
-from ia2.errors import ConfigError, DataError
+from ia2.data.examples import Examples, RowFormat
 from ia2.evaluation.scoring import LabelScores, label_predictions
-from ia2.examples import Examples, RowFormat
-from ia2.task import Task, make_task
-from ia2.tokens import encode_answer
+from ia2.experiment.predict import prediction_text
+from ia2.models.tokens import encode_answer
+from ia2.prompts.task import Task, make_task
+from ia2.report.doctor.signatures import diagnose
+from ia2.utils.errors import ConfigError, DataError
 
 WORDS = ["good", "bad", "great", "awful", "fine", "film", "food", "song"]
 TASK = sample_task(0, num_classes=3)

@@ -15,9 +15,9 @@ import pytest
 from command_line import run, write_rows
 from tiny_icl.tasks import sample_task
 
-from ia2.errors import RunFolderError
-from ia2.locks import LOCK, only_one
-from ia2.sweeps.store import alone
+from ia2.experiment.sweep.store import alone
+from ia2.utils.errors import RunFolderError
+from ia2.utils.locks import LOCK, only_one
 
 STARTS = 300
 

@@ -15,7 +15,7 @@ import pytest
 from command_line import Ran, run, run_apart, tree, write_rows
 from tiny_icl.tasks import sample_task
 
-from ia2.locks import LOCK
+from ia2.utils.locks import LOCK
 
 TASK = sample_task(0, num_classes=3)
 FAST = ["--align-epochs", 1, "--sft-epochs", 1]
@@ -448,7 +448,7 @@ def test_a_folder_in_which_nothing_was_computed_may_be_another_run_s(
     here: Path, train: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("ia2.teacher.Teacher.to_store", _full)
+        patch.setattr("ia2.teacher.teacher.Teacher.to_store", _full)
         assert "no space left" in train("--seed", 1).refusal()
     assert sorted(tree(here / "out")) == ["ia2_config.yaml", "ia2_run.json"]
     assert train("--seed", 2).status == 0

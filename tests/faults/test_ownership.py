@@ -11,10 +11,10 @@ from command_line import Ran, run, tree, write_rows
 from sweeping import swept
 from tiny_icl.tasks import sample_task
 
-from ia2.errors import RunFolderError
-from ia2.files import atomic_dir, write_text
-from ia2.manifest import TEMPORARY, begin, clean, is_ours, remove
-from ia2.sweeps.store import SweepFolder
+from ia2.experiment.sweep.store import SweepFolder
+from ia2.utils.errors import RunFolderError
+from ia2.utils.files import atomic_dir, write_text
+from ia2.utils.manifest import TEMPORARY, begin, clean, is_ours, remove
 
 TASK = sample_task(0, num_classes=3)
 

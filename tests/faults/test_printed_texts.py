@@ -8,8 +8,8 @@ import json
 
 import pytest
 
-from ia2.applying import prediction_text
-from ia2.console import configure, escaped, printable, terminal
+from ia2.experiment.predict import prediction_text
+from ia2.utils.logging import configure, escaped, printable, terminal
 
 STEERING = "a\x1b[2Jb\rc\x07d\x9b31me\u202ef\u2066g\u200fh\x7fi\u2028j\udc9bk\x00l\x85"
 BARE = "a[2Jbcd31mefghijkl"
@@ -24,7 +24,7 @@ def test_printable_and_escaped() -> None:
 
 
 def test_log_lines_steer_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    from ia2.console import configure, logger
+    from ia2.utils.logging import configure, logger
 
     configure()
     logger.warning("%s: %s", "row 1", STEERING)

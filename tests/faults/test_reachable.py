@@ -14,16 +14,16 @@ from command_line import Ran, run, write_rows
 from families import gpt2
 from tiny_icl.tasks import sample_task
 
-from ia2.adaptation import adapt
 from ia2.config import AdaptConfig, TrainConfig
-from ia2.errors import DataError
-from ia2.evaluation.answers import exact_match, load_parser
+from ia2.data.answers import exact_match, load_parser
+from ia2.data.examples import Example, Examples
 from ia2.evaluation.scoring import answer_freely
-from ia2.examples import Example, Examples
-from ia2.generation import cut_answer
-from ia2.prompts import query_prompts
-from ia2.rendering import Rendering
-from ia2.task import Task, make_task
+from ia2.experiment.adapt import adapt
+from ia2.models.generation import cut_answer
+from ia2.prompts.builder import query_prompts
+from ia2.prompts.format import Rendering
+from ia2.prompts.task import Task, make_task
+from ia2.utils.errors import DataError
 
 WORDS = ["good", "bad", "great", "awful", "fine", "film", "food", "song"]
 TASK = sample_task(0, num_classes=3)
@@ -270,7 +270,7 @@ def test_usual_prompts_leave_what_they_left(word_tokenizer: Any) -> None:
 def test_the_reserve_is_recorded_with_the_adapter(
     word_tokenizer: Any, tmp_path: Path, tiny_llama: Any
 ) -> None:
-    from ia2.runs import load_run
+    from ia2.experiment.run_folder import load_run
 
     config = TrainConfig(
         task="generation", max_answer_tokens=2, recipe="sft", separator="\n\n" + " a" * 30, sft={"epochs": 1}

@@ -16,8 +16,8 @@ import pytest
 from command_line import names, run, write_rows
 from example_rows import jsonl, said
 
-from ia2.errors import DataError, UserError
-from ia2.examples import Examples, RowFormat
+from ia2.data.examples import Examples, RowFormat
+from ia2.utils.errors import DataError, UserError
 
 FORMAT = RowFormat("{text}", " {label}")
 ROWS = [{"text": "007", "label": "01"}, {"text": "1e5", "label": "true"}, {"text": "NA", "label": "1.10"}]
@@ -441,7 +441,7 @@ def test_only_regular_files_are_opened(
 
 def test_a_context_file_that_is_a_pipe(tmp_path: Path) -> None:
     from ia2.config import AdaptConfig
-    from ia2.prompts import given_text
+    from ia2.prompts.builder import given_text
 
     os.mkfifo(tmp_path / "context.txt")
     with pytest.raises(DataError, match=r"context_file: .*context\.txt.* pipe"):
@@ -480,7 +480,7 @@ def test_settings_that_cannot_be_read(
 
 def test_a_byte_order_mark_in_settings(tmp_path: Path) -> None:
     from ia2.config import TrainConfig
-    from ia2.config_reading import load_config
+    from ia2.config.reading import load_config
 
     file = tmp_path / "settings.yaml"
     file.write_text("seed: 3\n", encoding="utf-8-sig")
@@ -488,7 +488,7 @@ def test_a_byte_order_mark_in_settings(tmp_path: Path) -> None:
 
 
 def test_a_split_of_a_benchmark_that_is_there_twice(tmp_path: Path) -> None:
-    from ia2.benchmarks import load_benchmark
+    from ia2.data.benchmarks import load_benchmark
 
     entry = tmp_path / "own.yaml"
     entry.write_text(

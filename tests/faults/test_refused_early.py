@@ -14,13 +14,13 @@ from families import FAMILIES
 from peft import PeftModel
 from sweeping import grid_of, write_files, write_grid
 
-from ia2.adapter_checks import check_adapter
-from ia2.adapter_weights import attach, base_weights, detach, save_adapter
-from ia2.adapters import peft_config
-from ia2.config_sections import AdapterConfig
-from ia2.errors import ConfigError, ModelError
-from ia2.files import read_json
-from ia2.traits import takes_cache
+from ia2.adapters.checks import check_adapter
+from ia2.adapters.types import peft_config
+from ia2.adapters.weights import attach, base_weights, detach, save_adapter
+from ia2.config.sections import AdapterConfig
+from ia2.models.families import takes_cache
+from ia2.utils.errors import ConfigError, ModelError
+from ia2.utils.files import read_json
 
 # ------------------------------------------------------------------------- benchmarks of another kind
 

@@ -10,14 +10,14 @@ import pytest
 from benches import bench_of, clone, icl_base, icl_examples
 from sweeping import records, swept
 
-from ia2 import teaching
-from ia2.adaptation import adapt
 from ia2.config import AdaptConfig, ProbeConfig
-from ia2.files import read_json
-from ia2.models import BaseModel
-from ia2.probing import probe
-from ia2.schedule import Schedule
-from ia2.trainer import SftTrainer
+from ia2.experiment.adapt import adapt
+from ia2.experiment.probe import probe
+from ia2.models.load import BaseModel
+from ia2.teacher.teacher import teaching
+from ia2.training.schedule import Schedule
+from ia2.training.trainer import SftTrainer
+from ia2.utils.files import read_json
 
 ROWS = icl_examples(12)
 STEP = 0.05

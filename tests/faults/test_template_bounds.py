@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from words import make_word_tokenizer
 
-from ia2 import templates
-from ia2.errors import DataError
+from ia2.prompts.builder import templates
+from ia2.utils.errors import DataError
 
 TOO_MUCH = {
     "repeated": "{{ 'a' * 10**10 }}",

@@ -12,14 +12,14 @@ from command_line import run, tree, write_rows
 from families import build, llama
 from sweeping import swept, write_files
 
-from ia2.adaptation import adapt
-from ia2.comparison import compare
 from ia2.config import AdaptConfig, CompareConfig, CurveConfig, ProbeConfig
-from ia2.curves import curve
-from ia2.errors import DataError
-from ia2.examples import Example, Examples, FewShotSplit
-from ia2.models import BaseModel
-from ia2.probing import probe
+from ia2.data.examples import Example, Examples, FewShotSplit
+from ia2.experiment.adapt import adapt
+from ia2.experiment.compare import compare
+from ia2.experiment.curve import curve
+from ia2.experiment.probe import probe
+from ia2.models.load import BaseModel
+from ia2.utils.errors import DataError
 
 WINDOW = 90
 LONG = "good " * 73 + "\nLabel:"  # 75 tokens: room for an answer and a demonstration, not for 16 more

@@ -13,20 +13,22 @@ from benches import base_of, bench_of, clone, icl_base, icl_examples, word_examp
 from command_line import run, write_rows
 from sweeping import grid_of, records
 
-from ia2 import prompts, teacher, teaching, workbench
-from ia2.adaptation import AdaptResult, adapt
 from ia2.analysis.checkpoints import find_checkpoints
-from ia2.analysis.reading import read_facts
-from ia2.comparison import compare
 from ia2.config import AdaptConfig, CompareConfig
+from ia2.data.examples import Examples
 from ia2.evaluation import scoring
-from ia2.example_trainer import ExampleTrainer
-from ia2.examples import Examples
-from ia2.files import digest, finite
-from ia2.inference import answer_pass
-from ia2.models import BaseModel
-from ia2.sweeps.grid import GridConfig
-from ia2.sweeps.run import sweep
+from ia2.experiment import workbench
+from ia2.experiment.adapt import AdaptResult, adapt
+from ia2.experiment.compare import compare
+from ia2.experiment.sweep.execute import sweep
+from ia2.experiment.sweep.grid import GridConfig
+from ia2.models.forward import answer_pass
+from ia2.models.load import BaseModel
+from ia2.prompts.builder import builder as prompts
+from ia2.report.doctor.reading import read_facts
+from ia2.teacher.teacher import teacher, teaching
+from ia2.training.example_trainer import ExampleTrainer
+from ia2.utils.files import digest, finite
 
 ROWS = icl_examples(12)
 BRIEF: dict[str, Any] = {name: {"epochs": 1} for name in ("align", "sft", "joint", "soft")}

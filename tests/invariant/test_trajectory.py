@@ -12,9 +12,9 @@ import pytest
 import torch
 from benches import align_rows, base_of, bench_of, icl_base, icl_examples, rows_of, word_examples, wordy_model
 
-from ia2.batches import Row
-from ia2.tokens import fed_ids
-from ia2.trainer import AlignTrainer, SftTrainer, StageSettings
+from ia2.models.tokens import fed_ids
+from ia2.training.dataset import Row
+from ia2.training.trainer import AlignTrainer, SftTrainer, StageSettings
 
 TRAIN, DEV = 10, 4  # ten examples, eight a step: the last step of an epoch has two
 

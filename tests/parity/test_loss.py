@@ -14,7 +14,7 @@ import pytest
 import torch
 from benches import align_rows, base_of, bench_of, icl_base, icl_examples, rows_of, word_examples, wordy_model
 
-from ia2.trainer import AlignTrainer, StageSettings
+from ia2.training.trainer import AlignTrainer, StageSettings
 
 SEPARATOR = "\n\n"
 
@@ -143,7 +143,7 @@ def test_loss_is_the_methods(
     bench = bench_of(base, train, dev, tmp_path, randomise=True, targets="store", **made["settings"])
     targeted = {name.split(".")[-4] for name, _ in bench.model.named_parameters() if "lora_B" in name}
     assert targeted == {"q_proj", "k_proj", "o_proj"}
-    from ia2.adapter_weights import adapter_state
+    from ia2.adapters.weights import adapter_state
 
     adapted = merged_by_hand(bare, adapter_state(bench.model), scale=8 / 8)
 

@@ -10,9 +10,9 @@ from benches import icl_examples
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ia2.adaptation import adapt, load_adapter
 from ia2.config import TrainConfig
-from ia2.locks import LOCK
+from ia2.experiment.adapt import adapt, load_adapter
+from ia2.utils.locks import LOCK
 
 
 @pytest.mark.parametrize("recipe", ["ia2-sft", "ia2", "sft"])

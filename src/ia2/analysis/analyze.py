@@ -15,19 +15,19 @@ from ia2.analysis.checkpoints import Found, find_checkpoints
 from ia2.analysis.conditions import ICL, Accumulator, Condition, Runner, conditions_of, run_conditions
 from ia2.analysis.interventions import Interventions
 from ia2.analysis.side_effects import SideEffects
-from ia2.capture import find_attention_modules
-from ia2.console import logger
-from ia2.errors import ConfigError, ModelError, suggest
-from ia2.files import finite, json_text, write_text
-from ia2.manifest import begin
-from ia2.runs import ANALYSIS_FILE, machine, versions
-from ia2.sites import has_site
-from ia2.task import Task, make_task
-from ia2.tokens import Ids
-from ia2.unembedding import Lens
+from ia2.analysis.unembedding import Lens
+from ia2.experiment.run_folder import ANALYSIS_FILE, machine, versions
+from ia2.models.capture import find_attention_modules
+from ia2.models.sites import has_site
+from ia2.models.tokens import Ids
+from ia2.prompts.task import Task, make_task
+from ia2.utils.errors import ConfigError, ModelError, suggest
+from ia2.utils.files import finite, json_text, write_text
+from ia2.utils.logging import logger
+from ia2.utils.manifest import begin
 
 if TYPE_CHECKING:
-    from ia2.models import BaseModel
+    from ia2.models.load import BaseModel
 
 FORMAT = 1
 
@@ -117,7 +117,7 @@ def analyze(
     Raises:
         UserError: folders, rows or settings that do not fit; nothing is written.
     """
-    from ia2.adaptation import load_base_of_run
+    from ia2.experiment.adapt import load_base_of_run
 
     settings = settings or AnalysisSettings()
     if output_dir is not None and Path(output_dir).is_file():
@@ -291,7 +291,7 @@ def _attention(runner: Runner, conditions: Sequence[Condition], answers: Sequenc
 
 
 def _weights(found: Found, base: BaseModel) -> dict[str, Any]:
-    from ia2.adapter_weights import read_adapter_state
+    from ia2.adapters.weights import read_adapter_state
     from ia2.analysis.weights import AdapterWeights, overlaps
 
     adapters = [

@@ -9,19 +9,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ia2.analysis.reading import find_runs
-from ia2.arms import arms
 from ia2.config import AdaptConfig, CompareConfig, TrainConfig
-from ia2.config_reading import refuse_code
-from ia2.console import logger
-from ia2.errors import ConfigError, DataError, RunFolderError, suggest
-from ia2.examples import Example, Examples, FewShotSplit
-from ia2.files import digest, read_json, understood
-from ia2.identity import differences
-from ia2.manifest import RUN_FILE
-from ia2.rounds import drawn_test, rounds_of
-from ia2.runs import check_outputs, not_finished, read_run_file, say_unchecked, settings_of
-from ia2.stages import plan, stage_place
+from ia2.config.reading import refuse_code
+from ia2.data.examples import Example, Examples, FewShotSplit
+from ia2.experiment.methods import arms
+from ia2.experiment.rounds import drawn_test, rounds_of
+from ia2.experiment.run_folder import check_outputs, not_finished, read_run_file, say_unchecked, settings_of
+from ia2.models.identity import differences
+from ia2.report.doctor.reading import find_runs
+from ia2.training.stages import plan, stage_place
+from ia2.utils.errors import ConfigError, DataError, RunFolderError, suggest
+from ia2.utils.files import digest, read_json, understood
+from ia2.utils.logging import logger
+from ia2.utils.manifest import RUN_FILE
 
 _Config = TrainConfig | CompareConfig
 _Read = tuple[_Config, Examples, "list[TrainingSet]"]
@@ -134,14 +134,14 @@ def find_checkpoints(
         data_config: configuration of ``data``, where it is one of these.
         max_queries: at most so many rows of each training set, drawn once.
         only: names of the checkpoints to look at; empty for all.
-        code: what the runs may name (see :func:`ia2.config_reading.refuse_code`).
+        code: what the runs may name (see :func:`ia2.config.reading.refuse_code`).
 
     Raises:
         RunFolderError: a folder without a finished run, or whose adapters are gone.
         DataError: rows that cannot be read again, or have changed.
         ConfigError: runs on different base models or data, or that name code which ``code`` does not.
     """
-    from ia2.adaptation import run_format
+    from ia2.experiment.adapt import run_format
 
     runs = [run for folder in folders for run in find_runs(folder)]
     read = [_read(run, part, code or {}) for run, part in runs]
@@ -183,7 +183,7 @@ def _read(run: Path, part: str, code: Mapping[str, Any]) -> _Read:
 
 
 def _of_training(run: Path, facts: dict[str, Any]) -> _Read:
-    from ia2.adaptation import load_examples, load_test_examples
+    from ia2.experiment.adapt import load_examples, load_test_examples
 
     if not (run / "metrics.json").is_file():
         raise RunFolderError(not_finished(run))
@@ -212,7 +212,7 @@ def _of_training(run: Path, facts: dict[str, Any]) -> _Read:
 
 
 def _of_comparison(run: Path, facts: dict[str, Any], part: str) -> _Read:
-    from ia2.adaptation import load_examples, load_test_examples
+    from ia2.experiment.adapt import load_examples, load_test_examples
 
     config = settings_of(CompareConfig, run, facts)
     examples = load_examples(config)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from ia2.adapter_weights import (
+from ia2.adapters.types import peft_config
+from ia2.adapters.weights import (
     attach,
     base_weights,
     detach,
@@ -23,20 +24,19 @@ from ia2.adapter_weights import (
     virtual_tokens,
     virtual_tokens_of,
 )
-from ia2.adapters import peft_config
 from ia2.analysis.checkpoints import Checkpoint, TrainingSet
-from ia2.batching import give_back_memory
-from ia2.errors import DataError
-from ia2.examples import Example
-from ia2.files import digest
-from ia2.generation import generate_answers
-from ia2.inference import AnswerOutput, answer_pass
-from ia2.models import BaseModel
-from ia2.prompts import Prompts, query_prompts
-from ia2.sites import SiteCapture
-from ia2.task import Task
-from ia2.teaching import Teaching
-from ia2.tokens import Ids
+from ia2.data.examples import Example
+from ia2.models.batching import give_back_memory
+from ia2.models.forward import AnswerOutput, answer_pass
+from ia2.models.generation import generate_answers
+from ia2.models.load import BaseModel
+from ia2.models.sites import SiteCapture
+from ia2.models.tokens import Ids
+from ia2.prompts.builder import Prompts, query_prompts
+from ia2.prompts.task import Task
+from ia2.teacher.teaching import Teaching
+from ia2.utils.errors import DataError
+from ia2.utils.files import digest
 
 if TYPE_CHECKING:
     import torch
@@ -134,7 +134,7 @@ class Accumulator(Protocol):
     """Makes something of activations; see :func:`run_conditions`.
 
     Attributes:
-        sites: what it reads of each layer (see :mod:`ia2.sites`).
+        sites: what it reads of each layer (see :mod:`ia2.models.sites`).
     """
 
     sites: tuple[str, ...]

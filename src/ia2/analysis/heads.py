@@ -24,7 +24,7 @@ from ia2.evaluation.effect_sizes import (
     rounded,
     stability,
 )
-from ia2.tokens import Ids, common_prefix, fed_ids
+from ia2.models.tokens import Ids, common_prefix, fed_ids
 
 if TYPE_CHECKING:
     import torch
@@ -278,9 +278,9 @@ def attention_mass(
         ModelError: no attention modules, or attention that has no weights to give.
         ValueError: a query that is longer than its prompt.
     """
-    from ia2.batching import token_budget
-    from ia2.capture import ActivationCapture, eager_attention
-    from ia2.inference import answer_pass
+    from ia2.models.batching import token_budget
+    from ia2.models.capture import ActivationCapture, eager_attention
+    from ia2.models.forward import answer_pass
 
     if any(not 0 <= q <= len(p) for q, p in zip(query_lengths, prompts, strict=True)):
         raise ValueError("query lengths must be between 0 and the length of the prompt")
@@ -319,8 +319,8 @@ def _regions(weights: Any, query_start: int) -> np.ndarray:
 
 def _fitting(model: Any, pairs: Sequence[tuple[Ids, Ids]], layers: int) -> tuple[int, int]:
     """How many layers' weights are read in one pass, and of how many rows at once (the longest)."""
-    from ia2.inference import MIN_SHARED_PREFIX
-    from ia2.traits import takes_cache
+    from ia2.models.families import takes_cache
+    from ia2.models.forward import MIN_SHARED_PREFIX
 
     rows = [fed_ids(*pair) for pair in pairs]
     longest, answer = max(map(len, rows)), max(len(a) for _, a in pairs)

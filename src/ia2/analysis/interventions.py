@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ia2.analysis.conditions import Runner, by_condition
-from ia2.capture import ActivationCapture, unwrap
-from ia2.errors import DataError
+from ia2.analysis.patching import Patch, Unit, patched_log_probs
 from ia2.evaluation.effect_sizes import CrossedRows, Difference, largest
-from ia2.inference import answer_pass
-from ia2.patching import Patch, Unit, patched_log_probs
-from ia2.sites import SiteCapture, has_site
-from ia2.tokens import Ids
+from ia2.models.capture import ActivationCapture, unwrap
+from ia2.models.forward import answer_pass
+from ia2.models.sites import SiteCapture, has_site
+from ia2.models.tokens import Ids
+from ia2.utils.errors import DataError
 
 if TYPE_CHECKING:
     from torch import nn

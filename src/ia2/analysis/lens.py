@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ia2.analysis.conditions import BASE, ICL, Activations, by_condition
-from ia2.errors import ModelError
+from ia2.analysis.unembedding import Lens
 from ia2.evaluation.statistics import mean_interval
-from ia2.tokens import Ids, common_prefix
-from ia2.unembedding import Lens
+from ia2.models.tokens import Ids, common_prefix
+from ia2.utils.errors import ModelError
 
 if TYPE_CHECKING:
     import torch

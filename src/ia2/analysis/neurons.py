@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from ia2.analysis.conditions import ICL, Activations, by_condition
+from ia2.analysis.unembedding import Lens
 from ia2.evaluation.effect_sizes import LEVEL, Difference, Moments, effects, largest, rounded, stability
-from ia2.unembedding import Lens
 
 _QUANTILES = (0.5, 0.9, 0.99, 1.0)
 

@@ -16,17 +16,17 @@ import numpy as np
 
 from ia2.analysis.conditions import BASE, Runner
 from ia2.config import AdaptConfig
-from ia2.config_reading import validate
-from ia2.console import logger
-from ia2.errors import DataError
+from ia2.config.reading import validate
+from ia2.data.examples import Example, Examples
+from ia2.evaluation.evaluate import evaluate_prompts
 from ia2.evaluation.plain_text import DIVERSITY, diversity, openings, perplexity, plain_texts
-from ia2.evaluation.run import evaluate_prompts
 from ia2.evaluation.statistics import mean_interval, t_interval
 from ia2.evaluation.wordings import UNCHANGED, WORDINGS, wordings
-from ia2.examples import Example, Examples
-from ia2.prompts import query_prompts
-from ia2.rendering import Rendering
-from ia2.task import Task, make_task
+from ia2.prompts.builder import query_prompts
+from ia2.prompts.format import Rendering
+from ia2.prompts.task import Task, make_task
+from ia2.utils.errors import DataError
+from ia2.utils.logging import logger
 
 if TYPE_CHECKING:
     from torch import nn
@@ -122,7 +122,7 @@ def other_benchmark(
     """A benchmark to look for forgetting on: its task, and test rows.
 
     Args:
-        name: of :data:`ia2.benchmarks.BENCHMARKS`, or a YAML file.
+        name: of :data:`ia2.data.benchmarks.BENCHMARKS`, or a YAML file.
         rendering: of the run, whose style of prompts it gets.
         data_dir: folder of mirrors.
         parsers: those that the file may name.
@@ -131,7 +131,7 @@ def other_benchmark(
         ConfigError: the benchmark is unknown.
         DataError: its rows cannot be had, or the model cannot tell its labels apart.
     """
-    from ia2.benchmarks import load_benchmark
+    from ia2.data.benchmarks import load_benchmark
 
     benchmark = load_benchmark(name, parsers)
     rows = benchmark.load(data_dir, None, _BENCHMARK_ROWS).test

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ia2.analysis.subspaces import MEASURES, Floats, LowRank, effective_rank, low_rank, overlap
-from ia2.config_sections import AdapterConfig
-from ia2.console import progress
+from ia2.config.sections import AdapterConfig
 from ia2.evaluation.statistics import t_interval
+from ia2.utils.logging import progress
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ class AdapterWeights:
         recipe: how it was trained.
         seed, fold: of its training set and initial weights.
         config: what kind of adapter it is.
-        state: its weights by name, as :func:`ia2.adapter_weights.read_adapter_state` gives them.
+        state: its weights by name, as :func:`ia2.adapters.weights.read_adapter_state` gives them.
         factors: A, B and scale of each module's update, once it is read.
         weights: of each module, the trained weight of full fine-tuning.
     """
@@ -74,7 +74,7 @@ class AdapterWeights:
         """Its type."""
         if self.config.peft is None:
             return self.config.type
-        from ia2.adapters import _PEFT_NAMES
+        from ia2.adapters.types import _PEFT_NAMES
 
         name = str(self.config.peft.get("peft_type", "")).rsplit(".", 1)[-1]
         return _PEFT_NAMES.get(name, name)

@@ -28,9 +28,9 @@ from ia2.cli import (
 from ia2.cli.boundary import DEBUG, bug, give_up, in_words, open_streams, say
 from ia2.cli.options import gather_lists, list_flags
 from ia2.config import CurveConfig, ProbeConfig, TrainConfig
-from ia2.console import printable
-from ia2.errors import ConfigError, UserError, suggest
-from ia2.user_files import EMPTY_PATH
+from ia2.utils.errors import ConfigError, UserError, suggest
+from ia2.utils.logging import printable
+from ia2.utils.user_files import EMPTY_PATH
 
 # Old typer raises click's exceptions, new typer its own copies of them; both export this one below them.
 _UsageError, _ClickException = typer.BadParameter.__mro__[1:3]

@@ -111,11 +111,11 @@ def analyze(
     start(quiet, folders=[output_dir, figures])
     from ia2.analysis.analyze import DEFAULT_PARTS, PARTS, AnalysisSettings
     from ia2.analysis.analyze import analyze as run
-    from ia2.console import logger
+    from ia2.experiment.run_folder import ANALYSIS_FILE
     from ia2.report.analysis import analysis_figures, analysis_tables, analysis_verdict
-    from ia2.report.style import NO_MATPLOTLIB, matplotlib_is_there
-    from ia2.runs import ANALYSIS_FILE
-    from ia2.sweeps.tables import markdown
+    from ia2.report.figures.style import NO_MATPLOTLIB, matplotlib_is_there
+    from ia2.report.sweep.tables import markdown
+    from ia2.utils.logging import logger
 
     named = DEFAULT_PARTS if parts is None else tuple(PARTS) if parts == "all" else _listed(parts)
     folder = output_dir or folders[0]

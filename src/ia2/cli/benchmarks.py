@@ -11,7 +11,7 @@ import typer
 from ia2.cli.options import Json, Parsers, Quiet
 
 if TYPE_CHECKING:
-    from ia2.benchmarks import Benchmark, BenchmarkData
+    from ia2.data.benchmarks import Benchmark, BenchmarkData
 
 app = typer.Typer(help="The benchmarks of the paper, and one's own: list, show, fetch.", add_completion=False)
 
@@ -33,8 +33,8 @@ Names = Annotated[
 @app.command("ls")
 def ls(json: Json = False) -> None:
     """List the benchmarks."""
-    from ia2.benchmarks import BENCHMARKS
     from ia2.cli.output import print_json, print_wide, start
+    from ia2.data.benchmarks import BENCHMARKS
 
     start(True)
     if json:
@@ -55,8 +55,8 @@ def ls(json: Json = False) -> None:
 @app.command("show")
 def show(name: Name, data_dir: DataDir = None, parser: Parsers = None, json: Json = False) -> None:
     """Show one benchmark and, if its rows are at hand, an example with every verbaliser."""
-    from ia2.benchmarks import load_benchmark
     from ia2.cli.output import print_json, start
+    from ia2.data.benchmarks import load_benchmark
 
     start(True)
     benchmark = load_benchmark(name, parser or ())
@@ -99,9 +99,9 @@ def prepare(
     quiet: Quiet = False,
 ) -> None:
     """Read benchmarks from mirrors or the hub (filling its cache); count rows, show one of each."""
-    from ia2.benchmarks import BENCHMARKS, load_benchmark
     from ia2.cli.output import print_json, start
-    from ia2.errors import DataError
+    from ia2.data.benchmarks import BENCHMARKS, load_benchmark
+    from ia2.utils.errors import DataError
 
     start(quiet, folders=[output_dir])
     chosen = [load_benchmark(name, parser or ()) for name in names or BENCHMARKS]
@@ -130,7 +130,7 @@ def _is_local(benchmark: Benchmark, data_dir: Path | None) -> bool:
     """Whether its rows can be had without the hub."""
     import os
 
-    from ia2.benchmarks import DATA_DIR
+    from ia2.data.benchmarks import DATA_DIR
 
     own = benchmark.path is not None or Path(benchmark.hub or "").is_dir()
     return own or data_dir is not None or bool(os.environ.get(DATA_DIR))
@@ -148,8 +148,8 @@ def _write(loaded: dict[str, BenchmarkData], folder: Path) -> Iterator[Path]:
     Raises:
         ConfigError: a name that leads elsewhere, or a file with other rows is there.
     """
-    from ia2.errors import ConfigError
-    from ia2.files import json_lines, write_text
+    from ia2.utils.errors import ConfigError
+    from ia2.utils.files import json_lines, write_text
 
     for name, data in loaded.items():
         called = f"{data.benchmark.name}-{name.replace(' ', '-')}"
@@ -167,7 +167,7 @@ def _write(loaded: dict[str, BenchmarkData], folder: Path) -> Iterator[Path]:
 
 
 def _facts(benchmark: Benchmark) -> dict[str, Any]:
-    from ia2.task import stop_text
+    from ia2.prompts.task import stop_text
 
     facts: dict[str, Any] = {"name": benchmark.name, "kind": benchmark.kind, "role": benchmark.role}
     facts.update(benchmark.model_dump(mode="json", exclude_unset=True, exclude_none=True))

@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from ia2.errors import ConfigError
-from ia2.machine_errors import memory_exhausted, no_space_left, system_trouble
+from ia2.utils.errors import ConfigError
+from ia2.utils.machine_errors import memory_exhausted, no_space_left, system_trouble
 
 DEBUG = "IA2_DEBUG"
 """Environment variable: set, errors that are no user's mistake are raised with their traceback."""

@@ -16,12 +16,12 @@ def compare(
     see it.
     """
     from ia2.cli.output import start
-    from ia2.errors import ConfigError
+    from ia2.utils.errors import ConfigError
 
     start(quiet, folders=[config.output_dir])
     if not config.output_dir:
         raise ConfigError("no output folder given. Name one with --output-dir.")
-    from ia2.adaptation import load_both, load_unlabelled
+    from ia2.experiment.adapt import load_both, load_unlabelled
 
     examples, test = load_both(config)
     run_comparison(config, examples, test, load_unlabelled(config), json=json, overwrite=overwrite)
@@ -37,12 +37,12 @@ def run_comparison(
     overwrite: bool,
 ) -> None:
     """Compare and print; what ``ia2 demo`` does too."""
-    from ia2 import comparison
     from ia2.cli.output import print_comparison, print_json
-    from ia2.distributed import is_first
-    from ia2.recipes import is_trained
-    from ia2.report.figures import try_comparison_figure
-    from ia2.report.html import try_report
+    from ia2.config.recipes import is_trained
+    from ia2.experiment import compare as comparison
+    from ia2.report.figures.comparison_figures import try_comparison_figure
+    from ia2.report.page import try_report
+    from ia2.utils.distributed import is_first
 
     assert config.output_dir is not None
     result = comparison.compare(

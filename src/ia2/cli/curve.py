@@ -15,15 +15,15 @@ def curve(
     Does alignment still help with more data? Give rows to draw from and --test-data.
     """
     from ia2.cli.output import print_json, start
-    from ia2.errors import ConfigError, DataError
+    from ia2.utils.errors import ConfigError, DataError
 
     start(quiet, folders=[config.output_dir])
     if not config.output_dir:
         raise ConfigError("no output folder given. Name one with --output-dir.")
-    from ia2 import curves
-    from ia2.adaptation import load_both, load_unlabelled
-    from ia2.distributed import is_first
-    from ia2.report.figures import try_curve_figure
+    from ia2.experiment import curve as curves
+    from ia2.experiment.adapt import load_both, load_unlabelled
+    from ia2.report.figures.comparison_figures import try_curve_figure
+    from ia2.utils.distributed import is_first
 
     examples, test = load_both(config)
     if test is None:

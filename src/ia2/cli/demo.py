@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ia2.cli.options import Json, Overwrite, Quiet
-from ia2.packaged_models import PACKAGED_MODELS
+from ia2.config.packaged_models import PACKAGED_MODELS
 
 
 def demo(
@@ -23,9 +23,9 @@ def demo(
     from ia2.cli.output import start
 
     start(quiet, folders=[output_dir])
-    from ia2.adaptation import load_examples, load_test_examples
     from ia2.cli.compare import run_comparison
-    from ia2.demo import demo_config, demo_data
+    from ia2.experiment.adapt import load_examples, load_test_examples
+    from ia2.experiment.demo import demo_config, demo_data
 
     config = demo_config(model=model, seeds=seeds, output_dir=str(output_dir))
     run_comparison(config, load_examples(config), load_test_examples(config), json=json, overwrite=overwrite)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ia2.cli.options import Json
-from ia2.wording import counted
+from ia2.utils.wording import counted
 
 if TYPE_CHECKING:
-    from ia2.analysis.signatures import Diagnosis
+    from ia2.report.doctor.signatures import Diagnosis
 
 
 def doctor(
@@ -33,8 +33,8 @@ def doctor(
     from ia2.cli.output import print_json, start
 
     start(quiet)
-    from ia2.analysis.signatures import diagnose_all
-    from ia2.files import unchecked
+    from ia2.report.doctor.signatures import diagnose_all
+    from ia2.utils.files import unchecked
 
     with unchecked(folders):
         found = [diagnosis for folder in folders for diagnosis in diagnose_all(folder)]
@@ -49,7 +49,7 @@ def doctor(
 
 
 def _print(diagnosis: Diagnosis, quiet: bool, first: bool) -> None:
-    from ia2.analysis.signatures import SEVERITIES
+    from ia2.report.doctor.signatures import SEVERITIES
 
     if not first:
         print()

@@ -29,9 +29,9 @@ def env(
         print(_accelerate_config(accelerate))
         return
     from ia2.cli.output import print_json, start
-    from ia2.files import cache_dir
-    from ia2.gguf import installed_packaged_models
-    from ia2.runs import machine, versions
+    from ia2.experiment.run_folder import machine, versions
+    from ia2.models.gguf import installed_packaged_models
+    from ia2.utils.files import cache_dir
 
     start(True)
     found = {
@@ -50,7 +50,7 @@ def env(
 
 
 def _accelerate_config(name: str) -> Path:
-    from ia2.errors import ConfigError, suggest
+    from ia2.utils.errors import ConfigError, suggest
 
     folder = Path(__file__).parents[1] / "accelerate_configs"
     names = sorted(file.stem for file in folder.glob("*.yaml"))

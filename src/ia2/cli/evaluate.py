@@ -31,14 +31,14 @@ def evaluate(
     from ia2.cli.output import print_json, print_metrics, start
 
     start(quiet, files=[output])
-    from ia2.files import output_file
+    from ia2.utils.files import output_file
 
     if output is not None:
         output_file(output, data, adapter, model)
     code = {"trust_remote_code": trust_remote_code, "parser": parser}
-    from ia2.applying import evaluate_adapter
     from ia2.evaluation.scoring import write_predictions
-    from ia2.imports import for_one_forward_pass
+    from ia2.experiment.predict import evaluate_adapter
+    from ia2.utils.imports import for_one_forward_pass
 
     with for_one_forward_pass():
         metrics, predictions = evaluate_adapter(

@@ -14,10 +14,10 @@ import pydantic
 import typer
 
 from ia2.config import AdaptConfig, DataOptions, ModelOptions
-from ia2.config_reading import load_config
-from ia2.errors import ConfigError
-from ia2.examples import unescape
-from ia2.user_files import strict_json
+from ia2.config.reading import load_config
+from ia2.data.examples import unescape
+from ia2.utils.errors import ConfigError
+from ia2.utils.user_files import strict_json
 
 _SECTIONS = {
     "adapter": "Adapter",
@@ -266,7 +266,7 @@ def named_code(
     parsers: list[str] | None = None,
     context_functions: list[str] | None = None,
 ) -> dict[str, Any]:
-    """What these flags name, for :func:`ia2.config_reading.refuse_code`."""
+    """What these flags name, for :func:`ia2.config.reading.refuse_code`."""
     return {
         "trust_remote_code": trust_remote_code,
         "parser": parsers or [],

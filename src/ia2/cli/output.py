@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ia2.console import configure, escaped, terminal
-from ia2.files import check_writable, json_text
+from ia2.utils.files import check_writable, json_text
+from ia2.utils.logging import configure, escaped, terminal
 
 
 def start(

@@ -30,8 +30,8 @@ def predict(
 ) -> None:
     """Label new rows: label, confidence and label distribution of each."""
     from ia2.cli.output import print_json, start
-    from ia2.errors import ConfigError
-    from ia2.files import output_file, write_bytes
+    from ia2.utils.errors import ConfigError
+    from ia2.utils.files import output_file, write_bytes
 
     start(quiet, files=[output])
     code = {"trust_remote_code": trust_remote_code, "parser": parser}
@@ -39,8 +39,8 @@ def predict(
         raise ConfigError(f"{output}: predictions are written to a .jsonl or a .csv file.")
     if output is not None:
         output_file(output, data, adapter, model)
-    from ia2.applying import predict_blocks, prediction_text
-    from ia2.imports import for_one_forward_pass
+    from ia2.experiment.predict import predict_blocks, prediction_text
+    from ia2.utils.imports import for_one_forward_pass
 
     with for_one_forward_pass():
         count, blocks = predict_blocks(

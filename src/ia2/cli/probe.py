@@ -17,8 +17,8 @@ def probe(config: ProbeConfig, json: Json = False, quiet: Quiet = False) -> None
     from ia2.cli.output import print_json, start
 
     start(quiet)
-    from ia2 import probing
-    from ia2.adaptation import load_examples
+    from ia2.experiment import probe as probing
+    from ia2.experiment.adapt import load_examples
 
     found = probing.probe(config.model, load_examples(config), config)
     if json:

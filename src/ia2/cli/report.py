@@ -75,9 +75,9 @@ def report(
     from ia2.cli.output import print_json, start
 
     start(quiet, files=[output], folders=[output_dir, figures])
-    from ia2.files import unchecked
     from ia2.report import printing
-    from ia2.report.html import write_report
+    from ia2.report.page import write_report
+    from ia2.utils.files import unchecked
 
     if output is not None:
         printing.check_output(output, folders)
@@ -94,7 +94,7 @@ def report(
         runs, sweeps = printing.sort_folders(folders, about_sweeps)
         printed = None
         if sweeps:
-            from ia2.sweeps.printing import make_report, print_tables
+            from ia2.report.sweep.printing import make_report, print_tables
 
             asked = map(_list, (benchmarks, models, sizes, seeds))
             printed = print_tables(

@@ -48,9 +48,9 @@ def sweep(
     Start the same command again to go on after a stop. `ia2 report DIR` prints tables.
     """
     from ia2.cli.output import print_json, start
-    from ia2.errors import ConfigError
-    from ia2.sweeps.grid import load_grid
-    from ia2.user_files import read_text
+    from ia2.experiment.sweep.grid import load_grid
+    from ia2.utils.errors import ConfigError
+    from ia2.utils.user_files import read_text
 
     start(quiet, folders=[output_dir])
     chosen = load_grid(grid, named_code(trust_remote_code, parser, context_function))
@@ -63,12 +63,12 @@ def sweep(
         raise ConfigError("--gpus-per-worker does nothing without --ray.")
     if ray is not None and workers > 1 and ray != "local":
         raise ConfigError("--workers does nothing beside --ray with an address: the cluster has its own.")
-    from ia2.sweeps import run
-    from ia2.sweeps import workers as ways
+    from ia2.experiment.sweep import execute as run
+    from ia2.experiment.sweep import workers as ways
 
     def way(work: Path) -> ways.Run:
         if ray is not None:
-            from ia2.sweeps.cluster import on_ray
+            from ia2.experiment.sweep.cluster import on_ray
 
             return on_ray(work, ray, workers=workers, gpus=gpus_per_worker or 0.0, keep=keep_work)
         if workers > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ia2.cli.options import Json, Overwrite, Quiet, with_settings
 from ia2.config import TrainConfig
-from ia2.config_reading import code_flags
+from ia2.config.reading import code_flags
 
 
 @with_settings(TrainConfig)
@@ -16,13 +16,13 @@ def train(
     Example: ia2 train --model Qwen/Qwen3-4B-Base --data reviews.jsonl --output-dir out/reviews
     """
     from ia2.cli.output import print_json, print_metrics, start
-    from ia2.distributed import is_first
-    from ia2.errors import ConfigError
+    from ia2.utils.distributed import is_first
+    from ia2.utils.errors import ConfigError
 
     start(quiet, folders=[config.output_dir])
     if not config.output_dir:
         raise ConfigError("no output folder given. Name one with --output-dir.")
-    from ia2.adaptation import adapt, load_both, load_unlabelled
+    from ia2.experiment.adapt import adapt, load_both, load_unlabelled
 
     examples, test = load_both(config)
     result = adapt(

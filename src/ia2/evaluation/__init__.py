@@ -1,0 +1,1 @@
+"""What came out: scores, accuracy, calibration, similarity, statistics over draws."""

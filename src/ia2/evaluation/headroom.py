@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ia2.evaluation.statistics import Interval, t_interval
-from ia2.wording import estimate
+from ia2.utils.wording import estimate
 
 
 @dataclass(frozen=True)

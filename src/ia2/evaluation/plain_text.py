@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ia2.console import progress
-from ia2.errors import DataError
-from ia2.generation import cut_answer, refusing_nan
-from ia2.inference import answer_pass
-from ia2.readers import READERS, read_file
-from ia2.rows import bad_rows
-from ia2.tokens import Ids, encode_prompt, pad_id
-from ia2.traits import end_ids, evaluating, greedy, input_device
-from ia2.user_files import read_text, user_path
-from ia2.wording import names_of, type_name
+from ia2.data.readers import READERS, read_file
+from ia2.data.rows import bad_rows
+from ia2.models.families import end_ids, evaluating, greedy, input_device
+from ia2.models.forward import answer_pass
+from ia2.models.generation import cut_answer, refusing_nan
+from ia2.models.tokens import Ids, encode_prompt, pad_id
+from ia2.utils.errors import DataError
+from ia2.utils.logging import progress
+from ia2.utils.user_files import read_text, user_path
+from ia2.utils.wording import names_of, type_name
 
 if TYPE_CHECKING:
     from torch import nn

@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ia2.distributed import gathered, joined, share
-from ia2.examples import Example
-from ia2.files import json_lines, write_text
-from ia2.generation import Generated, generate_answers
-from ia2.inference import AnswerOutput, answer_pass, answers_pass
-from ia2.task import Task
-from ia2.tokens import Ids, decode
+from ia2.data.examples import Example
+from ia2.models.forward import AnswerOutput, answer_pass, answers_pass
+from ia2.models.generation import Generated, generate_answers
+from ia2.models.tokens import Ids, decode
+from ia2.prompts.task import Task
+from ia2.utils.distributed import gathered, joined, share
+from ia2.utils.files import json_lines, write_text
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from ia2.capture import ActivationCapture
+    from ia2.models.capture import ActivationCapture
 
 
 @dataclass
@@ -257,7 +257,7 @@ def answer_freely(
     """
     import torch
 
-    from ia2.evaluation.answers import load_parser
+    from ia2.data.answers import load_parser
 
     parse = load_parser(task.parser)
     prompts = [prompts[i] for i in share(len(prompts), lambda i: len(prompts[i]))]
@@ -361,7 +361,7 @@ def label_predictions(
 
 def free_predictions(task: Task, examples: Sequence[Example], answers: FreeAnswers) -> list[Prediction]:
     """Per-example rows of generated answers."""
-    from ia2.evaluation.answers import exact_match, load_parser
+    from ia2.data.answers import exact_match, load_parser
 
     parse = load_parser(task.parser)
     rows = []
@@ -386,5 +386,5 @@ def free_predictions(task: Task, examples: Sequence[Example], answers: FreeAnswe
 
 
 def write_predictions(path: Path, rows: Iterable[Prediction], *, listed: bool = True) -> None:
-    """Rows as JSON lines, whole or not at all; ``listed`` as in :func:`ia2.files.write_bytes`."""
+    """Rows as JSON lines, whole or not at all; ``listed`` as in :func:`ia2.utils.files.write_bytes`."""
     write_text(path, json_lines(row.to_dict() for row in rows), listed=listed)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ia2.distributed import gathered
+from ia2.utils.distributed import gathered
 
 if TYPE_CHECKING:
     import torch

@@ -11,9 +11,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from ia2.examples import Example
-from ia2.rows import Template
-from ia2.task import common_beginning
+from ia2.data.examples import Example
+from ia2.data.rows import Template
+from ia2.prompts.task import common_beginning
 
 UNCHANGED = "unchanged"
 

@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ia2.console import logger
-from ia2.errors import ConfigError
-from ia2.files import output_file, write_text
+from ia2.experiment.run_folder import REPORT_FILE
 from ia2.report.analysis import analysis_figures, analysis_tables, read_analysis
 from ia2.report.data import Run, kind_of, read_run
-from ia2.report.style import NO_MATPLOTLIB, matplotlib_is_there
+from ia2.report.figures.style import NO_MATPLOTLIB, matplotlib_is_there
+from ia2.report.sweep.tables import ENDINGS, FORMATS, Table
 from ia2.report.tables import comparison_table, curve_table, metrics_table
 from ia2.report.verdict import comparison_verdict, curve_verdict, training_verdict
-from ia2.runs import REPORT_FILE
-from ia2.sweeps.tables import ENDINGS, FORMATS, Table
+from ia2.utils.errors import ConfigError
+from ia2.utils.files import output_file, write_text
+from ia2.utils.logging import logger
 
 
 def sort_folders(folders: Sequence[Path], about_sweeps: Mapping[str, bool]) -> tuple[list[Run], list[Path]]:
@@ -112,7 +112,7 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
     if not matplotlib_is_there():
         logger.info("No figures: %s", NO_MATPLOTLIB)
         return []
-    from ia2.report.run_figures import run_figures
+    from ia2.report.figures.run_figures import run_figures
 
     drawn = []
     for run, place in _places(runs, folder):

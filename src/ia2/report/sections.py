@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ia2.errors import UserError
-from ia2.files import digest
-from ia2.recipes import describe
+from ia2.config.recipes import describe
 from ia2.report.analysis import analysis_heading, analysis_tables, analysis_verdict
 from ia2.report.data import MAX_QUERY, Answer, Row, Run
+from ia2.report.figures.style import Figure, numbers_table
 from ia2.report.printing import tables, verdict
-from ia2.report.style import Figure, numbers_table
+from ia2.report.sweep.tables import Table
 from ia2.report.tables import MEASURES, comparison_lines, comparison_table, unlike
 from ia2.report.verdict import METHOD
-from ia2.sweeps.tables import Table
-from ia2.wording import estimate, rows_learnt_from
+from ia2.utils.errors import UserError
+from ia2.utils.files import digest
+from ia2.utils.wording import estimate, rows_learnt_from
 
 if TYPE_CHECKING:
-    from ia2.analysis.signatures import Diagnosis
+    from ia2.report.doctor.signatures import Diagnosis
 
 SHOWN = 200
 """Rows of predictions that are printed, and shown before all others."""
@@ -210,7 +210,7 @@ def analysis_section(name: str, result: Mapping[str, Any], figures: Sequence[Fig
 
 
 def _examined(folder: Path) -> Doctor:
-    from ia2.analysis.signatures import diagnose_all
+    from ia2.report.doctor.signatures import diagnose_all
 
     try:
         return Doctor(list(diagnose_all(folder)))

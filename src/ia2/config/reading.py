@@ -1,0 +1,144 @@
+"""Settings from YAML files and flags, checked; whatever is wrong is told in one line."""
+
+from __future__ import annotations
+
+import shlex
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from ia2.config.yaml_reading import load_yaml
+from ia2.utils.errors import ConfigError, suggest
+from ia2.utils.user_files import read_text
+
+
+def load_config(
+    kind: type[BaseModel],
+    file: str | Path | None,
+    flags: Mapping[str, Any],
+    code: Mapping[str, Any] | None = None,
+) -> Any:
+    """A validated configuration from a YAML file and flags; flags win.
+
+    Args:
+        kind: the configuration class.
+        file: YAML file with (some of) its keys, or None.
+        flags: values given on the command line; None means not given. Dotted names reach sections.
+        code: what the file may name beside (see :func:`refuse_code`).
+
+    Raises:
+        DataError: the file is missing.
+        ConfigError: it is no mapping, has an unknown key, a value is not allowed, or is code. One line.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        values = _read_yaml(Path(file))
+    for name, value in flags.items():
+        if value is not None:
+            _assign(values, name, value, f"{file}: " if file is not None else "")
+    config: BaseModel = validate(kind, values, str(file) if file is not None else None)
+    if file is not None:
+        refuse_code(config.model_dump(), file, {**flags, **(code or {})})
+    return config
+
+
+def refuse_code(settings: Mapping[str, Any], file: str | Path, named: Mapping[str, Any]) -> None:
+    """Refuse settings by which a file would run code: a file is data, whoever wrote it.
+
+    Code that is not ours runs only when the user names it in this command, or in a call from Python.
+
+    Args:
+        settings: settings as the file has them, where other names than those of code may be.
+        file: the file.
+        named: what the user named in this command: setting → its value, or several.
+
+    Raises:
+        ConfigError: a value that is code and was not named; says which flag names it.
+    """
+    for name, flag in code_flags(settings).items():
+        value, given = settings[name], named.get(name)
+        if value == given or (isinstance(given, (list, tuple)) and value in given):
+            continue
+        raise ConfigError(
+            f"{file}: {name} is {'true' if value is True else repr(value)}, and no file may choose what "
+            f"code is run. If you trust it, give {flag} in this command."
+        )
+
+
+def code_flags(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings by which code that is not ours is run, each with the flag that names its value."""
+    found = {}
+    for name in ("trust_remote_code", "parser", "context_function"):
+        value = settings.get(name)
+        # parsers of one's own are import paths, ours are names
+        if value and (name != "parser" or ":" in str(value)):
+            flag = f"--{name.replace('_', '-')}"
+            found[name] = flag if value is True else f"{flag} {shlex.quote(str(value))}"
+    return found
+
+
+def validate(kind: type[BaseModel], values: Mapping[str, Any], where: str | None = None) -> Any:
+    """``kind(**values)`` with one-line errors.
+
+    Raises:
+        ConfigError: an unknown key (with a suggestion) or a value that is not allowed.
+    """
+    try:
+        return kind.model_validate(dict(values))  # keys that are no texts are refused there
+    except ValidationError as error:
+        lines = [describe(kind, problem) for problem in error.errors()]
+        prefix = f"{where}: " if where else ""
+        message = prefix + "; ".join(lines)
+        raise ConfigError(message if message.endswith("?") else message + ".") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    text = read_text(path)
+    try:
+        values = load_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if values is None:  # nothing but comments
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys and values, found {type(values).__name__}.")
+    return values
+
+
+def _assign(values: dict[str, Any], name: str, value: Any, prefix: str) -> None:
+    *sections, leaf = name.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{prefix}{section}: expected keys and values, found {type(inner).__name__}.")
+        values = inner
+    values[leaf] = value
+
+
+def describe(kind: type[BaseModel], problem: Any) -> str:
+    """One of pydantic's problems with ``kind`` as a phrase: its place, what is wrong, a suggestion."""
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        section: type[BaseModel] = kind
+        for part in problem["loc"][:-1]:
+            if isinstance(part, int):  # a place in a list
+                continue
+            annotation = section.model_fields[str(part)].annotation
+            for inner in (annotation, *typing.get_args(annotation)):
+                # Python 3.10 takes list[int] for a class, and then issubclass does not
+                plain = typing.get_origin(inner) is None and isinstance(inner, type)
+                if plain and issubclass(inner, BaseModel):
+                    section = inner
+        return f"unknown key '{place}'.{suggest(str(problem['loc'][-1]), list(section.model_fields))}".rstrip(
+            "."
+        )
+    message = problem["msg"].removeprefix("Value error, ").rstrip(".")
+    message = message[:1].lower() + message[1:] if problem["type"] != "value_error" else message
+    if isinstance(problem["input"], bool) and problem["type"] in ("literal_error", "string_type"):
+        words = "yes and on" if problem["input"] else "no and off"
+        truth = str(problem["input"]).lower()
+        message += f"; YAML takes {words} without quotation marks for {truth}: write them in such"
+    return f"{place}: {message}" if place else message

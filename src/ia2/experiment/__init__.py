@@ -1,0 +1,1 @@
+"""From a command to its results: run folders, adapt, compare, probe, predict."""

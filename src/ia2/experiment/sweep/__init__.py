@@ -1,0 +1,1 @@
+"""Grids of experiments: their cells, and what runs them."""

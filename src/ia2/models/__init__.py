@@ -1,0 +1,1 @@
+"""A base model and what is read of it: forward passes, generation, attention activations."""

@@ -1,0 +1,1 @@
+"""From examples to token ids: the answers of a task, demonstrations, chat templates."""

@@ -1,0 +1,275 @@
+"""Where text becomes prompt ids: plainly, or through a model's chat template.
+
+Whatever is put before a query, the answer is tokenised apart and its ids are appended
+(:mod:`ia2.models.tokens`), so one answer has the same ids in every context.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from ia2.data.examples import Example
+from ia2.models.tokens import Ids, encode_answer, encode_prompt, encode_prompts, encode_texts, remembered
+from ia2.prompts.templates import apply_template
+from ia2.utils.errors import ConfigError, DataError
+from ia2.utils.files import digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SEPARATOR = "\n\n"
+
+Chat = Literal["off", "turns", "single"]
+Message = dict[str, str]  # role and content
+
+# Stands for a text whose place in a rendered template is looked for.
+_MARK = "ia2-mark-7f3a"
+
+# Texts that are tokenised together.
+_BATCH = 512
+
+
+def render(demonstrations: Sequence[Example], query: str, separator: str = SEPARATOR) -> str:
+    """``I ∘ X``: demonstrations, each followed by the separator, then the query."""
+    shown = "".join(f"{demo.query}{demo.answer}{separator}" for demo in demonstrations)
+    return shown + query
+
+
+class Rendering:
+    """Prompts of one tokenizer, in one style.
+
+    Args:
+        tokenizer: of the model.
+        separator: text after a demonstration, and after a free text.
+        chat: ``off``: plain text. ``turns``: through the chat template, each demonstration a user turn
+            and an assistant turn. ``single``: all demonstrations as plain text in the query's own turn.
+        thinking: leave a chat model's thinking switched on.
+
+    Raises:
+        ConfigError: ``chat`` with a tokenizer that has no chat template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        separator: str = SEPARATOR,
+        chat: Chat = "off",
+        thinking: bool = False,
+    ) -> None:
+        self.tokenizer, self.separator, self.chat, self.thinking = tokenizer, separator, chat, thinking
+        if chat != "off" and not tokenizer.chat_template:
+            name = getattr(tokenizer, "name_or_path", "") or "the model"
+            raise ConfigError(
+                f"chat is {chat}, but {name} has no chat template. Leave --chat out, or take an "
+                "instruction-tuned model."
+            )
+
+    # ------------------------------------------------------------------------------------ ids
+
+    def query_ids(self, example: Example) -> Ids:
+        """Ids of a query on its own: ``X``.
+
+        Raises:
+            DataError: it has no tokens, or the chat template refuses it.
+        """
+        if self.chat == "off":
+            return self.encode(example.query, example.source)
+        # a template takes as long as the tokenizer
+        return remembered(
+            self.tokenizer,
+            f"query {self._style}",
+            example.query,
+            lambda: self.encode(self.prompt_text((), example), example.source),
+        )
+
+    def context_ids(
+        self,
+        demonstrations: Sequence[Example],
+        example: Example,
+        text: str | Sequence[Message] | None = None,
+    ) -> Ids:
+        """Ids of a query behind its context: ``I ∘ X``.
+
+        Args:
+            demonstrations: in the order in which they are shown.
+            example: the query.
+            text: a free text, or chat messages, that come before everything else.
+
+        Raises:
+            DataError: chat messages without a chat template, or a template that refuses them.
+        """
+        return self.encode(self.prompt_text(demonstrations, example, text), example.source)
+
+    def answer_text(self, example: Example) -> str:
+        """An example's answer as the model is to write it (see :meth:`as_answer`)."""
+        return self.as_answer(example.answer or "")
+
+    def as_answer(self, answer: str) -> str:
+        """A completion as the model is to write it: verbatim, but behind a chat template it begins a turn.
+
+        Templates cut blanks off the beginning of a turn, so a true answer must have none either.
+        """
+        return answer if self.chat == "off" else answer.lstrip()
+
+    @cached_property
+    def end_id(self) -> int | None:
+        """The id with which an answer ends: the template's end of turn, else the end of sequence."""
+        end = self.tokenizer.eos_token_id
+        if self.chat != "off":
+            turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
+            after = self._through_template(turns, "end of turn", prompt=False).partition(_MARK)[2]
+            (ids,) = encode_texts(self.tokenizer, [after])
+            if ids and ids[0] in self.tokenizer.all_special_ids:
+                end = ids[0]
+        return None if end is None else int(end)
+
+    def facts(self) -> dict[str, Any]:
+        """What a prompt depends on beside the texts and the tokenizer; JSON-able."""
+        template = digest(self.tokenizer.chat_template) if self.chat != "off" else None
+        return {
+            "separator": self.separator,
+            "chat": self.chat,
+            "thinking": self.thinking,
+            "template": template,
+        }
+
+    @cached_property
+    def _style(self) -> str:
+        return digest(self.facts())
+
+    # ----------------------------------------------------------------------------------- text
+
+    def prompt_text(
+        self,
+        demonstrations: Sequence[Example],
+        example: Example,
+        text: str | Sequence[Message] | None = None,
+    ) -> str:
+        """The whole prompt as text, from which :meth:`encode` makes ids.
+
+        Raises:
+            DataError: see :meth:`context_ids`.
+        """
+        if self.chat == "off":
+            if text is not None and not isinstance(text, str):
+                raise DataError(
+                    f"{example.source}: the context is made of chat messages, which need the model's chat "
+                    "template. Set chat to turns, or give a text."
+                )
+            before = "" if text is None else text + self.separator
+            return before + render(demonstrations, example.query, self.separator)
+        messages: list[Message] = []
+        if isinstance(text, str):
+            messages.append({"role": "system", "content": text})
+        elif text is not None:
+            messages += text
+        query = example.query
+        if self.chat == "single":
+            query = render(demonstrations, query, self.separator)
+        else:
+            for demo in demonstrations:
+                messages.append({"role": "user", "content": demo.query})
+                messages.append({"role": "assistant", "content": self.answer_text(demo)})
+        messages.append({"role": "user", "content": query})
+        return self._through_template(self._acceptable(messages), example.source)
+
+    def encode(self, text: str, source: str = "prompt") -> Ids:
+        """Ids of a prompt text; a template brings its special tokens itself.
+
+        Raises:
+            DataError: the text has no tokens.
+        """
+        if self.chat == "off":
+            return encode_prompt(self.tokenizer, text, source)
+        return encode_answer(self.tokenizer, text, source)
+
+    def _acceptable(self, messages: Sequence[Message]) -> list[Message]:
+        """Without system messages where the template has no place for them; one turn a role at a time.
+
+        Many templates insist on turns, so neighbours of one role become one message.
+        """
+        found: list[Message] = []
+        waiting: list[str] = []
+        for message in messages:
+            role, content = message["role"], message["content"]
+            if role == "system" and not self._takes_system:
+                waiting.append(content)
+                continue
+            if role == "user" and waiting:
+                content, waiting = self.separator.join([*waiting, content]), []
+            if found and found[-1]["role"] == role:
+                found[-1]["content"] += self.separator + content
+            else:
+                found.append({"role": role, "content": content})
+        return found
+
+    @cached_property
+    def _takes_system(self) -> bool:
+        # Some templates raise, others leave the message out.
+        messages = [{"role": "system", "content": _MARK}, {"role": "user", "content": "a"}]
+        try:
+            return _MARK in self._through_template(messages, "system message")
+        except DataError:
+            return False
+
+    def _through_template(self, messages: list[Message], source: str, *, prompt: bool = True) -> str:
+        return apply_template(
+            self.tokenizer,
+            messages,
+            source,
+            add_generation_prompt=prompt,
+            # the names under which templates know the switch; others ignore them
+            enable_thinking=self.thinking,
+            thinking=self.thinking,
+            # Llama's templates write today's date otherwise, and tomorrow's prompts would differ
+            date_string="26 Jul 2024",
+        )
+
+    # -------------------------------------------------------------------------------- lengths
+
+    def lengths(self, prompts: Iterable[tuple[str, str]]) -> np.ndarray:
+        """Number of ids of each prompt, ``[n]``; memory does not grow with their texts.
+
+        Args:
+            prompts: (prompt text, source of its query).
+
+        Raises:
+            DataError: a text has no tokens.
+        """
+        found: list[np.ndarray] = [np.zeros(0, np.int32)]
+        for batch in _batches(prompts):
+            encode = encode_prompts if self.chat == "off" else encode_texts
+            rows = encode(self.tokenizer, [text for text, _ in batch])
+            # what has no tokens is mended or refused there
+            found.append(
+                np.array([len(ids or self.encode(*batch[n])) for n, ids in enumerate(rows)], np.int32)
+            )
+        return np.concatenate(found)
+
+    def demonstration_lengths(self, demonstrations: Iterable[Example]) -> np.ndarray:
+        """About how many ids each demonstration adds to a prompt, ``[n]``.
+
+        Tokens may merge across a boundary: at most one more each, in practice.
+        """
+        if self.chat != "turns":
+            texts = (f"{d.query}{d.answer}{self.separator}" for d in demonstrations)
+            batches = [
+                np.array([len(ids) for ids in encode_texts(self.tokenizer, batch)], np.int32)
+                for batch in _batches(texts)
+            ]
+            return np.concatenate([np.zeros(0, np.int32), *batches])
+        probe = Example("a", None, "chat template")
+        alone = len(self.query_ids(probe))
+        prompts = ((self.prompt_text([d], probe), d.source) for d in demonstrations)
+        return self.lengths(prompts) - np.int32(alone)
+
+
+def _batches(items: Iterable[Any]) -> Iterator[list[Any]]:
+    items = iter(items)
+    while batch := list(itertools.islice(items, _BATCH)):
+        yield batch

@@ -1,0 +1,1 @@
+"""Figures, each made from data that a run folder holds (matplotlib)."""

@@ -1,1 +1,0 @@
-"""Grids of experiments: cells, how they are run, and tables of what came out."""
