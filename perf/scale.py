@@ -6,7 +6,7 @@
 
 Nothing here was measured on a GPU. `--share` is assumed: the part of the GPU's matrix rate that passes reach.
 Bytes of activations are those that torch keeps for the backward pass of a Llama with LoRA on q, k and o in
-bfloat16 (tests/test_scale.py counts them on a small one).
+bfloat16 (tests/project/test_scale.py counts them on a small one).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
-from words import make_word_tokenizer
+from helpers.words import make_word_tokenizer
 
 from ia2.utils import logging as console
 
@@ -88,7 +88,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def tiny_llama() -> PreTrainedModel:
     """A fresh tiny random Llama (see ``families``), which the test may change."""
-    from families import llama
+    from helpers.families import llama
 
     return llama()
 
@@ -136,6 +136,6 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model and benchmarks as files, for grids (see ``sweeping``), which no test may change."""
-    from sweeping import write_files
+    from helpers.sweeping import write_files
 
     return write_files(tmp_path_factory.mktemp("files"))

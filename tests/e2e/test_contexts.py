@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from benches import icl_base, rows_of
-from command_line import run, tree, write_rows
-from families import gpt2, llama
+from helpers.benches import icl_base, rows_of
+from helpers.command_line import run, tree, write_rows
+from helpers.families import gpt2, llama
+from helpers.words import make_word_tokenizer
 from test_rendering import chatty
 from tiny_icl.tasks import sample_task
-from words import make_word_tokenizer
 
 import ia2
 from ia2.config import AdaptConfig, CurveConfig, ProbeConfig

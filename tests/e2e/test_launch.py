@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
-from benches import icl_examples
-from launching import finish, free_port, python, start, write_rows
+from helpers.benches import icl_examples
+from helpers.launching import finish, free_port, python, start, write_rows
 from safetensors.torch import load_file
 
 import ia2

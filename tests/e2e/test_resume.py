@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benches import icl_examples
-from launching import finish, kill_when, python, start, write_rows
+from helpers.benches import icl_examples
+from helpers.launching import finish, kill_when, python, start, write_rows
 
 from ia2.utils.locks import LOCK
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benches import bench_of, icl_base
+from helpers.benches import bench_of, icl_base
 from tiny_icl.tasks import sample_task
 
 from ia2 import Examples

@@ -10,9 +10,9 @@ import random
 import shutil
 from pathlib import Path
 
-from command_line import write_rows
-from finished_runs import write_comparison, write_curve, write_training
-from sweeping import grid_of, write_files, write_grid
+from helpers.command_line import write_rows
+from helpers.finished_runs import write_comparison, write_curve, write_training
+from helpers.sweeping import grid_of, write_files, write_grid
 from tiny_icl.tasks import sample_task
 
 MODEL = Path(__file__).resolve().parents[1] / "tiny_icl" / "model"

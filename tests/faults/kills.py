@@ -17,8 +17,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benches import icl_examples
-from launching import finish, start, write_rows
+from helpers.benches import icl_examples
+from helpers.launching import finish, start, write_rows
 
 from ia2.utils.locks import LOCK
 from ia2.utils.manifest import TEMPORARY

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Ran, run, write_rows
-from example_rows import jsonl, refuse, said
+from helpers.command_line import Ran, run, write_rows
+from helpers.example_rows import jsonl, refuse, said
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_icl.tasks import sample_task

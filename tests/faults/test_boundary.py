@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 import yaml
-from command_line import Ran, run, run_apart, tree, write_rows
 from faults import bad_inputs
-from finished_runs import write_comparison
+from helpers.command_line import Ran, run, run_apart, tree, write_rows
+from helpers.finished_runs import write_comparison
 from tiny_icl.tasks import sample_task
 
 from ia2.cli import boundary

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from command_line import Ran, run, write_rows
+from helpers.command_line import Ran, run, write_rows
 from strangers import EVIL, FUNCTION, Stranger, edit_json
 from tiny_icl.tasks import sample_task
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Ran, run, write_rows
+from helpers.command_line import Ran, run, write_rows
 from tiny_icl.tasks import sample_task
 
 from ia2.training.example_trainer import BestWeights

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from benches import base_of, bench_of, icl_examples, word_examples, wordy_model
-from command_line import Ran, run, tree, write_rows
+from helpers.benches import base_of, bench_of, icl_examples, word_examples, wordy_model
+from helpers.command_line import Ran, run, tree, write_rows
+from helpers.sweeping import grid_of, records, swept, write_grid
+from helpers.words import make_word_tokenizer
 from safetensors.torch import load_file, save_file
-from sweeping import grid_of, records, swept, write_grid
 from tiny_icl.tasks import sample_task
-from words import make_word_tokenizer
 
 from ia2.analysis.patching import patched_log_probs
 from ia2.cli.output import print_json

@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from benches import word_examples
-from command_line import Ran, listed, run, tree, write_rows
-from families import llama
-from gguf_files import write_gguf
+from helpers.benches import word_examples
+from helpers.command_line import Ran, listed, run, tree, write_rows
+from helpers.families import llama
+from helpers.gguf_files import write_gguf
+from helpers.words import make_word_tokenizer
 from safetensors import safe_open
 from tiny_icl.tasks import sample_task
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from words import make_word_tokenizer
 
 from ia2.config import AdaptConfig
 from ia2.data.examples import Example, Examples
@@ -380,7 +380,7 @@ def test_changed_content_is_another_run(project: Path, ia2: Ia2) -> None:
 
 
 def test_cells_of_grids_are_known_by_content(tmp_path: Path, files: Path) -> None:
-    from sweeping import grid_of
+    from helpers.sweeping import grid_of
 
     from ia2.experiment.sweep.execute import cells_of, read_benchmarks
     from ia2.experiment.sweep.grid import GridConfig

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command_line import Ran, run, write_rows
+from helpers.command_line import Ran, run, write_rows
 from tiny_icl.tasks import sample_task
 
 from ia2.cli.options import _options, _read, gather_lists

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Ran, run, run_apart, tree, write_rows
+from helpers.command_line import Ran, run, run_apart, tree, write_rows
 from tiny_icl.tasks import sample_task
 
 from ia2.utils.locks import LOCK

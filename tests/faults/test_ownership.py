@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command_line import Ran, run, tree, write_rows
-from sweeping import swept
+from helpers.command_line import Ran, run, tree, write_rows
+from helpers.sweeping import swept
 from tiny_icl.tasks import sample_task
 
 from ia2.experiment.sweep.store import SweepFolder

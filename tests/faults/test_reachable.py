@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benches import base_of
-from command_line import Ran, run, write_rows
-from families import gpt2
+from helpers.benches import base_of
+from helpers.command_line import Ran, run, write_rows
+from helpers.families import gpt2
 from tiny_icl.tasks import sample_task
 
 from ia2.config import AdaptConfig, TrainConfig

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import names, run, write_rows
-from example_rows import jsonl, said
+from helpers.command_line import names, run, write_rows
+from helpers.example_rows import jsonl, said
 
 from ia2.data.examples import Examples, RowFormat
 from ia2.utils.errors import DataError, UserError

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from adapting import INPUTS, disturb, logits
-from command_line import run
-from families import FAMILIES
+from helpers.adapting import INPUTS, disturb, logits
+from helpers.command_line import run
+from helpers.families import FAMILIES
+from helpers.sweeping import grid_of, write_files, write_grid
 from peft import PeftModel
-from sweeping import grid_of, write_files, write_grid
 
 from ia2.adapters.checks import check_adapter
 from ia2.adapters.types import peft_config

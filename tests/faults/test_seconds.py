@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benches import bench_of, clone, icl_base, icl_examples
-from sweeping import records, swept
+from helpers.benches import bench_of, clone, icl_base, icl_examples
+from helpers.sweeping import records, swept
 
 from ia2.config import AdaptConfig, ProbeConfig
 from ia2.experiment.adapt import adapt

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from words import make_word_tokenizer
+from helpers.words import make_word_tokenizer
 
 from ia2.prompts.builder import templates
 from ia2.utils.errors import DataError

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from benches import icl_examples
-from command_line import run, write_rows
+from helpers.benches import icl_examples
+from helpers.command_line import run, write_rows
 
 ROWS = icl_examples(9, task=1, num_classes=2)
 MORE = icl_examples(20, seed=9, task=1, num_classes=2)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benches import base_of, word_examples
-from command_line import run, tree, write_rows
-from families import build, llama
-from sweeping import swept, write_files
+from helpers.benches import base_of, word_examples
+from helpers.command_line import run, tree, write_rows
+from helpers.families import build, llama
+from helpers.sweeping import swept, write_files
 
 from ia2.config import AdaptConfig, CompareConfig, CurveConfig, ProbeConfig
 from ia2.data.examples import Example, Examples, FewShotSplit

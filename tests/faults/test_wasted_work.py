@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benches import base_of, bench_of, clone, icl_base, icl_examples, word_examples, wordy_model
-from command_line import run, write_rows
-from sweeping import grid_of, records
+from helpers.benches import base_of, bench_of, clone, icl_base, icl_examples, word_examples, wordy_model
+from helpers.command_line import run, write_rows
+from helpers.sweeping import grid_of, records
 
 from ia2.analysis.checkpoints import find_checkpoints
 from ia2.config import AdaptConfig, CompareConfig

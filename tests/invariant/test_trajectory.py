@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from benches import align_rows, base_of, bench_of, icl_base, icl_examples, rows_of, word_examples, wordy_model
+from helpers.benches import (
+    align_rows,
+    base_of,
+    bench_of,
+    icl_base,
+    icl_examples,
+    rows_of,
+    word_examples,
+    wordy_model,
+)
 
 from ia2.models.tokens import fed_ids
 from ia2.training.dataset import Row

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benches import icl_examples
+from helpers.benches import icl_examples
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,0 +1,246 @@
+"""Side effects: perplexity, diversity, wordings, other benchmarks; what is made of them; plain texts."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.benches import base_of, icl_base, icl_examples, word_examples, wordy_model
+
+from ia2.analysis.side_effects import Rows, accuracy, other_benchmark, summarise, wording_accuracy
+from ia2.config import AdaptConfig
+from ia2.data.examples import Example
+from ia2.evaluation.plain_text import DIVERSITY
+from ia2.evaluation.statistics import t_interval
+from ia2.evaluation.wordings import UNCHANGED, WORDINGS, wordings
+from ia2.prompts.format import Rendering
+from ia2.prompts.task import make_task
+from ia2.report.figures.effect_figures import effect_figures
+from ia2.utils.errors import DataError
+
+# ------------------------------------------------------------------------------------------ wordings
+
+
+def rows(*texts: str) -> list[Example]:
+    return [Example(text, " good", f"row {n}") for n, text in enumerate(texts, 1)]
+
+
+def test_wordings_of_a_template() -> None:
+    queries = rows("Text:a film\nLabel:", "Text:the food\nLabel:")
+    found = wordings(queries, [" bad", " good"])
+    assert {name: examples[0].query for name, examples in found.items()} == {
+        "unchanged": "Text:a film\nLabel:",
+        "opening": "Input:a film\nLabel:",
+        "cue": "Text:a film\nAnswer:",
+        "blank line": "Text:a film\n\nLabel:",
+        "lower case": "text:a film\nlabel:",
+        "blank": "Text: a film\nLabel:",
+        "instruction": "Answer with one of: bad, good.\nText:a film\nLabel:",
+    }
+    assert list(found) == list(WORDINGS)
+    assert all(
+        [e.answer, e.source] == [" good", f"row {n}"] for x in found.values() for n, e in enumerate(x, 1)
+    )
+    assert wordings(queries, [" bad", " good"], "Text:{text}\nLabel:") == found
+    assert wordings(queries, [" bad", " good"], "Review: {text}\nLabel:") == found  # of other data
+
+
+def test_wordings_touch_only_the_templates_own_words() -> None:
+    queries = rows("Question: Text: what\nAnswer:", "Question: Text: who\nAnswer:")
+    found = wordings(queries, [], "Question: {q}\nAnswer:")
+    assert [examples[1].query for examples in found.values()] == [
+        "Question: Text: who\nAnswer:",
+        "Input: Text: who\nAnswer:",
+        "Question: Text: who\nOutput:",
+        "Question: Text: who\n\nAnswer:",
+        "question: Text: who\nanswer:",
+        "Question:Text: who\nAnswer:",
+        "Answer the following.\nQuestion: Text: who\nAnswer:",
+    ]
+
+
+def test_wordings_of_bare_prompts() -> None:
+    found = wordings(rows("z3 b2 z0", "a1 z2"), [" L1", " L2"])
+    assert list(found) == [UNCHANGED, "instruction"]
+    assert [e.query for e in found[UNCHANGED]] == ["z3 b2 z0", "a1 z2"]
+    cue = wordings(rows("good film\nLabel:", "bad\nLabel:"), [" L1"])
+    assert list(cue) == [UNCHANGED, "cue", "blank line", "lower case", "instruction"]
+    alone = wordings(rows("Label:"), [])  # opening and cue would be the same words
+    assert alone[UNCHANGED][0].query == "Label:"
+
+
+def test_accuracy_is_that_of_the_evaluation(tiny_icl_model_path: Path) -> None:
+    base = icl_base(tiny_icl_model_path)
+    examples = icl_examples(24)
+    task = make_task(examples, AdaptConfig(), base.tokenizer)
+    rendering = Rendering(base.tokenizer)
+    found = accuracy(base.model, base.tokenizer, task, examples, rendering, 64)
+    for n, example in enumerate(examples):
+        ids = torch.tensor([rendering.query_ids(example)])
+        with torch.no_grad():
+            logits = base.model(input_ids=ids).logits[0, -1]
+        gold = task.label_ids[task.label_of(example)][0]
+        assert found["vocabulary"][n] == (int(logits.argmax()) == gold)
+        best = max(task.label_ids, key=lambda label: float(logits[label[0]]))
+        assert found["labels"][n] == (best[0] == gold)
+    worded = wordings(examples, task.labels)
+    by_wording = wording_accuracy(base.model, base.tokenizer, task, worded, rendering, 64)
+    np.testing.assert_array_equal(by_wording["wordings", UNCHANGED, "vocabulary"], found["vocabulary"])
+    assert list(dict.fromkeys(key[1] for key in by_wording)) == [UNCHANGED, "instruction"]
+
+
+def test_a_wording_that_does_not_fit_is_left_out_and_said(
+    word_tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    examples = word_examples(6)
+    base = base_of(wordy_model(), word_tokenizer)
+    task = make_task(examples, AdaptConfig(), word_tokenizer)
+    rendering = Rendering(word_tokenizer)
+    longest = max(len(rendering.query_ids(example)) for example in examples)
+    worded = wordings(examples, task.labels)
+    found = wording_accuracy(base.model, word_tokenizer, task, worded, rendering, longest + 2)
+    kept = {key[1] for key in found}
+    assert "instruction" not in kept and "The wording 'instruction' is left out" in caplog.text
+    assert {"cue", "blank line"} <= kept
+    with pytest.raises(DataError):
+        wording_accuracy(base.model, word_tokenizer, task, worded, rendering, 3)
+
+
+def test_another_benchmark(tmp_path: Path, word_tokenizer: Any) -> None:
+    rendering = Rendering(word_tokenizer)
+    with pytest.raises(DataError, match=r"^Intents: the labels .* are the same tokens"):
+        other_benchmark("Intents", rendering)  # the tokenizer knows none of these words
+    (tmp_path / "test.jsonl").write_text(
+        '{"q": "cat", "a": 1}\n{"q": "dog", "a": 0}\n{"q": "the fish", "a": 1}\n'
+    )
+    (tmp_path / "own.yaml").write_text(
+        "name: Own\npath: .\nprompt: 'Question:{q}\\nAnswer:'\nlabel: a\ntest: {split: test, rows: 3}\n"
+        "verbalisers:\n  digits: {0: ' no', 1: ' yes'}\n"
+    )
+    task, found = other_benchmark(tmp_path / "own.yaml", rendering)
+    assert task.labels == (" no", " yes") and len(found) == 3
+    measured = accuracy(wordy_model(), word_tokenizer, task, found, rendering, 64)
+    assert {scope: values.shape for scope, values in measured.items()} == {"vocabulary": (3,), "labels": (3,)}
+
+
+# ---------------------------------------------------------------------------------------- summaries
+
+
+def made(seed: int, better: float = 0.0, texts: int = 12, queries: int = 30) -> Rows:
+    rng = np.random.default_rng(seed)
+    tokens = np.arange(texts) + 20.0
+    shares = {("benchmarks", "Own"): 0.4}
+    shares |= {
+        ("wordings", n): s for n, s in zip(WORDINGS, np.linspace(0.6, 0.3, len(WORDINGS)), strict=True)
+    }
+    rows: Rows = {("perplexity",): np.stack([(3 + rng.random(texts) + better) * tokens, tokens], axis=1)}
+    rows |= {("diversity", name): rng.random(10) + better for name in DIVERSITY}
+    for key, share in shares.items():
+        correct = (rng.random(queries) < share + better).astype(float)
+        rows[(*key, "vocabulary")] = correct
+        rows[(*key, "labels")] = np.maximum(correct, rng.random(queries) < 0.3)
+    return rows
+
+
+def test_a_summary_of_one_trial() -> None:
+    base, sft = made(0), made(1, 0.2)
+    section = summarise([{"base": base, "sft": sft}])
+    assert section["views"] == ["base", "sft"]
+    own, its = base["perplexity",], sft["perplexity",]
+    found = section["perplexity"]["views"]
+    assert found["base"]["perplexity"]["value"] == pytest.approx(math.exp(own[:, 0].sum() / own[:, 1].sum()))
+    ratio = math.exp((its[:, 0].sum() - own[:, 0].sum()) / own[:, 1].sum())
+    assert found["sft"]["ratio"]["value"] == pytest.approx(ratio)
+    assert found["sft"]["ratio"]["low"] is None  # no mean of rows, and one trial
+    assert "ratio" not in found["base"]
+    assert section["perplexity"]["tokens"] == own[:, 1].sum()
+
+    entry = section["benchmarks"]["Own"]["scopes"]["labels"]["views"]["sft"]
+    paired = t_interval(sft["benchmarks", "Own", "labels"] - base["benchmarks", "Own", "labels"])
+    assert entry["difference"] == pytest.approx(paired.to_dict())
+    leak = section["diversity"]["measures"]["leak"]["views"]
+    assert leak["sft"]["mean"]["value"] == pytest.approx(sft["diversity", "leak"].mean())
+    assert leak["sft"]["difference"]["value"] == pytest.approx(
+        sft["diversity", "leak"].mean() - base["diversity", "leak"].mean()
+    )
+    worded = section["wordings"]["scopes"]["vocabulary"]["views"]["sft"]
+    means = {name: sft["wordings", name, "vocabulary"].mean() for name in WORDINGS}
+    assert {name: found["value"] for name, found in worded["accuracy"].items()} == pytest.approx(means)
+    assert worded["spread"]["value"] == pytest.approx(max(means.values()) - min(means.values()))
+    assert worded["worst"]["wording"] == min(means, key=lambda name: means[name])
+    paired = t_interval(sft["wordings", "cue", "vocabulary"] - sft["wordings", UNCHANGED, "vocabulary"])
+    assert worded["difference"]["cue"] == pytest.approx(paired.to_dict())
+    theirs = section["wordings"]["scopes"]["vocabulary"]["views"]["base"]["spread"]["value"]
+    assert worded["spread_difference"]["value"] == pytest.approx(worded["spread"]["value"] - theirs)
+    json.dumps(section, allow_nan=False)
+
+
+def test_a_summary_of_several_trials() -> None:
+    trials = [{"base": made(0), "sft": made(10 + seed, 0.1 * seed)} for seed in range(3)]
+    section = summarise(trials)
+    runs = [[t[name]["diversity", "entropy"] for name in ("sft", "base")] for t in trials]
+    expected = t_interval([a.mean() - b.mean() for a, b in runs])
+    found = section["diversity"]["measures"]["entropy"]["views"]["sft"]["difference"]
+    assert found == pytest.approx(expected.to_dict())
+    own = [t["sft"]["wordings", "cue", "labels"] for t in trials]
+    cue = section["wordings"]["scopes"]["labels"]["views"]["sft"]["accuracy"]["cue"]
+    assert cue == pytest.approx(t_interval([rows.mean() for rows in own]).to_dict())
+
+
+def test_a_summary_of_what_is_not_everywhere() -> None:
+    base = made(0)
+    less = {
+        key: rows for key, rows in base.items() if key[:2] in (("wordings", UNCHANGED), ("wordings", "cue"))
+    }
+    plain = {("perplexity",): base["perplexity",]}
+    section = summarise([{"base": base, "sft": less}, {"ia2": plain}])
+    assert section["wordings"]["left_out"] == [n for n in WORDINGS if n not in (UNCHANGED, "cue")]
+    assert set(section["diversity"]["measures"]["leak"]["views"]) == {"base"}
+    assert "ratio" not in section["perplexity"]["views"]["ia2"]  # no base in its trial
+    assert summarise([{"base": {}}]) == {"views": ["base"], "reference": "base"}
+
+
+# ------------------------------------------------------------------------------------------- figures
+
+
+def test_figures(tmp_path: Path) -> None:
+    trials = [{"base": made(0), "sft": made(5 + n, 0.1), "ia2-sft": made(9 + n, 0.2)} for n in range(2)]
+    section = json.loads(json.dumps(summarise(trials)))
+    figures = {figure.name: figure for figure in effect_figures(section, "tiny: 2 seeds")}
+    assert list(figures) == ["perplexity", "benchmarks", "diversity", "wordings"]
+    for figure in figures.values():
+        assert figure.save(tmp_path / f"{figure.name}.svg").stat().st_size > 1000
+        assert all(b"<svg" in picture.svg for picture in figure.pictures())
+    table = {row[0].text: [entry.text for entry in row] for row in figures["perplexity"].numbers.rows}
+    found = section["perplexity"]["views"]
+    assert table["sft"][2].startswith(f"{found['sft']['ratio']['value']:.3f} [")
+    assert table["base"][2] == "–"
+    table = {row[0].text: [entry.text for entry in row] for row in figures["wordings"].numbers.rows}
+    worded = section["wordings"]["scopes"]["labels"]["views"]["ia2-sft"]
+    assert table["ia2-sft"][1].startswith(f"{worded['accuracy'][UNCHANGED]['value']:.3f} [")
+    assert table["ia2-sft"][-1] == worded["worst"]["wording"]
+    leaks = section["diversity"]["measures"]["leak"]["views"]["sft"]["difference"]["value"]
+    [row] = [r for r in figures["diversity"].numbers.rows if [r[0].text, r[1].text] == ["leak", "sft"]]
+    assert row[3].text.startswith(f"{leaks:+.3f}".replace("-", "−"))
+
+
+def test_figures_of_little(tmp_path: Path) -> None:
+    assert effect_figures(summarise([{"base": {}}]), "nothing") == []
+    base = made(0, texts=1, queries=1)
+    alone = summarise([{"base": base}])
+    names = [figure.name for figure in effect_figures(alone, "base only")]
+    assert names == ["benchmarks", "diversity", "wordings"]
+    # e³ times the perplexity: a logarithmic axis
+    worse = summarise([{"base": base, "sft": made(1, 3.0, texts=1, queries=1)}])
+    effect_figures(worse, "worse")[0].save(tmp_path / "worse.svg")
+    alone["benchmarks"]["Own"]["scopes"]["labels"]["views"]["base"]["accuracy"] |= {
+        "value": None,
+        "low": None,
+    }
+    for figure in effect_figures(alone, "base only"):
+        figure.save(tmp_path / f"{figure.name}.svg")
