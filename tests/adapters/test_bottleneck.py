@@ -14,10 +14,11 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from ia2.adapters import bottleneck
 from ia2.adapters.bottleneck import BottleneckConfig, BottleneckLayer
 from ia2.adapters.checks import check_adapter
 from ia2.adapters.modules import output_projections
-from ia2.adapters.types import bottleneck, peft_config
+from ia2.adapters.types import peft_config
 from ia2.adapters.weights import adapter_state, attach, base_weights, detach, load_adapter_state
 from ia2.config.sections import AdapterConfig
 from ia2.utils.errors import ConfigError, ModelError

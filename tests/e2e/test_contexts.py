@@ -18,7 +18,7 @@ from helpers.benches import icl_base, rows_of
 from helpers.command_line import run, tree, write_rows
 from helpers.families import gpt2, llama
 from helpers.words import make_word_tokenizer
-from test_rendering import chatty
+from prompts.test_rendering import chatty
 from tiny_icl.tasks import sample_task
 
 import ia2

@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ia2.config import AdaptConfig
 from ia2.data.examples import Example, Examples
 from ia2.experiment.adapt import adapt, load_adapter
-from ia2.models.load import BaseModel, identity, load_base, resolve
+from ia2.models import identity
+from ia2.models.load import BaseModel, load_base, resolve
 from ia2.utils import manifest
 from ia2.utils.errors import ModelError
 

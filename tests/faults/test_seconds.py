@@ -14,7 +14,7 @@ from ia2.config import AdaptConfig, ProbeConfig
 from ia2.experiment.adapt import adapt
 from ia2.experiment.probe import probe
 from ia2.models.load import BaseModel
-from ia2.teacher.teacher import teaching
+from ia2.teacher import teaching
 from ia2.training.schedule import Schedule
 from ia2.training.trainer import SftTrainer
 from ia2.utils.files import read_json

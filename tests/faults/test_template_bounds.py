@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from helpers.words import make_word_tokenizer
 
-from ia2.prompts.builder import templates
+from ia2.prompts import templates
 from ia2.utils.errors import DataError
 
 TOO_MUCH = {

@@ -24,9 +24,9 @@ from ia2.experiment.sweep.execute import sweep
 from ia2.experiment.sweep.grid import GridConfig
 from ia2.models.forward import answer_pass
 from ia2.models.load import BaseModel
-from ia2.prompts.builder import builder as prompts
+from ia2.prompts import builder as prompts
 from ia2.report.doctor.reading import read_facts
-from ia2.teacher.teacher import teacher, teaching
+from ia2.teacher import teacher, teaching
 from ia2.training.example_trainer import ExampleTrainer
 from ia2.utils.files import digest, finite
 

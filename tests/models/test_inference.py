@@ -26,18 +26,18 @@ from helpers.families import (
 from helpers.words import make_word_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_context import awkward
+from prompts.test_context import awkward
 from transformers import FalconConfig, PreTrainedModel, PreTrainedTokenizerFast, RecurrentGemmaConfig
 
 from ia2.adapters.types import peft_config
 from ia2.adapters.weights import attach, base_weights
 from ia2.config.sections import AdapterConfig
+from ia2.models import batching, generation, packing
+from ia2.models import forward as inference
 from ia2.models.batching import token_budget
 from ia2.models.capture import ActivationCapture, eager_attention
 from ia2.models.forward import AnswerOutput, answer_pass
 from ia2.models.generation import Generated, cut_answer, generate_answers
-from ia2.models.load import batching, generation, packing
-from ia2.models.load import forward as inference
 from ia2.models.packing import packs
 from ia2.models.tokens import Ids, common_prefix, fed_ids
 from ia2.utils.logging import progress

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from ia2.adapters.types import peft_config
 from ia2.adapters.weights import attach
 from ia2.config.sections import AdapterConfig
+from ia2.models import packing
 from ia2.models.capture import ActivationCapture
-from ia2.models.load import packing
 from ia2.models.packing import groups, packs, row_attention, tree_pass
 from ia2.models.tokens import Ids
 from ia2.training.dataset import Collator, Row, near_lengths, parts_of, run_parts

@@ -17,7 +17,7 @@ from helpers.families import FAMILIES, llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from test_context import WORDS, rows
+from prompts.test_context import WORDS, rows
 from transformers import PreTrainedTokenizerFast
 
 from ia2.data.examples import Example

@@ -14,8 +14,8 @@ import pytest
 from helpers.benches import word_examples
 from helpers.command_line import names
 from helpers.families import llama
-from test_context import naive_orders, rows
-from test_rendering import chatty
+from prompts.test_context import naive_orders, rows
+from prompts.test_rendering import chatty
 from transformers import PreTrainedTokenizerFast
 
 from ia2.config import AdaptConfig

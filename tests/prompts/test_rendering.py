@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_context import awkward, rows
+from prompts.test_context import awkward, rows
 from transformers import PreTrainedTokenizerFast
 
 from ia2.data.examples import Example

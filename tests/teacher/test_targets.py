@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ia2.teacher import targets
 from ia2.teacher.targets import MemoryTargets, StoreWriter, TargetStore, TeacherAnswer, open_store
-from ia2.teacher.teacher import targets
 from ia2.utils.errors import RunFolderError
 
 LAYERS, WIDTH = [0, 2, 5], 16

@@ -16,8 +16,9 @@ from helpers.launching import forkserver
 
 from ia2.models.generation import Generated
 from ia2.prompts.context import Contexts
-from ia2.teacher.teacher import Teacher, targets
-from ia2.teacher.teacher import teacher as module
+from ia2.teacher import targets
+from ia2.teacher import teacher as module
+from ia2.teacher.teacher import Teacher
 from ia2.utils.errors import RunFolderError
 
 ROWS = 7
