@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from ia2.config import AdaptConfig, CompareConfig, ProbeConfig, TrainConfig
-from ia2.config.reading import load_config, validate
+from ia2.config.reading import load_config, read_settings, settings_text, validate
 from ia2.config.sections import SECTIONS
+from ia2.config.yaml_reading import load_yaml
 from ia2.utils.errors import ConfigError, DataError
 
 
@@ -104,3 +105,27 @@ def test_every_setting_is_described() -> None:
         for name, field in kind.model_fields.items():
             if name not in ("adapter", *SECTIONS):
                 assert field.description, name
+
+
+def test_a_file_extends_another_and_says_what_differs(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(
+        "seeds: 5\nsettings: {sft: {epochs: 3}, batch_size: 2}\nmodels: [a, b]\n"
+    )
+    file = tmp_path / "grid.yaml"
+    file.write_text("extends: base.yaml\nmodels: [c]\nsettings: {sft: {patience: 1}}\n")
+    expected = {
+        "seeds": 5,
+        "settings": {"sft": {"epochs": 3, "patience": 1}, "batch_size": 2},
+        "models": ["c"],
+    }
+    assert read_settings(file) == expected
+    assert load_yaml(settings_text(file)) == expected  # what is kept beside results needs no other file
+    (tmp_path / "base.yaml").write_text("extends: grid.yaml\n")
+    with pytest.raises(ConfigError, match=r"base.yaml: extends: grid.yaml"):
+        read_settings(file)
+    file.write_text("extends: [base.yaml]\n")
+    with pytest.raises(ConfigError, match=r"grid.yaml: extends: .*list"):
+        read_settings(file)
+    file.write_text("extends: none.yaml\n")
+    with pytest.raises(DataError, match=r"none.yaml"):
+        read_settings(file)

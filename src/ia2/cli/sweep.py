@@ -48,9 +48,9 @@ def sweep(
     Start the same command again to go on after a stop. `ia2 report DIR` prints tables.
     """
     from ia2.cli.output import print_json, start
+    from ia2.config.reading import settings_text
     from ia2.experiment.sweep.grid import load_grid
     from ia2.utils.errors import ConfigError
-    from ia2.utils.user_files import read_text
 
     start(quiet, folders=[output_dir])
     chosen = load_grid(grid, named_code(trust_remote_code, parser, context_function))
@@ -75,7 +75,7 @@ def sweep(
             return ways.processes(work, workers, keep=keep_work)
         return ways.in_process(work, keep=keep_work)
 
-    done = run.sweep(chosen, folder, text=read_text(grid), limit=limit, one_of_each=dry_run, run=way)
+    done = run.sweep(chosen, folder, text=settings_text(grid), limit=limit, one_of_each=dry_run, run=way)
     if json:
         print_json(
             {

@@ -35,7 +35,7 @@ def load_config(
     """
     values: dict[str, Any] = {}
     if file is not None:
-        values = _read_yaml(Path(file))
+        values = read_settings(Path(file))
     for name, value in flags.items():
         if value is not None:
             _assign(values, name, value, f"{file}: " if file is not None else "")
@@ -95,17 +95,57 @@ def validate(kind: type[BaseModel], values: Mapping[str, Any], where: str | None
         raise ConfigError(message if message.endswith("?") else message + ".") from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    text = read_text(path)
+def read_settings(path: Path, named_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The keys and values of a YAML file, beside those of the file that its ``extends`` names.
+
+    What the file says itself wins; mappings are joined, lists are not.
+
+    Args:
+        path: the file.
+        named_by: files that extend this one.
+
+    Raises:
+        DataError: a file is missing.
+        ConfigError: it is no mapping, or extends itself.
+    """
     try:
-        values = load_yaml(text)
+        values = load_yaml(read_text(path))
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     if values is None:  # nothing but comments
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(values).__name__}.")
-    return values
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends: expected the path of one file, found {type(base).__name__}.")
+    chain = (*named_by, path.resolve())
+    other = path.parent / base
+    if other.resolve() in chain:
+        raise ConfigError(f"{path}: extends: {base} extends this file. Take extends out of one of them.")
+    return _joined(read_settings(other, chain), values)
+
+
+def settings_text(path: Path) -> str:
+    """A file of settings as one text that needs no other file: as it is, if it extends none."""
+    import yaml
+
+    text = read_text(path)
+    given = load_yaml(text)
+    if not isinstance(given, dict) or "extends" not in given:
+        return text
+    return yaml.safe_dump(read_settings(path), sort_keys=False, allow_unicode=True)
+
+
+def _joined(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    joined = dict(base)
+    for name, value in values.items():
+        inner = joined.get(name)
+        both = isinstance(inner, dict) and isinstance(value, dict)
+        joined[name] = _joined(inner, value) if both else value
+    return joined
 
 
 def _assign(values: dict[str, Any], name: str, value: Any, prefix: str) -> None:
