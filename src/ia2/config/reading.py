@@ -136,15 +136,16 @@ def settings_text(path: Path) -> str:
     given = load_yaml(text)
     if not isinstance(given, dict) or "extends" not in given:
         return text
-    return yaml.safe_dump(read_settings(path), sort_keys=False, allow_unicode=True)
+    return str(yaml.safe_dump(read_settings(path), sort_keys=False, allow_unicode=True))
 
 
 def _joined(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     joined = dict(base)
     for name, value in values.items():
         inner = joined.get(name)
-        both = isinstance(inner, dict) and isinstance(value, dict)
-        joined[name] = _joined(inner, value) if both else value
+        if isinstance(inner, dict) and isinstance(value, dict):
+            value = _joined(inner, value)
+        joined[name] = value
     return joined
 
 
