@@ -2,10 +2,10 @@
 
     python scripts/same_outputs.py BEFORE AFTER [--demo] [--work out/same-outputs]
 
-Runs probe, train, compare, curve, sweep (two cells), report, analyze and doctor with each checkout's own source
-on the same rows and the same tiny model, one after the other, and holds what they print as JSON (and the
-sweep's cells) against each other. With --demo, `ia2 demo` too (a real model, some minutes). Times, paths,
-digests and versions are left out. The exit code is 1 where something differs.
+Runs probe, train, compare, curve, sweep (two cells), report, analyze, doctor, eval and predict with the
+source of each checkout, on the same rows and the same tiny model, and holds what they print against each
+other. With --demo, `ia2 demo` too (a real model, some minutes). Times, paths, digests and versions are left
+out. The exit code is 1 where something differs.
 """
 
 from __future__ import annotations
