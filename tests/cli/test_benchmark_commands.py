@@ -124,6 +124,6 @@ def test_mistakes_on_the_command_line(
 
 def test_entries_are_packaged() -> None:
     """They are files beside the code, which the wheel takes whole (`packages` in pyproject.toml)."""
-    folder = ROOT / "src" / "ia2" / "benchmarks" / "entries"
+    folder = ROOT / "src" / "ia2" / "data" / "benchmarks" / "entries"
     assert sorted(file.stem for file in folder.iterdir()) == sorted(NAMES)
     assert all(json.dumps(benchmark.model_dump(mode="json")) for benchmark in BENCHMARKS.values())

@@ -9,9 +9,9 @@ import pytest
 from helpers.finished_runs import EVIL, write_comparison
 from test_html_report import OVERFLOW, PICTURE, Page, contrast
 
-from ia2.report import page
 from ia2.report.analysis import analysis_figures, analysis_tables, analysis_verdict, read_analysis
 from ia2.report.data import read_run
+from ia2.report.page import page
 from ia2.utils.errors import RunFolderError
 from ia2.utils.files import read_json, write_json
 

@@ -613,7 +613,7 @@ def test_flags_in_advice_exist() -> None:
         for flag in (*p.opts, *p.secondary_opts)
     }
     named = set()
-    for file in (ROOT / "src" / "ia2" / "analysis").glob("*_rules.py"):
+    for file in (ROOT / "src" / "ia2" / "report" / "doctor").glob("*_rules.py"):
         # {stage.kind} stands for each of the kinds
         text = file.read_text().replace("--{stage.kind}", "--sft")
         named |= set(re.findall(r"--[a-z][a-z0-9-]*[a-z0-9]", text))

@@ -61,7 +61,7 @@ def analysis_figures(result: Mapping[str, Any]) -> list[Figure]:
     for name, place in _FIGURES.items():
         if result.get(name):
             module, _, maker = place.partition(":")
-            make = getattr(importlib.import_module(f"ia2.report.{module}"), maker or module)
+            make = getattr(importlib.import_module(f"ia2.report.figures.{module}"), maker or module)
             figures += make(result[name], heading)
     return figures
 
