@@ -25,8 +25,8 @@ from ia2.models.sites import SiteCapture
 from ia2.models.tokens import Ids, fed_ids
 from ia2.prompts.context import Contexts
 from ia2.report.figures.head_figures import head_figures
-from ia2.report.sweep.tables import markdown
 from ia2.utils.files import finite
+from ia2.utils.format import markdown
 
 LAYERS, NUM, DIM = 2, 3, 4
 

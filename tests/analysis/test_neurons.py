@@ -17,8 +17,8 @@ from ia2.analysis.neurons import NeuronAccumulator, shift_tokens, summarise
 from ia2.analysis.unembedding import Lens
 from ia2.evaluation.effect_sizes import Difference
 from ia2.report.figures.head_figures import neuron_figures
-from ia2.report.sweep.tables import markdown
 from ia2.utils.files import finite
+from ia2.utils.format import markdown
 
 LAYERS, WIDTH = 3, 20
 

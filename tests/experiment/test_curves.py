@@ -11,7 +11,7 @@ from helpers.benches import icl_base, icl_examples
 from ia2.config import CurveConfig
 from ia2.config.reading import validate
 from ia2.experiment.curve import curve
-from ia2.report.doctor.reading import find_runs
+from ia2.experiment.run_folder import find_runs
 from ia2.report.figures.comparison_figures import curve_figure
 from ia2.utils.errors import ConfigError, DataError
 from ia2.utils.files import read_json

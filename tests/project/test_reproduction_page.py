@@ -8,7 +8,7 @@ import pytest
 
 from ia2.report.sweep.overview import overview_lines
 from ia2.report.sweep.printing import make_report
-from ia2.report.sweep.tables import fill
+from ia2.utils.format import fill
 from scripts.reproduction_tables import PAGE, SMALL, TABLES, main, rewritten
 
 BLOCK = re.compile(r"<!-- (table: \w+|said before) -->.*?<!-- end -->", re.DOTALL)

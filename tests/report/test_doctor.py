@@ -24,8 +24,9 @@ from ia2.config import CompareConfig, TrainConfig
 from ia2.data.examples import Examples
 from ia2.experiment.adapt import adapt
 from ia2.experiment.compare import compare
+from ia2.experiment.run_folder import find_runs
 from ia2.report.doctor import findings
-from ia2.report.doctor.reading import find_runs, read_facts
+from ia2.report.doctor.reading import read_facts
 from ia2.report.doctor.signatures import RULES, SEVERITIES, Diagnosis, Finding, diagnose, diagnose_all
 from ia2.utils.errors import RunFolderError
 from ia2.utils.manifest import MANIFEST

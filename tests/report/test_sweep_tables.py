@@ -15,8 +15,8 @@ from ia2.report.sweep.cells import Report
 from ia2.report.sweep.paper import paper_tables
 from ia2.report.sweep.paper_layouts import available, paper_table
 from ia2.report.sweep.printing import print_tables
-from ia2.report.sweep.tables import latex, markdown
 from ia2.utils.errors import ConfigError
+from ia2.utils.format import latex, markdown
 
 # ---------------------------------------------------------------------------------- the paper's own
 

@@ -13,11 +13,12 @@ from helpers.command_line import run
 from helpers.sweep_records import record, rows, small_grid, write_sweep
 from helpers.sweep_reports import few, grid_of, report_of
 
+from ia2.report.sweep.entries import p_value, ranked
 from ia2.report.sweep.notes import span
 from ia2.report.sweep.paper_layouts import paper_table
 from ia2.report.sweep.printing import print_tables
 from ia2.report.sweep.sweep_figures import sweep_figures, try_figures
-from ia2.report.sweep.tables import Column, Entry, Table, escape, latex, markdown, p_value, ranked
+from ia2.utils.format import Column, Entry, Table, escape, latex, markdown
 
 # ------------------------------------------------------------------------------------------- writing
 

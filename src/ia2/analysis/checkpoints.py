@@ -14,9 +14,15 @@ from ia2.config.reading import refuse_code
 from ia2.data.examples import Example, Examples, FewShotSplit
 from ia2.experiment.methods import arms
 from ia2.experiment.rounds import drawn_test, rounds_of
-from ia2.experiment.run_folder import check_outputs, not_finished, read_run_file, say_unchecked, settings_of
+from ia2.experiment.run_folder import (
+    check_outputs,
+    find_runs,
+    not_finished,
+    read_run_file,
+    say_unchecked,
+    settings_of,
+)
 from ia2.models.identity import differences
-from ia2.report.doctor.reading import find_runs
 from ia2.training.stages import plan, stage_place
 from ia2.utils.errors import ConfigError, DataError, RunFolderError, suggest
 from ia2.utils.files import digest, read_json, understood

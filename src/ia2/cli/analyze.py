@@ -114,7 +114,7 @@ def analyze(
     from ia2.experiment.run_folder import ANALYSIS_FILE
     from ia2.report.analysis import analysis_figures, analysis_tables, analysis_verdict
     from ia2.report.figures.style import NO_MATPLOTLIB, matplotlib_is_there
-    from ia2.report.sweep.tables import markdown
+    from ia2.utils.format import markdown
     from ia2.utils.logging import logger
 
     named = DEFAULT_PARTS if parts is None else tuple(PARTS) if parts == "all" else _listed(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -366,3 +367,31 @@ def machine() -> dict[str, Any]:
         "accelerators": accelerators,
         "platform": f"{platform.system()} {platform.machine()}",
     }
+
+
+def find_runs(folder: Path) -> list[tuple[Path, str]]:
+    """The runs that a folder stands for, each with the part of it that is meant (empty: all of it).
+
+    Raises:
+        RunFolderError: there is none, or a sweep.
+    """
+    if not folder.is_dir():
+        raise RunFolderError(f"{folder}: there is no such folder. Give one of `ia2 train` or `ia2 compare`.")
+    of_sizes = (folder / RUN_FILE).is_file() and read_run_file(folder).get("kind") == "curve"
+    if not of_sizes and ((folder / RUN_FILE).is_file() or (folder / "compare.json").is_file()):
+        return [(folder, "")]
+    sizes = [(int(m[1]), path) for path in folder.iterdir() if (m := re.fullmatch(r"n-(\d+)", path.name))]
+    if found := [path for _, path in sorted(sizes) if (path / RUN_FILE).is_file()]:
+        return [(path, "") for path in found]
+    if any((folder / name).exists() for name in ("cells.jsonl", "sweep.json", "grid.yaml", "cells")):
+        raise RunFolderError(
+            f"{folder}: that is a sweep; `ia2 report {folder}` has its tables. Give a folder of `ia2 train` "
+            "or `ia2 compare`."
+        )
+    here = folder.resolve()
+    for depth, pattern in ((1, r"seed-\d+"), (2, r"seed-\d+/fold-\d+")):
+        part = "/".join(here.parts[-depth:])
+        # `/` has no folder above it
+        if re.fullmatch(pattern, part) and (here.parents[depth - 1] / RUN_FILE).is_file():
+            return [(here.parents[depth - 1], part)]
+    raise RunFolderError(f"{folder}: no ia2 run there. Give a folder of `ia2 train` or `ia2 compare`.")

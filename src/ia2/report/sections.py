@@ -12,11 +12,11 @@ from ia2.report.analysis import analysis_heading, analysis_tables, analysis_verd
 from ia2.report.data import MAX_QUERY, Answer, Row, Run
 from ia2.report.figures.style import Figure, numbers_table
 from ia2.report.printing import tables, verdict
-from ia2.report.sweep.tables import Table
 from ia2.report.tables import MEASURES, comparison_lines, comparison_table, unlike
 from ia2.report.verdict import METHOD
 from ia2.utils.errors import UserError
 from ia2.utils.files import digest
+from ia2.utils.format import Table
 from ia2.utils.wording import estimate, rows_learnt_from
 
 if TYPE_CHECKING:

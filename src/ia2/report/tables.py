@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ia2.evaluation.statistics import main_scope
-from ia2.report.sweep.tables import Column as TableColumn
-from ia2.report.sweep.tables import Entry, Table, pipes
+from ia2.utils.format import Column as TableColumn
+from ia2.utils.format import Entry, Table, pipes
 from ia2.utils.wording import MISSING, counted, estimate, rows_learnt_from
 
 Column = tuple[str, Callable[[dict[str, Any]], str]]

@@ -9,7 +9,7 @@ from typing import Any
 
 from ia2.experiment.sweep.grid import Cell
 from ia2.experiment.sweep.records import count_seconds
-from ia2.report.sweep.tables import Column, Entry, Table, markdown
+from ia2.utils.format import Column, Entry, Table, markdown
 from ia2.utils.wording import MISSING, counted, in_words
 
 

@@ -6,7 +6,6 @@ the run's fingerprints say whether they are the same.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
@@ -29,36 +28,6 @@ from ia2.utils.errors import RunFolderError, UserError
 from ia2.utils.files import read_json, read_lines, understood
 from ia2.utils.manifest import RUN_FILE
 from ia2.utils.user_files import user_path
-
-# ------------------------------------------------------------------------------------ where runs lie
-
-
-def find_runs(folder: Path) -> list[tuple[Path, str]]:
-    """The runs that a folder stands for, each with the part of it that is meant (empty: all of it).
-
-    Raises:
-        RunFolderError: there is none, or a sweep.
-    """
-    if not folder.is_dir():
-        raise RunFolderError(f"{folder}: there is no such folder. Give one of `ia2 train` or `ia2 compare`.")
-    of_sizes = (folder / RUN_FILE).is_file() and read_run_file(folder).get("kind") == "curve"
-    if not of_sizes and ((folder / RUN_FILE).is_file() or (folder / "compare.json").is_file()):
-        return [(folder, "")]
-    sizes = [(int(m[1]), path) for path in folder.iterdir() if (m := re.fullmatch(r"n-(\d+)", path.name))]
-    if found := [path for _, path in sorted(sizes) if (path / RUN_FILE).is_file()]:
-        return [(path, "") for path in found]
-    if any((folder / name).exists() for name in ("cells.jsonl", "sweep.json", "grid.yaml", "cells")):
-        raise RunFolderError(
-            f"{folder}: that is a sweep; `ia2 report {folder}` has its tables. Give a folder of `ia2 train` "
-            "or `ia2 compare`."
-        )
-    here = folder.resolve()
-    for depth, pattern in ((1, r"seed-\d+"), (2, r"seed-\d+/fold-\d+")):
-        part = "/".join(here.parts[-depth:])
-        # `/` has no folder above it
-        if re.fullmatch(pattern, part) and (here.parents[depth - 1] / RUN_FILE).is_file():
-            return [(here.parents[depth - 1], part)]
-    raise RunFolderError(f"{folder}: no ia2 run there. Give a folder of `ia2 train` or `ia2 compare`.")
 
 
 def read_facts(folder: Path, part: str = "") -> Facts:

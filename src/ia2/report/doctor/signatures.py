@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ia2.experiment.run_folder import find_runs
 from ia2.report.doctor import result_rules, training_rules
 from ia2.report.doctor.facts import Facts
 from ia2.report.doctor.findings import SEVERITIES, CannotTell, Finding, Severity
-from ia2.report.doctor.reading import find_runs, read_facts
+from ia2.report.doctor.reading import read_facts
 from ia2.utils.errors import RunFolderError
 from ia2.utils.files import finite
 

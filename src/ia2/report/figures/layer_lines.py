@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ia2.report.figures.style import FAINT, INK, Panel, arm_styles, numbers_table
-from ia2.report.sweep.tables import Table
+from ia2.utils.format import Table
 from ia2.utils.wording import MISSING, estimate
 
 OTHER, MEAN = "icl-other", "icl-mean"

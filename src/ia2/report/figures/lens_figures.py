@@ -7,7 +7,7 @@ from typing import Any
 
 from ia2.report.figures.layer_lines import OTHER, array, cells, lines, view_styles
 from ia2.report.figures.style import Figure, Panel, numbers_table
-from ia2.report.sweep.tables import Table
+from ia2.utils.format import Table
 from ia2.utils.wording import MISSING
 
 # Measures with a panel, and how it is titled; one more is in the numbers.

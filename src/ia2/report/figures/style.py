@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ia2.config.recipes import RECIPES
-from ia2.report.sweep.tables import Column, Entry, Table
 from ia2.utils.files import write_bytes
+from ia2.utils.format import Column, Entry, Table
 
 # Okabe and Ito's palette, told apart by readers with any colour vision; an olive of Paul Tol's stands for its
 # yellow, which is no colour for lines on white.

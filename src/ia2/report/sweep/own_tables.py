@@ -10,10 +10,11 @@ import math
 from ia2.evaluation.statistics import bounded, t_interval
 from ia2.experiment.sweep.records import OVERHEAD
 from ia2.report.sweep.cells import METHOD, TITLES, Place, Report
+from ia2.report.sweep.entries import interval_entry, mean_entry
 from ia2.report.sweep.notes import about
 from ia2.report.sweep.selection import Arm, Task
-from ia2.report.sweep.tables import Column, Entry, Fields, Table, fill, interval_entry, mean_entry
 from ia2.report.sweep.threshold import Threshold, effectiveness_threshold
+from ia2.utils.format import Column, Entry, Fields, Table, fill
 from ia2.utils.wording import MISSING, estimate
 
 # What "better" means in the second column of thresholds: accuracy falls to zero difference ever more slowly.

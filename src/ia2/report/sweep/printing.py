@@ -15,10 +15,10 @@ from ia2.report.sweep.paper import paper_tables
 from ia2.report.sweep.paper_layouts import available, filled, paper_table
 from ia2.report.sweep.selection import Select
 from ia2.report.sweep.significance import pairs_table
-from ia2.report.sweep.tables import ENDINGS, FORMATS, Table
 from ia2.report.sweep.variants import variants_table
 from ia2.utils.errors import ConfigError, suggest
 from ia2.utils.files import write_text
+from ia2.utils.format import ENDINGS, FORMATS, Table
 from ia2.utils.logging import logger
 
 # name → table and what it needs
