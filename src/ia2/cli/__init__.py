@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from typing import Any, NoReturn
 
 import typer
 
-from ia2.cli import (
-    analyze,
-    benchmarks,
-    compare,
-    curve,
-    demo,
-    doctor,
-    env,
-    evaluate,
-    predict,
-    probe,
-    report,
-    sweep,
-    train,
-)
+from ia2.cli import analyze, benchmarks, compare, doctor, predict, report, sweep, train
 from ia2.cli.boundary import DEBUG, bug, give_up, in_words, open_streams, say
 from ia2.cli.options import gather_lists, list_flags
 from ia2.config import CurveConfig, ProbeConfig, TrainConfig
@@ -51,19 +38,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("demo")(demo.demo)
-app.command("train")(train.train)
-app.command("eval")(evaluate.evaluate)
-app.command("predict")(predict.predict)
-app.command("compare")(compare.compare)
-app.command("curve")(curve.curve)
-app.command("probe")(probe.probe)
-app.command("analyze")(analyze.analyze)
-app.command("doctor")(doctor.doctor)
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": compare.demo,
+    "train": train.train,
+    "eval": predict.evaluate,
+    "predict": predict.predict,
+    "compare": compare.compare,
+    "curve": compare.curve,
+    "probe": train.probe,
+    "analyze": analyze.analyze,
+    "doctor": doctor.doctor,
+    "sweep": sweep.sweep,
+    "report": report.report,
+    "env": doctor.env,
+}
+for name, command in _COMMANDS.items():
+    app.command(name)(command)
 app.add_typer(benchmarks.app, name="benchmarks")
-app.command("sweep")(sweep.sweep)
-app.command("report")(report.report)
-app.command("env")(env.env)
 
 
 @app.callback(invoke_without_command=True)

@@ -3,107 +3,64 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from ia2.cli.options import (
-    BaseModelNow,
-    ContextFunctions,
-    Json,
-    Parsers,
-    Quiet,
-    TrustRemoteCode,
+    BASE_MODEL,
+    CONTEXT_FUNCTIONS,
+    FIGURES,
+    JSON,
+    PARSERS,
+    QUIET,
+    TRUST,
+    listed,
     named_code,
+    option,
 )
+
+_FOLDERS = "Finished folders of `ia2 train` or `ia2 compare` on one base model; or seed-0 in one."
+_DATA = "Labelled rows to look at, in the runs' format. By default the runs' own test rows."
+_PARTS = (
+    "What to analyse, comma-separated: activations, weights, lens, heads, neurons (these by default), "
+    "causal, effects; or all. The last two take minutes an adapter."
+)
+_CONTROLS = (
+    "Run what similarities are to be compared with: ICL with other demonstrations, other seeds, adapters "
+    "that are shown the demonstrations. Most of the passes."
+)
+_MAX_QUERIES = "Look at no more queries of each training set than this, drawn once."
+_CAUSAL_QUERIES = "Queries of each training set that the causal check is made on."
+_TEXT = (
+    "Of effects: plain text on which forgetting is measured: paragraphs in a file, or JSONL with a column "
+    "text. By default 40 paragraphs that come with ia2."
+)
+_BENCHMARKS = "Of effects: other benchmarks on which forgetting is measured, comma-separated."
+_OUTPUT_DIR = "Folder for analysis.json. By default the first run's, where `ia2 report` finds it."
 
 
 def analyze(
-    folders: Annotated[
-        list[Path],
-        typer.Argument(
-            help="Finished folders of `ia2 train` or `ia2 compare` on one base model; or seed-0 in one.",
-            metavar="RUN...",
-        ),
-    ],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Labelled rows to look at, in the runs' format. By default the runs' own test rows.",
-            show_default=False,
-        ),
-    ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option(help="Split of --data, where it is a hub data set or a folder.", show_default=False),
-    ] = None,
-    data_config: Annotated[
-        str | None,
-        typer.Option(help="Configuration of --data, where it is one of these.", show_default=False),
-    ] = None,
-    parts: Annotated[
-        str | None,
-        typer.Option(
-            help="What to analyse, comma-separated: activations, weights, lens, heads, neurons (these by "
-            "default), causal, effects; or all. The last two take minutes an adapter.",
-            show_default=False,
-        ),
-    ] = None,
-    adapters: Annotated[
-        str | None,
-        typer.Option(help="Look at these alone, comma-separated: sft,ia2-sft.", show_default=False),
-    ] = None,
-    controls: Annotated[
-        bool,
-        typer.Option(
-            help="Run what similarities are to be compared with: ICL with other demonstrations, other seeds, "
-            "adapters that are shown the demonstrations. Most of the passes."
-        ),
-    ] = True,
-    max_queries: Annotated[
-        int, typer.Option(help="Look at no more queries of each training set than this, drawn once.", min=2)
-    ] = 200,
-    causal_queries: Annotated[
-        int, typer.Option(help="Queries of each training set that the causal check is made on.", min=2)
-    ] = 24,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            help="Of effects: plain text on which forgetting is measured: paragraphs in a file, or JSONL "
-            "with a column text. By default 40 paragraphs that come with ia2.",
-            show_default=False,
-        ),
-    ] = None,
-    benchmarks: Annotated[
-        str | None,
-        typer.Option(
-            help="Of effects: other benchmarks on which forgetting is measured, comma-separated.",
-            show_default=False,
-        ),
-    ] = None,
-    data_dir: Annotated[
-        str | None,
-        typer.Option(help="Folder of mirrors of these benchmarks.", show_default=False),
-    ] = None,
-    model: BaseModelNow = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, … By default as the runs.", show_default=False)
-    ] = None,
-    trust_remote_code: TrustRemoteCode = None,
-    parser: Parsers = None,
-    context_function: ContextFunctions = None,
-    output_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for analysis.json. By default the first run's, where `ia2 report` finds it.",
-            show_default=False,
-        ),
-    ] = None,
-    figures: Annotated[
-        Path | None, typer.Option(help="Draw the figures into this folder (SVG).", show_default=False)
-    ] = None,
-    json: Json = False,
-    quiet: Quiet = False,
+    folders: list[Path] = typer.Argument(..., metavar="RUN...", help=_FOLDERS),
+    data: str | None = option(_DATA),
+    split: str | None = option("Split of --data, where it is a hub data set or a folder."),
+    data_config: str | None = option("Configuration of --data, where it is one of these."),
+    parts: str | None = option(_PARTS),
+    adapters: str | None = option("Look at these alone, comma-separated: sft,ia2-sft."),
+    controls: bool = typer.Option(True, help=_CONTROLS),
+    max_queries: int = option(_MAX_QUERIES, default=200, min=2),
+    causal_queries: int = option(_CAUSAL_QUERIES, default=24, min=2),
+    text: str | None = option(_TEXT),
+    benchmarks: str | None = option(_BENCHMARKS),
+    data_dir: str | None = option("Folder of mirrors of these benchmarks."),
+    model: str | None = BASE_MODEL,
+    device: str | None = option("cpu, cuda, … By default as the runs."),
+    trust_remote_code: bool | None = TRUST,
+    parser: list[str] | None = PARSERS,
+    context_function: list[str] | None = CONTEXT_FUNCTIONS,
+    output_dir: Path | None = option(_OUTPUT_DIR),
+    figures: Path | None = FIGURES,
+    json: bool = JSON,
+    quiet: bool = QUIET,
 ) -> None:
     """What happened inside trained adapters: activations, weights, heads and neurons against ICL's."""
     from ia2.cli.output import print_json, start
@@ -117,17 +74,17 @@ def analyze(
     from ia2.utils.format import markdown
     from ia2.utils.logging import logger
 
-    named = DEFAULT_PARTS if parts is None else tuple(PARTS) if parts == "all" else _listed(parts)
+    chosen = DEFAULT_PARTS if parts is None else tuple(PARTS) if parts == "all" else tuple(listed(parts))
     folder = output_dir or folders[0]
     code = named_code(trust_remote_code, parser, context_function)
     result = run(
         folders,
-        AnalysisSettings(named, controls, causal_queries, text, _listed(benchmarks), data_dir, code),
+        AnalysisSettings(chosen, controls, causal_queries, text, tuple(listed(benchmarks)), data_dir, code),
         data=data,
         split=split,
         data_config=data_config,
         max_queries=max_queries,
-        adapters=_listed(adapters),
+        adapters=tuple(listed(adapters)),
         device=device,
         base=model,
         output_dir=folder,
@@ -147,7 +104,3 @@ def analyze(
     print(f"\nFiles: {', '.join(map(str, files))}")
     if output_dir is None:
         print(f"Report: ia2 report {folder}")
-
-
-def _listed(given: str | None) -> tuple[str, ...]:
-    return tuple(part.strip() for part in (given or "").split(",") if part.strip())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ia2.cli.options import Json, Parsers, Quiet
+from ia2.cli.options import JSON, PARSERS, QUIET, option
 
 if TYPE_CHECKING:
     from ia2.data.benchmarks import Benchmark, BenchmarkData
@@ -16,87 +19,78 @@ if TYPE_CHECKING:
 app = typer.Typer(help="The benchmarks of the paper, and one's own: list, show, fetch.", add_completion=False)
 
 _SHOWN_CHARACTERS = 700
+_OUTPUT_DIR = "Write the rows there too, as the columns prompt and completion, for the other commands."
 
-DataDir = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder of mirrors, <folder>/<split>.jsonl; else IA2_DATA_DIR, else the hub.", show_default=False
-    ),
-]
-Name = Annotated[str, typer.Argument(help="A benchmark's name, or the YAML file of one's own.")]
-Names = Annotated[
-    list[str] | None,
-    typer.Argument(help="Names, or YAML files of one's own; all by default.", show_default=False),
-]
+_DATA_DIR = option("Folder of mirrors, <folder>/<split>.jsonl; else IA2_DATA_DIR, else the hub.")
 
 
 @app.command("ls")
-def ls(json: Json = False) -> None:
+def ls(json: bool = JSON) -> None:
     """List the benchmarks."""
-    from ia2.cli.output import print_json, print_wide, start
+    from ia2.cli.output import print_json, print_table, start
     from ia2.data.benchmarks import BENCHMARKS
 
     start(True)
     if json:
         print_json([_facts(benchmark) for benchmark in BENCHMARKS.values()])
         return
-    from rich.table import Table
-
-    table = Table()
-    for title in ("name", "kind", "role", "hub id", "verbalisers", "OOD"):
-        table.add_column(title, no_wrap=title == "name")
-    for benchmark in BENCHMARKS.values():
-        source = benchmark.source if benchmark.hub else "packaged"
-        lists = [", ".join(names) for names in (benchmark.verbalisers, benchmark.ood)]
-        table.add_row(benchmark.name, benchmark.kind, benchmark.role, source, *lists)
-    print_wide(table)
+    rows = [
+        [
+            b.name,
+            b.kind,
+            b.role,
+            b.source if b.hub else "packaged",
+            ", ".join(b.verbalisers),
+            ", ".join(b.ood),
+        ]
+        for b in BENCHMARKS.values()
+    ]
+    print_table(["name", "kind", "role", "hub id", "verbalisers", "OOD"], rows, numbers=False)
 
 
 @app.command("show")
-def show(name: Name, data_dir: DataDir = None, parser: Parsers = None, json: Json = False) -> None:
+def show(
+    name: str = typer.Argument(..., help="A benchmark's name, or the YAML file of one's own."),
+    data_dir: Path | None = _DATA_DIR,
+    parser: list[str] | None = PARSERS,
+    json: bool = JSON,
+) -> None:
     """Show one benchmark and, if its rows are at hand, an example with every verbaliser."""
     from ia2.cli.output import print_json, start
-    from ia2.data.benchmarks import load_benchmark
+    from ia2.data.benchmarks import DATA_DIR, load_benchmark
 
     start(True)
     benchmark = load_benchmark(name, parser or ())
     facts = _facts(benchmark)
-    local = _is_local(benchmark, data_dir)
-    if local:
-        facts["examples"] = _examples(_load_all(benchmark, data_dir))
+    is_own = benchmark.path is not None or Path(benchmark.hub or "").is_dir()
+    examples = {}
+    if is_own or data_dir is not None or os.environ.get(DATA_DIR):
+        examples = _examples(_load_all(benchmark, data_dir))
     if json:
-        print_json(facts)
+        print_json({**facts, **({"examples": examples} if examples else {})})
         return
-    for key, value in facts.items():
-        if key == "verbalisers":
-            for verbaliser, texts in value.items():
-                print(f"{verbaliser + ':':22}{_shown(texts)}")
-        elif key != "examples" and value not in (None, []):
+    verbalisers = facts.pop("verbalisers", {})
+    for key, value in {**facts, **verbalisers}.items():
+        if key in verbalisers or value not in (None, []):
             print(f"{key + ':':22}{_shown(value)}")
-    if not local:
+    if not examples:
         print(
             f"Its rows are not at hand: give a folder of mirrors (--data-dir or IA2_DATA_DIR), or run "
             f"`ia2 benchmarks prepare {name}` to fetch them from the hub."
         )
-        return
-    for verbaliser, example in facts["examples"].items():
-        _print_example(verbaliser, example)
+    _print_examples(examples)
 
 
 @app.command("prepare")
 def prepare(
-    names: Names = None,
-    data_dir: DataDir = None,
-    parser: Parsers = None,
-    output_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write the rows there too, as the columns prompt and completion, for the other commands.",
-            show_default=False,
-        ),
-    ] = None,
-    json: Json = False,
-    quiet: Quiet = False,
+    names: list[str] | None = typer.Argument(
+        None, help="Names, or YAML files of one's own; all by default.", show_default=False
+    ),
+    data_dir: Path | None = _DATA_DIR,
+    parser: list[str] | None = PARSERS,
+    output_dir: Path | None = option(_OUTPUT_DIR),
+    json: bool = JSON,
+    quiet: bool = QUIET,
 ) -> None:
     """Read benchmarks from mirrors or the hub (filling its cache); count rows, show one of each."""
     from ia2.cli.output import print_json, start
@@ -105,7 +99,7 @@ def prepare(
 
     start(quiet, folders=[output_dir])
     chosen = [load_benchmark(name, parser or ()) for name in names or BENCHMARKS]
-    found: list[dict[str, Any]] = []
+    prepared: list[dict[str, Any]] = []
     failed: dict[str, DataError] = {}
     for benchmark in chosen:
         try:
@@ -113,27 +107,16 @@ def prepare(
         except DataError as error:  # the others may be at hand
             failed[benchmark.name] = error
             continue
-        found.append(_prepared(benchmark, loaded))
+        prepared.append(_prepared(benchmark, loaded))
         if output_dir is not None:
-            found[-1]["files"] = [str(path) for path in _write(loaded, output_dir)]
+            prepared[-1]["files"] = [str(path) for path in _write(loaded, output_dir)]
         if not json:
-            _print_prepared(found[-1])
+            _print_prepared(prepared[-1])
     if json:
-        print_json(found)
+        print_json(prepared)
     if failed:
-        first = next(iter(failed.values()))
         several = f"{', '.join(failed)} cannot be read; the first: " if len(failed) > 1 else ""
-        raise DataError(several + str(first))
-
-
-def _is_local(benchmark: Benchmark, data_dir: Path | None) -> bool:
-    """Whether its rows can be had without the hub."""
-    import os
-
-    from ia2.data.benchmarks import DATA_DIR
-
-    own = benchmark.path is not None or Path(benchmark.hub or "").is_dir()
-    return own or data_dir is not None or bool(os.environ.get(DATA_DIR))
+        raise DataError(f"{several}{next(iter(failed.values()))}")
 
 
 def _load_all(benchmark: Benchmark, data_dir: Path | None) -> dict[str, BenchmarkData]:
@@ -169,12 +152,13 @@ def _write(loaded: dict[str, BenchmarkData], folder: Path) -> Iterator[Path]:
 def _facts(benchmark: Benchmark) -> dict[str, Any]:
     from ia2.prompts.task import stop_text
 
-    facts: dict[str, Any] = {"name": benchmark.name, "kind": benchmark.kind, "role": benchmark.role}
-    facts.update(benchmark.model_dump(mode="json", exclude_unset=True, exclude_none=True))
-    facts["default_verbaliser"] = benchmark.verbaliser
-    facts["stop"] = stop_text([], "\n\n", benchmark.prompt_template)
-    facts["ood"] = list(benchmark.ood)
-    return facts
+    return {
+        **{"name": benchmark.name, "kind": benchmark.kind, "role": benchmark.role},
+        **benchmark.model_dump(mode="json", exclude_unset=True, exclude_none=True),
+        "default_verbaliser": benchmark.verbaliser,
+        "stop": stop_text([], "\n\n", benchmark.prompt_template),
+        "ood": list(benchmark.ood),
+    }
 
 
 def _shown(value: Any) -> str:
@@ -197,15 +181,10 @@ def _examples(loaded: dict[str, BenchmarkData]) -> dict[str, dict[str, str | Non
 def _prepared(benchmark: Benchmark, loaded: dict[str, BenchmarkData]) -> dict[str, Any]:
     data = next(iter(loaded.values()))
     return {
-        "name": benchmark.name,
-        "kind": benchmark.kind,
-        "role": benchmark.role,
-        "source": benchmark.source,
-        "pool": len(data.pool),
-        "test": len(data.test),
+        **{"name": benchmark.name, "kind": benchmark.kind, "role": benchmark.role},
+        **{"source": benchmark.source, "pool": len(data.pool), "test": len(data.test)},
         "answers": {
-            name: {"pool": _answers(rows, "pool"), "test": _answers(rows, "test")}
-            for name, rows in loaded.items()
+            name: {part: _answers(rows, part) for part in ("pool", "test")} for name, rows in loaded.items()
         },
         "fingerprint": data.fingerprint,
         "notes": data.notes,
@@ -215,41 +194,33 @@ def _prepared(benchmark: Benchmark, loaded: dict[str, BenchmarkData]) -> dict[st
 
 def _answers(data: BenchmarkData, part: str) -> dict[str, int]:
     """How often each label occurs; of free text, how long it is."""
-    from collections import Counter
-    from statistics import median
-
     answers = getattr(data, part).answers
-    if not answers:
-        return {}
-    if data.verbaliser is not None:
+    if data.verbaliser is not None or not answers:
         return dict(sorted(Counter(answers).items()))
     lengths = [len(answer) for answer in answers]
     return {"median characters": round(median(lengths)), "most characters": max(lengths)}
 
 
-def _print_prepared(found: dict[str, Any]) -> None:
-    counts = [f"{found[part]:,} {part} rows" for part in ("pool", "test") if found[part]]
-    print(f"{found['name']} ({found['role']}; {found['source']}): {', '.join(counts)}")
-    for name, answers in found["answers"].items():
-        for part in ("pool", "test"):
-            if answers[part]:
-                shares = ", ".join(f"{answer.strip()} {count:,}" for answer, count in answers[part].items())
+def _print_prepared(facts: dict[str, Any]) -> None:
+    counts = [f"{facts[part]:,} {part} rows" for part in ("pool", "test") if facts[part]]
+    print(f"{facts['name']} ({facts['role']}; {facts['source']}): {', '.join(counts)}")
+    for name, answers in facts["answers"].items():
+        for part, found in answers.items():
+            if found:
+                shares = ", ".join(f"{answer.strip()} {count:,}" for answer, count in found.items())
                 print(f"  {part} answers, {name}: {shares}")
-    for note in found["notes"]:
+    for note in facts["notes"]:
         print(f"  note: {note}")
-    for name, example in found["examples"].items():
-        _print_example(name, example)
-    for file in found.get("files", []):
+    _print_examples(facts["examples"])
+    for file in facts.get("files", []):
         print(f"  written: {file}")
     print(flush=True)
 
 
-def _print_example(name: str, example: dict[str, str | None]) -> None:
-    print(f"  first test row, {name}:")
-    for line in _lines(f"{example['prompt']}{example['answer']}"):
-        print(f"    | {line}")
-
-
-def _lines(text: str) -> Iterator[str]:
-    cut = text[:_SHOWN_CHARACTERS]
-    yield from (cut + "…" if cut != text else cut).splitlines()
+def _print_examples(examples: dict[str, dict[str, str | None]]) -> None:
+    for name, example in examples.items():
+        print(f"  first test row, {name}:")
+        text = f"{example['prompt']}{example['answer']}"
+        cut = text[:_SHOWN_CHARACTERS]
+        for line in (cut + "…" if cut != text else cut).splitlines():
+            print(f"    | {line}")

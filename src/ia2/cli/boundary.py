@@ -70,10 +70,8 @@ def say(line: str) -> None:
 
 def give_up(stream: TextIO | None) -> None:
     """What a stream still holds can never be written; the interpreter must not try again as it ends."""
-    if stream is None:
-        return
-    with suppress(AttributeError, OSError, ValueError):  # in memory, or closed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    with suppress(AttributeError, OSError, ValueError):  # none, in memory, or closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]
 
 
 def in_words(error: Exception) -> str | None:
@@ -95,15 +93,13 @@ def in_words(error: Exception) -> str | None:
 
 def bug(error: Exception) -> str:
     """One line on a mistake of ours: what it is, and where the traceback was written."""
-    text = "".join(traceback.format_exception(error))
-    ours = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if "ia2" in Path(frame.filename).parts
-    ]
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "ia2" in Path(frame.filename).parts]
     place = f" at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
     try:
         handle, name = tempfile.mkstemp(prefix="ia2-traceback-", suffix=".txt")
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
+            file.write("".join(traceback.format_exception(error)))
     except OSError:
         name = f"what {DEBUG}=1 shows"
     said = f"{type(error).__name__}: {_first_line(error)}".rstrip(": ")

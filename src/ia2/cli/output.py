@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ia2.config import CompareConfig, TrainConfig
+from ia2.utils.errors import ConfigError
 from ia2.utils.files import check_writable, json_text
 from ia2.utils.logging import configure, escaped, terminal
 
@@ -27,6 +29,15 @@ def start(
             check_writable(Path(folder), folder=True)
 
 
+def start_run(config: TrainConfig | CompareConfig, quiet: bool) -> str:
+    """Start a command that writes a run; gives the run's folder."""
+    folder = config.output_dir
+    start(quiet, folders=[folder])
+    if not folder:
+        raise ConfigError("no output folder given. Name one with --output-dir.")
+    return folder
+
+
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     print(escaped(json_text(value, indent=2, default=str)))
@@ -34,8 +45,6 @@ def print_json(value: Any) -> None:
 
 def print_metrics(metrics: dict[str, Any]) -> None:
     """The metrics of one adapter as a table."""
-    from rich.table import Table
-
     from ia2.report.tables import metrics_rows
 
     if "chosen_because" in metrics:
@@ -44,13 +53,8 @@ def print_metrics(metrics: dict[str, Any]) -> None:
     if found is None:
         print("Not evaluated: there were neither test nor dev rows.")
         return
-    of, columns, rows = found
-    table = Table(title=f"{metrics.get('recipe', '')} on {of}")
-    for place, title in enumerate(columns):
-        table.add_column(title, justify="right" if place else "left")
-    for row in rows:
-        table.add_row(*row)
-    terminal().print(table)
+    rows_of, columns, rows = found
+    print_table(columns, rows, title=f"{metrics.get('recipe', '')} on {rows_of}", wide=False)
     if "similarity_to_icl" in metrics:
         print(f"asim to ICL: {metrics['similarity_to_icl']['asim']:.3f}")
     if "note" in metrics:
@@ -59,23 +63,38 @@ def print_metrics(metrics: dict[str, Any]) -> None:
 
 def print_comparison(summary: dict[str, Any]) -> None:
     """A comparison as a table with what it is of."""
-    from rich.table import Table
-
     from ia2.report.tables import comparison_columns, comparison_lines, difference_lines
 
     columns = comparison_columns(summary)
-    table = Table()
-    table.add_column("recipe", no_wrap=True)
-    for title, _ in columns:
-        table.add_column(title, justify="right")
-    for recipe, entry in summary["recipes"].items():
-        table.add_row(recipe, *(cell(entry) for _, cell in columns))
-    print_wide(table)
+    rows = [[recipe, *(cell(row) for _, cell in columns)] for recipe, row in summary["recipes"].items()]
+    print_table(["recipe", *(title for title, _ in columns)], rows)
     for line in [*comparison_lines(summary), *difference_lines(summary)]:
         print(line)
 
 
-def print_wide(table: Any) -> None:
-    """A table that would be squeezed beyond reading in a pipe or a narrow log."""
+def print_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    title: str | None = None,
+    numbers: bool = True,
+    wide: bool = True,
+) -> None:
+    """A table whose first column names the rows.
+
+    Args:
+        columns: their titles.
+        rows: their cells.
+        title: above it.
+        numbers: the other columns are numbers, written to the right.
+        wide: it would be squeezed beyond reading in a pipe or a narrow log.
+    """
+    from rich.table import Table
+
+    table = Table(title=title)
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="right" if numbers and place else "left", no_wrap=wide and not place)
+    for row in rows:
+        table.add_row(*row)
     console = terminal()
-    (console if console.is_terminal else terminal(width=160)).print(table)
+    (terminal(width=160) if wide and not console.is_terminal else console).print(table)

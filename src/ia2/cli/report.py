@@ -3,73 +3,46 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import typer
 
-from ia2.cli.options import Json, Quiet
+from ia2.cli.options import FIGURES, JSON, QUIET, listed, option
+
+_TABLE = (
+    "Of sweeps: a table of the paper (1 to 20), or full, tests, variants, thresholds, icl, or all. Without "
+    "it: what was run, what came out, and table 1."
+)
+_OUTPUT = (
+    "The HTML file. Of runs it is report.html in the first folder, unless tables or figures alone are asked "
+    "for; of sweeps alone it is written only if named."
+)
+_SELECT = (
+    "Of sweeps: choose rates and β by dev loss (mean over seeds, or each seed alone) or, as the paper, by "
+    "test accuracy. By default what the grid says, else dev."
+)
 
 
 def report(
-    folders: Annotated[
-        list[Path],
-        typer.Argument(help="Folders that `ia2 compare`, `demo`, `curve`, `train` or `sweep` wrote."),
-    ],
-    table: Annotated[
-        str | None,
-        typer.Option(
-            help="Of sweeps: a table of the paper (1 to 20), or full, tests, variants, thresholds, icl, or "
-            "all. Without it: what was run, what came out, and table 1.",
-            show_default=False,
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "--html",
-            help="The HTML file. Of runs it is report.html in the first folder, unless tables or figures "
-            "alone are asked for; of sweeps alone it is written only if named.",
-            show_default=False,
-        ),
-    ] = None,
-    latex: Annotated[bool, typer.Option("--latex", help="Print tables in LaTeX (booktabs).")] = False,
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print tables in Markdown; with --latex both.")
-    ] = False,
-    figures: Annotated[
-        Path | None, typer.Option(help="Draw the figures into this folder (SVG).", show_default=False)
-    ] = None,
-    select: Annotated[
-        Literal["dev", "dev-per-seed", "test"] | None,
-        typer.Option(
-            help="Of sweeps: choose rates and β by dev loss (mean over seeds, or each seed alone) or, as the "
-            "paper, by test accuracy. By default what the grid says, else dev.",
-            show_default=False,
-        ),
-    ] = None,
-    where_icl_works: Annotated[
-        bool, typer.Option("--where-icl-works", help="Of sweeps: only evaluations on which ICL works.")
-    ] = False,
-    benchmarks: Annotated[
-        str | None,
-        typer.Option(help="Of sweeps: only these benchmarks, comma-separated.", show_default=False),
-    ] = None,
-    models: Annotated[
-        str | None, typer.Option(help="Of sweeps: only these models, comma-separated.", show_default=False)
-    ] = None,
-    sizes: Annotated[
-        str | None, typer.Option(help="Of sweeps: only these N, comma-separated.", show_default=False)
-    ] = None,
-    seeds: Annotated[
-        str | None, typer.Option(help="Of sweeps: only these seeds, comma-separated.", show_default=False)
-    ] = None,
-    output_dir: Annotated[
-        Path | None,
-        typer.Option(help="Write each table to a file here too.", show_default=False),
-    ] = None,
-    json: Json = False,
-    quiet: Quiet = False,
+    folders: list[Path] = typer.Argument(
+        ..., help="Folders that `ia2 compare`, `demo`, `curve`, `train` or `sweep` wrote."
+    ),
+    table: str | None = option(_TABLE),
+    output: Path | None = option(_OUTPUT, "--output", "--html"),
+    latex: bool = option("Print tables in LaTeX (booktabs).", "--latex", default=False),
+    markdown: bool = option("Print tables in Markdown; with --latex both.", "--markdown", default=False),
+    figures: Path | None = FIGURES,
+    select: Literal["dev", "dev-per-seed", "test"] | None = option(_SELECT),
+    where_icl_works: bool = option(
+        "Of sweeps: only evaluations on which ICL works.", "--where-icl-works", default=False
+    ),
+    benchmarks: str | None = option("Of sweeps: only these benchmarks, comma-separated."),
+    models: str | None = option("Of sweeps: only these models, comma-separated."),
+    sizes: str | None = option("Of sweeps: only these N, comma-separated."),
+    seeds: str | None = option("Of sweeps: only these seeds, comma-separated."),
+    output_dir: Path | None = option("Write each table to a file here too."),
+    json: bool = JSON,
+    quiet: bool = QUIET,
 ) -> None:
     """Show what came out: one HTML file of runs; tables and figures of runs and sweeps. No model, no data."""
     from ia2.cli.output import print_json, start
@@ -81,31 +54,29 @@ def report(
 
     if output is not None:
         printing.check_output(output, folders)
+    only = {"--benchmarks": benchmarks, "--models": models, "--sizes": sizes, "--seeds": seeds}
     about_sweeps = {
-        "--table": table is not None,
-        "--select": select is not None,
-        "--where-icl-works": where_icl_works,
-        "--benchmarks": benchmarks is not None,
-        "--models": models is not None,
-        "--sizes": sizes is not None,
-        "--seeds": seeds is not None,
+        "--table": table,
+        "--select": select,
+        "--where-icl-works": where_icl_works or None,
+        **only,
     }
+    formats = [name for name, asked in (("markdown", markdown or not latex), ("latex", latex)) if asked]
     with unchecked(folders):
-        runs, sweeps = printing.sort_folders(folders, about_sweeps)
+        runs, sweeps = printing.sort_folders(
+            folders, {name: value is not None for name, value in about_sweeps.items()}
+        )
         printed = None
         if sweeps:
             from ia2.report.sweep.printing import make_report, print_tables
 
-            asked = map(_list, (benchmarks, models, sizes, seeds))
-            printed = print_tables(
-                make_report(sweeps, select, *asked, where_icl_works=where_icl_works), table
-            )
+            chosen = make_report(sweeps, select, *map(listed, only.values()), where_icl_works=where_icl_works)
+            printed = print_tables(chosen, table)
         if output is None and runs and not (latex or markdown or figures or output_dir):
             output = folders[0] / "report.html"
         files: list[Path] = []
         if output is not None:
             files.append(write_report(runs, printed, output))
-        formats = [name for name, asked in (("markdown", markdown or not latex), ("latex", latex)) if asked]
         if output_dir is not None:
             files += printing.write_tables(runs, output_dir, formats)
             files += printed.write(output_dir, formats) if printed else []
@@ -119,13 +90,10 @@ def report(
             return
         if runs and (latex or markdown):
             print(printing.text(runs, formats), end="")
-        for run in runs if not (latex or markdown) else ():
-            print(f"{run.name}: {' '.join(printing.verdict(run))}")
+        elif runs:
+            for run in runs:
+                print(f"{run.name}: {' '.join(printing.verdict(run))}")
         if printed:
             print(printed.text(formats), end="")
         if files:
             print(f"\nFiles: {', '.join(map(str, files))}")
-
-
-def _list(given: str | None) -> list[str]:
-    return [part.strip() for part in (given or "").split(",") if part.strip()]

@@ -4,44 +4,32 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from ia2.cli.options import ContextFunctions, Json, Parsers, Quiet, TrustRemoteCode, named_code
+from ia2.cli.options import CONTEXT_FUNCTIONS, JSON, PARSERS, QUIET, TRUST, named_code, option
 
-Grid = Annotated[Path, typer.Argument(metavar="GRID", help="Grid file (YAML).", show_default=False)]
+_DRY_RUN = "Run one cell of each kind, and print how long the others will take."
+_RAY = "Run on a Ray cluster: its address, auto, or local to start one here."
+_DATA_DIR = "Folder of the benchmarks' files; else IA2_DATA_DIR, else the hub."
+_KEEP_WORK = "Keep adapters and teacher targets of finished cells."
 
 
 def sweep(
-    grid: Grid,
-    output_dir: Annotated[
-        Path | None, typer.Option(help="Folder for results; by default out/ and the file's name.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the grid's first so many cells.")] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Run one cell of each kind, and print how long the others will take."),
-    ] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Processes of this machine.")] = 1,
-    ray: Annotated[
-        str | None,
-        typer.Option(help="Run on a Ray cluster: its address, auto, or local to start one here."),
-    ] = None,
-    gpus_per_worker: Annotated[
-        float | None, typer.Option(min=0, help="GPUs of each Ray worker; 0.25 puts four on one.")
-    ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the benchmarks' files; else IA2_DATA_DIR, else the hub.")
-    ] = None,
-    trust_remote_code: TrustRemoteCode = None,
-    parser: Parsers = None,
-    context_function: ContextFunctions = None,
-    keep_work: Annotated[
-        bool, typer.Option("--keep-work", help="Keep adapters and teacher targets of finished cells.")
-    ] = False,
-    json: Json = False,
-    quiet: Quiet = False,
+    grid: Path = typer.Argument(..., metavar="GRID", help="Grid file (YAML).", show_default=False),
+    output_dir: Path | None = option("Folder for results; by default out/ and the file's name."),
+    limit: int | None = option("Only the grid's first so many cells.", min=1),
+    dry_run: bool = option(_DRY_RUN, "--dry-run", default=False),
+    workers: int = option("Processes of this machine.", default=1, min=1),
+    ray: str | None = option(_RAY),
+    gpus_per_worker: float | None = option("GPUs of each Ray worker; 0.25 puts four on one.", min=0),
+    data_dir: Path | None = option(_DATA_DIR),
+    trust_remote_code: bool | None = TRUST,
+    parser: list[str] | None = PARSERS,
+    context_function: list[str] | None = CONTEXT_FUNCTIONS,
+    keep_work: bool = option(_KEEP_WORK, "--keep-work", default=False),
+    json: bool = JSON,
+    quiet: bool = QUIET,
 ) -> None:
     """Run a grid of benchmarks, models, recipes and settings; finished cells are never run twice.
 
@@ -63,7 +51,7 @@ def sweep(
         raise ConfigError("--gpus-per-worker does nothing without --ray.")
     if ray is not None and workers > 1 and ray != "local":
         raise ConfigError("--workers does nothing beside --ray with an address: the cluster has its own.")
-    from ia2.experiment.sweep import execute as run
+    from ia2.experiment.sweep import execute
     from ia2.experiment.sweep import workers as ways
 
     def way(work: Path) -> ways.Run:
@@ -75,18 +63,10 @@ def sweep(
             return ways.processes(work, workers, keep=keep_work)
         return ways.in_process(work, keep=keep_work)
 
-    done = run.sweep(chosen, folder, text=settings_text(grid), limit=limit, one_of_each=dry_run, run=way)
+    done = execute.sweep(chosen, folder, text=settings_text(grid), limit=limit, one_of_each=dry_run, run=way)
     if json:
-        print_json(
-            {
-                "folder": str(done.folder),
-                "total": done.total,
-                "done": done.done,
-                "run": done.trained,
-                "failed": done.failed,
-                **(done.left.to_dict() if dry_run else {}),
-            }
-        )
+        counts = {"folder": str(done.folder), "total": done.total, "done": done.done, "run": done.trained}
+        print_json({**counts, "failed": done.failed, **(done.left.to_dict() if dry_run else {})})
     else:
         print(f"{done.done} of {done.total} cells are done ({done.trained} run now): {done.folder}")
         for failure in done.failed:
