@@ -31,15 +31,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ia2.adapters.types import peft_config
 from ia2.adapters.weights import attach, base_weights
-from ia2.config.sections import AdapterConfig
+from ia2.config import AdaptConfig
+from ia2.config.sections import AdapterConfig, AlignConfig, SftConfig
 from ia2.experiment.run_folder import machine, versions
 from ia2.models.capture import ActivationCapture
 from ia2.models.forward import answer_pass
 from ia2.models.generation import generate_answers
 from ia2.teacher.targets import MemoryTargets, TeacherAnswer
-from ia2.training.dataset import AnswerDataset, Row
-from ia2.training.example_trainer import _disable_checkpointing
-from ia2.training.trainer import AlignTrainer, SftTrainer, StageSettings
+from ia2.training.dataset import AnswerDataset, AnswerRow
+from ia2.training.losses import AnswerLoss
+from ia2.training.trainer import AlignTrainer, ExampleTrainer, _disable_checkpointing
 from ia2.utils.distributed import is_first, process_state
 from ia2.utils.files import write_json
 from ia2.utils.manifest import begin
@@ -84,7 +85,7 @@ class Bench:
 
     def data(self, targets: bool) -> AnswerDataset:
         """Training rows; targets are random."""
-        rows = [Row(self.ids(self.query, i), self.ids(self.answer, 1000 + i)) for i in range(self.rows)]
+        rows = [AnswerRow(self.ids(self.query, i), self.ids(self.answer, 1000 + i)) for i in range(self.rows)]
         if not targets:
             return AnswerDataset.of(rows)
         found = MemoryTargets(list(range(self.shape.layers)))
@@ -95,11 +96,17 @@ class Bench:
 
     def trainer(self, kind: str, folder: Path, epochs: int, recompute: bool) -> Any:
         """Of one stage, on batches of all rows."""
-        settings = StageSettings(
-            folder, epochs=epochs, batch_size=self.rows, activation_checkpointing=recompute
+        config = AdaptConfig(batch_size=self.rows, activation_checkpointing=recompute)
+        rows = (self.data(kind == "align"), AnswerDataset.of([]))
+        if kind == "align":
+            align = AlignConfig(epochs=epochs)
+            return AlignTrainer(
+                self.model, *rows, self.tokenizer, align=align, config=config, output_dir=folder
+            )
+        stage = SftConfig(epochs=epochs)
+        return ExampleTrainer(
+            self.model, AnswerLoss(), *rows, self.tokenizer, stage=stage, config=config, output_dir=folder
         )
-        make = AlignTrainer if kind == "align" else SftTrainer
-        return make(self.model, self.data(kind == "align"), AnswerDataset.of([]), settings, self.tokenizer)
 
     # ------------------------------------------------------------------------------- measured
 

@@ -61,8 +61,9 @@ from ia2.prompts.task import make_task  # noqa: E402
 from ia2.teacher.targets import MemoryTargets, TeacherAnswer  # noqa: E402
 from ia2.teacher.teacher import Teacher  # noqa: E402
 from ia2.teacher.teaching import Teaching  # noqa: E402
-from ia2.training.dataset import AnswerDataset, Row  # noqa: E402
-from ia2.training.trainer import AlignTrainer, SftTrainer, StageSettings  # noqa: E402
+from ia2.training.dataset import AnswerDataset, AnswerRow  # noqa: E402
+from ia2.training.losses import AnswerLoss  # noqa: E402
+from ia2.training.trainer import AlignTrainer, ExampleTrainer  # noqa: E402
 from ia2.utils.errors import ModelError  # noqa: E402
 from ia2.utils.files import read_json, write_json  # noqa: E402
 from ia2.utils.logging import configure  # noqa: E402
@@ -413,7 +414,7 @@ def steps(name: str, rows: Examples, title: str, given: Given, batches: int = 2)
     with tempfile.TemporaryDirectory() as folder:
         for number in range(batches):
             part = [
-                Row(
+                AnswerRow(
                     tuple(tokenizer(e.query)["input_ids"]),
                     answer_ids(tokenizer, e.answer or ""),
                 )
@@ -426,13 +427,13 @@ def steps(name: str, rows: Examples, title: str, given: Given, batches: int = 2)
             for i, state in enumerate(states):
                 targets.add(i, 0, state)
             targets.finish([TeacherAnswer(row.answer, "") for row in part])
-            settings = StageSettings(Path(folder), learning_rate=0.0, batch_size=4)
+            options: Any = {"output_dir": Path(folder), "learning_rate": 0.0}
             nothing = AnswerDataset.of([])
             trainable = [p for p in model.parameters() if p.requires_grad]
-            align = AlignTrainer(model, AnswerDataset.of(part, targets), nothing, settings, tokenizer)
+            align = AlignTrainer(model, AnswerDataset.of(part, targets), nothing, tokenizer, **options)
             for parameter in trainable:  # those that alignment does not reach; none with the default adapter
                 parameter.requires_grad_(True)
-            sft = SftTrainer(model, AnswerDataset.of(part), nothing, settings, tokenizer)
+            sft = ExampleTrainer(model, AnswerLoss(), AnswerDataset.of(part), nothing, tokenizer, **options)
             optimizer = torch.optim.Adam(trainable, lr=0.0)
             plain = [Pair(row.query, row.answer) for row in part]
             aligned = [Pair(row.query, row.answer, s) for row, s in zip(part, states, strict=True)]
@@ -510,7 +511,7 @@ def one_step(trainer: Any) -> Callable[[], float]:
     return work
 
 
-def trl_step(name: str, title: str) -> Callable[[Sequence[Row]], Callable[[], float]] | None:
+def trl_step(name: str, title: str) -> Callable[[Sequence[AnswerRow]], Callable[[], float]] | None:
     """Makes TRL's step on a batch of rows, on a model of its own; None without TRL."""
     try:
         from trl import SFTConfig, SFTTrainer
@@ -520,7 +521,7 @@ def trl_step(name: str, title: str) -> Callable[[Sequence[Row]], Callable[[], fl
     made: list[Any] = []
     folder = tempfile.mkdtemp()
 
-    def make(part: Sequence[Row]) -> Callable[[], float]:
+    def make(part: Sequence[AnswerRow]) -> Callable[[], float]:
         from datasets import Dataset
 
         made.append(made[0] if made else adapted(name))  # when all of ours has been measured once

@@ -31,10 +31,6 @@ _PUBLIC = {
     "RowFormat": "ia2.data.examples",
     "RunFolderError": "ia2.utils.errors",
     "SftConfig": "ia2.config.sections",
-    "MixedTrainer": "ia2.training.trainer",
-    "SftTrainer": "ia2.training.trainer",
-    "SoftTrainer": "ia2.training.trainer",
-    "StageSettings": "ia2.training.trainer",
     "Teacher": "ia2.teacher.teacher",
     "UserError": "ia2.utils.errors",
     "adapt": "ia2.experiment.adapt",
@@ -62,7 +58,7 @@ if TYPE_CHECKING:
     from ia2.models.load import BaseModel, load_base
     from ia2.report.doctor.signatures import diagnose
     from ia2.teacher.teacher import Teacher
-    from ia2.training.trainer import AlignTrainer, MixedTrainer, SftTrainer, SoftTrainer, StageSettings
+    from ia2.training.trainer import AlignTrainer
     from ia2.utils.errors import ConfigError, DataError, ModelError, RunFolderError, UserError
 
 

@@ -157,7 +157,7 @@ def taught(watch: Watch, base: BaseModel, bare: Sequence[Ids]) -> list[tuple[Ids
         base: the same model, untouched.
         bare: the prompts of all rows as they must be without context.
     """
-    assert [type(stage).__name__ for stage in watch.stages] == ["AlignTrainer", "SftTrainer"]
+    assert [type(stage.loss).__name__ for stage in watch.stages] == ["AlignmentLoss", "AnswerLoss"]
     for stage in watch.stages:
         for rows in (rows_of(stage.train_dataset), rows_of(stage.eval_dataset)):
             assert rows and all(row.query in bare and row.context == () for row in rows)

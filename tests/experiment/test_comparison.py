@@ -41,7 +41,7 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     fit = trainer.ExampleTrainer.fit
 
     def counting(self: Any) -> float:
-        trained.append(type(self).__name__.removesuffix("Trainer").lower())
+        trained.append(type(self.loss).__name__)
         return fit(self)
 
     monkeypatch.setattr(trainer.ExampleTrainer, "fit", counting)
@@ -182,7 +182,7 @@ def test_with_test_data(base: BaseModel, tmp_path: Path, fits: list[str]) -> Non
     settings = config(seeds=1, num_examples=8, max_test=7, learning_rates=[1e-3, 3e-3])
     found = compare(base, ROWS, settings, test=test, output_dir=tmp_path / "out").summary
     # sft twice, then one alignment a rate that ia2 and ia2-sft share
-    assert fits == ["sft", "sft", "align", "align", "sft", "sft"]
+    assert fits == ["AnswerLoss"] * 2 + ["AlignmentLoss"] * 2 + ["AnswerLoss"] * 2
     assert found["design"]["num_test"] == 7
     assert found["data"]["test"]["name"] == test.name
     folder = tmp_path / "out" / "seed-0"

@@ -59,7 +59,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(owner, method, wrapped)
 
-    counting(trainer.ExampleTrainer, "fit", lambda self: type(self).__name__)
+    counting(trainer.ExampleTrainer, "fit", lambda self: type(self.loss).__name__)
     for method in ("to_store", "to_memory"):
         counting(Teacher, method, lambda self, *_, method=method: f"teacher {method} {self.site}")
     counting(Workbench, "evaluate", lambda self, recipe, *_: f"evaluate {recipe}")
@@ -321,8 +321,8 @@ def test_rows_that_are_held_back_are_not_drawn(files: Path, tmp_path: Path) -> N
 def test_what_cells_share_is_computed_once(files: Path, counted: Counter[str], tmp_path: Path) -> None:
     swept(files, tmp_path / "out", recipes=["base", "icl", "sft", "ia2", "ia2-sft"], seeds=2, ood=True)
     seeds = 2
-    assert counted["AlignTrainer"] == seeds  # of ia2 and of ia2-sft
-    assert counted["SftTrainer"] == 2 * seeds  # of sft and of ia2-sft, which begin differently
+    assert counted["AlignmentLoss"] == seeds  # of ia2 and of ia2-sft
+    assert counted["AnswerLoss"] == 2 * seeds  # of sft and of ia2-sft, which begin differently
     assert counted["teacher to_store output"] == 2 * seeds  # train and dev rows
     assert counted["teacher to_memory output"] == 0  # what ICL does on the test rows its evaluation gives
     # once for all seeds, on both benchmarks; the null baseline of each seed is a similarity alone
@@ -358,7 +358,7 @@ def test_models_are_loaded_once_a_seed(files: Path, counted: Counter[str], tmp_p
 
 def test_rates_and_betas_have_stages_of_their_own(files: Path, counted: Counter[str], tmp_path: Path) -> None:
     swept(files, tmp_path / "out", recipes=["ia2", "ia2+sft"], learning_rates=[1e-3, 1e-2], betas=[0.2, 0.8])
-    assert (counted["AlignTrainer"], counted["MixedTrainer"]) == (2, 4)
+    assert (counted["AlignmentLoss"], counted["JointLoss"]) == (2, 4)
     assert counted["teacher to_store output"] == 2
     losses = [record["training"]["selection_loss"] for record in records(tmp_path / "out")]
     assert len(set(losses)) == 6
@@ -383,7 +383,7 @@ def test_more_seeds_run_the_new_cells_only(files: Path, counted: Counter[str], t
     counted.clear()
     more = swept(files, folder, recipes=["base", "sft"], seeds=3)
     assert (more.done, more.trained) == (4, 2)
-    assert counted["SftTrainer"] == 2 and counted["evaluate base"] == 0
+    assert counted["AnswerLoss"] == 2 and counted["evaluate base"] == 0
     assert all(record in records(folder) for record in before)
     assert [r["spec"]["seed"] for r in records(folder)] == [None, 0, 1, 2]
 
@@ -410,7 +410,7 @@ def test_a_variant_may_get_another_name(files: Path, counted: Counter[str], tmp_
     for name in ("first", "second"):
         swept(files, tmp_path / "out", variants={name: {"sft.epochs": 1}}, plain=False)
         assert [record["spec"]["variant"] for record in records(tmp_path / "out")] == [name]
-    assert counted["SftTrainer"] == 1
+    assert counted["AnswerLoss"] == 1
 
 
 def test_a_limit_says_what_is_run_not_what_is_kept(files: Path, tmp_path: Path) -> None:

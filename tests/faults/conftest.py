@@ -10,13 +10,13 @@ import pytest
 @pytest.fixture
 def fits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The trainers of the stages that were trained, in order."""
-    from ia2.training.example_trainer import ExampleTrainer
+    from ia2.training.trainer import ExampleTrainer
 
     trained: list[str] = []
     fit = ExampleTrainer.fit
 
     def counting(self: Any) -> float:
-        trained.append(type(self).__name__)
+        trained.append(type(self.loss).__name__)
         return fit(self)
 
     monkeypatch.setattr(ExampleTrainer, "fit", counting)

@@ -195,7 +195,7 @@ def test_a_checkpoint_with_pickles(stranger: Stranger, ia2: Command, monkeypatch
     """A run that somebody else began: training goes on from optimiser and random states on disk."""
     from transformers import Trainer
 
-    from ia2.training.example_trainer import BestWeights
+    from ia2.training.best_weights import BestWeights
     from ia2.utils.manifest import record_tree
 
     on_save = BestWeights.on_save

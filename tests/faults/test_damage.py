@@ -18,7 +18,7 @@ import pytest
 from helpers.command_line import Ran, run, write_rows
 from tiny_icl.tasks import sample_task
 
-from ia2.training.example_trainer import BestWeights
+from ia2.training.best_weights import BestWeights
 from ia2.utils.manifest import MANIFEST
 
 TASK = sample_task(0, num_classes=3)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers.benches import base_of, bench_of, icl_examples, word_examples, wordy_model
+from helpers.benches import base_of, bench_of, icl_examples, trainer_of, word_examples, wordy_model
 from helpers.command_line import Ran, run, tree, write_rows
 from helpers.sweeping import grid_of, records, swept, write_grid
 from helpers.words import make_word_tokenizer
@@ -33,7 +33,7 @@ from ia2.experiment.predict import prediction_text
 from ia2.models.capture import ActivationCapture
 from ia2.models.forward import AnswerOutput, answer_pass
 from ia2.prompts.task import Task
-from ia2.training.trainer import SftTrainer, StageSettings
+from ia2.training.losses import AnswerLoss
 from ia2.utils.errors import ModelError
 from ia2.utils.files import read_json
 from ia2.utils.manifest import MANIFEST
@@ -407,11 +407,12 @@ def test_a_rate_whose_last_stage_alone_diverges(ia2: Command, here: Path) -> Non
 def test_a_dev_loss_that_is_not_finite_ends_the_stage(bad: float, tmp_path: Path) -> None:
     rows = word_examples(9)
     bench = bench_of(base_of(wordy_model(), make_word_tokenizer()), rows[:6], rows[6:], tmp_path)
-    train, dev = bench.sft_rows()
-    settings = StageSettings(tmp_path / "stage", epochs=5, batch_size=2, eval_every=1, checkpoint_every=1)
-    trainer = SftTrainer(bench.model, train, dev, settings, bench.tokenizer)
+    stage = {"epochs": 5, "eval_every": 1}
+    trainer = trainer_of(
+        bench, AnswerLoss(), bench.sft_rows(), tmp_path, stage=stage, batch_size=2, checkpoint_every=1
+    )
     scripted = iter([1.0, 0.9, 0.8, bad, 0.1])  # the first before any step
-    trainer._mean_loss = lambda dataset: next(scripted)  # type: ignore[method-assign]
+    trainer._dev_loss = lambda dataset: next(scripted)  # type: ignore[method-assign]
     assert str(trainer.fit()) == "nan"
     assert trainer.best.diverged == 3
     assert trainer.state.global_step == 3
@@ -422,10 +423,7 @@ def test_a_dev_loss_that_is_not_finite_ends_the_stage(bad: float, tmp_path: Path
 def test_weights_that_are_not_finite_end_the_stage(tmp_path: Path) -> None:
     rows = word_examples(6)
     bench = bench_of(base_of(wordy_model(), make_word_tokenizer()), rows, rows[:0], tmp_path)
-    train, dev = bench.sft_rows()
-    trainer = SftTrainer(
-        bench.model, train, dev, StageSettings(tmp_path / "stage", epochs=5, batch_size=2), bench.tokenizer
-    )
+    trainer = trainer_of(bench, AnswerLoss(), bench.sft_rows(), tmp_path, stage={"epochs": 5}, batch_size=2)
     step = trainer.training_step
 
     def spoil(*args: Any, **kwargs: Any) -> Any:

@@ -16,7 +16,7 @@ from ia2.experiment.probe import probe
 from ia2.models.load import BaseModel
 from ia2.teacher import teaching
 from ia2.training.schedule import Schedule
-from ia2.training.trainer import SftTrainer
+from ia2.training.trainer import ExampleTrainer
 from ia2.utils.files import read_json
 
 ROWS = icl_examples(12)
@@ -32,7 +32,7 @@ def base(tiny_icl_model_path: Path) -> BaseModel:
 def slow(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Every optimiser step of fine-tuning takes a while; at step ``stop`` the run is killed."""
     when = {"stop": -1}
-    step = SftTrainer.training_step
+    step = ExampleTrainer.training_step
 
     def slowly(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == when["stop"]:
@@ -40,7 +40,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         time.sleep(STEP)
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(SftTrainer, "training_step", slowly)
+    monkeypatch.setattr(ExampleTrainer, "training_step", slowly)
     return when
 
 

@@ -80,7 +80,7 @@ def test_compare(
 def test_the_same_rows_fit_other_adapters(base: BaseModel, tmp_path: Path, fits: list[str]) -> None:
     config = CompareConfig(**BRIEF, recipes=["base", "icl", "sft"], seeds=1, adapters=["lora"])
     compare(base, SHORT, config, test=with_long(word_examples(4, seed=5)), output_dir=tmp_path / "out")
-    assert fits == ["SftTrainer"]
+    assert fits == ["AnswerLoss"]
 
 
 # --------------------------------------------------------------------------------------------- curve

@@ -27,7 +27,7 @@ from ia2.models.load import BaseModel
 from ia2.prompts import builder as prompts
 from ia2.report.doctor.reading import read_facts
 from ia2.teacher import teacher, teaching
-from ia2.training.example_trainer import ExampleTrainer
+from ia2.training.trainer import ExampleTrainer
 from ia2.utils.files import digest, finite
 
 ROWS = icl_examples(12)
@@ -143,7 +143,7 @@ def test_a_stage_that_learns_nothing_from_the_teacher_goes_on_without_it(
     fit = ExampleTrainer.fit
 
     def stopped(self: Any) -> float:
-        if type(self).__name__ == "SftTrainer":
+        if type(self.loss).__name__ == "AnswerLoss":
             raise KeyboardInterrupt
         return fit(self)
 
@@ -313,7 +313,7 @@ def test_a_stage_with_a_rate_of_its_own_is_trained_once(
     """Whatever rates are tried for the others; and it is found again, to be looked at and to go on from."""
     rates = {"learning_rates": [1e-3, 3e-3, 1e-2], "align": {"learning_rate": 2e-3}}
     first = adapted(base, tmp_path / "out", **rates)
-    assert fits == ["AlignTrainer"] + ["SftTrainer"] * 3
+    assert fits == ["AlignmentLoss"] + ["AnswerLoss"] * 3
     assert {str(path.parent.relative_to(tmp_path / "out")) for path in tmp_path.rglob("stage.json")} == {
         "align/lr-0.002",
         *(f"sft/lr-{rate:g}" for rate in (1e-3, 3e-3, 1e-2)),
@@ -322,7 +322,7 @@ def test_a_stage_with_a_rate_of_its_own_is_trained_once(
     (tmp_path / "out" / "metrics.json").unlink()
     shutil.rmtree(tmp_path / "out" / "sft")
     again = adapted(base, tmp_path / "out", **rates)
-    assert fits == ["SftTrainer"] * 3
+    assert fits == ["AnswerLoss"] * 3
     assert again.metrics["dev_loss_by_learning_rate"] == first.metrics["dev_loss_by_learning_rate"]
 
 
@@ -331,7 +331,7 @@ def test_a_stage_before_the_joint_one_is_trained_once(
 ) -> None:
     stages = [{"stage": "align"}, {"stage": "joint", "betas": [0.2, 0.5, 0.8]}, {"stage": "sft"}]
     adapted(base, tmp_path / "out", recipe="mine", schedules={"mine": stages}, learning_rates=[1e-3])
-    assert sorted(fits) == ["AlignTrainer"] + ["MixedTrainer"] * 3 + ["SftTrainer"] * 3
+    assert sorted(fits) == ["AlignmentLoss"] + ["AnswerLoss"] * 3 + ["JointLoss"] * 3
 
 
 def test_a_shared_stage_is_read_once(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

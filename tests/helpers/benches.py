@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,16 @@ from tiny_icl.tasks import sample_task
 
 from ia2.config import AdaptConfig
 from ia2.config.recipes import LABELLED
+from ia2.config.sections import AlignConfig, StageConfig
 from ia2.data.examples import Example, Examples, FewShotSplit
 from ia2.data.unlabelled import with_unlabelled
 from ia2.experiment.workbench import Workbench
 from ia2.models.load import BaseModel, load_base
 from ia2.prompts.task import make_task
 from ia2.teacher.teaching import PARTS
-from ia2.training.dataset import AnswerDataset, Row
+from ia2.training.dataset import AnswerDataset, AnswerRow
+from ia2.training.losses import Loss
+from ia2.training.trainer import AlignTrainer, ExampleTrainer
 
 _WORDS = tuple(
     "good bad great awful fine film food song day night cat dog bird fish sun one two three".split()  # noqa: SIM905
@@ -89,7 +92,7 @@ def bench_of(
     return bench
 
 
-def rows_of(dataset: AnswerDataset) -> list[Row]:
+def rows_of(dataset: AnswerDataset) -> list[AnswerRow]:
     """All rows of a dataset."""
     return [dataset.row(place) for place in range(len(dataset))]
 
@@ -98,6 +101,50 @@ def clone(base: BaseModel) -> BaseModel:
     """A second copy, for tests that need the untouched base beside the adapted one."""
     return BaseModel(
         copy.deepcopy(base.model), base.tokenizer, base.name, base.path, identity=dict(base.identity)
+    )
+
+
+def trainer_of(
+    bench: Workbench,
+    loss: Loss,
+    rows: tuple[AnswerDataset, AnswerDataset],
+    folder: Path,
+    *,
+    learning_rate: float = 1e-3,
+    stage: Mapping[str, Any] | None = None,
+    **config: Any,
+) -> ExampleTrainer:
+    """A trainer of training and dev rows, with settings of the stage and of the configuration."""
+    return ExampleTrainer(
+        bench.model,
+        loss,
+        *rows,
+        bench.tokenizer,
+        output_dir=folder / "stage",
+        learning_rate=learning_rate,
+        stage=StageConfig(**(stage or {})),
+        config=AdaptConfig(**config),
+    )
+
+
+def align_trainer(
+    bench: Workbench,
+    rows: tuple[AnswerDataset, AnswerDataset],
+    folder: Path,
+    *,
+    learning_rate: float = 1e-3,
+    align: Mapping[str, Any] | None = None,
+    **config: Any,
+) -> AlignTrainer:
+    """The same of the alignment stage."""
+    return AlignTrainer(
+        bench.model,
+        *rows,
+        bench.tokenizer,
+        output_dir=folder / "stage",
+        learning_rate=learning_rate,
+        align=AlignConfig(**(align or {})),
+        config=AdaptConfig(**config),
     )
 
 

@@ -12,18 +12,18 @@ import pytest
 import torch
 from helpers.benches import (
     align_rows,
+    align_trainer,
     base_of,
     bench_of,
     icl_base,
     icl_examples,
     rows_of,
+    trainer_of,
     word_examples,
     wordy_model,
 )
 
-from ia2.models.tokens import fed_ids
-from ia2.training.dataset import Row
-from ia2.training.trainer import AlignTrainer, SftTrainer, StageSettings
+from ia2.training.losses import AnswerLoss
 
 TRAIN, DEV = 10, 4  # ten examples, eight a step: the last step of an epoch has two
 
@@ -109,11 +109,9 @@ def test_attention_implementations_agree(tiny_icl_model_path: Path, tmp_path: Pa
         base = icl_base(tiny_icl_model_path, attn_implementation=name)
         assert base.model.config._attn_implementation == name
         bench = bench_of(base, rows[:8], rows[8:], tmp_path / name, randomise=True)
-        train, dev = align_rows(bench)
-        trainer = AlignTrainer(
-            bench.model, train, dev, StageSettings(tmp_path / "stage"), base.tokenizer, objective="mse"
-        )
-        losses[name] = [trainer.evaluate(part)["eval_loss"] for part in (train, dev)]
+        both = align_rows(bench)
+        trainer = align_trainer(bench, both, tmp_path)
+        losses[name] = [trainer.evaluate(part)["eval_loss"] for part in both]
     assert losses["eager"] == pytest.approx(losses["sdpa"], rel=1e-5)
 
 
@@ -127,12 +125,13 @@ def test_neighbours_and_padding_change_no_examples_loss(
     bench = bench_of(
         base, rows[:TRAIN], rows[TRAIN:], tmp_path, randomise=True, task="generation", max_answer_tokens=7
     )
-    train, dev = align_rows(bench) if kind == "align" else bench.sft_rows()
+    both = align_rows(bench) if kind == "align" else bench.sft_rows()
+    train = both[0]
     trainers = [
-        (AlignTrainer if kind == "align" else SftTrainer)(
-            bench.model, train, dev, StageSettings(tmp_path / "s", micro_batch_size=micro), word_tokenizer
-        )
-        for micro in (None, 1, 3)
+        align_trainer(bench, both, tmp_path, micro_batch_size=micro)
+        if kind == "align"
+        else trainer_of(bench, AnswerLoss(), both, tmp_path, micro_batch_size=micro)
+        for micro in (None, 1, 2)
     ]
     trainer = trainers[0]
     for each in trainers:
@@ -142,15 +141,11 @@ def test_neighbours_and_padding_change_no_examples_loss(
     def losses(order: list[int]) -> dict[int, float]:
         batch = trainer._prepare_inputs(trainer.data_collator([train[i] for i in order]))
         if not packed:
-            # the longest row first; what stands in the padding does not matter
-            order = sorted(order, key=lambda i: -len(fed(train.row(i))))
-            for part in batch["parts"]:
-                noise = torch.randint(3, 50, part["input_ids"].shape)
-                part["input_ids"] = torch.where(part["attention_mask"] == 1, part["input_ids"], noise)
-        return dict(zip(order, trainer.example_losses(bench.model, batch).tolist(), strict=True))
-
-    def fed(row: Row) -> tuple[int, ...]:
-        return fed_ids(row.query, row.answer)
+            # what stands in the padding does not matter
+            fed = batch["rows"]
+            noise = torch.randint(3, 50, fed["input_ids"].shape)
+            fed["input_ids"] = torch.where(fed["attention_mask"] == 1, fed["input_ids"], noise)
+        return dict(zip(order, trainer.loss(bench.model, batch).tolist(), strict=True))
 
     alone = {i: losses([i])[i] for i in range(TRAIN)}
     assert len({len(row.query) + len(row.answer) for row in rows_of(train)}) > 1

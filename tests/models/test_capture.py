@@ -19,7 +19,7 @@ from ia2.adapters.modules import attention_projections
 from ia2.adapters.weights import base_weights
 from ia2.models.capture import SITES, ActivationCapture, eager_attention, find_attention_modules
 from ia2.models.tokens import pad_rows
-from ia2.training.example_trainer import _disable_checkpointing, _enable_checkpointing
+from ia2.training.trainer import _disable_checkpointing, _enable_checkpointing
 from ia2.utils.errors import ModelError
 
 

@@ -19,41 +19,36 @@ from ia2.models import packing
 from ia2.models.capture import ActivationCapture
 from ia2.models.packing import groups, packs, row_attention, tree_pass
 from ia2.models.tokens import Ids
-from ia2.training.dataset import Collator, Row, near_lengths, parts_of, run_parts
+from ia2.training.dataset import AnswerRow, Collator, fed_rows, run_rows
 from ia2.training.objectives import cross_entropy_losses
 
 LLAMA = llama()
 
 
-def rows_of(lengths: list[tuple[int, int]], seed: int = 0) -> list[Row]:
+def rows_of(lengths: list[tuple[int, int]], seed: int = 0) -> list[AnswerRow]:
     draw = random.Random(seed)
     return [
-        Row(tuple(draw.randint(4, 99) for _ in range(p)), tuple(draw.randint(4, 99) for _ in range(g)))
+        AnswerRow(tuple(draw.randint(4, 99) for _ in range(p)), tuple(draw.randint(4, 99) for _ in range(g)))
         for p, g in lengths
     ]
 
 
 def losses_and_gradients(
-    model: Any, rows: list[Row], packed: bool, attention: bool
+    model: Any, rows: list[AnswerRow], packed: bool, attention: bool
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Cross-entropies by row and, of their sum and that of the squared activations, gradients by name."""
     batch = Collator(0, packed)([{"row": r, "weight": 1.0, "target": None, "soft": None} for r in rows])
-    parts = parts_of(batch)
-    lengths = [g for part in parts for g in part.answer_lengths]
+    fed = fed_rows(batch)
     model.zero_grad()
     with row_attention(model) if attention else torch.enable_grad():
-        logits, activations = run_parts(model, parts, logits=True, capture=ActivationCapture(model))
-        assert logits is not None and activations is not None
-        losses = cross_entropy_losses(logits, batch["answers"], lengths)
+        logits, activations = run_rows(model, fed, logits=True, capture=ActivationCapture(model))
+        losses = cross_entropy_losses(logits, batch["answers"], fed.answer_lengths)
         (losses.sum() + activations.pow(2).mean()).backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    # padded rows are sorted
-    order = sorted(range(len(rows)), key=lambda i: -(len(rows[i].query) + len(rows[i].answer)))
-    found = losses.detach() if packed else losses.detach()[torch.tensor(order).argsort()]
-    return found, gradients
+    return losses.detach(), gradients
 
 
-def same(model: Any, rows: list[Row], attention: bool) -> None:
+def same(model: Any, rows: list[AnswerRow], attention: bool) -> None:
     expected, gradients = losses_and_gradients(model, rows, False, False)
     found, own = losses_and_gradients(model, rows, True, attention)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -236,15 +231,3 @@ def test_groups_hold_every_row_once_and_no_more_than_fits(lengths: list[int], si
     found = groups(lengths, size)
     assert sorted(i for group in found for i in group) == list(range(len(lengths)))
     assert all(len(group) == 1 or sum(lengths[i] for i in group) <= size for group in found)
-
-
-@given(st.lists(st.integers(1, 500), min_size=1, max_size=20))
-def test_padded_rows_are_of_near_lengths(lengths: list[int]) -> None:
-    lengths = sorted(lengths, reverse=True)
-    bounds = near_lengths(lengths)
-    assert [i for a, b in bounds for i in range(a, b)] == list(range(len(lengths)))
-    padding = sum(lengths[a] - n for a, b in bounds for n in lengths[a:b])
-    assert padding <= sum(lengths[0] - n for n in lengths)
-    for a, b in bounds:
-        short = [n for n in lengths[a:b] if n < 0.75 * lengths[a]]
-        assert sum(lengths[a] - n for n in short) <= 32

@@ -21,8 +21,8 @@ from ia2.models.forward import answer_pass
 from ia2.models.generation import generate_answers
 from ia2.models.load import load_base
 from ia2.models.sharding import NEEDS_WHOLE
-from ia2.training.dataset import AnswerDataset, Collator, Row
-from ia2.training.example_trainer import ExampleTrainer
+from ia2.training.dataset import AnswerDataset, AnswerRow, Collator
+from ia2.training.trainer import ExampleTrainer
 from ia2.utils import distributed
 from ia2.utils.errors import ConfigError
 from ia2.utils.logging import Progress
@@ -105,16 +105,16 @@ def _trained(path: Path, folder: Path, settings: dict[str, Any]) -> dict[str, An
 @pytest.mark.parametrize("packed", [False, True])
 def test_any_rows_take_as_many_passes(packed: bool) -> None:
     # a long and two short queries, answered rightly; two alike, answered wrongly
-    one = [Row((5,) * n, (6, 2), (6, 2)) for n in (900, 20, 20)]
-    other = [Row((5,) * 20, (6, 2), (7, 2)) for _ in range(2)]
+    one = [AnswerRow((5,) * n, (6, 2), (6, 2)) for n in (900, 20, 20)]
+    other = [AnswerRow((5,) * 20, (6, 2), (7, 2)) for _ in range(2)]
 
-    def passes(rows: list[Row], alike: bool) -> dict[str, int]:
+    def passes(rows: list[AnswerRow], alike: bool) -> set[str]:
         dataset = AnswerDataset.of(rows)
         batch = Collator(0, packed, alike)([dataset[i] for i in range(len(rows))])
-        return {name: len(batch[name]) for name in ("parts", "response") if name in batch}
+        return {"rows", "response"} & set(batch)
 
     assert passes(one, False) != passes(other, False)
-    assert passes(one, True) == passes(other, True) == {"parts": 1, "response": 1}
+    assert passes(one, True) == passes(other, True) == {"rows", "response"}
 
 
 def unlike(path: Path, part: int | None = None) -> tuple[dict[int, Any], int]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.benches import (
     align_rows,
+    align_trainer,
     base_of,
     bench_of,
     icl_base,
@@ -22,8 +23,6 @@ from helpers.benches import (
     word_examples,
     wordy_model,
 )
-
-from ia2.training.trainer import AlignTrainer, StageSettings
 
 SEPARATOR = "\n\n"
 
@@ -182,20 +181,13 @@ def test_loss_is_the_methods(
     tau = 0.7
 
     data = dict(zip(("train", "dev"), align_rows(bench), strict=True))
-    trainer = AlignTrainer(
-        bench.model,
-        data["train"],
-        data["dev"],
-        StageSettings(tmp_path / "stage", batch_size=6),
-        base.tokenizer,
-        objective=objective,
-        temperature=tau,
-    )
+    align = {"objective": objective, "temperature": tau}
+    trainer = align_trainer(bench, (data["train"], data["dev"]), tmp_path, align=align, batch_size=6)
     for part, dataset in data.items():
         assert [list(row.answer) for row in rows_of(dataset)] == [answer for answer, _, _ in known[part]]
         expected = losses(known[part], objective, rms, tau)
         batch = trainer._prepare_inputs(trainer.data_collator([dataset[i] for i in range(len(dataset))]))
-        assert trainer.example_losses(bench.model, batch).tolist() == pytest.approx(expected, rel=1e-5)
+        assert trainer.loss(bench.model, batch).tolist() == pytest.approx(expected, rel=1e-5)
         # the same again as one number, the way a training step and a dev evaluation ask for it
         mean = sum(expected) / len(expected)
         assert float(trainer.compute_loss(bench.model, batch)) == pytest.approx(mean, rel=1e-5)

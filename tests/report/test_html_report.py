@@ -20,13 +20,13 @@ from helpers.command_line import run
 from helpers.finished_runs import EVIL, SKILL, write_comparison, write_curve, write_training
 from helpers.sweep_records import record, rows, write_sweep
 
-from ia2.evaluation.tables import INTERVALS
 from ia2.report import page as html
 from ia2.report.data import read_run
 from ia2.report.doctor import signatures
 from ia2.report.figures.comparison_figures import cost_figure, frontier
 from ia2.report.figures.run_figures import run_figures, wilson
 from ia2.report.page import page
+from ia2.report.tables import INTERVALS
 from ia2.report.verdict import comparison_verdict, curve_verdict
 from ia2.utils.errors import RunFolderError
 from ia2.utils.files import read_json, write_json

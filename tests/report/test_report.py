@@ -14,12 +14,20 @@ import yaml
 
 from ia2.config.sections import AdapterConfig
 from ia2.evaluation.metrics import Measured, RowMeasures, summarise
-from ia2.evaluation.tables import INTERVALS, comparison_table, mean_of
 from ia2.experiment.card import model_card
 from ia2.prompts.task import Task
 from ia2.report.data import without_older_intervals
 from ia2.report.figures.comparison_figures import comparison_figure, try_comparison_figure
-from ia2.utils.format import Table, markdown
+from ia2.report.tables import (
+    INTERVALS,
+    comparison_columns,
+    comparison_lines,
+    comparison_markdown,
+    difference_lines,
+    mean_of,
+    rates,
+    seconds,
+)
 from ia2.utils.wording import estimate
 
 TASK = Task("classification", labels=(" no", " yes"), max_answer_tokens=1)
@@ -73,7 +81,7 @@ def test_card() -> None:
         "4567ef01",
         "| seed | 4 |",
         "one of `no`, `yes`",
-        "on 20 test rows",
+        "On 20 test rows",
     ):
         assert text in card
     found = metrics()["test"]["labels"]["accuracy"]
@@ -144,8 +152,8 @@ def test_card_of_dev_rows_and_of_none() -> None:
     given = metrics(note="dev rows also chose the weights")
     given["dev"] = given.pop("test")
     card = model_card(given, facts(), TASK)
-    assert "on 20 dev rows" in card
-    assert "- Dev rows also chose the weights." in card
+    assert "On 20 dev rows" in card
+    assert "(dev rows also chose the weights)" in card
     del given["dev"]
     assert "Not evaluated" in model_card(given, facts(), TASK)
 
@@ -196,67 +204,82 @@ def summary(
     }  # fmt: skip
 
 
-def cells(table: Table) -> list[dict[str, str]]:
-    titles = [column.title for column in table.columns]
-    return [dict(zip(titles, (entry.text for entry in row), strict=True)) for row in table.rows]
-
-
 def test_table() -> None:
     given = summary()
-    table = comparison_table(given)
-    assert [column.title for column in table.columns] == [
-        "recipe", "accuracy among the labels", "NLL", "Brier", "ECE", "acc. over the vocabulary",
-        "ECE, temp.-scaled", "asim to ICL", "answers", "seconds",
+    text = comparison_markdown(given)
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 3
+    assert len({line.count("|") for line in table}) == 1
+    columns = comparison_columns(given)
+    assert [title for title, _ in columns] == [
+        "accuracy among the labels", "NLL", "Brier", "ECE", "acc. over the vocabulary", "ECE, temp.-scaled",
+        "asim to ICL", "answers", "seconds",
     ]  # fmt: skip
-    for row, (recipe, entry) in zip(cells(table), given["recipes"].items(), strict=True):
-        found, trained = entry["metrics"], recipe == "ia2-sft"
-        assert row["recipe"] == recipe
-        assert row["accuracy among the labels"] == estimate(found["labels"]["accuracy"])
-        assert "[" in row["accuracy among the labels"]
-        assert row["acc. over the vocabulary"] == mean_of(found["vocabulary"]["accuracy"])
-        assert row["ECE, temp.-scaled"] == mean_of(found["scaled"]["labels"]["ece"])
-        assert row["answers"] == ("true" if trained else "–")
-        assert row["asim to ICL"] == ("–" if recipe == "icl" else "0.500")
-        assert row["seconds"] == ("align 2 + sft 3" if trained else "–")
+    header, _, *rows = ([cell.strip(" `") for cell in line.strip("|").split("|")] for line in table)
+    assert header == ["recipe", *(title for title, _ in columns)]
+    for row, (recipe, entry) in zip(rows, given["recipes"].items(), strict=True):
+        assert row == [recipe, *(cell(entry) for _, cell in columns)]
+        cells, found = dict(zip(header, row, strict=True)), entry["metrics"]
+        assert cells["accuracy among the labels"] == estimate(found["labels"]["accuracy"])
+        assert "[" in cells["accuracy among the labels"]
+        assert cells["acc. over the vocabulary"] == mean_of(found["vocabulary"]["accuracy"])
+        assert cells["ECE, temp.-scaled"] == mean_of(found["scaled"]["labels"]["ece"])
+        assert cells["answers"] == ("true" if recipe == "ia2-sft" else "–")
+        assert (cells["asim to ICL"] == "–") == (recipe == "icl")
+        assert cells["seconds"].startswith("align 2") == (recipe == "ia2-sft")
 
 
 def test_table_of_free_text_measures_the_answer() -> None:
     given = summary(task="generation")
-    [first, *_] = cells(comparison_table(given))
-    assert not [title for title in first if "label" in title or "vocabulary" in title]
-    assert first["ECE"] == estimate(given["recipes"]["base"]["metrics"]["answer"]["ece"])
+    titles = [title for title, _ in comparison_columns(given)]
+    assert not [title for title in titles if "label" in title or "vocabulary" in title]
+    cell = dict(comparison_columns(given))["ECE"](given["recipes"]["base"])
+    assert cell == estimate(given["recipes"]["base"]["metrics"]["answer"]["ece"])
 
 
-def test_notes_say_what_the_table_is_of() -> None:
+def test_lines_say_what_the_table_is_of() -> None:
+    given = summary()
+    lines = " ".join(comparison_lines(given))
+    expected = ["owner/name", "rows.jsonl", "8 training and 4 dev", "18 rows, 3-fold cross-fitting"]
+    expected += ["95% t-intervals over 2 draws"]
+    for text in [*expected, "seeds 0, 1", "0.001/0.0003 by dev loss", "the same training examples"]:
+        assert text in lines
+    given["data"]["test"] = {"name": "t"}
+    assert "18 test rows" in " ".join(comparison_lines(given))
+
+
+def test_differences_are_signed() -> None:
+    assert difference_lines(summary()) == [
+        "ia2-sft − base: accuracy +0.090 [+0.020, +0.150], NLL −0.050 [−0.100, +0.010], Brier −0.020 "
+        "[−0.040, +0.000], ECE +0.010 [−0.010, +0.030] (paired by draw and row)"
+    ]
+    assert "- ia2-sft − base: accuracy +0.090" in comparison_markdown(summary())
+
+
+def test_headroom_and_the_base_stand_under_the_table() -> None:
     given = summary()
     base = given["recipes"]["base"]["metrics"]["labels"]["accuracy"]["value"]
-    notes = " ".join(comparison_table(given).notes)
-    for text in (
-        "owner/name", "rows.jsonl", "8 training and 4 dev", "18 rows, 3-fold cross-fitting",
-        "95% t-intervals over 2 draws", "seeds 0, 1", "rate 0.001/0.0003 by dev loss",
-        "the same training examples",
-        f"Headroom, accuracy among the labels: icl − sft: +0.040 [−0.010, +0.090]; base {base:.3f}.",
-        "ia2-sft − base: accuracy +0.090 [+0.020, +0.150], NLL −0.050 [−0.100, +0.010], Brier −0.020 "
-        "[−0.040, +0.000], ECE +0.010 [−0.010, +0.030] (paired by draw and row).",
-    ):  # fmt: skip
-        assert text in notes
-
-
-def test_notes_say_what_is_missing() -> None:
-    given = summary()
+    [line] = [line for line in comparison_lines(given) if line.startswith("Headroom")]
+    headroom = "Headroom, accuracy among the labels: icl − sft: +0.040 [−0.010, +0.090]"
+    assert line == f"{headroom}; base {base:.3f}."
     del given["recipes"]["base"]
-    given["headroom"], given["diverged"] = {}, {"sft": "0.01"}
-    given["data"]["test"] = {"name": "t"}
-    given["design"] |= {"seeds": [0], "selected_by": None, "learning_rates": {"lora": [1e-3]}}
-    less = given["differences"]["ia2-sft − base"]
-    less |= {"answers": ["true", "ICL's"], "ece": {"value": None, "low": None, "high": None}}
-    notes = " ".join(comparison_table(given).notes)
-    for text in (
-        "18 test rows", "One draw of training examples: no intervals.", "rate 0.001;", "ECE –",
-        "ICL and SFT were not both run; the base model was not run.", "sft diverged at every learning rate",
-        "(paired by draw and row; not like for like: true answers against ICL's)",
-    ):  # fmt: skip
-        assert text in notes
+    given["headroom"] = {}
+    [line] = [line for line in comparison_lines(given) if line.startswith("Headroom")]
+    assert line.endswith("ICL and SFT were not both run; the base model was not run.")
+
+
+def test_one_draw_is_said_to_be_one() -> None:
+    given = summary()
+    given["design"]["seeds"] = [0]
+    assert "One draw of training examples: no intervals." in " ".join(comparison_lines(given))
+
+
+def test_what_is_not_like_for_like_is_said() -> None:
+    given = summary()
+    given["differences"]["ia2-sft − base"]["answers"] = ["true", "ICL's"]
+    assert difference_lines(given)[0].endswith(
+        "(paired by draw and row; not like for like: true answers against ICL's)"
+    )
 
 
 def test_older_intervals_are_left_out() -> None:
@@ -273,16 +296,23 @@ def test_older_intervals_are_left_out() -> None:
         "low": None,
         "high": None,
     }
-    assert "intervals were too narrow and are left out" in " ".join(comparison_table(given).notes)
+    assert "intervals were too narrow and are left out" in " ".join(comparison_lines(given))
     newer = summary()
     without_older_intervals(newer)
     assert newer["differences"]
 
 
+def test_what_is_unknown_is_a_dash() -> None:
+    assert seconds({"seconds": {"evaluate": 3.0}}) == "–"
+    given = summary()
+    given["differences"]["ia2-sft − base"]["ece"] = {"value": None, "low": None, "high": None}
+    assert "ECE –" in difference_lines(given)[0]
+
+
 def test_odd_names_do_not_break_the_table() -> None:
     given = summary()
     given["model"], given["data"]["name"] = "a|b\nc", "x|y.jsonl"
-    table = [line for line in markdown(comparison_table(given)).splitlines() if line.startswith("|")]
+    table = [line for line in comparison_markdown(given).splitlines() if line.startswith("|")]
     assert len(table) == 5
 
 
@@ -342,3 +372,10 @@ def test_without_matplotlib_there_is_no_figure(
         assert try_comparison_figure(summary(), tmp_path) is None
     assert "pip install 'ia2[report]'" in caplog.text
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("selected_by", "said"), [("dev loss", "rate 0.001 by dev loss"), (None, "rate 0.001")]
+)
+def test_a_rate_that_nothing_chose_is_only_named(selected_by: str | None, said: str) -> None:
+    assert rates({"learning_rates": {"lora": [1e-3]}, "selected_by": selected_by}) == said

@@ -19,7 +19,7 @@ from ia2.config import TrainConfig
 from ia2.data.examples import Examples
 from ia2.experiment.adapt import adapt
 from ia2.models.tokens import _KEPT_IDS, _Kept
-from ia2.training.example_trainer import Trainer  # as it is imported for training
+from ia2.training.trainer import Trainer  # as it is imported for training
 
 TASK = sample_task(0, num_classes=3)
 ROOT = Path(__file__).parents[2]

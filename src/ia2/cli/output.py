@@ -45,29 +45,31 @@ def print_json(value: Any) -> None:
 
 def print_metrics(metrics: dict[str, Any]) -> None:
     """The metrics of one adapter as a table."""
-    from ia2.evaluation.tables import metrics_table
+    from ia2.report.tables import metrics_rows
 
     if "chosen_because" in metrics:
         print(f"Recipe: {metrics['recipe']}. {metrics['chosen_because']}")
-    table = metrics_table(metrics)
-    if table is None:
+    found = metrics_rows(metrics)
+    if found is None:
         print("Not evaluated: there were neither test nor dev rows.")
         return
-    print_table(*table.texts(), title=table.title.rstrip("."), wide=False)
+    rows_of, columns, rows = found
+    print_table(columns, rows, title=f"{metrics.get('recipe', '')} on {rows_of}", wide=False)
     if "similarity_to_icl" in metrics:
         print(f"asim to ICL: {metrics['similarity_to_icl']['asim']:.3f}")
-    for note in table.notes:
-        print(f"Note: {note}")
+    if "note" in metrics:
+        print(f"Note: {metrics['note']}.")
 
 
 def print_comparison(summary: dict[str, Any]) -> None:
     """A comparison as a table with what it is of."""
-    from ia2.evaluation.tables import comparison_table
+    from ia2.report.tables import comparison_columns, comparison_lines, difference_lines
 
-    table = comparison_table(summary)
-    print_table(*table.texts())
-    for note in table.notes:
-        print(note)
+    columns = comparison_columns(summary)
+    rows = [[recipe, *(cell(row) for _, cell in columns)] for recipe, row in summary["recipes"].items()]
+    print_table(["recipe", *(title for title, _ in columns)], rows)
+    for line in [*comparison_lines(summary), *difference_lines(summary)]:
+        print(line)
 
 
 def print_table(

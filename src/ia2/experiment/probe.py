@@ -344,20 +344,28 @@ def _majority(rows: Examples) -> np.ndarray:
 
 def _training_seconds(bench: Workbench) -> tuple[float, float]:
     """Seconds of an optimiser step's forward and backward pass, and of a dev row, of the longest rows."""
-    from ia2.training.trainer import SftTrainer, StageSettings
+    from ia2.training.losses import AnswerLoss
+    from ia2.training.trainer import ExampleTrainer
 
     rows, nothing = bench.sft_rows()
     count = min(bench.config.batch_size, len(rows))
-    order = sorted(range(len(rows)), key=lambda i: -len(rows.row(i).query))[:count]
+    order = rows.longest_first()[:count]
     with tempfile.TemporaryDirectory(prefix="ia2-probe-") as scratch:
-        settings = StageSettings(Path(scratch), batch_size=bench.config.batch_size)
-        trainer = SftTrainer(bench.model, rows, nothing, settings, bench.tokenizer)
+        trainer = ExampleTrainer(
+            bench.model,
+            AnswerLoss(),
+            rows,
+            nothing,
+            bench.tokenizer,
+            output_dir=Path(scratch),
+            config=AdaptConfig(batch_size=bench.config.batch_size),
+        )
         trainer.model.to(trainer.args.device)
         batch = trainer._prepare_inputs(trainer.data_collator([rows[i] for i in order]))
         times, forward = [], []
         for _ in range(3):
             began = time.perf_counter()
-            losses = trainer.example_losses(bench.model, batch).sum()
+            losses = trainer.loss(bench.model, batch).sum()
             forward.append(time.perf_counter() - began)
             losses.backward()
             times.append(time.perf_counter() - began)

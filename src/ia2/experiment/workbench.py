@@ -72,7 +72,6 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from ia2.training.alignment import AlignmentSettings
     from ia2.training.dataset import AnswerDataset
 
 
@@ -263,7 +262,7 @@ class Workbench:
         stages = [stage for recipe in recipes for stage in plan(recipe, self.config)]
         virtual = 0
         if stages:
-            from ia2.training.example_trainer import check_trackers
+            from ia2.training.trainer import check_trackers
 
             check_trackers(self.config.report_to)
             virtual = check_adapter(
@@ -480,13 +479,11 @@ class Workbench:
             folder = self.folder / "stages" / key
         if (folder / "stage.json").is_file():
             return finished_stage(stage.kind, tried, folder, key)
-        how = self._how(stage) if stage.aligns else None
-        rows = self._rows(stage, how, needed)
-        beside = self._beside(stage, needed) if stage.beside else None
+        align = self._how(stage) if stage.aligns else None
+        rows = self._rows(stage, align, needed)
         selection = self.sft_rows()[1] if stage.kind == JOINT else None
-        facts = {"layers": list(how.layers)} if how is not None and how.layers is not None else {}
         self.use(start)
-        job = StageJob(stage, rate, tried, beta, rows, folder, key, how, beside, selection, facts)
+        job = StageJob(stage, rate, tried, beta, rows, folder, key, align, selection)
         return run_stage(self.model, self.tokenizer, self.config, job)
 
     def _unlabelled_facts(self, stage: PlannedStage) -> dict[str, Any]:
@@ -497,25 +494,18 @@ class Workbench:
         queries = [teaching.fingerprint(teaching.contexts(part), "output") for part in PARTS[UNLABELLED]]
         return {"rows": stage.rows, UNLABELLED: queries}
 
-    def _how(self, stage: PlannedStage) -> AlignmentSettings:
-        from ia2.training.alignment import AlignmentSettings
-
+    def _how(self, stage: PlannedStage) -> AlignConfig:
+        """How a stage measures alignment: its layers are ``all``, or their indices."""
         section = _alignment_section(stage, self.config)
-        layers = None
-        if section.layers != "all":
-            capture = ActivationCapture(self.base.model, self.config.attention_modules)
-            part = _aligned_part(stage)
-            layers = choose_layers(section.layers, dict(capture), lambda: self.teaching.shift(part))
-        return AlignmentSettings(
-            section.objective,
-            section.temperature,
-            section.normalise,
-            layers,
-            self.config.attention_modules,
-        )
+        if section.layers == "all":
+            return section
+        capture = ActivationCapture(self.base.model, self.config.attention_modules)
+        part = _aligned_part(stage)
+        layers = choose_layers(section.layers, dict(capture), lambda: self.teaching.shift(part))
+        return section.model_copy(update={"layers": layers})
 
     def _rows(
-        self, stage: PlannedStage, how: AlignmentSettings | None, needed: Pass | None = None
+        self, stage: PlannedStage, align: AlignConfig | None, needed: Pass | None = None
     ) -> tuple[AnswerDataset, AnswerDataset]:
         """Training and dev rows of a stage; ``needed``: the teacher pass, by default the stage's own."""
         from ia2.training.dataset import AnswerDataset
@@ -523,14 +513,19 @@ class Workbench:
         needed = needed or _own_pass(stage, self.config)
         if needed is None:
             return self.sft_rows()
-        train = [self._learnt(PARTS[kind][0], stage, how, needed) for kind in stage.rows]
-        dev = self._learnt(held_out(stage), stage, how, needed)
+        train = AnswerDataset.joined(
+            [self._learnt(PARTS[kind][0], stage, align, needed) for kind in stage.rows]
+        )
+        dev = self._learnt(held_out(stage), stage, align, needed)
+        if stage.beside:
+            labelled = self._beside(stage, needed)
+            train, dev = replace(train, beside=labelled[0]), replace(dev, beside=labelled[1])
         if self.one_recipe:  # behind the passes, which have the answers that this asks for
             self.teaching.warn_if_icl_fails(unlabelled=UNLABELLED in stage.rows)
-        return AnswerDataset.joined(train), dev
+        return train, dev
 
     def _learnt(
-        self, part: str, stage: PlannedStage, how: AlignmentSettings | None, needed: Pass
+        self, part: str, stage: PlannedStage, align: AlignConfig | None, needed: Pass
     ) -> AnswerDataset:
         """One part's rows, as a stage learns from them."""
         settings, labelled = stage.settings, part in PARTS[LABELLED]
@@ -540,11 +535,11 @@ class Workbench:
         given = self.teaching.part_targets(part, *needed)
         return self.teacher_rows(
             part,
-            targets=given if how is not None else None,
+            targets=given if align is not None else None,
             soft=given if isinstance(settings, SoftConfig) else None,
             true_answers=labelled and stage.answers == "ground_truth" and not stage.beside,
             only_correct=labelled and settings.only_correct,
-            spans=how is not None and how.site == "weights",
+            spans=align is not None and OBJECTIVES[align.objective].site == "weights",
         )
 
     def _beside(self, stage: PlannedStage, needed: Pass | None) -> tuple[AnswerDataset, AnswerDataset]:
@@ -580,7 +575,7 @@ class Workbench:
         Raises:
             DataError: it answers no training example rightly.
         """
-        from ia2.training.dataset import AnswerDataset, Row
+        from ia2.training.dataset import AnswerDataset, AnswerRow
 
         teaching, examples = self.teaching, self.teaching.examples(part)
         keep: Sequence[int] = range(len(examples))
@@ -595,10 +590,10 @@ class Workbench:
         answers = teaching.part_answers(part)
         online = getattr(targets or soft, "online", False)
 
-        def make(i: int, permutation: int) -> Row:
+        def make(i: int, permutation: int) -> AnswerRow:
             assert contexts is not None
             response = answers[i].ids
-            return Row(
+            return AnswerRow(
                 contexts.query_ids(i),
                 self.task.target_ids(self.tokenizer, examples[i]) if true_answers else response,
                 response,
@@ -610,11 +605,11 @@ class Workbench:
 
     def sft_rows(self) -> tuple[AnswerDataset, AnswerDataset]:
         """Training and dev rows of the supervised stage: queries and true answers."""
-        from ia2.training.dataset import AnswerDataset, Row
+        from ia2.training.dataset import AnswerDataset, AnswerRow
 
         def rows(examples: Sequence[Example]) -> AnswerDataset:
-            def make(i: int, permutation: int) -> Row:
-                return Row(
+            def make(i: int, permutation: int) -> AnswerRow:
+                return AnswerRow(
                     self.teaching.prompts.rendering.query_ids(examples[i]),
                     self.task.target_ids(self.tokenizer, examples[i]),
                 )

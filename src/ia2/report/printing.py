@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ia2.evaluation.tables import comparison_table, curve_table, metrics_table
 from ia2.experiment.run_folder import REPORT_FILE
 from ia2.report.analysis import analysis_figures, analysis_tables, read_analysis
 from ia2.report.data import Run, kind_of, read_run
 from ia2.report.figures.style import NO_MATPLOTLIB, matplotlib_is_there
+from ia2.report.tables import comparison_table, curve_table, metrics_table
 from ia2.report.verdict import comparison_verdict, curve_verdict, training_verdict
 from ia2.utils.errors import ConfigError
 from ia2.utils.files import output_file, write_text

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ia2.config.recipes import describe
-from ia2.evaluation.tables import MEASURES, comparison_notes, comparison_table, unlike
 from ia2.report.analysis import analysis_heading, analysis_tables, analysis_verdict
 from ia2.report.data import MAX_QUERY, Answer, Row, Run
 from ia2.report.figures.style import Figure, numbers_table
 from ia2.report.printing import tables, verdict
+from ia2.report.tables import MEASURES, comparison_lines, comparison_table, unlike
 from ia2.report.verdict import METHOD
 from ia2.utils.errors import UserError
 from ia2.utils.files import digest
@@ -125,12 +125,12 @@ def _comparison(run: Run, figures: list[Figure]) -> Section:
     config = summary["config"]
     recipes = [(name, entry.get("description", "")) for name, entry in summary["recipes"].items()]
     table = comparison_table(summary)
-    bare = Table(table.name, table.title, table.columns, table.rows, tuple(comparison_notes(summary)[1:]))
+    bare = Table(table.name, table.title, table.columns, table.rows, tuple(comparison_lines(summary)[1:]))
     return Section(
         run.name,
         "comparison of recipes",
         verdict(run),
-        comparison_notes(summary)[:1],
+        comparison_lines(summary)[:1],
         [bare, *_differences(summary)],
         figures,
         _environment(run, summary, "compare"),

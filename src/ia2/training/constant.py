@@ -11,27 +11,26 @@ from typing import Any
 import torch
 
 from ia2.models.capture import ActivationCapture
-from ia2.training.dataset import AnswerDataset, lengths_of, parts_of, run_parts
-from ia2.training.trainer import AlignTrainer
+from ia2.training.dataset import fed_rows
+from ia2.training.losses import AlignmentLoss
+from ia2.training.trainer import ExampleTrainer
 from ia2.utils.errors import ConfigError
 
 # How PEFT names the vector that LoRA adds.
 BIAS = "lora_B.default.bias"
 
 
-class ConstantTrainer(AlignTrainer):
+class ConstantTrainer(ExampleTrainer):
     """Adds to each layer's attention outputs the mean of what the context adds to them.
 
     Layer by layer, from the first: each mean is of what is still missing with the vectors before it in
     place, so that it is met exactly. Nothing is trained by gradient, and nothing but biases changes.
-    Arguments are those of :class:`~ia2.training.trainer.AlignTrainer`, with the objective left as it is.
 
     Raises:
         ConfigError: the adapter has no bias where attention writes its outputs.
     """
 
-    def _freeze_pathless(self) -> list[torch.nn.Parameter]:
-        return []  # no gradient is taken
+    loss: AlignmentLoss
 
     def fit(self) -> float:
         """Set the vectors, and return the alignment loss on the dev rows (NaN without them)."""
@@ -43,31 +42,30 @@ class ConstantTrainer(AlignTrainer):
 
     def _biases(self) -> list[tuple[torch.nn.Parameter, float]]:
         """Each aligned layer's bias, and the factor that its adapter multiplies it by."""
-        settings, layers = self.alignment.settings, self.alignment.capture.layers
+        layers = self.loss.capture.layers
         # what is given to the output projection is read at that module
-        projections = ActivationCapture(self.model, settings.attention_modules, layers, site="heads").hooked
-        found = []
+        capture = ActivationCapture(self.model, self.config.attention_modules, layers, site="heads")
+        biases = []
         for layer in layers:
-            projection: Any = projections[layer]
+            projection: Any = capture.hooked[layer]
             bias = dict(projection.named_parameters()).get(BIAS)
             if bias is None:
                 raise ConfigError(
                     "the stage constant writes into the output projection of attention, and the adapter has "
                     f"no bias there (layer {layer}). Leave out adapter.target_modules, or name it there."
                 )
-            found.append((bias, float(projection.scaling["default"])))
-        return found
+            biases.append((bias, float(projection.scaling["default"])))
+        return biases
 
     def _missing(self, place: int) -> torch.Tensor:
         """Mean over the training rows of teacher less student, at one of the aligned layers, ``[d]``."""
+        dataset = self.train_dataset
         total: Any = 0.0
-        dataset: AnswerDataset = self.train_dataset
         for batch in self.batches(dataset):
-            parts = parts_of(batch, "response")
-            _, student = run_parts(self.model, parts, logits=False, **self.alignment.watching(batch))
-            assert student is not None
-            teacher = self.alignment.teacher(self.model, batch).to(student.device)
-            apart = (teacher[place].double() - student[place].double()).split(lengths_of(parts))
-            total += torch.stack([rows.mean(0) for rows in apart]).sum(0)
+            student = self.loss.student(self.model, batch)
+            teacher = self.loss.teacher(batch).to(student.device)
+            apart = teacher[place].double() - student[place].double()
+            lengths = fed_rows(batch, "response").answer_lengths
+            total += torch.stack([rows.mean(0) for rows in apart.split(lengths)]).sum(0)
         mean: torch.Tensor = total / (len(dataset) * dataset.permutations)
         return mean

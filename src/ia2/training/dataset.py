@@ -15,12 +15,9 @@ from ia2.models.packing import inputs, pack_rows
 from ia2.models.tokens import Batch, Ids, fed_ids, pad_rows
 from ia2.teacher.targets import JoinedTargets, Targets, pack_targets
 
-# Padded tokens that cost as much as one more small forward pass.
-_WORTH_A_PASS = 32
-
 
 @dataclass(frozen=True)
-class Row:
+class AnswerRow:
     """One answer in two contexts.
 
     Attributes:
@@ -41,7 +38,7 @@ class Row:
 
 @dataclass
 class AnswerDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """Rows by ``(index, permutation, weight)`` or by plain index; weight 0 marks a filler row.
+    """Rows by plain index or by ``(index, permutation, weight[, row beside it])``; weight 0 marks a filler.
 
     Rows are made when they are asked for, so that memory does not grow with their number.
 
@@ -50,17 +47,17 @@ class AnswerDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         indices: the examples that are trained on.
         targets: activations to align with, by the example's index.
         soft: token distributions to distil, by the example's index.
-        beside: rows of another loss, of which each row is given one (the key's fourth part).
+        beside: rows of another loss, of which each row is given one.
     """
 
-    make: Callable[[int, int], Row]
+    make: Callable[[int, int], AnswerRow]
     indices: Sequence[int]
     targets: Targets | None = None
     soft: Targets | None = None
     beside: AnswerDataset | None = None
 
     @classmethod
-    def of(cls, rows: Sequence[Row], targets: Targets | None = None) -> AnswerDataset:
+    def of(cls, rows: Sequence[AnswerRow], targets: Targets | None = None) -> AnswerDataset:
         """Rows that are there already."""
         return cls(lambda i, _: rows[i], range(len(rows)), targets)
 
@@ -71,20 +68,16 @@ class AnswerDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
             return parts[0]
         places = [(part, place) for part in parts for place in range(len(part))]
 
-        def make(i: int, permutation: int) -> Row:
+        def make(i: int, permutation: int) -> AnswerRow:
             part, place = places[i]
             return part.row(place, permutation)
 
-        def together(known: Sequence[Targets | None]) -> Targets | None:
-            there = [targets for targets in known if targets is not None]
-            return JoinedTargets(there, [part.indices for part in parts]) if there else None
+        def together(targets: Sequence[Targets | None]) -> Targets | None:
+            present = [each for each in targets if each is not None]
+            return JoinedTargets(present, [part.indices for part in parts]) if present else None
 
-        return cls(
-            make,
-            range(len(places)),
-            together([part.targets for part in parts]),
-            together([part.soft for part in parts]),
-        )
+        targets = together([part.targets for part in parts])
+        return cls(make, range(len(places)), targets, together([part.soft for part in parts]))
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -92,12 +85,16 @@ class AnswerDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
     @property
     def permutations(self) -> int:
         """How many targets each example has."""
-        known = self.targets or self.soft
-        return known.permutations if known is not None else 1
+        targets = self.targets or self.soft
+        return targets.permutations if targets is not None else 1
 
-    def row(self, place: int, permutation: int = 0) -> Row:
+    def row(self, place: int, permutation: int = 0) -> AnswerRow:
         """The row at this place."""
         return self.make(self.indices[place], permutation)
+
+    def longest_first(self) -> list[int]:
+        """Places of all rows, by the length of their queries."""
+        return sorted(range(len(self)), key=lambda place: -len(self.row(place).query))
 
     def __getitem__(self, key: int | tuple[int, int, float] | tuple[int, int, float, int]) -> dict[str, Any]:
         place, permutation, weight, *other = (key, 0, 1.0) if isinstance(key, int) else key
@@ -116,11 +113,10 @@ class AnswerDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
 class Collator:
     """Lays rows out for the model; the result holds only tensors, plain lists and dicts of them.
 
-    ``parts`` are forward passes over the answers behind their queries: one pack of all rows, or batches of
-    padded rows of near lengths. ``response`` are the same with the teacher's answers, and left out where they
-    would be fed the same ids; ``context`` are the teacher's answers in their contexts, where targets are
-    computed online; ``beside`` are rows of another loss, with their answers.
-    Rows are in the same order everywhere; where they are padded, the longest is first.
+    ``rows`` are the answers behind their queries: side by side in one pack, or padded. ``response`` are the
+    same with the teacher's answers, and left out where they would be fed the same ids; ``context`` are the
+    teacher's answers in their contexts, where targets are computed online; ``beside`` are rows of another
+    loss, with their answers. Rows are in the same order everywhere.
 
     Attributes:
         padding: id to fill rows with.
@@ -133,148 +129,101 @@ class Collator:
     alike: bool = False
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        if not self.packed:
-            items = sorted(items, key=lambda item: -len(fed_ids(item["row"].query, item["row"].answer)))
-        rows: list[Row] = [item["row"] for item in items]
+        rows: list[AnswerRow] = [item["row"] for item in items]
         responses = [row.answer if row.response is None else row.response for row in rows]
-        queries = [row.query for row in rows]
-        batch: dict[str, Any] = {"parts": self._parts(queries, [row.answer for row in rows])}
-        batch["answers"] = torch.tensor([token for row in rows for token in row.answer])
+        batch = self._with_answers(rows)
         batch["weights"] = torch.tensor([item["weight"] for item in items], dtype=torch.float32)
         batch["spans"] = [row.span for row in rows]
         differ = any(a[:-1] != row.answer[:-1] for a, row in zip(responses, rows, strict=True))
         if differ or (self.alike and rows[0].response is not None):
-            batch["response"] = self._parts(queries, responses)
+            batch["response"] = self._laid_out([row.query for row in rows], responses)
         if "beside" in items[0]:
-            others: list[Row] = [item["beside"] for item in items]
-            batch["beside"] = {
-                "parts": self._parts([row.query for row in others], [row.answer for row in others]),
-                "answers": torch.tensor([token for row in others for token in row.answer]),
-            }
+            batch["beside"] = self._with_answers([item["beside"] for item in items])
         if rows[0].context:
-            batch["context"] = self._parts([row.context for row in rows], responses)
+            batch["context"] = self._laid_out([row.context for row in rows], responses)
         for name, key in (("targets", "target"), ("soft", "soft")):
             if items[0][key] is not None:
                 batch[name] = pack_targets([item[key] for item in items])
         return batch
 
-    def _parts(self, prompts: Sequence[Ids], answers: Sequence[Ids]) -> list[dict[str, Any]]:
+    def _with_answers(self, rows: Sequence[AnswerRow]) -> dict[str, Any]:
+        return {
+            "rows": self._laid_out([row.query for row in rows], [row.answer for row in rows]),
+            "answers": torch.tensor([token for row in rows for token in row.answer]),
+        }
+
+    def _laid_out(self, prompts: Sequence[Ids], answers: Sequence[Ids]) -> dict[str, Any]:
         rows = [fed_ids(p, a) for p, a in zip(prompts, answers, strict=True)]
         lengths = [len(answer) for answer in answers]
-        if self.packed:
-            return [vars(pack_rows(rows, lengths))]
-        bounds = [(0, len(rows))] if self.alike else near_lengths([len(row) for row in rows])
-        return [vars(pad_rows(rows[a:b], lengths[a:b], self.padding)) for a, b in bounds]
+        return vars(pack_rows(rows, lengths) if self.packed else pad_rows(rows, lengths, self.padding))
 
 
-def near_lengths(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Cut rows into runs that are padded together.
-
-    A row that is much shorter than the first of its run begins a run of its own, if what that saves is more
-    than a small pass costs.
-
-    Args:
-        lengths: of the rows, in order.
-
-    Returns:
-        First and exclusive last row of each run.
-
-    Example:
-        >>> near_lengths([400, 390, 90, 80])
-        [(0, 2), (2, 4)]
-    """
-    cuts = [0]
-    for i in range(1, len(lengths)):
-        widest = max(lengths[cuts[-1] : i])
-        padding = sum(abs(widest - n) for n in lengths[i:])
-        if lengths[i] < 0.75 * widest and padding > _WORTH_A_PASS:
-            cuts.append(i)
-    return list(zip(cuts, [*cuts[1:], len(lengths)], strict=True))
-
-
-def parts_of(batch: dict[str, Any], name: str | None = None) -> list[Batch]:
-    """The forward passes of a collated batch, or of its part ``response`` or ``context``.
+def fed_rows(batch: dict[str, Any], name: str = "rows") -> Batch:
+    """What the model is fed of a collated batch: ``rows``, ``response`` or ``context``.
 
     A batch without ``response`` feeds the model the same ids for both answers.
     """
-    own = batch["parts"] if name is None or (name == "response" and name not in batch) else batch[name]
-    return [Batch(**part) for part in own]
+    return Batch(**batch["rows" if name == "response" and name not in batch else name])
 
 
-def run_parts(
+def run_rows(
     model: Any,
-    parts: Sequence[Batch],
+    rows: Batch,
     *,
     logits: bool,
     capture: ActivationCapture | None = None,
     spans: Sequence[int] | None = None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Run the passes of a batch; the head runs at answer positions only, or, without ``logits``, at one.
+) -> tuple[Any, Any]:
+    """Run rows; the head runs at answer positions only, or, without ``logits``, at one.
 
     Args:
         model: causal model, bare or wrapped, inside :func:`ia2.models.packing.row_attention`.
-        parts: see :func:`parts_of`.
+        rows: see :func:`fed_rows`.
         logits: whether logits are wanted.
         capture: reads activations; its hooks are in place here only.
         spans: of each row, where attention weights are captured.
 
     Returns:
-        Logits ``[ΣG, V]`` and activations ``[L, ΣG, …]`` at the answer positions of all rows, or None.
+        Logits ``[ΣG, V]`` and activations ``[L, ΣG, …]`` at the answer positions of all rows; None in place
+        of what was not asked for.
     """
-    scores, activations, start = [], [], 0
+    keep = rows.keep(rows.input_ids.device) if logits else 1
     with capture or nullcontext():
-        for part in parts:
-            if capture is not None:
-                capture.arm()
-            keep = part.keep(part.input_ids.device) if logits else 1
-            output = model(**inputs(model, part), logits_to_keep=keep, use_cache=False)
-            if logits:
-                rows, positions = part.index(output.logits.shape[1])
-                packed = part.kept is not None
-                scores.append(output.logits[0] if packed else output.logits[rows, positions])
-            if capture is not None:
-                end = start + len(part.row_lengths)
-                own = spans[start:end] if spans is not None else None
-                activations.append(capture.at_answers(part, own))
-                start = end
-    if len(parts) == 1:
-        return next(iter(scores), None), next(iter(activations), None)
-    return torch.cat(scores) if scores else None, pack_targets(activations) if activations else None
+        if capture is not None:
+            capture.arm()
+        output = model(**inputs(model, rows), logits_to_keep=keep, use_cache=False)
+        activations = capture.at_answers(rows, spans) if capture is not None else None
+    if not logits:
+        return None, activations
+    if rows.kept is not None:  # of a pack the head ran at these positions alone
+        return output.logits[0], activations
+    return output.logits[rows.index(output.logits.shape[1])], activations
 
 
-def lengths_of(parts: Sequence[Batch]) -> list[int]:
-    """G of each row, over all forward passes."""
-    return [g for part in parts for g in part.answer_lengths]
-
-
+@dataclass
 class EpochSampler(torch.utils.data.Sampler):  # type: ignore[type-arg]
     """A shuffled order of each epoch that depends on seed and epoch alone.
 
     Every optimiser step is filled up to the same number of rows with fillers of weight 0, so that
     micro-batches and processes divide it evenly and nothing is counted twice.
 
-    Args:
+    Attributes:
         count: number of examples.
         per_step: examples of one optimiser step.
         slots: rows of one optimiser step, at least ``per_step``.
         permutations: targets an example has; one is drawn an epoch.
         seed: of the order.
         epoch: tells the current epoch.
-        beside: rows of another loss; each example is given one, in turn of a shuffled order.
+        beside: number of rows of another loss; each example is given one, in turn of a shuffled order.
     """
 
-    def __init__(
-        self,
-        count: int,
-        per_step: int,
-        slots: int,
-        permutations: int,
-        seed: int,
-        epoch: Callable[[], int],
-        beside: int = 0,
-    ) -> None:
-        self.count, self.per_step, self.slots, self.beside = count, per_step, slots, beside
-        self.permutations, self.seed, self.epoch = permutations, seed, epoch
+    count: int
+    per_step: int
+    slots: int
+    permutations: int
+    seed: int
+    epoch: Callable[[], int]
+    beside: int = 0
 
     @property
     def steps(self) -> int:

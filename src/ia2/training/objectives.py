@@ -1,9 +1,9 @@
 """Objectives: how far adapted activations are from the teacher's, and how far answers are from the truth.
 
-Every alignment objective is a function of packed activations ``[L, T, …]`` (T answer tokens of all
-examples of a batch, one after the other) that gives a loss per layer and token ``[L, T]``. The sum
-over layers, the mean over an example's tokens and the mean over the examples of the effective batch
-follow in one place each (METHOD: stages), so an example weighs the same whatever its answer's length.
+An alignment objective is a function of activations ``[L, T, …]`` (T answer tokens of all examples of a batch,
+one after the other) that gives a loss per layer and token ``[L, T]``. The sum over layers, the mean over an
+example's tokens and the mean over the examples of the effective batch follow in one place each (METHOD:
+stages), so an example weighs the same whatever its answer's length.
 
 To add an objective, write its function and add one entry to :data:`OBJECTIVES` (and its name to
 ``ia2.config.recipes.OBJECTIVE_NAMES``).
@@ -12,20 +12,16 @@ To add an objective, write its function and add one entry to :data:`OBJECTIVES` 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from ia2.utils.errors import ConfigError
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
 # Below this a probability of the student's counts as this: the logarithm of 0 is no loss.
 _LEAST = 1e-12
 
 
-@dataclass(frozen=True)
-class Objective:
+class Objective(NamedTuple):
     """What is compared, and how.
 
     Attributes:
@@ -36,47 +32,24 @@ class Objective:
     """
 
     site: str
-    loss: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
-
-    @property
-    def has_scale(self) -> bool:
-        """Whether the loss can be normalised by the targets' mean square; probabilities have none."""
-        return self.site != "weights"
+    loss: Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
-def mse(student: torch.Tensor, teacher: torch.Tensor, rms: torch.Tensor, temperature: float) -> torch.Tensor:
+def mse(student: Tensor, teacher: Tensor, rms: Tensor, temperature: float) -> Tensor:
     """``mean_d (A − A_ICL)²`` (the paper, equation of L_IA2).
 
     The objectives ``heads`` and ``residual`` are the same of other activations: the outputs of all
     attention heads side by side, before the output projection mixes them (d = H·d_head); and the
     residual stream after the layer, which holds what the layer's MLP and all layers before have added.
-
-    Args:
-        student: ``A``, ``[L, T, d]``.
-        teacher: ``A_ICL``, ``[L, T, d]``.
-        rms: unused.
-        temperature: unused.
-
-    Returns:
-        ``[L, T]``.
     """
     return (student - teacher).pow(2).mean(-1)
 
 
-def kl(student: torch.Tensor, teacher: torch.Tensor, rms: torch.Tensor, temperature: float) -> torch.Tensor:
+def kl(student: Tensor, teacher: Tensor, rms: Tensor, temperature: float) -> Tensor:
     """Activations as soft targets over their d features (METHOD: alignment objectives).
 
     ``τ_l² · KL(p‖q)`` with ``p = softmax(A_ICL/τ_l)``, ``q = softmax(A/τ_l)``, ``τ_l = τ · rms_l``. As τ
     grows, twice this tends to the MSE of the activations centred over d.
-
-    Args:
-        student: ``A``, ``[L, T, d]``.
-        teacher: ``A_ICL``, ``[L, T, d]``.
-        rms: root mean square of each layer over the training targets, ``[L]``.
-        temperature: τ.
-
-    Returns:
-        ``[L, T]``.
     """
     tau = (temperature * rms).clamp_min(1e-12)[:, None, None]
     log_p = (teacher / tau).log_softmax(-1)
@@ -84,36 +57,19 @@ def kl(student: torch.Tensor, teacher: torch.Tensor, rms: torch.Tensor, temperat
     return tau.squeeze(-1).pow(2) * (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def cosine(
-    student: torch.Tensor, teacher: torch.Tensor, rms: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """``1 − cos(A, A_ICL)`` (METHOD: alignment objectives); arguments as in :func:`mse`.
-
-    Returns:
-        ``[L, T]``.
-    """
+def cosine(student: Tensor, teacher: Tensor, rms: Tensor, temperature: float) -> Tensor:
+    """``1 − cos(A, A_ICL)`` (METHOD: alignment objectives)."""
     import torch
 
     return 1 - torch.nn.functional.cosine_similarity(student, teacher, dim=-1)
 
 
-def attention(
-    student: torch.Tensor, teacher: torch.Tensor, rms: torch.Tensor, temperature: float
-) -> torch.Tensor:
+def attention(student: Tensor, teacher: Tensor, rms: Tensor, temperature: float) -> Tensor:
     """``mean_h KL(w_ICL‖w)``: where each head looks, among the tokens that both contexts have.
 
     ``w_ICL`` and ``w`` are the attention probabilities over the query's own tokens and the answer so far,
     made to sum to 1 over these; what goes to the demonstrations, which the student does not have, and to
     tokens before the query is left out. Not in the paper: an ablation of what is aligned.
-
-    Args:
-        student: ``w``, ``[L, T, H, S]``, zeros where an example has no token.
-        teacher: ``w_ICL``, ``[L, T, H, S]``.
-        rms: unused.
-        temperature: unused.
-
-    Returns:
-        ``[L, T]``.
     """
     import torch
 
@@ -133,13 +89,13 @@ OBJECTIVES: dict[str, Objective] = {
 
 def alignment_losses(
     objective: str,
-    student: torch.Tensor,
-    teacher: torch.Tensor,
+    student: Tensor,
+    teacher: Tensor,
     answer_lengths: Sequence[int],
-    rms: torch.Tensor,
+    rms: Tensor,
     temperature: float = 1.0,
     normalise: bool = False,
-) -> torch.Tensor:
+) -> Tensor:
     """``L_IA2`` of every example of a batch: sum over layers, mean over the example's tokens.
 
     Args:
@@ -154,32 +110,21 @@ def alignment_losses(
 
     Returns:
         ``[B]``, in float32.
-
-    Raises:
-        ConfigError: an objective without scale is to be normalised.
     """
-    chosen = OBJECTIVES[objective]
     rms = rms.float()
-    per_token = chosen.loss(student.float(), teacher.float(), rms, temperature)
+    per_token = OBJECTIVES[objective].loss(student.float(), teacher.float(), rms, temperature)
     if normalise:
-        if not chosen.has_scale:
-            raise ConfigError(f"objective {objective} has no scale to normalise by. Set normalise to false.")
         per_token = per_token / rms.pow(2).clamp_min(_LEAST)[:, None]
     return mean_by_example(per_token.sum(0), answer_lengths)
 
 
-def cross_entropy_losses(
-    logits: torch.Tensor, targets: torch.Tensor, answer_lengths: Sequence[int]
-) -> torch.Tensor:
-    """Cross-entropy of every example of a batch: mean over its answer tokens.
+def cross_entropy_losses(logits: Tensor, targets: Tensor, answer_lengths: Sequence[int]) -> Tensor:
+    """Cross-entropy of every example of a batch, mean over its answer tokens: ``[B]``, in float32.
 
     Args:
         logits: at answer positions, ``[T, V]``.
         targets: answer ids, ``[T]``.
         answer_lengths: G of each example, ΣG = T.
-
-    Returns:
-        ``[B]``, in float32.
     """
     import torch
 
@@ -188,8 +133,8 @@ def cross_entropy_losses(
 
 
 def soft_label_losses(
-    logits: torch.Tensor, teacher: torch.Tensor, answer_lengths: Sequence[int], remainder: str = "drop"
-) -> torch.Tensor:
+    logits: Tensor, teacher: Tensor, answer_lengths: Sequence[int], remainder: str = "drop"
+) -> Tensor:
     """``KL(p_ICL‖p)`` over the vocabulary, of every example of a batch: mean over its answer tokens.
 
     The objective of ``soft-sft`` (METHOD: recipes). With the k most probable tokens only, what is left of
@@ -225,14 +170,14 @@ def soft_label_losses(
     return mean_by_example(per_token, answer_lengths)
 
 
-def _divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """``Σ p·(log p − log q)`` over the last axis; tokens that p rules out (log p = −∞) add nothing."""
     import torch
 
     return torch.where(log_p.isneginf(), 0, log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def mean_by_example(per_token: torch.Tensor, answer_lengths: Sequence[int]) -> torch.Tensor:
+def mean_by_example(per_token: Tensor, answer_lengths: Sequence[int]) -> Tensor:
     """Means of consecutive runs of ``[T]``, one for each example: ``[B]``."""
     import torch
 

@@ -21,12 +21,6 @@ class Schedule:
         dev: dev rows of an evaluation, each as often as it has targets.
         every: optimiser steps between evaluations, besides each epoch's end, as asked for.
         patience: evaluations without improvement before stopping, as asked for.
-
-    Example:
-        >>> [step for step in range(1, 17) if Schedule(8, 2, batch=4, dev=4).due(step)]
-        [2, 4, 6, 8, 10, 12, 14, 16]
-        >>> [step for step in range(1, 17) if Schedule(8, 2, batch=4, dev=16).due(step)]
-        [8, 16]
     """
 
     per_epoch: int
@@ -37,10 +31,8 @@ class Schedule:
     patience: int = 5
 
     @property
-    def apart(self) -> int:
+    def _apart(self) -> int:
         """Optimiser steps from one evaluation to the next, about."""
-        if self.every is not None:
-            return self.every
         affordable = max(1, -(-2 * self.dev // self.batch))
         if affordable > self.per_epoch:
             return -(-affordable // self.per_epoch) * self.per_epoch
@@ -58,7 +50,7 @@ class Schedule:
         """
         if self.every is not None:
             return self.patience
-        return min(self.patience, max(2, math.ceil(self.patience * self._usual / self.apart)))
+        return min(self.patience, max(2, math.ceil(self.patience * self._usual / self._apart)))
 
     def due(self, step: int) -> bool:
         """Whether the dev rows are looked at after this optimiser step."""
@@ -66,20 +58,14 @@ class Schedule:
             return True
         if self.every is not None:
             return step % self.every == 0 or step % self.per_epoch == 0
-        if self.apart >= self.per_epoch:
-            return step % self.apart == 0
+        if self._apart >= self.per_epoch:
+            return step % self._apart == 0
         # evenly within each epoch, its end included
-        count = self.per_epoch // self.apart
+        count = self.per_epoch // self._apart
         within = (step - 1) % self.per_epoch + 1
         return within in {-(-part * self.per_epoch // count) for part in range(1, count + 1)}
 
     @property
     def total(self) -> int:
         """Evaluations of a stage that goes to its last epoch, besides that before the first step."""
-        steps = self.per_epoch * self.epochs
-        if self.every is not None:
-            both = math.lcm(self.every, self.per_epoch)
-            return steps // self.every + self.epochs - steps // both
-        if self.apart >= self.per_epoch:
-            return -(-steps // self.apart)
-        return self.epochs * (self.per_epoch // self.apart)
+        return sum(map(self.due, range(1, self.per_epoch * self.epochs + 1)))

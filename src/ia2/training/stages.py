@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ia2.adapters.weights import adapter_state, read_adapter_state, save_adapter
 from ia2.config import AdaptConfig
 from ia2.config.recipes import ALIGN, CONSTANT, JOINT, LABELLED, RECIPES, SFT, UNLABELLED
-from ia2.config.sections import ConstantConfig, JointConfig, SftConfig, SoftConfig, StageSection, TaughtConfig
+from ia2.config.sections import (
+    AlignConfig,
+    JointConfig,
+    SftConfig,
+    SoftConfig,
+    StageSection,
+    TaughtConfig,
+)
+from ia2.training.objectives import OBJECTIVES
 from ia2.utils.distributed import is_first, wait
 from ia2.utils.errors import ConfigError, RunFolderError
 from ia2.utils.files import atomic_dir, digest, read_json, space_needed, write_json
@@ -23,10 +31,8 @@ from ia2.utils.manifest import check_tree
 if TYPE_CHECKING:
     import torch
 
-    from ia2.training.alignment import AlignmentSettings
     from ia2.training.dataset import AnswerDataset
-    from ia2.training.trainer import ExampleTrainer
-    from ia2.utils.logging import Progress
+    from ia2.training.losses import Loss
 
 
 C = TypeVar("C", bound=AdaptConfig)
@@ -54,17 +60,15 @@ class PlannedStage:
     @property
     def teacher_answers(self) -> bool:
         """Whether it needs the teacher's answers ``Ŷ``."""
-        settings = self.settings
-        if isinstance(settings, SftConfig):
+        if isinstance(self.settings, SftConfig):
             return UNLABELLED in self.rows or self.labelled_answers
         return True
 
     @property
     def labelled_answers(self) -> bool:
         """Whether it needs those to labelled rows."""
-        settings = self.settings
-        if isinstance(settings, SftConfig):
-            return self.answers == "icl_responses" or settings.ia2_weight > 0
+        if isinstance(self.settings, SftConfig):
+            return self.answers == "icl_responses" or self.settings.ia2_weight > 0
         return LABELLED in self.rows or self.answers == "icl_responses"
 
     @property
@@ -84,9 +88,8 @@ class PlannedStage:
     @property
     def aligns(self) -> bool:
         """Whether ``L_IA2`` is part of its loss."""
-        return self.kind in (ALIGN, JOINT, CONSTANT) or (
-            isinstance(self.settings, SftConfig) and self.settings.ia2_weight > 0
-        )
+        kept = isinstance(self.settings, SftConfig) and self.settings.ia2_weight > 0
+        return self.kind in (ALIGN, JOINT, CONSTANT) or kept
 
     @property
     def betas(self) -> list[float | None]:
@@ -101,8 +104,8 @@ def plan(recipe: str, config: AdaptConfig) -> list[PlannedStage]:
         ConfigError: a stage is for unlabelled rows, and there are none, or it cannot use them.
     """
     stages = []
-    for given in _schedule(recipe, config):
-        kind, settings = given["stage"], config.stage_settings(given)
+    for entry in _schedule(recipe, config):
+        kind, settings = entry["stage"], config.stage_settings(entry)
         changed = settings != getattr(config, kind)
         label = f"{kind}~{digest(settings.model_dump())[:6]}" if changed else kind
         stages.append(PlannedStage(kind, settings, label, _rows_of(recipe, kind, settings, config)))
@@ -120,35 +123,34 @@ def _rows_of(recipe: str, kind: str, settings: StageSection, config: AdaptConfig
     """Kinds of rows that a stage trains on."""
     assert isinstance(settings, TaughtConfig)
     usual = UNLABELLED if config.unlabelled and kind != SFT else LABELLED
-    rows = settings.rows or usual
-    found = (LABELLED, UNLABELLED) if rows == "both" else (rows,)
-    where = f"recipe '{recipe}': its stage {kind} learns on {rows} rows"
-    if UNLABELLED in found and not config.unlabelled:
+    asked = settings.rows or usual
+    rows = (LABELLED, UNLABELLED) if asked == "both" else (asked,)
+    where = f"recipe '{recipe}': its stage {kind}"
+    if UNLABELLED in rows and not config.unlabelled:
         raise ConfigError(
-            f"recipe '{recipe}': its stage {kind} needs unlabelled rows. Name some with --unlabelled (in a "
-            "grid: unlabelled, a number)."
+            f"{where} needs unlabelled rows. Name some with --unlabelled (in a grid: unlabelled, a number)."
         )
-    if found == (UNLABELLED,) and settings.only_correct:
+    if rows == (UNLABELLED,) and settings.only_correct:
         raise ConfigError(
-            f"{where}, and only labels tell which answers are right. Leave out only_correct, or set "
-            f"{kind}.rows to labelled."
+            f"{where} learns on unlabelled rows, and only labels tell which answers are right. Leave out "
+            f"only_correct, or set {kind}.rows to labelled."
         )
-    if isinstance(settings, SftConfig) and settings.ia2_weight and found != (LABELLED,):
+    if isinstance(settings, SftConfig) and settings.ia2_weight and rows != (LABELLED,):
         raise ConfigError(
-            f"{where}, on which ia2_weight keeps no alignment. Leave one of them out, or take the stage "
-            "joint."
+            f"{where} learns on {asked} rows, on which ia2_weight keeps no alignment. Leave one of them out, "
+            "or take the stage joint."
         )
     if kind == CONSTANT and (config.adapter.peft is not None or config.adapter.type not in _WITH_BIAS):
         raise ConfigError(
-            f"recipe '{recipe}': its stage constant needs an adapter that adds a vector to outputs: "
-            f"{' or '.join(_WITH_BIAS)}. Set adapter.type to one of them, or leave the recipe out."
+            f"{where} needs an adapter that adds a vector to outputs: {' or '.join(_WITH_BIAS)}. Set "
+            "adapter.type to one of them, or leave the recipe out."
         )
-    return found
+    return rows
 
 
 def fitted(recipe: str, config: C) -> C:
     """The settings, with an adapter in which all stages of a recipe find what they write into."""
-    if config.adapter.bias or all(given["stage"] != CONSTANT for given in _schedule(recipe, config)):
+    if config.adapter.bias or all(entry["stage"] != CONSTANT for entry in _schedule(recipe, config)):
         return config
     return config.model_copy(update={"adapter": config.adapter.model_copy(update={"bias": True})})
 
@@ -182,16 +184,15 @@ class StageResult:
     Attributes:
         name: its kind.
         learning_rate: the rate tried (a stage's own rate is in its settings).
-        beta: of the joint stage.
         dev_loss: the best.
-        selection_loss: what rates and β are chosen by; the dev loss, but for the joint stage, whose
-            losses of different β cannot be compared: there the cross-entropy on dev.
         steps: optimiser steps taken.
         seconds: of training, over all starts.
-        folder: where it lies.
         key: digest of everything it depends on.
         state: the weights.
         history: losses by step.
+        beta: of the joint stage.
+        selection_loss: what rates and β are chosen by; the dev loss, but for the joint stage, whose
+            losses of different β cannot be compared: there the cross-entropy on dev.
         diverged: steps after which loss or weights were not finite, which leaves no weights; None: they were.
     """
 
@@ -255,7 +256,7 @@ class TrainedRecipe:
 
 @dataclass
 class StageJob:
-    """Everything about a stage that is to be trained.
+    """A stage that is to be trained.
 
     Attributes:
         stage: what it is.
@@ -263,11 +264,10 @@ class StageJob:
         tried: the rate of the recipe that this is part of.
         beta: of the joint stage.
         rows: training and dev rows.
-        beside: labelled rows of the cross-entropy, where they are others.
-        selection_rows: dev rows with true answers, by whose cross-entropy the joint stage is selected.
-        how: how alignment is measured, where the stage aligns.
         folder: written whole, at the end; checkpoints lie beside it meanwhile.
         key: digest of everything that the stage depends on.
+        align: how alignment is measured, where the stage aligns; its layers are ``all`` or indices.
+        selection_rows: dev rows with true answers, by whose cross-entropy the joint stage is selected.
     """
 
     stage: PlannedStage
@@ -277,112 +277,106 @@ class StageJob:
     rows: tuple[AnswerDataset, AnswerDataset]
     folder: Path
     key: str
-    how: AlignmentSettings | None = None
-    beside: tuple[AnswerDataset, AnswerDataset] | None = None
+    align: AlignConfig | None = None
     selection_rows: AnswerDataset | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def finished_stage(name: str, tried: float, folder: Path, key: str) -> StageResult:
-    """The result that lies in ``folder``.
-
-    Args:
-        name: the stage's kind.
-        tried: the learning rate that the folder is of.
-        folder: holds ``stage.json`` and the adapter.
-        key: digest of everything that the stage depends on.
+    """The result of a stage that lies in ``folder``.
 
     Raises:
-        RunFolderError: the result is of something else.
+        RunFolderError: the result is of something else, or damaged.
     """
     mend = f"Delete {folder} and run the same command again."
     check_tree(folder, mend)
-    known = read_json(folder / "stage.json", mend)
-    if known["key"] != key:
+    record = read_json(folder / "stage.json", mend)
+    if record["key"] != key:
         raise RunFolderError(
             f"{folder} holds a stage trained with other settings or data. Choose another output folder."
         )
-    diverged = known["diverged_step"] if known.get("diverged") else None
+    diverged = record["diverged_step"] if record.get("diverged") else None
     if diverged is None:
         logger.info("Stage %s at rate %g: reusing %s.", name, tried, folder)
     else:
-        rate = known["learning_rate"]
+        rate = record["learning_rate"]
         logger.warning("Stage %s at rate %g: it diverged at step %d before.", name, rate, diverged)
+    losses = [math.nan if record[key] is None else record[key] for key in ("dev_loss", "selection_loss")]
     return StageResult(
         name,
         tried,
-        _number(known["dev_loss"]),
-        known["steps"],
-        known["seconds"],
+        losses[0],
+        record["steps"],
+        record["seconds"],
         folder,
         key,
         read_adapter_state(folder, mend) if diverged is None else {},
-        known["history"],
-        known["beta"],
-        _number(known["selection_loss"]),
+        record["history"],
+        record["beta"],
+        losses[1],
         diverged,
     )
 
 
 def run_stage(model: Any, tokenizer: Any, config: AdaptConfig, job: StageJob) -> StageResult:
-    """Train from the model's present weights, and leave the result in the job's folder.
-
-    Args:
-        model: a PEFT model; trained in place.
-        tokenizer: of the base model.
-        config: settings that all stages share.
-        job: what is to be done.
-    """
+    """Train a PEFT model in place from its present weights, and leave the result in the job's folder."""
     # heavy imports are left until something is trained
     from ia2.models.capture import eager_attention
+    from ia2.training.constant import ConstantTrainer
+    from ia2.training.losses import AnswerLoss
+    from ia2.training.trainer import AlignTrainer, ExampleTrainer
 
-    settings, (train, _) = job.stage.settings, job.rows
+    settings, (train, dev) = job.stage.settings, job.rows
     partial = job.folder.with_name(f".{job.folder.name}.{job.key}")
-    steps = settings.epochs * -(-len(train) // min(config.batch_size, len(train)))
     name = job.stage.kind
     what = f"rate {job.rate:g}" + ("" if job.beta is None else f", β {job.beta:g}")
-    weights = job.how is not None and job.how.site == "weights"
+    most = settings.epochs * _steps_per_epoch(config, job)
+    weights = job.align is not None and OBJECTIVES[job.align.objective].site == "weights"
     with (
-        progress(f"{name} ({what}, at most {steps} steps)", steps) as bar,
+        progress(f"{name} ({what}, at most {most} steps)", most) as bar,
         eager_attention(model) if weights else nullcontext(),
     ):
-        trainer = _trainer(model, tokenizer, config, job, partial, bar)
+        options: Any = {"config": config, "output_dir": partial, "learning_rate": job.rate, "progress": bar}
+        if name == ALIGN:
+            trainer: Any = AlignTrainer(model, train, dev, tokenizer, align=job.align, **options)
+        else:
+            make = ConstantTrainer if name == CONSTANT else ExampleTrainer
+            loss = stage_loss(model, config, job)
+            trainer = make(model, loss, train, dev, tokenizer, stage=settings, **options)
         with space_needed(job.folder):  # for checkpoints
             dev_loss = trainer.fit()
-    seconds = trainer.seconds
-    steps, best_step, diverged = trainer.state.global_step, trainer.best.step, trainer.best.diverged
-    selection_loss = dev_loss
-    if job.selection_rows and diverged is None:
-        selection_loss = _cross_entropy(model, tokenizer, config, job, partial)
-        if not math.isfinite(selection_loss):
-            diverged, dev_loss = steps, float("nan")
+        seconds, diverged = trainer.seconds, trainer.best.diverged
+        selection_loss = dev_loss
+        if job.selection_rows and diverged is None:  # comparable over β and other weights
+            selection_loss = trainer.everywhere(trainer.mean_loss(AnswerLoss(), job.selection_rows))
+    steps, best_step = trainer.state.global_step, trainer.best.step
+    if diverged is None and job.selection_rows and not math.isfinite(selection_loss):
+        diverged, dev_loss = steps, math.nan
     history = [
         {k: v for k, v in entry.items() if k in ("step", "epoch", "loss", "eval_loss")}
         for entry in trainer.state.log_history
         if "loss" in entry or "eval_loss" in entry
     ]
     if is_first():
+        record = {
+            "stage": name,
+            "key": job.key,
+            "learning_rate": job.rate,
+            "beta": job.beta,
+            "dev_loss": dev_loss if math.isfinite(dev_loss) else None,
+            "selection_loss": selection_loss if math.isfinite(selection_loss) else None,
+            "diverged": diverged is not None,
+            "diverged_step": diverged,
+            "best_step": best_step,
+            "steps": steps,
+            "seconds": seconds,
+            "history": history,
+        }
+        if job.align is not None and job.align.layers != "all":
+            record["layers"] = job.align.layers
         with atomic_dir(job.folder) as temporary:
             if diverged is None:
                 save_adapter(model, temporary)
-            write_json(
-                temporary / "stage.json",
-                {
-                    "stage": name,
-                    "key": job.key,
-                    "learning_rate": job.rate,
-                    "beta": job.beta,
-                    "dev_loss": _or_none(dev_loss),
-                    "selection_loss": _or_none(selection_loss),
-                    "diverged": diverged is not None,
-                    "diverged_step": diverged,
-                    "best_step": best_step,
-                    "steps": steps,
-                    "seconds": seconds,
-                    "history": history,
-                    **job.facts,
-                },
-            )
+            write_json(temporary / "stage.json", record)
         shutil.rmtree(partial, ignore_errors=True)
     wait()
     if diverged is not None:
@@ -406,108 +400,31 @@ def run_stage(model: Any, tokenizer: Any, config: AdaptConfig, job: StageJob) ->
     )
 
 
-def _trainer(
-    model: Any, tokenizer: Any, config: AdaptConfig, job: StageJob, partial: Path, bar: Progress
-) -> ExampleTrainer:
-    from ia2.training.trainer import AlignTrainer, MixedTrainer, SftTrainer, SoftTrainer, StageSettings
+def _steps_per_epoch(config: AdaptConfig, job: StageJob) -> int:
+    """Optimiser steps."""
+    rows = len(job.rows[0])
+    return -(-rows // min(config.batch_size, rows))
 
-    settings, (train, dev), how = job.stage.settings, job.rows, job.how
-    shared = StageSettings(
-        output_dir=partial,
-        learning_rate=job.rate,
-        epochs=settings.epochs,
-        batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch_size,
-        eval_every=settings.eval_every,
-        patience=settings.patience,
-        restore_best=settings.restore_best,
-        seed=config.seed,
-        checkpoint_every=config.checkpoint_every,
-        activation_checkpointing=config.activation_checkpointing,
-        activation_checkpointing_kwargs=config.activation_checkpointing_kwargs or {},
-        report_to=config.report_to,
-    )
-    if job.stage.kind == ALIGN:
-        assert how is not None
-        return AlignTrainer(
-            model,
-            train,
-            dev,
-            shared,
-            tokenizer,
-            objective=how.objective,
-            temperature=how.temperature,
-            normalise=how.normalise,
-            layers=how.layers,
-            attention_modules=how.attention_modules,
-            progress=bar,
-        )
-    if isinstance(settings, ConstantConfig):
-        from ia2.training.constant import ConstantTrainer
 
-        assert how is not None
-        return ConstantTrainer(
-            model, train, dev, shared, tokenizer, attention_modules=how.attention_modules, progress=bar
-        )
-    if isinstance(settings, JointConfig):
-        assert how is not None
-        share = 1.0 if job.beta is None else 1 - job.beta
-        return MixedTrainer(
-            model,
-            train,
-            dev,
-            shared,
-            tokenizer,
-            how=how,
-            align_weight=lambda step: share,
-            answer_weight=settings.answer_weight if job.beta is None else job.beta,
-            beside=job.beside,
-            relative=job.beta is None,
-            progress=bar,
-        )
+def stage_loss(model: Any, config: AdaptConfig, job: StageJob) -> Loss:
+    """What a stage minimises."""
+    from ia2.training.losses import AlignmentLoss, AnswerLoss, JointLoss, SoftLoss
+
+    settings = job.stage.settings
     if isinstance(settings, SoftConfig):
-        return SoftTrainer(
-            model,
-            train,
-            dev,
-            shared,
-            tokenizer,
-            top_k=settings.top_k,
-            remainder=settings.remainder or "drop",
-            progress=bar,
-        )
-    assert isinstance(settings, SftConfig)
-    if how is None:
-        return SftTrainer(model, train, dev, shared, tokenizer, bar)
-    weight = settings.ia2_weight
-    per_epoch = -(-len(train) // min(config.batch_size, len(train)))
-    decay = per_epoch * (settings.ia2_decay_epochs or settings.epochs)
-    return MixedTrainer(
-        model,
-        train,
-        dev,
-        shared,
-        tokenizer,
-        how=how,
-        align_weight=lambda step: weight * max(0.0, 1 - step / decay),
-        dev="answers",
-        progress=bar,
-    )
-
-
-def _cross_entropy(model: Any, tokenizer: Any, config: AdaptConfig, job: StageJob, partial: Path) -> float:
-    """Cross-entropy on dev, comparable over β and other weights."""
-    from ia2.training.trainer import SftTrainer, StageSettings
-
-    rows = job.selection_rows
-    assert rows is not None
-    settings = StageSettings(output_dir=partial, micro_batch_size=config.micro_batch_size)
-    return float(SftTrainer(model, rows, rows, settings, tokenizer).evaluate()["eval_loss"])
-
-
-def _or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value
+        return SoftLoss(model, settings.top_k, settings.remainder or "drop")
+    if job.align is None:
+        return AnswerLoss()
+    targets = job.rows[0].targets
+    assert targets is not None
+    align = AlignmentLoss(model, job.align, targets, config.attention_modules)
+    if isinstance(settings, JointConfig):
+        if job.beta is None:
+            return JointLoss(align, lambda step: 1.0, settings.answer_weight, relative=True)
+        share = job.beta
+        return JointLoss(align, lambda step: 1 - share, share)
+    if isinstance(settings, SftConfig):
+        weight = settings.ia2_weight
+        decay = _steps_per_epoch(config, job) * (settings.ia2_decay_epochs or settings.epochs)
+        return JointLoss(align, lambda step: weight * max(0.0, 1 - step / decay), dev_answers=True)
+    return align

@@ -1,54 +1,342 @@
-"""The training stages: fine-tuning, alignment with ICL activations, both at once, distillation."""
+"""One trainer of all stages, on ``transformers.Trainer``; a stage is told apart by its loss.
+
+Every *example* weighs the same: the loss of an optimiser step is the mean over the examples of the effective
+batch (all micro-batches, all processes) of a mean over the example's answer tokens. So batch 1 × accumulation
+8, batch 8 × accumulation 1 and two processes follow the same trajectory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
-from ia2.models.packing import row_attention
-from ia2.teacher.targets import Targets, pack_soft
-from ia2.training.alignment import Alignment, AlignmentSettings, teacher_pass
-from ia2.training.dataset import AnswerDataset, lengths_of, parts_of, run_parts
-from ia2.training.example_trainer import (
-    BestWeights,
-    ExampleTrainer,
-    StageSettings,
-    last_complete_checkpoint,
-)
-from ia2.training.objectives import cross_entropy_losses, soft_label_losses
-from ia2.utils.errors import ConfigError
+from ia2.adapters.weights import adapter_state, load_adapter_state
+from ia2.config import AdaptConfig
+from ia2.config.sections import AlignConfig, StageConfig, StageSection
+from ia2.models.packing import packs, row_attention
+from ia2.models.tokens import pad_id
+from ia2.training.best_weights import BestWeights, last_complete_checkpoint
+from ia2.training.dataset import AnswerDataset, Collator, EpochSampler
+from ia2.training.losses import AlignmentLoss, Loss
+from ia2.training.schedule import Schedule
+from ia2.utils.distributed import shards_model
+from ia2.utils.errors import ConfigError, RunFolderError
+from ia2.utils.imports import for_training
 from ia2.utils.logging import Progress, logger
+from ia2.utils.manifest import begin, root_of
 
-__all__ = [
-    "AlignTrainer",
-    "BestWeights",
-    "ExampleTrainer",
-    "MixedTrainer",
-    "SftTrainer",
-    "SoftTrainer",
-    "StageSettings",
-    "last_complete_checkpoint",
-]
+with for_training():
+    from transformers import PrinterCallback, Trainer, TrainingArguments
 
-# Training rows on which alignment is measured before the first step, where there are no dev rows.
-_FIRST = 32
+# Rows of one forward pass of the dev evaluation.
+_EVAL_ROWS = 32
 
 # Rows that are looked at for a short one, to find the weights that alignment reaches.
 _LOOK_AT = 64
 
+# The weights in a checkpoint.
+_WEIGHTS = "adapter_state.safetensors"
 
-class SftTrainer(ExampleTrainer):
-    """Cross-entropy on the answers."""
 
-    def example_losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
-        """Mean cross-entropy over each row's answer tokens, ``[B]``."""
-        parts = parts_of(batch)
-        logits, _ = run_parts(model, parts, logits=True)
-        assert logits is not None
-        return cross_entropy_losses(logits, batch["answers"].to(logits.device), lengths_of(parts))
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that transformers does not know, or whose package is not installed.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    from transformers.integrations import get_available_reporting_integrations
+
+    known = ["all", "none", *get_available_reporting_integrations()]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"report_to: '{name}' is not installed. There are {', '.join(known)}.")
+
+
+class ExampleTrainer(Trainer):
+    """A Trainer whose unit is the example, and whose loss is given.
+
+    Adam with a constant rate, no weight decay, no clipping, a fresh optimiser in each stage; dev loss
+    every few steps and at each epoch's end; stops early and restores the best weights (METHOD: paper
+    hyper-parameters).
+
+    Args:
+        model: a PEFT model.
+        loss: what one example's loss is.
+        train_dataset: what to train on.
+        eval_dataset: dev rows; empty means no early stopping.
+        tokenizer: gives the padding id.
+        stage: epochs, and when to look at the dev rows and to stop.
+        config: batch size, seed, checkpoints and trackers.
+        output_dir: where checkpoints go while it runs.
+        learning_rate: constant.
+        progress: advanced once a step.
+    """
+
+    # transformers 5.18 and later; earlier ones look at model_accepts_loss_kwargs
+    loss_is_scaled_for_ga = True
+
+    # narrower than the parent's, which may lack any of them
+    model: Any
+    train_dataset: Any
+    eval_dataset: Any
+
+    def __init__(
+        self,
+        model: Any,
+        loss: Loss,
+        train_dataset: AnswerDataset,
+        eval_dataset: AnswerDataset,
+        tokenizer: Any,
+        *,
+        output_dir: Path,
+        stage: StageSection | None = None,
+        config: AdaptConfig | None = None,
+        learning_rate: float = 1e-3,
+        progress: Progress | None = None,
+    ) -> None:
+        self._began = time.perf_counter()
+        self.loss, self.stage, self.config = loss, stage or StageConfig(), config or AdaptConfig()
+        self.output_dir, self.progress = output_dir, progress or Progress()
+        self._orders: dict[int, tuple[AnswerDataset, list[int]]] = {}
+        self._loss_is_finite: torch.Tensor | None = None  # of this process, since the last step
+        collator = Collator(pad_id(tokenizer), alike=shards_model())
+        device = next(model.parameters()).device
+        arguments = self._arguments(len(train_dataset), learning_rate, on_cpu=device.type == "cpu")
+        self.schedule = Schedule(
+            self.steps_per_epoch,
+            self.stage.epochs,
+            self._per_step,
+            len(eval_dataset) * eval_dataset.permutations + len(eval_dataset.beside or ()),
+            self.stage.eval_every,
+            self.stage.patience,
+        )
+        self.best = BestWeights(self, self.schedule.waits, self.stage.restore_best)
+        super().__init__(
+            model=model,
+            args=arguments,
+            data_collator=collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=[self.best],
+        )
+        collator.packed = loss.packs and packs(model)
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True
+        if self.config.activation_checkpointing:
+            _enable_checkpointing(self.model, self.config.activation_checkpointing_kwargs or {})
+
+    @property
+    def seconds(self) -> float:
+        """Spent so far, by earlier starts up to the checkpoint that this one went on from too."""
+        return self.best.seconds_before + time.perf_counter() - self._began
+
+    def _arguments(self, count: int, learning_rate: float, *, on_cpu: bool) -> TrainingArguments:
+        config, output_dir = self.config, str(self.output_dir)
+        world = TrainingArguments(output_dir=output_dir, use_cpu=on_cpu, report_to=[]).world_size
+        self._per_step = min(config.batch_size, count)
+        per_process = -(-self._per_step // world)
+        micro = min(config.micro_batch_size or per_process, per_process)
+        accumulation = -(-per_process // micro)
+        self._slots = micro * accumulation * world
+        self.steps_per_epoch = -(-count // self._per_step)
+        arguments = TrainingArguments(
+            output_dir=output_dir,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=learning_rate,
+            lr_scheduler_type="constant",
+            optim="adamw_torch_fused",
+            weight_decay=0.0,
+            max_grad_norm=0.0,
+            num_train_epochs=self.stage.epochs,
+            # BestWeights asks for both, by the stage's schedule
+            eval_strategy="no",
+            logging_strategy="no",
+            save_strategy="steps",
+            save_steps=config.checkpoint_every,
+            save_total_limit=2,
+            seed=config.seed,
+            use_cpu=on_cpu,
+            report_to=config.report_to,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=not on_cpu,
+            ddp_find_unused_parameters=False,
+        )
+        # nn.DataParallel would replicate the hooked modules; several GPUs are for `accelerate launch`
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        return arguments
+
+    # ------------------------------------------------------------------------------------ the loss
+
+    def compute_loss(  # type: ignore[override]
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """This micro-batch's share of the mean over the examples of the effective batch."""
+        losses = self.loss(model, inputs, self.state.global_step)
+        total = (losses * inputs["weights"].to(losses.device)).sum()
+        count = num_items_in_batch if num_items_in_batch is not None else inputs["weights"].sum()
+        finite = torch.isfinite(total.detach())
+        self._loss_is_finite = finite if self._loss_is_finite is None else self._loss_is_finite & finite
+        # gradients are averaged over processes afterwards, hence the factor
+        return total / torch.as_tensor(count, device=total.device) * self.args.world_size
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward over a micro-batch, both with the same attention."""
+        with row_attention(self.model):
+            return super().training_step(*args, **kwargs)
+
+    def step_is_finite(self) -> tuple[bool, bool]:
+        """Whether the loss of the last step, and the weights after it, are finite; alike everywhere."""
+        loss, self._loss_is_finite = self._loss_is_finite, None
+        assert loss is not None and self.optimizer is not None
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+        own = [w.to_local() if hasattr(w, "to_local") else w for w in weights]  # of a sharded weight
+        largest = torch.nn.utils.get_total_norm([w.detach() for w in own if w.numel()], float("inf"))
+        finite = torch.stack([loss, torch.isfinite(largest).to(loss.device)]).int()
+        if self.args.world_size > 1:
+            finite = self.accelerator.gather(finite[None]).amin(0)
+        return bool(finite[0]), bool(finite[1])
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor]:
+        """The micro-batches of one optimiser step, and the number of examples in it everywhere."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        count = torch.stack([batch["weights"].sum() for batch in batches]).sum().to(device)
+        if self.args.world_size > 1:
+            count = self.accelerator.gather(count.reshape(1)).sum()
+        return batches, count
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        return EpochSampler(
+            len(dataset),
+            self._per_step,
+            self._slots,
+            dataset.permutations,
+            self.config.seed,
+            lambda: self.state.global_step // self.steps_per_epoch,
+            len(dataset.beside) if dataset.beside is not None else 0,
+        )
+
+    # -------------------------------------------------------------------------------- evaluation
+
+    def evaluate(  # type: ignore[override]
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean loss over the dev examples; every process computes it and uses the first one's."""
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        loss = self.everywhere(self._dev_loss(dataset))
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        if math.isfinite(loss):
+            self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def everywhere(self, value: float) -> float:
+        """The first process's value, in all of them."""
+        if self.args.world_size > 1:
+            from accelerate.utils import broadcast
+
+            value = float(broadcast(torch.tensor(value, dtype=torch.float64, device=self.args.device)))
+        return value
+
+    def _dev_loss(self, dataset: AnswerDataset) -> float:
+        # without dev rows of one kind the other is what is left to go by
+        terms = [
+            weight * self.mean_loss(loss, rows)
+            for weight, loss, rows in self.loss.dev_terms(dataset)
+            if len(rows)
+        ]
+        return sum(terms) if terms else float("nan")
+
+    def mean_loss(self, loss: Loss, dataset: AnswerDataset) -> float:
+        """Mean of a loss over all rows, with every target that they have."""
+        total = 0.0
+        for batch in self.batches(dataset):
+            total += float(loss(self.model, batch).double().sum()) / dataset.permutations
+        return total / len(dataset)
+
+    def batches(self, dataset: AnswerDataset) -> Iterator[dict[str, Any]]:
+        """All rows with every target that they have, the longest first, for passes without gradient.
+
+        The model is in evaluation mode meanwhile.
+        """
+        if id(dataset) not in self._orders:
+            self._orders[id(dataset)] = dataset, dataset.longest_first()  # kept, so that no other gets its id
+        _, order = self._orders[id(dataset)]
+        size = self.config.micro_batch_size or _EVAL_ROWS
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), row_attention(self.model):
+                for start in range(0, len(order), size):
+                    for permutation in range(dataset.permutations):
+                        rows = [dataset[i, permutation, 1.0] for i in order[start : start + size]]
+                        yield self._prepare_inputs(self.data_collator(rows))
+        finally:
+            self.model.train(training)
+
+    # ------------------------------------------------------------------------------- checkpoints
+
+    # Our own file rather than PEFT's: that keeps what p-tuning's encoder computes, not the encoder.
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        from safetensors.torch import save_file
+
+        folder = Path(output_dir or self.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(adapter_state(self.model), folder / _WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        from safetensors.torch import load_file
+
+        load_adapter_state(self.model, load_file(Path(resume_from_checkpoint) / _WEIGHTS))
+
+    def fit(self) -> float:
+        """Train, from the last complete checkpoint if there is one.
+
+        Leaves the model with the weights that the settings ask for and no checkpoint behind.
+
+        Returns:
+            The best dev loss; NaN without dev rows, and where training diverged (``best.diverged``), which
+            leaves weights that are of no use.
+        """
+        self.loss.begin(self)
+        if root_of(self.output_dir / "any") is None and self.is_world_process_zero():
+            begin(self.output_dir)  # a checkpoint without digests cannot be trusted
+        self.accelerator.wait_for_everyone()
+        checkpoint = last_complete_checkpoint(self.output_dir)
+        if checkpoint is not None:
+            logger.info("Continuing from %s.", checkpoint)
+        try:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except UnpicklingError as error:
+            raise RunFolderError(
+                f"{checkpoint}: holds more than numbers, and code in it is not run. Delete it and run the "
+                "same command again."
+            ) from error
+        self.best.restore(self.model)
+        self.model.eval()
+        if self.config.activation_checkpointing:
+            _disable_checkpointing(self.model)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            for leftover in self.output_dir.glob("checkpoint-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        return self.best.loss
 
 
 class AlignTrainer(ExampleTrainer):
@@ -62,18 +350,16 @@ class AlignTrainer(ExampleTrainer):
         train_dataset: rows with the teacher's answers, and targets; where the targets are online, the
             rows carry their contexts.
         eval_dataset: the same of the dev examples.
-        settings: see :class:`StageSettings`.
         tokenizer: gives the padding id.
-        objective: a key of :data:`ia2.training.objectives.OBJECTIVES`.
-        temperature: τ of ``kl``.
-        normalise: divide each layer's loss by the mean square of its targets.
-        layers: layers to align; None: all that have targets.
-        attention_modules: glob, for models whose attention is not recognised.
-        progress: advanced once a step.
+        align: objective and layers (indices, or ``all`` that have targets), epochs and patience.
+        config: see :class:`ExampleTrainer`, as for ``output_dir``, ``learning_rate`` and ``progress``.
 
     Raises:
-        ConfigError: reentrant activation checkpointing, an unknown objective, or an adapter none of
-            whose weights reach an aligned activation.
+        ConfigError: no weight of the adapter reaches an aligned activation, or there are no targets.
+
+    Example:
+        >>> trainer = AlignTrainer(model, train, dev, tokenizer, output_dir=folder)  # doctest: +SKIP
+        >>> trainer.fit()  # doctest: +SKIP
     """
 
     def __init__(
@@ -81,29 +367,19 @@ class AlignTrainer(ExampleTrainer):
         model: Any,
         train_dataset: AnswerDataset,
         eval_dataset: AnswerDataset,
-        settings: StageSettings,
         tokenizer: Any,
         *,
-        objective: str = "mse",
-        temperature: float = 1.0,
-        normalise: bool = False,
-        layers: Sequence[int] | None = None,
-        attention_modules: str | None = None,
-        progress: Progress | None = None,
+        align: AlignConfig | None = None,
+        config: AdaptConfig | None = None,
+        **options: Any,
     ) -> None:
-        how = AlignmentSettings(objective, temperature, normalise, layers, attention_modules)
-        self.alignment = Alignment(model, how, _targets_of(train_dataset))
-        self._may_pack = how.site != "weights"
-        super().__init__(model, train_dataset, eval_dataset, settings, tokenizer, progress)
+        align, config = align or AlignConfig(), config or AdaptConfig()
+        if train_dataset.targets is None:
+            raise ConfigError("alignment needs targets; the training rows have none.")
+        loss = AlignmentLoss(model, align, train_dataset.targets, config.attention_modules)
+        datasets = (train_dataset, eval_dataset)
+        super().__init__(model, loss, *datasets, tokenizer, stage=align, config=config, **options)
         self._pathless = self._freeze_pathless()
-
-    def example_losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
-        """``Σ_layers mean_tokens`` of the objective for each row, ``[B]``."""
-        _, student = run_parts(
-            model, parts_of(batch, "response"), logits=False, **self.alignment.watching(batch)
-        )
-        assert student is not None
-        return self.alignment.losses(self.model, batch, student)
 
     def _freeze_pathless(self) -> list[torch.nn.Parameter]:
         """Freeze adapter weights that L_IA2 does not reach, such as those behind the last attention.
@@ -120,7 +396,7 @@ class AlignTrainer(ExampleTrainer):
             torch.random.fork_rng(devices=range(torch.cuda.device_count())),
             row_attention(self.model),
         ):
-            loss = self.example_losses(self.model, batch).sum()
+            loss = self.loss(self.model, batch).sum()
             if loss.requires_grad:  # else not one weight is on the way
                 loss.backward()
         without = [(n, p) for n, p in trainable if p.grad is None]
@@ -152,180 +428,18 @@ class AlignTrainer(ExampleTrainer):
                 parameter.requires_grad_(True)
 
 
-class MixedTrainer(ExampleTrainer):
-    """``w_align · L_IA2 + w_answer · cross-entropy``, with weights that may change from step to step.
-
-    The joint stage of ``ia2+sft`` (METHOD: stages), and fine-tuning that keeps a decaying alignment term.
-    On the same rows one forward pass gives both terms, unless the answer and the teacher's answer differ
-    beyond their last token. On different ones, every row that is aligned on comes with one ``beside`` it.
-
-    Args:
-        model: a PEFT model.
-        train_dataset: rows with answers and the teacher's answers, and targets.
-        eval_dataset: the same of the dev examples.
-        settings: see :class:`StageSettings`.
-        tokenizer: gives the padding id.
-        how: how alignment is measured.
-        align_weight: weight of ``L_IA2`` at an optimiser step.
-        answer_weight: weight of cross-entropy.
-        dev: judge dev rows by both terms, or by cross-entropy alone.
-        beside: training and dev rows of the cross-entropy, where they are others.
-        relative: divide ``L_IA2`` by its value before the first step (METHOD: unlabelled queries).
-        progress: advanced once a step.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        train_dataset: AnswerDataset,
-        eval_dataset: AnswerDataset,
-        settings: StageSettings,
-        tokenizer: Any,
-        *,
-        how: AlignmentSettings,
-        align_weight: Callable[[int], float],
-        answer_weight: float = 1.0,
-        dev: str = "both",
-        beside: tuple[AnswerDataset, AnswerDataset] | None = None,
-        relative: bool = False,
-        progress: Progress | None = None,
-    ) -> None:
-        self.alignment = Alignment(model, how, _targets_of(train_dataset))
-        self._may_pack = how.site != "weights"
-        self.align_weight, self.answer_weight, self.dev = align_weight, answer_weight, dev
-        self.relative, self.scale = relative, 1.0
-        self._term: str | None = None  # of dev rows, where only one is asked for
-        if beside is not None:
-            train_dataset = replace(train_dataset, beside=beside[0])
-            eval_dataset = replace(eval_dataset, beside=beside[1])
-        super().__init__(model, train_dataset, eval_dataset, settings, tokenizer, progress)
-
-    def fit(self) -> float:
-        """Train (see :meth:`ExampleTrainer.fit`); a relative ``L_IA2`` is measured first, on dev rows."""
-        if self.relative:
-            first = self._first_alignment()
-            self.scale = 1 / first if first > 0 else 0.0 if first == 0 else first
-        return super().fit()
-
-    def _first_alignment(self) -> float:
-        """``L_IA2`` of the weights that the stage begins with, the same after a restart and everywhere."""
-        rows = self.eval_dataset
-        if not len(rows):
-            rows = replace(self.train_dataset, indices=self.train_dataset.indices[:_FIRST])
-        return self._everywhere(self._mean_of("alignment", rows))
-
-    def example_losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
-        """The weighted sum of both terms for each row, ``[B]``."""
-        weight = self.align_weight(self.state.global_step) * self.scale
-        if "beside" not in batch:
-            return self._losses(model, batch, weight)
-        answers = self._cross_entropy(model, batch["beside"])
-        return self.answer_weight * answers + weight * self._alignment_losses(model, batch)
-
-    def dev_losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
-        """The same, or one term alone, ``[B]``."""
-        if self._term == "alignment":
-            return self._alignment_losses(model, batch)
-        if self._term == "answers":
-            return self._cross_entropy(model, batch)
-        return self._losses(model, batch, self.align_weight(0) * self.scale if self.dev == "both" else 0.0)
-
-    def _mean_loss(self, dataset: AnswerDataset) -> float:
-        if dataset.beside is None or self._term is not None:
-            return super()._mean_loss(dataset)
-        # without dev rows of one kind the other is what is left to go by
-        terms = [
-            weight * self._mean_of(term, rows)
-            for term, weight, rows in (
-                ("alignment", self.align_weight(0) * self.scale, dataset),
-                ("answers", self.answer_weight, dataset.beside),
-            )
-            if len(rows)
-        ]
-        return sum(terms) if terms else float("nan")
-
-    def _mean_of(self, term: str, dataset: AnswerDataset) -> float:
-        self._term = term
-        try:
-            return super()._mean_loss(dataset)
-        finally:
-            self._term = None
-
-    def _cross_entropy(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
-        parts = parts_of(batch)
-        logits, _ = run_parts(model, parts, logits=True)
-        assert logits is not None
-        return cross_entropy_losses(logits, batch["answers"].to(logits.device), lengths_of(parts))
-
-    def _alignment_losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
-        watched = self.alignment.watching(batch)
-        _, student = run_parts(model, parts_of(batch, "response"), logits=False, **watched)
-        assert student is not None
-        return self.alignment.losses(self.model, batch, student)
-
-    def _losses(self, model: Any, batch: dict[str, Any], align_weight: float) -> torch.Tensor:
-        """Both terms of the same rows."""
-        parts = parts_of(batch)
-        # a weight that is not finite is one that diverged
-        watched = self.alignment.watching(batch) if align_weight != 0 else {}
-        together = "response" not in batch
-        logits, student = run_parts(model, parts, logits=True, **(watched if together else {}))
-        assert logits is not None
-        losses = self.answer_weight * cross_entropy_losses(
-            logits, batch["answers"].to(logits.device), lengths_of(parts)
-        )
-        if not watched:
-            return losses
-        if student is None:
-            return losses + align_weight * self._alignment_losses(model, batch)
-        return losses + align_weight * self.alignment.losses(self.model, batch, student)
+def _enable_checkpointing(model: Any, options: dict[str, Any]) -> None:
+    """Non-reentrant activation checkpointing, under the name that this transformers knows."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    options = {**options, "use_reentrant": False}
+    enable = getattr(inner, "activation_checkpointing_enable", None)
+    if enable is not None:
+        enable(activation_checkpointing_kwargs=options)
+    else:
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
-class SoftTrainer(ExampleTrainer):
-    """Distillation: KL of the teacher's token distributions on ``Ŷ`` to the model's (METHOD: stages).
-
-    Args:
-        model: a PEFT model.
-        train_dataset: rows of the teacher's answers, with its distributions (``soft``); where these are
-            online, the rows carry their contexts.
-        eval_dataset: the same of the dev examples.
-        settings: see :class:`StageSettings`.
-        tokenizer: gives the padding id.
-        top_k: of distributions computed online; None: the whole vocabulary.
-        remainder: what becomes of the mass outside the top k: ``spread`` or ``drop``.
-        progress: advanced once a step.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        train_dataset: AnswerDataset,
-        eval_dataset: AnswerDataset,
-        settings: StageSettings,
-        tokenizer: Any,
-        *,
-        top_k: int | None = None,
-        remainder: str = "drop",
-        progress: Progress | None = None,
-    ) -> None:
-        self.top_k, self.remainder = top_k, remainder
-        super().__init__(model, train_dataset, eval_dataset, settings, tokenizer, progress)
-
-    def example_losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
-        """``mean_tokens KL(teacher ‖ student)`` for each row, ``[B]``."""
-        if "soft" in batch:
-            teacher = batch["soft"]
-        else:
-            logits, _ = teacher_pass(self.model, batch, logits=True)
-            assert logits is not None
-            teacher = pack_soft(logits.float().softmax(-1), self.top_k)
-        parts = parts_of(batch, "response")
-        student, _ = run_parts(model, parts, logits=True)
-        assert student is not None
-        return soft_label_losses(student, teacher.to(student.device), lengths_of(parts), self.remainder)
-
-
-def _targets_of(dataset: AnswerDataset) -> Targets:
-    if dataset.targets is None:
-        raise ConfigError("alignment needs targets; the training rows have none.")
-    return dataset.targets
+def _disable_checkpointing(model: Any) -> None:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    disable = getattr(inner, "activation_checkpointing_disable", None)
+    (disable or inner.gradient_checkpointing_disable)()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ia2.evaluation.statistics import main_scope
-from ia2.evaluation.tables import MEASURES, intervals_of
 from ia2.report.figures.style import (
     FAINT,
     INK,
@@ -19,6 +18,7 @@ from ia2.report.figures.style import (
     numbers_table,
     plain_log,
 )
+from ia2.report.tables import MEASURES, intervals_of
 from ia2.utils.logging import logger
 from ia2.utils.wording import estimate
 

@@ -1,4 +1,4 @@
-"""A stage's callbacks: the best weights and early stopping, complete checkpoints, the progress bar."""
+"""The best weights of a stage, early stopping, and checkpoints that are complete."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ia2.utils.distributed import wait
 from ia2.utils.errors import RunFolderError
 from ia2.utils.files import read_json, write_json
 from ia2.utils.imports import for_training
-from ia2.utils.logging import Progress, logger
+from ia2.utils.logging import logger
 from ia2.utils.manifest import check, check_tree, record_tree
 
 with for_training():
@@ -20,7 +20,9 @@ with for_training():
 if TYPE_CHECKING:
     import torch
 
-    from ia2.training.example_trainer import ExampleTrainer
+    from ia2.training.trainer import ExampleTrainer
+
+_BEST, _COMPLETE = "best.safetensors", "complete.json"
 
 
 class BestWeights(TrainerCallback):
@@ -28,34 +30,24 @@ class BestWeights(TrainerCallback):
 
     Stops at once where the loss, the dev loss or the weights are not finite.
 
-    Args:
-        patience: evaluations without improvement before stopping.
-        restore_best: whether :meth:`restore` does anything.
-
     Attributes:
+        loss: the best dev loss; NaN without one.
+        step: its optimiser step.
         diverged: optimiser steps after which the loss or the weights were not finite; None: they always were.
+        seconds_before: training seconds of earlier starts, up to the checkpoint that this one went on from.
     """
 
-    def __init__(self, patience: int, restore_best: bool) -> None:
-        self.patience, self.restore_best = patience, restore_best
-        self.loss = float("nan")
-        self.step = 0
-        self.waited = 0
+    def __init__(self, trainer: ExampleTrainer, patience: int, restore_best: bool) -> None:
+        self.trainer, self.patience, self.restore_best = trainer, patience, restore_best
+        self.loss, self.step, self.waited = float("nan"), 0, 0
         self.diverged: int | None = None
         self.seconds_before = 0.0
         self.state_dict: dict[str, torch.Tensor] | None = None
-        self.trainer: ExampleTrainer | None = None
 
     def on_evaluate(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
         """Compare with the best so far."""
-        assert self.trainer is not None
         loss = (metrics or {}).get("eval_loss", float("nan"))
         if not math.isfinite(loss):
             self._end(control, state.global_step)
@@ -83,7 +75,7 @@ class BestWeights(TrainerCallback):
         Not in ``on_epoch_end``: a checkpoint of that step, written before, would not know of the
         evaluation, and a resumed stage would leave it out.
         """
-        assert self.trainer is not None
+        self.trainer.progress.advance()
         if control.should_save:
             # the loss is logged as a mean since the last time, and no checkpoint has what came since
             control.should_log = True
@@ -100,29 +92,21 @@ class BestWeights(TrainerCallback):
         wait()  # each process has written a file of its own
         if not state.is_world_process_zero:
             return
-        assert self.trainer is not None
         from safetensors.torch import save_file
 
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.state_dict is not None:
-            save_file(self.state_dict, folder / "best.safetensors")
+            save_file(self.state_dict, folder / _BEST)
         record_tree(folder, folder)
-        write_json(
-            folder / "complete.json",
-            {
-                "loss": None if self.loss != self.loss else self.loss,
-                "step": self.step,
-                "waited": self.waited,
-                "seconds": self.trainer.seconds,
-            },
-        )
+        progress = {"loss": None if self.loss != self.loss else self.loss, "step": self.step}
+        progress |= {"waited": self.waited, "seconds": self.trainer.seconds}
+        write_json(folder / _COMPLETE, progress)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the dev rows before the first step, or take up what was known at the checkpoint.
 
         Weights that come from an earlier stage may be better than any that this one reaches.
         """
-        assert self.trainer is not None
         if state.global_step == 0:
             if len(self.trainer.eval_dataset):
                 self.trainer.evaluate()
@@ -130,36 +114,25 @@ class BestWeights(TrainerCallback):
         from safetensors.torch import load_file
 
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-
-        known = read_json(folder / "complete.json")
-        self.loss = float("nan") if known["loss"] is None else known["loss"]
-        self.step, self.waited = known["step"], known["waited"]
-        self.seconds_before = known["seconds"]
-        if (folder / "best.safetensors").is_file():
-            self.state_dict = load_file(folder / "best.safetensors")
+        progress = read_json(folder / _COMPLETE)
+        self.loss = float("nan") if progress["loss"] is None else progress["loss"]
+        self.step, self.waited = progress["step"], progress["waited"]
+        self.seconds_before = progress["seconds"]
+        if (folder / _BEST).is_file():
+            self.state_dict = load_file(folder / _BEST)
 
     def restore(self, model: Any) -> None:
         """Give the model the best weights, if that was asked for and there was a dev set."""
-        if self.restore_best and self.state_dict is not None:
+        if self.state_dict is not None:
             load_adapter_state(model, self.state_dict)
-
-
-class Steps(TrainerCallback):
-    """Moves the progress bar."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.advance()
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
     """The latest checkpoint that was written to its end and is undamaged, or None."""
-    complete = [path.parent for path in folder.glob("checkpoint-*/complete.json")]
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{_COMPLETE}")]
     for checkpoint in sorted(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True):
         try:
-            check(checkpoint / "complete.json")
+            check(checkpoint / _COMPLETE)
             check_tree(checkpoint)
         except RunFolderError as error:
             logger.warning("A damaged checkpoint is passed over. %s", str(error).partition(". ")[0] + ".")
