@@ -75,7 +75,7 @@ def answered(bench: Workbench, data: Examples) -> tuple[RowMeasures, MemoryTarge
     contexts, task = bench.train_contexts, bench.task
     prompts = [contexts.context_ids(i) for i in range(len(data))]
     said: dict[int, int] = {}
-    model = bench.teaching.model
+    model = bench.base.current
     with base_weights(model), ActivationCapture(model) as capture:
         targets = MemoryTargets(capture.layers)
 

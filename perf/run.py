@@ -56,6 +56,7 @@ from ia2.experiment.run_folder import machine, versions  # noqa: E402
 from ia2.experiment.workbench import Workbench  # noqa: E402
 from ia2.models.load import BaseModel, load_base  # noqa: E402
 from ia2.models.tokens import Ids, decode, encode_answer, fed_ids  # noqa: E402
+from ia2.prompts.builder import PromptBuilder  # noqa: E402
 from ia2.prompts.context import Contexts  # noqa: E402
 from ia2.prompts.task import make_task  # noqa: E402
 from ia2.teacher.targets import MemoryTargets, TeacherAnswer  # noqa: E402
@@ -226,7 +227,7 @@ def teacher_answers(given: Given) -> list[dict[str, Any]]:
     # no end of sequence and no stop text, so that every answer has the same length on both sides
     base.model.generation_config.eos_token_id = None
     base.tokenizer.eos_token = None
-    contexts = Contexts.leave_one_out(base.tokenizer, rows, max_length=base.max_length, reserve=tokens + 16)
+    contexts = PromptBuilder(base, tokens + 16, base.max_length, rows, AdaptConfig()).train_contexts
     prompts = [contexts.context_ids(i) for i in range(count)]
     teacher = Teacher(base.model, base.tokenizer, max_answer_tokens=tokens)
     floor = Floor(base.model)
@@ -762,7 +763,7 @@ def slope_length(given: Given) -> list[dict[str, Any]]:
     rows = joined_rows(base, 8, 300)
     base.model.generation_config.eos_token_id = None
     base.tokenizer.eos_token = None
-    contexts = Contexts.leave_one_out(base.tokenizer, rows, max_length=base.max_length, reserve=160)
+    contexts = PromptBuilder(base, 160, base.max_length, rows, AdaptConfig()).train_contexts
     points = {}
     for length in (1, 2, 4, 8, 16, 32, 64, 128):
         teacher = Teacher(base.model, base.tokenizer, max_answer_tokens=length)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers.benches import icl_base, icl_examples
 from helpers.families import ALL, HEADS, attention_layers
+from helpers.prompts import leave_one_out
 from scipy import stats
 
 from ia2.analysis import heads as module
@@ -23,7 +24,6 @@ from ia2.models.capture import eager_attention
 from ia2.models.forward import answer_pass
 from ia2.models.sites import SiteCapture
 from ia2.models.tokens import Ids, fed_ids
-from ia2.prompts.context import Contexts
 from ia2.report.figures.head_figures import head_figures
 from ia2.utils.files import finite
 from ia2.utils.format import markdown
@@ -261,11 +261,10 @@ def section(tiny_icl_model_path: Path) -> dict[str, Any]:
     trials, attention = [], []
     for seed in (0, 1):
         queries, others = icl_examples(16, seed=seed), icl_examples(16, seed=seed + 5)
-        options: dict[str, Any] = {"permutations": 1, "seed": 5, "max_length": base.max_length, "reserve": 1}
-        own = Contexts.leave_one_out(base.tokenizer, queries, **options)
+        own = leave_one_out(base.tokenizer, queries, base.max_length, 1, seed=5)
         icl = [own.context_ids(i) for i in range(len(queries))]
         bare = [own.query_ids(i) for i in range(len(queries))]
-        swapped = Contexts.leave_one_out(base.tokenizer, others, **options)
+        swapped = leave_one_out(base.tokenizer, others, base.max_length, 1, seed=5)
         # other demonstrations before the same query
         other = [swapped.context_ids(i)[: -len(swapped.query_ids(i))] + bare[i] for i in range(len(queries))]
         answers: list[Ids] = [(3,)] * len(queries)

@@ -18,7 +18,7 @@ from ia2.data.examples import Example
 from ia2.evaluation.plain_text import DIVERSITY
 from ia2.evaluation.statistics import t_interval
 from ia2.evaluation.wordings import UNCHANGED, WORDINGS, wordings
-from ia2.prompts.format import Rendering
+from ia2.prompts.format import PromptFormat
 from ia2.prompts.task import make_task
 from ia2.report.figures.effect_figures import effect_figures
 from ia2.utils.errors import DataError
@@ -78,7 +78,7 @@ def test_accuracy_is_that_of_the_evaluation(tiny_icl_model_path: Path) -> None:
     base = icl_base(tiny_icl_model_path)
     examples = icl_examples(24)
     task = make_task(examples, AdaptConfig(), base.tokenizer)
-    rendering = Rendering(base.tokenizer)
+    rendering = PromptFormat(base.tokenizer)
     found = accuracy(base.model, base.tokenizer, task, examples, rendering, 64)
     for n, example in enumerate(examples):
         ids = torch.tensor([rendering.query_ids(example)])
@@ -100,7 +100,7 @@ def test_a_wording_that_does_not_fit_is_left_out_and_said(
     examples = word_examples(6)
     base = base_of(wordy_model(), word_tokenizer)
     task = make_task(examples, AdaptConfig(), word_tokenizer)
-    rendering = Rendering(word_tokenizer)
+    rendering = PromptFormat(word_tokenizer)
     longest = max(len(rendering.query_ids(example)) for example in examples)
     worded = wordings(examples, task.labels)
     found = wording_accuracy(base.model, word_tokenizer, task, worded, rendering, longest + 2)
@@ -112,7 +112,7 @@ def test_a_wording_that_does_not_fit_is_left_out_and_said(
 
 
 def test_another_benchmark(tmp_path: Path, word_tokenizer: Any) -> None:
-    rendering = Rendering(word_tokenizer)
+    rendering = PromptFormat(word_tokenizer)
     with pytest.raises(DataError, match=r"^Intents: the labels .* are the same tokens"):
         other_benchmark("Intents", rendering)  # the tokenizer knows none of these words
     (tmp_path / "test.jsonl").write_text(

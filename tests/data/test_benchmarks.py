@@ -101,7 +101,7 @@ def test_nothing_heavy_is_imported() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-# Rendering
+# PromptFormat
 
 
 @pytest.mark.parametrize("name", NAMES)

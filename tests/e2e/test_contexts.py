@@ -17,8 +17,8 @@ import torch
 from helpers.benches import icl_base, rows_of
 from helpers.command_line import run, tree, write_rows
 from helpers.families import gpt2, llama
+from helpers.prompts import chatty
 from helpers.words import make_word_tokenizer
-from prompts.test_rendering import chatty
 from tiny_icl.tasks import sample_task
 
 import ia2
@@ -30,7 +30,7 @@ from ia2.models.capture import ActivationCapture
 from ia2.models.forward import answer_pass
 from ia2.models.load import BaseModel
 from ia2.models.tokens import Ids
-from ia2.prompts.context import DemonstrationContexts, GivenContexts
+from ia2.prompts.context import Contexts
 from ia2.training import trainer
 from ia2.utils.files import read_json
 
@@ -68,17 +68,16 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     def asked(original: Callable[..., Ids]) -> Callable[..., Ids]:
         def context_ids(self: Any, i: int, k: int = 0) -> Ids:
             ids = original(self, i, k)
-            if self.what == "teacher contexts":
+            if self.name == "teacher contexts":
                 found.teacher[i] = ids
-            elif self.what == "ICL prompts":
+            elif self.name == "ICL prompts":
                 found.others[self.queries[i].source] = ids
             return ids
 
         return context_ids
 
     monkeypatch.setattr(trainer.ExampleTrainer, "fit", fitting)
-    for kind in (DemonstrationContexts, GivenContexts):
-        monkeypatch.setattr(kind, "context_ids", asked(kind.context_ids))
+    monkeypatch.setattr(Contexts, "context_ids", asked(Contexts.context_ids))
     return found
 
 

@@ -21,7 +21,7 @@ from ia2.evaluation.scoring import answer_freely
 from ia2.experiment.adapt import adapt
 from ia2.models.generation import cut_answer
 from ia2.prompts.builder import query_prompts
-from ia2.prompts.format import Rendering
+from ia2.prompts.format import PromptFormat
 from ia2.prompts.task import Task, make_task
 from ia2.utils.errors import DataError
 
@@ -249,7 +249,7 @@ def test_prompts_leave_room_for_a_long_stop_text(word_tokenizer: Any, longest: i
     stop = len(word_tokenizer(task.stop_texts[0])["input_ids"])
     assert stop > 30
     assert task.reserve >= longest + stop
-    rendering = Rendering(word_tokenizer, separator)
+    rendering = PromptFormat(word_tokenizer, separator)
     fitting = Example(" ".join(["a"] * (64 - task.reserve)), " a", "row")
     prompts = query_prompts(rendering, [fitting], 64, task.reserve)
     assert len(prompts[0]) == 64 - task.reserve

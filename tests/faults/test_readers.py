@@ -441,11 +441,11 @@ def test_only_regular_files_are_opened(
 
 def test_a_context_file_that_is_a_pipe(tmp_path: Path) -> None:
     from ia2.config import AdaptConfig
-    from ia2.prompts.builder import given_text
+    from ia2.prompts.own_context import context_text
 
     os.mkfifo(tmp_path / "context.txt")
     with pytest.raises(DataError, match=r"context_file: .*context\.txt.* pipe"):
-        given_text(AdaptConfig(context_file=str(tmp_path / "context.txt")))
+        context_text(AdaptConfig(context_file=str(tmp_path / "context.txt")))
 
 
 @pytest.mark.parametrize(

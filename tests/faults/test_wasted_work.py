@@ -24,7 +24,7 @@ from ia2.experiment.sweep.execute import sweep
 from ia2.experiment.sweep.grid import GridConfig
 from ia2.models.forward import answer_pass
 from ia2.models.load import BaseModel
-from ia2.prompts import builder as prompts
+from ia2.prompts.demonstrations import ORDERS, Draw
 from ia2.report.doctor.reading import read_facts
 from ia2.teacher import teacher, teaching
 from ia2.training.trainer import ExampleTrainer
@@ -353,13 +353,13 @@ def test_fresh_demonstrations_are_drawn_once(
 ) -> None:
     """What was checked is what is used."""
     made: list[int] = []
-    contexts = prompts.FreshOrders
+    fresh = ORDERS["fresh"]
 
-    def counting(pool: int, seed: int) -> Any:
-        made.append(pool)
-        return contexts(pool, seed)
+    def counting(draw: Draw) -> Any:
+        made.append(len(draw.pool))
+        return fresh(draw)
 
-    monkeypatch.setattr(prompts, "FreshOrders", counting)
+    monkeypatch.setitem(ORDERS, "fresh", counting)
     config = CompareConfig(**BRIEF, seeds=1, num_examples=4, recipes=["icl"], icl_demonstrations="fresh")
     compare(clone(base), ROWS, config, test=icl_examples(5, seed=4), output_dir=tmp_path / "out")
     assert made == [6, 6]  # of the test and of the dev rows

@@ -6,7 +6,6 @@ import ast
 import graphlib
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,7 @@ from ia2.data.examples import Examples, FewShotSplit
 from ia2.experiment.methods import arms
 from ia2.experiment.workbench import Workbench
 from ia2.models.load import BaseModel
-from ia2.prompts.builder import Prompts
-from ia2.prompts.context import Orders
+from ia2.prompts.demonstrations import ORDERS, Draw, Order
 from ia2.prompts.task import make_task
 from ia2.training.objectives import OBJECTIVES, Objective
 from ia2.utils.errors import ConfigError
@@ -189,40 +187,28 @@ def test_help_names_every_recipe_objective_and_adapter() -> None:
 # ---------------------------------------------------------------- demonstration orders, stage kinds
 
 
-class InFileOrder(Orders):
+def in_file_order(draw: Draw) -> Order:
     """All other demonstrations as they stand in the file."""
 
-    def __init__(self, count: int, *, leave_one_out: bool) -> None:
-        self.count, self.leave_one_out, self.shared = count, leave_one_out, not leave_one_out
-
-    def candidates(self, i: int, k: int, limit: int) -> list[int]:
-        order = [j for j in range(self.count) if not (self.leave_one_out and j == i)]
+    def candidates(i: int, k: int, limit: int) -> list[int]:
+        order = [j for j in range(len(draw.pool)) if not (draw.leave_one_out and j == i)]
         return order[max(0, len(order) - limit) :]
 
-    def facts(self) -> dict[str, Any]:
-        return {"order": "file", "leave_one_out": self.leave_one_out}
+    return Order(candidates, shared=not draw.leave_one_out)
 
 
-def test_an_order_is_a_class_that_prompts_make(
-    learner: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def orders(
-        self: Prompts, permutations: int, *, queries: Sequence[Any] = (), leave_one_out: bool = False
-    ) -> Orders:
-        assert self.config.demo_order == "file"
-        return InFileOrder(len(self.train), leave_one_out=leave_one_out)
-
-    monkeypatch.setattr(Prompts, "_orders", orders)
+def test_an_order_is_a_function(learner: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ORDERS, "file", in_file_order)
     known = validate(AdaptConfig, {"align": BRIEF})
     config = known.model_copy(update={"demo_order": "file"})  # a Literal, which no patch reaches
     train, dev = ROWS[:6], ROWS[6:9]
     task = make_task(Examples([*train, *dev], name="rows"), config, learner.tokenizer)
     bench = Workbench(learner, FewShotSplit(train, dev), task, config, tmp_path)
-    rendering = bench.teaching.prompts.rendering
+    prompt_format = bench.teaching.prompts.format
     for contexts, queries in ((bench.train_contexts, train), (bench.teaching.dev_contexts, dev)):
         for i, query in enumerate(queries):
             shown = [row for row in train if row is not query]
-            assert contexts.context_ids(i) == rendering.context_ids(shown, query)
+            assert contexts.context_ids(i) == prompt_format.context_ids(shown, query)
     (stage,) = bench.train("ia2").stages
     assert stage.steps == 2
 

@@ -13,6 +13,7 @@ import torch
 from helpers.benches import base_of, bench_of, icl_base, icl_examples, word_examples, wordy_model
 from helpers.families import llama
 from helpers.launching import forkserver
+from helpers.prompts import builder, leave_one_out
 
 from ia2.models.generation import Generated
 from ia2.prompts.context import Contexts
@@ -36,9 +37,7 @@ def wordy(word_tokenizer: Any) -> Any:
 
 def contexts_of(base: Any, permutations: int = 1, rows: Any = None) -> Contexts:
     rows = rows or (icl_examples(ROWS) if base.name != "tiny" else word_examples(ROWS, label_words=4))
-    return Contexts.leave_one_out(
-        base.tokenizer, rows, permutations=permutations, seed=5, max_length=base.max_length, reserve=24
-    )
+    return leave_one_out(base.tokenizer, rows, base.max_length, 24, permutations, seed=5)
 
 
 def test_one_token_answers_are_the_argmax_after_the_whole_prompt(trained: Any) -> None:
@@ -179,7 +178,7 @@ def _peak(where: str, count: int, folder: str, out: Any) -> None:
     model = llama(**sizes, num_attention_heads=1, num_key_value_heads=1)
     tokenizer = make_word_tokenizer(1024)
     rows = word_examples(count)
-    contexts = Contexts.pool(tokenizer, rows, rows[:3], max_length=1024, reserve=256)
+    contexts = builder(tokenizer, rows[:3], 1024, 256).pool_contexts(rows)
 
     # the answers do not matter here, their length does
     def generate(model: Any, tokenizer: Any, prompts: Any, *, on_answer: Any, **_: Any) -> list[Generated]:

@@ -32,7 +32,7 @@ from ia2.models.generation import generate_answers
 from ia2.models.load import BaseModel
 from ia2.models.sites import SiteCapture
 from ia2.models.tokens import Ids
-from ia2.prompts.builder import Prompts, query_prompts
+from ia2.prompts.builder import PromptBuilder, query_prompts
 from ia2.prompts.task import Task
 from ia2.teacher.teaching import Teaching
 from ia2.utils.errors import DataError
@@ -160,14 +160,7 @@ class Runner:
         self._other = (
             None
             if self.others is None
-            else Prompts(
-                base.tokenizer,
-                teaching.reserve,
-                teaching.window,
-                self.others,
-                training_set.config,
-                lambda: teaching.model,
-            )
+            else PromptBuilder(base, teaching.reserve, teaching.window, self.others, training_set.config)
         )
 
     # ----------------------------------------------------------------------------------- models
@@ -176,23 +169,23 @@ class Runner:
     def showing(self, checkpoint: Checkpoint | None) -> Iterator[Any]:
         """The model with this adapter on, or (None) the base model."""
         if checkpoint is None:
-            with base_weights(self.teaching.model):
-                yield self.teaching.model
+            with base_weights(self.base.current):
+                yield self.base.current
             return
         adapter, seed = checkpoint.config.adapter, checkpoint.config.seed
         key = digest([adapter.model_dump(), seed])
         if key != self._on:
             self.close()
-            self.teaching.adapted = attach(self.base.model, peft_config(self.base.model, adapter), seed)
+            self.base.adapted = attach(self.base.model, peft_config(self.base.model, adapter), seed)
             self._on = key
-        load_adapter_state(self.teaching.adapted, read_adapter_state(checkpoint.weights))
-        yield self.teaching.adapted
+        load_adapter_state(self.base.adapted, read_adapter_state(checkpoint.weights))
+        yield self.base.adapted
 
     def close(self) -> None:
         """Take the adapter off."""
-        if self.teaching.adapted is not None:
-            detach(self.teaching.adapted)
-            self.teaching.adapted = None
+        if self.base.adapted is not None:
+            detach(self.base.adapted)
+            self.base.adapted = None
         self._on = ""
 
     def window(self, model: Any) -> int:
@@ -241,7 +234,7 @@ class Runner:
         """Refuse rows that the virtual tokens of an adapter leave no room for."""
         made = [peft_config(self.base.model, c.config.adapter) for c in self.set.checkpoints]
         virtual = max(map(virtual_tokens_of, made), default=0)
-        query_prompts(self.teaching.prompts.rendering, rows, self.teaching.window, reserve, virtual)
+        query_prompts(self.teaching.prompts.format, rows, self.teaching.window, reserve, virtual)
 
     # ------------------------------------------------------------------------------------- runs
 

@@ -23,7 +23,7 @@ from ia2.evaluation.plain_text import DIVERSITY, diversity, openings, perplexity
 from ia2.evaluation.statistics import mean_interval, t_interval
 from ia2.evaluation.wordings import UNCHANGED, WORDINGS, wordings
 from ia2.prompts.builder import query_prompts
-from ia2.prompts.format import Rendering
+from ia2.prompts.format import PromptFormat
 from ia2.prompts.task import Task, make_task
 from ia2.utils.errors import DataError
 from ia2.utils.logging import logger
@@ -65,9 +65,9 @@ class SideEffects:
         parsers: Sequence[str] = (),
     ) -> None:
         self._texts = plain_texts(text)
-        rendering = runners[0].teaching.prompts.rendering
+        prompt_format = runners[0].teaching.prompts.format
         self._elsewhere = {
-            Path(name).stem: other_benchmark(name, rendering, data_dir, parsers) for name in benchmarks
+            Path(name).stem: other_benchmark(name, prompt_format, data_dir, parsers) for name in benchmarks
         }
         for task, rows in self._elsewhere.values():
             for runner in runners:
@@ -90,10 +90,10 @@ class SideEffects:
 
     def _measured(self, runner: Runner, model: Any) -> Rows:
         tokenizer, window = runner.base.tokenizer, runner.window(model)
-        rendering = runner.teaching.prompts.rendering
+        prompt_format = runner.teaching.prompts.format
         rows: Rows = {("perplexity",): perplexity(model, tokenizer, self._texts, window)}
         for name, (task, examples) in self._elsewhere.items():
-            correct = accuracy(model, tokenizer, task, examples, rendering, window)
+            correct = accuracy(model, tokenizer, task, examples, prompt_format, window)
             rows |= {("benchmarks", name, scope): values for scope, values in correct.items()}
         starts = openings(tokenizer, self._texts[:_OPENINGS])
         diverse = diversity(model, tokenizer, starts, runner.task.names)
@@ -105,8 +105,8 @@ class SideEffects:
             return {}
         queries = runner.set.queries[:_WORDING_QUERIES]
         worded = wordings(queries, list(runner.task.labels), runner.set.config.prompt_template)
-        rendering, window = runner.teaching.prompts.rendering, runner.window(model)
-        return wording_accuracy(model, runner.base.tokenizer, runner.task, worded, rendering, window)
+        prompt_format, window = runner.teaching.prompts.format, runner.window(model)
+        return wording_accuracy(model, runner.base.tokenizer, runner.task, worded, prompt_format, window)
 
     def section(self) -> dict[str, Any]:
         """Of all training sets."""
@@ -117,13 +117,16 @@ class SideEffects:
 
 
 def other_benchmark(
-    name: str | Path, rendering: Rendering, data_dir: str | Path | None = None, parsers: Sequence[str] = ()
+    name: str | Path,
+    prompt_format: PromptFormat,
+    data_dir: str | Path | None = None,
+    parsers: Sequence[str] = (),
 ) -> tuple[Task, Examples]:
     """A benchmark to look for forgetting on: its task, and test rows.
 
     Args:
         name: of :data:`ia2.data.benchmarks.BENCHMARKS`, or a YAML file.
-        rendering: of the run, whose style of prompts it gets.
+        prompt_format: of the run, whose style of prompts it gets.
         data_dir: folder of mirrors.
         parsers: those that the file may name.
 
@@ -135,10 +138,14 @@ def other_benchmark(
 
     benchmark = load_benchmark(name, parsers)
     rows = benchmark.load(data_dir, None, _BENCHMARK_ROWS).test
-    style = {"chat": rendering.chat, "thinking": rendering.thinking, "separator": rendering.separator}
+    style = {
+        "chat": prompt_format.chat,
+        "thinking": prompt_format.thinking,
+        "separator": prompt_format.separator,
+    }
     config = validate(AdaptConfig, {**benchmark.settings(None), **style}, benchmark.name)
     try:
-        return make_task(rows, config, rendering.tokenizer, benchmark.prompt_template), rows
+        return make_task(rows, config, prompt_format.tokenizer, benchmark.prompt_template), rows
     except DataError as error:
         raise DataError(f"{benchmark.name}: {error}") from error
 
@@ -148,7 +155,7 @@ def accuracy(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     examples: Sequence[Example],
-    rendering: Rendering,
+    prompt_format: PromptFormat,
     window: int,
     description: str = "accuracy",
 ) -> dict[str, np.ndarray]:
@@ -162,7 +169,7 @@ def accuracy(
     Raises:
         DataError: a query is longer than the window.
     """
-    prompts = query_prompts(rendering, examples, window, task.reserve)
+    prompts = query_prompts(prompt_format, examples, window, task.reserve)
     _, measured = evaluate_prompts(model, tokenizer, task, examples, prompts, description=description)
     return {scope: rows.correct for scope, rows in measured.plain.items()}
 
@@ -172,7 +179,7 @@ def wording_accuracy(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     worded: Mapping[str, Sequence[Example]],
-    rendering: Rendering,
+    prompt_format: PromptFormat,
     window: int,
 ) -> Rows:
     """:func:`accuracy` under every wording of the queries, from :func:`wordings`.
@@ -183,7 +190,7 @@ def wording_accuracy(
     found: Rows = {}
     for name, examples in worded.items():
         try:
-            correct = accuracy(model, tokenizer, task, examples, rendering, window, f"wording: {name}")
+            correct = accuracy(model, tokenizer, task, examples, prompt_format, window, f"wording: {name}")
         except DataError as error:
             if name == UNCHANGED:
                 raise

@@ -34,6 +34,9 @@ from ia2.config.sections import (
     one_of,
 )
 
+# METHOD: definitions (G = 200).
+FREE_TEXT_TOKENS = 200
+
 
 class AdaptConfig(Section):
     """How examples become an adapter."""
@@ -138,7 +141,7 @@ class AdaptConfig(Section):
     max_answer_tokens: int | None = Field(
         None,
         ge=1,
-        description="Longest answer; by default 1 for one-token labels, 200 for free text.",
+        description=f"Longest answer; by default 1 for one-token labels, {FREE_TEXT_TOKENS} for free text.",
     )
     learning_rates: list[Rate] | None = Field(
         None,
@@ -260,11 +263,12 @@ class AdaptConfig(Section):
             raise ValueError(f"{where}: {'; '.join(problems)}") from None
 
     def _check_context(self) -> None:
-        given = [
-            name
-            for name in ("context_text", "context_file", "context_column", "context_function")
-            if getattr(self, name)
-        ]
+        names = ("context_text", "context_file", "context_column", "context_function")
+        for name in names:
+            # as from a shell variable that is not set; demonstrations are not what was asked for
+            if getattr(self, name) is not None and not getattr(self, name).strip():
+                raise ValueError(f"{name} is empty. Leave it out to show demonstrations")
+        given = [name for name in names if getattr(self, name)]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given; one context at a time")
         if given:
@@ -274,6 +278,7 @@ class AdaptConfig(Section):
                     ("context_draws", 1),
                     ("demo_order", "random"),
                     ("icl_demonstrations", "same"),
+                    ("max_demonstrations", None),
                 )
                 if getattr(self, name) != default
             ]
@@ -283,6 +288,16 @@ class AdaptConfig(Section):
             raise ValueError("thinking does nothing without chat. Set chat to turns or single")
         if self.demo_search_orders != 8 and self.demo_order != "search":
             raise ValueError("demo_search_orders does nothing unless demo_order is search")
+        draws, tries = self.context_draws, self.demo_search_orders
+        if self.demo_order == "nearest" and draws > 1:
+            raise ValueError(
+                f"demo_order nearest gives one order, context_draws is {draws}. Leave it out, or choose "
+                "another order"
+            )
+        if self.demo_order == "search" and draws > tries:
+            raise ValueError(
+                f"context_draws is {draws}, but the search tries {tries} orders. Raise demo_search_orders"
+            )
 
 
 REENTRANT = (

@@ -33,7 +33,7 @@ from ia2.experiment.run_folder import (
 )
 from ia2.experiment.workbench import Workbench
 from ia2.models.load import BaseModel, load_base
-from ia2.prompts.builder import ContextFunction
+from ia2.prompts.own_context import ContextFunction
 from ia2.prompts.task import Task, make_task
 from ia2.training.stages import TrainedRecipe, fitted, plan
 from ia2.utils.distributed import is_first, several, wait

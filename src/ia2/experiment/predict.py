@@ -25,7 +25,7 @@ from ia2.experiment.run_folder import load_run
 from ia2.models.load import BaseModel
 from ia2.models.tokens import Ids
 from ia2.prompts.builder import query_prompts
-from ia2.prompts.format import Rendering
+from ia2.prompts.format import PromptFormat
 from ia2.utils.files import finite, json_lines
 from ia2.utils.imports import uncollected
 from ia2.utils.logging import escaped
@@ -168,6 +168,6 @@ def _read(
 
 def _prompts(result: AdaptResult, base: BaseModel, rows: Sequence[Example]) -> Sequence[Ids]:
     config = result.config
-    rendering = Rendering(result.tokenizer, config.separator, config.chat, config.thinking)
+    prompt_format = PromptFormat(result.tokenizer, config.separator, config.chat, config.thinking)
     reserve, virtual = result.task.reserve, virtual_tokens(result.model)
-    return query_prompts(rendering, rows, base.max_length, reserve, virtual)
+    return query_prompts(prompt_format, rows, base.max_length, reserve, virtual)

@@ -25,8 +25,8 @@ from ia2.experiment.run_folder import machine
 from ia2.experiment.workbench import Workbench, teacher_passes
 from ia2.models.load import BaseModel
 from ia2.models.tokens import Ids
-from ia2.prompts.builder import ContextFunction
-from ia2.prompts.context import Contexts, DemonstrationContexts
+from ia2.prompts.context import Contexts
+from ia2.prompts.own_context import ContextFunction
 from ia2.prompts.task import make_task
 from ia2.training.schedule import Schedule
 from ia2.training.stages import plan
@@ -156,7 +156,7 @@ def _probe(bench: Workbench, rows: Examples, examples: Examples) -> Probe:
     bare = bench.prompts(rows, demonstrations=False)
     with base_weights(bench.model):
         began = time.perf_counter()
-        demonstrations = isinstance(contexts, DemonstrationContexts)
+        demonstrations = contexts.selection is not None
         what = "ICL, leave one out" if demonstrations else "base, with its context"
         icl, icl_in_set = _right(bench, rows, in_context, what)
         seconds_icl = seconds_prepare + time.perf_counter() - began
@@ -183,7 +183,7 @@ def _probe(bench: Workbench, rows: Examples, examples: Examples) -> Probe:
     )
     facts = {
         "rows": len(rows),
-        "demonstrations": len(contexts.chosen(0)) if isinstance(contexts, DemonstrationContexts) else 0,
+        "demonstrations": len(contexts.chosen(0)),
         "context": _context(bench, contexts),
         "accuracy": {
             "icl": None if tried is None else float(tried.icl.mean()),
@@ -309,7 +309,7 @@ def _held_out(bench: Workbench, rows: Examples) -> _Tried | None:
 def _context(bench: Workbench, contexts: Contexts) -> str:
     """What comes before each row, in words."""
     config = bench.config
-    if isinstance(contexts, DemonstrationContexts):
+    if contexts.selection is not None:
         count = len(contexts.chosen(0))
         which = f"the {count} others" if count == len(contexts) - 1 else f"{count} of the others"
         return f"{which} shown before it"

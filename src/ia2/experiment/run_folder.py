@@ -224,9 +224,9 @@ def content_facts(base: BaseModel, config: AdaptConfig) -> dict[str, Any]:
     Raises:
         DataError: that file cannot be read.
     """
-    from ia2.prompts.builder import given_text
+    from ia2.prompts.own_context import context_text
 
-    context = {"context": digest(given_text(config))} if config.context_file else {}
+    context = {"context": digest(context_text(config))} if config.context_file else {}
     return {"model": base.identity, **context}
 
 

@@ -38,8 +38,9 @@ from ia2.models.capture import ActivationCapture
 from ia2.models.forward import AnswerOutput, answer_pass, half_precision
 from ia2.models.load import BaseModel
 from ia2.models.tokens import Ids
-from ia2.prompts.builder import ContextFunction, query_prompts
+from ia2.prompts.builder import query_prompts
 from ia2.prompts.context import Contexts
+from ia2.prompts.own_context import ContextFunction
 from ia2.prompts.task import Task
 from ia2.teacher.layer_choice import choose_layers
 from ia2.teacher.targets import Targets
@@ -211,7 +212,6 @@ class Workbench:
         )  # fmt: skip
         # put where the cached properties look
         bench.__dict__.update(model=self.model, _initial=self._initial)
-        bench.teaching.adapted = self.model
         return bench
 
     @cached_property
@@ -225,8 +225,8 @@ class Workbench:
     def model(self) -> Any:
         """The base model with a fresh adapter, which is put on when it is first asked for."""
         configuration = peft_config(self.base.model, self.config.adapter)
-        self.teaching.adapted = attach(self.base.model, configuration, self.config.seed)
-        return self.teaching.adapted
+        self.base.adapted = attach(self.base.model, configuration, self.config.seed)
+        return self.base.adapted
 
     @cached_property
     def _initial(self) -> dict[str, torch.Tensor]:
@@ -239,7 +239,7 @@ class Workbench:
             del self.model
             for name in ("_initial", "folds"):
                 self.__dict__.pop(name, None)
-            self.teaching.adapted = None
+            self.base.adapted = None
 
     def check(
         self,
@@ -294,7 +294,7 @@ class Workbench:
     def _check_bare(self, rows: Sequence[Example], task: Task, virtual: int) -> None:
         """Prompts without context must leave room for an adapter's virtual tokens."""
         prompts = self.teaching.prompts
-        query_prompts(prompts.rendering, rows, self.teaching.window, self._reserve(task), virtual)
+        query_prompts(prompts.format, rows, self.teaching.window, self._reserve(task), virtual)
 
     def _reserve(self, task: Task) -> int:
         # answers to rows of another task may be longer
@@ -610,7 +610,7 @@ class Workbench:
         def rows(examples: Sequence[Example]) -> AnswerDataset:
             def make(i: int, permutation: int) -> AnswerRow:
                 return AnswerRow(
-                    self.teaching.prompts.rendering.query_ids(examples[i]),
+                    self.teaching.prompts.format.query_ids(examples[i]),
                     self.task.target_ids(self.tokenizer, examples[i]),
                 )
 
@@ -664,7 +664,7 @@ class Workbench:
         task = task or self.task
         began = time.perf_counter()
         in_context = recipe == "icl"
-        model = self.model if is_trained(recipe) else self.teaching.model
+        model = self.model if is_trained(recipe) else self.base.current
         off = nullcontext() if is_trained(recipe) else base_weights(model)
         # One-token answers need no teacher forcing, so one pass gives scores and activations.
         meter = capture = taken = None
@@ -726,7 +726,7 @@ class Workbench:
         else:
             rows = self.data.train
             prompts = self.prompts(rows)
-        model = self.teaching.model
+        model = self.base.current
         return temperature_losses(model, self.tokenizer, self.task, rows, prompts)
 
     def _keeps_scores(self, rows: int) -> bool:
@@ -750,14 +750,14 @@ class Workbench:
             outputs: what :meth:`base_outputs` gave on these queries. Of one-token answers, which are not fed,
                 they are the same whatever the reference.
         """
-        with base_weights(self.teaching.model):
-            forced = self._forced(self.teaching.model, "base", test, reference)
+        with base_weights(self.base.current):
+            forced = self._forced(self.base.current, "base", test, reference)
             return _similarity(forced if outputs is None else outputs, reference)
 
     def base_outputs(self, test: Sequence[Example], reference: IclReference) -> list[AnswerOutput]:
         """Activations of the base model without demonstrations, forced on the answers of the reference."""
-        with base_weights(self.teaching.model):
-            return list(self._forced(self.teaching.model, "base", test, reference))
+        with base_weights(self.base.current):
+            return list(self._forced(self.base.current, "base", test, reference))
 
     def _forced(
         self, model: Any, recipe: str, test: Sequence[Example], reference: IclReference

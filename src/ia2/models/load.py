@@ -48,6 +48,7 @@ class BaseModel:
         identity: digests that tell this model from any other, wherever it lies (:mod:`ia2.models.identity`);
         part of
             every fingerprint. Of a model that was made in memory: of its tensors when it is put in here.
+        adapted: the model with an adapter, while one is on it.
     """
 
     model: PreTrainedModel
@@ -56,10 +57,16 @@ class BaseModel:
     path: str
     revision: str | None = None
     identity: dict[str, Any] = field(default_factory=dict)
+    adapted: Any = None
 
     def __post_init__(self) -> None:
         if not self.identity:
             self.identity = dict(memory_identity(self.model, self.tokenizer))
+
+    @property
+    def current(self) -> Any:
+        """The model in whatever wrapping it has now."""
+        return self.model if self.adapted is None else self.adapted
 
     def differs_from(self, identity: Mapping[str, Any]) -> list[str]:
         """What is not as this identity says (``weights``, ``config``, …); empty if it is of this model."""

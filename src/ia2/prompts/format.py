@@ -1,7 +1,7 @@
-"""Where text becomes prompt ids: plainly, or through a model's chat template.
+"""Text becomes prompt ids: plainly, or through a model's chat template.
 
-Whatever is put before a query, the answer is tokenised apart and its ids are appended
-(:mod:`ia2.models.tokens`), so one answer has the same ids in every context.
+The answer is tokenised apart and its ids are appended (:mod:`ia2.models.tokens`), so one answer has the same
+ids in every context.
 """
 
 from __future__ import annotations
@@ -22,26 +22,17 @@ from ia2.utils.files import digest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SEPARATOR = "\n\n"
-
-Chat = Literal["off", "turns", "single"]
 Message = dict[str, str]  # role and content
 
-# Stands for a text whose place in a rendered template is looked for.
+# Stands for a text whose position in a rendered template is looked for.
 _MARK = "ia2-mark-7f3a"
 
 # Texts that are tokenised together.
 _BATCH = 512
 
 
-def render(demonstrations: Sequence[Example], query: str, separator: str = SEPARATOR) -> str:
-    """``I ∘ X``: demonstrations, each followed by the separator, then the query."""
-    shown = "".join(f"{demo.query}{demo.answer}{separator}" for demo in demonstrations)
-    return shown + query
-
-
-class Rendering:
-    """Prompts of one tokenizer, in one style.
+class PromptFormat:
+    """How one tokenizer's prompts are written.
 
     Args:
         tokenizer: of the model.
@@ -57,8 +48,8 @@ class Rendering:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        separator: str = SEPARATOR,
-        chat: Chat = "off",
+        separator: str = "\n\n",
+        chat: Literal["off", "turns", "single"] = "off",
         thinking: bool = False,
     ) -> None:
         self.tokenizer, self.separator, self.chat, self.thinking = tokenizer, separator, chat, thinking
@@ -69,10 +60,8 @@ class Rendering:
                 "instruction-tuned model."
             )
 
-    # ------------------------------------------------------------------------------------ ids
-
     def query_ids(self, example: Example) -> Ids:
-        """Ids of a query on its own: ``X``.
+        """Ids of a query on its own, ``X``.
 
         Raises:
             DataError: it has no tokens, or the chat template refuses it.
@@ -84,7 +73,7 @@ class Rendering:
             self.tokenizer,
             f"query {self._style}",
             example.query,
-            lambda: self.encode(self.prompt_text((), example), example.source),
+            lambda: self.context_ids((), example),
         )
 
     def context_ids(
@@ -93,7 +82,7 @@ class Rendering:
         example: Example,
         text: str | Sequence[Message] | None = None,
     ) -> Ids:
-        """Ids of a query behind its context: ``I ∘ X``.
+        """Ids of a query behind its context, ``I ∘ X``.
 
         Args:
             demonstrations: in the order in which they are shown.
@@ -104,10 +93,6 @@ class Rendering:
             DataError: chat messages without a chat template, or a template that refuses them.
         """
         return self.encode(self.prompt_text(demonstrations, example, text), example.source)
-
-    def answer_text(self, example: Example) -> str:
-        """An example's answer as the model is to write it (see :meth:`as_answer`)."""
-        return self.as_answer(example.answer or "")
 
     def as_answer(self, answer: str) -> str:
         """A completion as the model is to write it: verbatim, but behind a chat template it begins a turn.
@@ -142,41 +127,36 @@ class Rendering:
     def _style(self) -> str:
         return digest(self.facts())
 
-    # ----------------------------------------------------------------------------------- text
-
     def prompt_text(
         self,
         demonstrations: Sequence[Example],
         example: Example,
         text: str | Sequence[Message] | None = None,
     ) -> str:
-        """The whole prompt as text, from which :meth:`encode` makes ids.
-
-        Raises:
-            DataError: see :meth:`context_ids`.
-        """
-        if self.chat == "off":
-            if text is not None and not isinstance(text, str):
-                raise DataError(
-                    f"{example.source}: the context is made of chat messages, which need the model's chat "
-                    "template. Set chat to turns, or give a text."
-                )
-            before = "" if text is None else text + self.separator
-            return before + render(demonstrations, example.query, self.separator)
-        messages: list[Message] = []
-        if isinstance(text, str):
-            messages.append({"role": "system", "content": text})
-        elif text is not None:
-            messages += text
+        """The whole prompt as text, from which :meth:`encode` makes ids; see :meth:`context_ids`."""
         query = example.query
-        if self.chat == "single":
-            query = render(demonstrations, query, self.separator)
-        else:
+        if self.chat != "turns":
+            query = "".join(self._plain(demo) for demo in demonstrations) + query
+        if self.chat == "off":
+            if text is None:
+                return query
+            if isinstance(text, str):
+                return text + self.separator + query
+            raise DataError(
+                f"{example.source}: the context is made of chat messages, which need the model's chat "
+                "template. Set chat to turns, or give a text."
+            )
+        system = [{"role": "system", "content": text}] if isinstance(text, str) else text or ()
+        messages: list[Message] = [*system]
+        if self.chat == "turns":
             for demo in demonstrations:
                 messages.append({"role": "user", "content": demo.query})
-                messages.append({"role": "assistant", "content": self.answer_text(demo)})
+                messages.append({"role": "assistant", "content": self.as_answer(demo.answer or "")})
         messages.append({"role": "user", "content": query})
         return self._through_template(self._acceptable(messages), example.source)
+
+    def _plain(self, demonstration: Example) -> str:
+        return f"{demonstration.query}{demonstration.answer}{self.separator}"
 
     def encode(self, text: str, source: str = "prompt") -> Ids:
         """Ids of a prompt text; a template brings its special tokens itself.
@@ -184,16 +164,15 @@ class Rendering:
         Raises:
             DataError: the text has no tokens.
         """
-        if self.chat == "off":
-            return encode_prompt(self.tokenizer, text, source)
-        return encode_answer(self.tokenizer, text, source)
+        encode = encode_prompt if self.chat == "off" else encode_answer
+        return encode(self.tokenizer, text, source)
 
     def _acceptable(self, messages: Sequence[Message]) -> list[Message]:
         """Without system messages where the template has no place for them; one turn a role at a time.
 
         Many templates insist on turns, so neighbours of one role become one message.
         """
-        found: list[Message] = []
+        turns: list[Message] = []
         waiting: list[str] = []
         for message in messages:
             role, content = message["role"], message["content"]
@@ -202,11 +181,11 @@ class Rendering:
                 continue
             if role == "user" and waiting:
                 content, waiting = self.separator.join([*waiting, content]), []
-            if found and found[-1]["role"] == role:
-                found[-1]["content"] += self.separator + content
+            if turns and turns[-1]["role"] == role:
+                turns[-1]["content"] += self.separator + content
             else:
-                found.append({"role": role, "content": content})
-        return found
+                turns.append({"role": role, "content": content})
+        return turns
 
     @cached_property
     def _takes_system(self) -> bool:
@@ -230,8 +209,6 @@ class Rendering:
             date_string="26 Jul 2024",
         )
 
-    # -------------------------------------------------------------------------------- lengths
-
     def lengths(self, prompts: Iterable[tuple[str, str]]) -> np.ndarray:
         """Number of ids of each prompt, ``[n]``; memory does not grow with their texts.
 
@@ -241,32 +218,26 @@ class Rendering:
         Raises:
             DataError: a text has no tokens.
         """
-        found: list[np.ndarray] = [np.zeros(0, np.int32)]
+        encode = encode_prompts if self.chat == "off" else encode_texts
+        lengths: list[int] = []
         for batch in _batches(prompts):
-            encode = encode_prompts if self.chat == "off" else encode_texts
             rows = encode(self.tokenizer, [text for text, _ in batch])
-            # what has no tokens is mended or refused there
-            found.append(
-                np.array([len(ids or self.encode(*batch[n])) for n, ids in enumerate(rows)], np.int32)
-            )
-        return np.concatenate(found)
+            # what has no tokens is mended or refused by encode
+            lengths += [len(ids or self.encode(*prompt)) for ids, prompt in zip(rows, batch, strict=True)]
+        return np.array(lengths, np.int32)
 
     def demonstration_lengths(self, demonstrations: Iterable[Example]) -> np.ndarray:
         """About how many ids each demonstration adds to a prompt, ``[n]``.
 
         Tokens may merge across a boundary: at most one more each, in practice.
         """
-        if self.chat != "turns":
-            texts = (f"{d.query}{d.answer}{self.separator}" for d in demonstrations)
-            batches = [
-                np.array([len(ids) for ids in encode_texts(self.tokenizer, batch)], np.int32)
-                for batch in _batches(texts)
-            ]
-            return np.concatenate([np.zeros(0, np.int32), *batches])
-        probe = Example("a", None, "chat template")
-        alone = len(self.query_ids(probe))
-        prompts = ((self.prompt_text([d], probe), d.source) for d in demonstrations)
-        return self.lengths(prompts) - np.int32(alone)
+        if self.chat == "turns":
+            probe = Example("a", None, "chat template")
+            prompts = ((self.prompt_text([d], probe), d.source) for d in demonstrations)
+            return self.lengths(prompts) - np.int32(len(self.query_ids(probe)))
+        texts = map(self._plain, demonstrations)
+        lengths = [len(ids) for batch in _batches(texts) for ids in encode_texts(self.tokenizer, batch)]
+        return np.array(lengths, np.int32)
 
 
 def _batches(items: Iterable[Any]) -> Iterator[list[Any]]:

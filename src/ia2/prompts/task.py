@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ia2.config import AdaptConfig
+from ia2.config import FREE_TEXT_TOKENS, AdaptConfig
 from ia2.data.answers import load_parser
 from ia2.data.examples import Example, Examples
 from ia2.data.rows import bad_rows
@@ -23,7 +23,7 @@ from ia2.prompts.answer_checks import (
     unlikely_joints,
     unreachable,
 )
-from ia2.prompts.format import Rendering
+from ia2.prompts.format import PromptFormat
 from ia2.utils.errors import ConfigError, DataError
 from ia2.utils.logging import logger, warn_once
 from ia2.utils.wording import flat, names_of, quoted
@@ -31,8 +31,6 @@ from ia2.utils.wording import flat, names_of, quoted
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# METHOD: definitions (G = 200).
-FREE_TEXT_TOKENS = 200
 
 # Ids a generated label may run on for before the stop text is due.
 _LABEL_SLACK = 8
@@ -214,7 +212,7 @@ def make_task(
     if kind == "auto":
         kind = "classification" if config.labels or _looks_like_labels(examples) else "generation"
     stop = stop_text(examples, config.separator, prompt_template)
-    rendering = Rendering(tokenizer, config.separator, config.chat, config.thinking)
+    rendering = PromptFormat(tokenizer, config.separator, config.chat, config.thinking)
     end, chat = rendering.end_id, config.chat != "off"
     # without separator and opening literal nothing but the end of sequence ends an answer
     stops = (stop,) if stop and not chat else ()

@@ -30,32 +30,31 @@ class _TooMuch(Exception):
 def apply_template(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], source: str, **settings: Any
 ) -> str:
-    """Messages through a tokenizer's chat template, as text.
+    """Messages (``role`` and ``content``) through a tokenizer's chat template, as text.
 
     Args:
         tokenizer: of the model.
-        messages: with ``role`` and ``content``.
+        messages: the turns.
         source: of the query, for errors.
         settings: what the template may ask for.
 
     Raises:
         DataError: the template refuses the messages, fails, or takes too much time, memory or text.
     """
-    given = sum(len(message["content"]) for message in messages)
+    size = sum(len(message["content"]) for message in messages)
+    other = "Leave --chat out, or choose another model."
     try:
         with _bounded():
             text = str(tokenizer.apply_chat_template(messages, tokenize=False, **settings))  # type: ignore[arg-type]
-        if len(text) > _CHARACTERS + _TIMES * given:
-            raise _TooMuch(f"{len(text):,} characters of text from {given:,}")
+        if len(text) > _CHARACTERS + _TIMES * size:
+            raise _TooMuch(f"{len(text):,} characters of text from {size:,}")
     except _TooMuch as error:
         raise DataError(
-            f"{source}: the model's chat template makes too much of the messages ({error}). Leave --chat "
-            "out, or choose another model."
+            f"{source}: the model's chat template makes too much of the messages ({error}). {other}"
         ) from None
     except MemoryError:
         raise DataError(
-            f"{source}: the model's chat template takes more than {_BYTES >> 20} MB of memory. Leave --chat "
-            "out, or choose another model."
+            f"{source}: the model's chat template takes more than {_BYTES >> 20} MB of memory. {other}"
         ) from None
     except Exception as error:  # it is a program, and may fail in any way
         roles = ", ".join(message["role"] for message in messages[:8])
@@ -72,22 +71,19 @@ def _bounded() -> Iterator[None]:
 
     Time is bounded in the main thread of POSIX systems, where signals arrive; memory on Linux.
     """
-    with ExitStack() as stack:
-        if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
-            _bound_time(stack)
-        if Path("/proc/self/statm").is_file():
-            _bound_memory(stack)
-        yield
 
-
-def _bound_time(stack: ExitStack) -> None:
     def stop(*_: Any) -> None:
         raise _TooMuch(f"more than {_SECONDS:g} s of processor time")
 
-    stack.callback(signal.signal, signal.SIGVTALRM, signal.signal(signal.SIGVTALRM, stop))
-    stack.callback(signal.setitimer, signal.ITIMER_VIRTUAL, 0)
-    # again and again, since an error raised while an object is being deleted is lost
-    signal.setitimer(signal.ITIMER_VIRTUAL, _SECONDS, 1.0)
+    with ExitStack() as stack:
+        if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
+            stack.callback(signal.signal, signal.SIGVTALRM, signal.signal(signal.SIGVTALRM, stop))
+            stack.callback(signal.setitimer, signal.ITIMER_VIRTUAL, 0)
+            # again and again, since an error raised while an object is being deleted is lost
+            signal.setitimer(signal.ITIMER_VIRTUAL, _SECONDS, 1.0)
+        if Path("/proc/self/statm").is_file():
+            _bound_memory(stack)
+        yield
 
 
 def _bound_memory(stack: ExitStack) -> None:

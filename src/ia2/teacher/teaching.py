@@ -22,8 +22,9 @@ from ia2.models.capture import ActivationCapture, eager_attention
 from ia2.models.forward import AnswerOutput, answer_pass
 from ia2.models.load import BaseModel
 from ia2.models.tokens import Ids, decode
-from ia2.prompts.builder import ContextFunction, Prompts
+from ia2.prompts.builder import PromptBuilder
 from ia2.prompts.context import Contexts
+from ia2.prompts.own_context import ContextFunction
 from ia2.prompts.task import Task
 from ia2.teacher.layer_choice import layer_shift
 from ia2.teacher.targets import MemoryTargets, OnlineTargets, Targets, TeacherAnswer
@@ -103,7 +104,6 @@ class Teaching:
         function: makes contexts, instead of ``config.context_function``.
 
     Attributes:
-        adapted: the base model with an adapter, while one is on it.
         seconds: cost of each teacher pass, by name.
     """
 
@@ -117,7 +117,6 @@ class Teaching:
         function: ContextFunction | None = None,
     ) -> None:
         self.base, self.data, self.task, self.config, self.folder = base, data, task, config, folder
-        self.adapted: Any = None
         self.seconds: dict[str, float] = {}
         self._targets: dict[Key, Targets] = {}
         self._parts = {
@@ -134,14 +133,12 @@ class Teaching:
             window = min(window, config.max_context_tokens)
         self.reserve = task.reserve
         self.window = window
-        self.prompts = Prompts(
-            base.tokenizer, self.reserve, window, data.train, config, lambda: self.model, function
-        )
+        self.prompts = PromptBuilder(base, self.reserve, window, data.train, config, function)
 
     @property
     def model(self) -> Any:
         """The base model, in whatever wrapping it has now."""
-        return self.base.model if self.adapted is None else self.adapted
+        return self.base.current
 
     @property
     def train_contexts(self) -> Contexts:

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ia2.config import FREE_TEXT_TOKENS
 from ia2.data.benchmarks.entry import NOT_EMPTY, Benchmark, Choices, label_key
 from ia2.data.examples import Examples
 from ia2.data.hub import numbered, read_folder, read_hub
 from ia2.data.readers import READERS, Read, read_file
 from ia2.data.rows import BadCell, Template, bad_rows
-from ia2.prompts.task import FREE_TEXT_TOKENS
 from ia2.utils.errors import DataError
 from ia2.utils.user_files import user_path
 from ia2.utils.wording import names_of, type_name

@@ -31,7 +31,7 @@ from ia2.experiment.sweep.cell_settings import (
     used_settings,
     validated,
 )
-from ia2.prompts.builder import given_text
+from ia2.prompts.own_context import context_text
 from ia2.training.stages import PlannedStage, fitted
 from ia2.utils.errors import ConfigError, suggest
 from ia2.utils.files import digest
@@ -387,7 +387,7 @@ def _by_content(used: Mapping[str, Any], config: AdaptConfig) -> dict[str, Any]:
     """Settings with the text of a context file in place of its path."""
     if not used.get("context_file"):
         return dict(used)
-    return {**used, "context_file": digest(given_text(config))}
+    return {**used, "context_file": digest(context_text(config))}
 
 
 def _essential(grid: GridConfig) -> dict[str, Any]:
