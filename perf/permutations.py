@@ -19,9 +19,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the tests' tasks
 
 from ia2 import CompareConfig, Examples, compare, load_base
-from ia2.evaluation.statistics import t_interval
 from ia2.experiment.run_folder import machine, versions
 from ia2.utils.files import finite, write_json
+from ia2.utils.statistics import t_interval
 from ia2.utils.wording import estimate
 from tests.tiny_icl.tasks import sample_task
 

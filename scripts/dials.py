@@ -30,7 +30,6 @@ import numpy as np
 
 from ia2.config import AdaptConfig
 from ia2.data.examples import Example, Examples, FewShotSplit
-from ia2.evaluation.statistics import Interval, bounded, t_interval
 from ia2.experiment.run_folder import machine, versions
 from ia2.experiment.workbench import Workbench
 from ia2.models.load import BaseModel, load_base
@@ -40,6 +39,7 @@ from ia2.utils.errors import DataError, UserError
 from ia2.utils.files import json_text, write_text
 from ia2.utils.logging import configure
 from ia2.utils.manifest import begin
+from ia2.utils.statistics import Interval, bounded, t_interval
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path.insert(0, str(TESTS))

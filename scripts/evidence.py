@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ia2.evaluation.statistics import Interval, t_interval
 from ia2.experiment.sweep.store import CELLS, read_lines
 from ia2.utils.errors import UserError
 from ia2.utils.files import read_json
+from ia2.utils.statistics import Interval, t_interval
 from ia2.utils.wording import MISSING, estimate
 
 RIVAL, TEACHER = "sft", "icl"

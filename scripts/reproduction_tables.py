@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ia2.evaluation.statistics import t_interval
 from ia2.experiment.sweep.records import filtered
 from ia2.report.sweep.cells import METHOD, RIVAL, TITLES, Place, Report
 from ia2.report.sweep.entries import interval_entry
@@ -24,6 +23,7 @@ from ia2.report.sweep.printing import make_report, print_tables
 from ia2.report.sweep.selection import Arm, Task, differences
 from ia2.utils.files import write_text
 from ia2.utils.format import Entry, Fields, Table, fill, markdown
+from ia2.utils.statistics import t_interval
 from ia2.utils.wording import MISSING
 
 ROOT = Path(__file__).parents[1]

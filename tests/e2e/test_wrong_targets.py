@@ -15,7 +15,7 @@ from tiny_icl.tasks import sample_task
 
 from ia2 import Examples
 from ia2.data.examples import Example
-from ia2.evaluation.statistics import t_interval
+from ia2.utils.statistics import t_interval
 
 RULES = 10
 FINE_TUNING = {"epochs": 24, "learning_rate": 3e-3, "eval_every": 4}

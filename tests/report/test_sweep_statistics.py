@@ -13,13 +13,13 @@ import pytest
 from helpers.sweep_records import drawn, evaluation, record, rows, small_grid, write_sweep
 from scipy import stats
 
-from ia2.evaluation.statistics import paired_test
 from ia2.experiment.sweep.records import Results, filtered, load_results
 from ia2.report.sweep.cells import IclVerdict, Place, Report
 from ia2.report.sweep.entries import mean_entry
 from ia2.report.sweep.selection import Arm, Task, Tried, differences, make_arms
 from ia2.report.sweep.threshold import Threshold, crossing, effectiveness_threshold
 from ia2.utils.errors import ConfigError, DataError, RunFolderError
+from ia2.utils.statistics import paired_test
 
 TASK = Task("SST2", "words", "demo")
 

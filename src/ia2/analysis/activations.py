@@ -15,7 +15,7 @@ import numpy as np
 
 from ia2.analysis.conditions import BASE, ICL, MEAN, OTHER, Activations, Condition
 from ia2.evaluation.similarity import Similarity, SimilarityMeter
-from ia2.evaluation.statistics import Interval, mean_interval
+from ia2.utils.statistics import Interval, mean_interval
 
 if TYPE_CHECKING:
     import torch

@@ -20,9 +20,9 @@ import numpy as np
 
 from ia2.analysis.conditions import BASE, ICL, Activations, by_condition
 from ia2.analysis.unembedding import Lens
-from ia2.evaluation.statistics import mean_interval
 from ia2.models.tokens import Ids, common_prefix
 from ia2.utils.errors import ModelError
+from ia2.utils.statistics import mean_interval
 
 if TYPE_CHECKING:
     import torch

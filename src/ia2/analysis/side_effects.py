@@ -20,13 +20,13 @@ from ia2.config.reading import validate
 from ia2.data.examples import Example, Examples
 from ia2.evaluation.evaluate import evaluate_prompts
 from ia2.evaluation.plain_text import DIVERSITY, diversity, openings, perplexity, plain_texts
-from ia2.evaluation.statistics import mean_interval, t_interval
 from ia2.evaluation.wordings import UNCHANGED, WORDINGS, wordings
 from ia2.prompts.builder import query_prompts
 from ia2.prompts.format import PromptFormat
 from ia2.prompts.task import Task, make_task
 from ia2.utils.errors import DataError
 from ia2.utils.logging import logger
+from ia2.utils.statistics import mean_interval, t_interval
 
 if TYPE_CHECKING:
     from torch import nn

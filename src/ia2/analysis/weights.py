@@ -17,8 +17,8 @@ import numpy as np
 
 from ia2.analysis.subspaces import MEASURES, Floats, LowRank, effective_rank, low_rank, overlap
 from ia2.config.sections import AdapterConfig
-from ia2.evaluation.statistics import t_interval
 from ia2.utils.logging import progress
+from ia2.utils.statistics import t_interval
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ia2.evaluation.statistics import Interval, t_interval
+from ia2.utils.statistics import Interval, t_interval
 from ia2.utils.wording import estimate
 
 

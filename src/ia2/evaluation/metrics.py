@@ -22,7 +22,7 @@ from ia2.evaluation.calibration import (
     scale_label_log_probabilities,
 )
 from ia2.evaluation.scoring import FreeAnswers, LabelScores
-from ia2.evaluation.statistics import Statistic, bounded, over_draws
+from ia2.utils.statistics import Statistic, bounded, over_draws
 
 _TINY = 1e-12
 _LEAST = float(np.log(np.finfo(float).tiny))

@@ -18,7 +18,6 @@ from ia2.data.unlabelled import counts_unlabelled, distinct_from
 from ia2.evaluation.metrics import STATISTICS, Measured, RowMeasures, summarise
 from ia2.evaluation.scoring import write_predictions
 from ia2.evaluation.similarity import Similarity
-from ia2.evaluation.statistics import main_scope, over_draws
 from ia2.experiment.adapt import load_base_of
 from ia2.experiment.methods import Arm, arms, rivals
 from ia2.experiment.rounds import Round, drawn_test, place_of, rounds_of
@@ -33,6 +32,7 @@ from ia2.utils.distributed import is_first, wait
 from ia2.utils.errors import ConfigError, DivergedError
 from ia2.utils.files import digest, read_json, write_json, write_text
 from ia2.utils.logging import logger
+from ia2.utils.statistics import main_scope, over_draws
 
 
 @dataclass

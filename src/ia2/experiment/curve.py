@@ -8,7 +8,6 @@ from typing import Any
 
 from ia2.config import CompareConfig, CurveConfig
 from ia2.data.examples import MAX_DEV, Examples
-from ia2.evaluation.statistics import main_scope
 from ia2.experiment.adapt import load_base_of
 from ia2.experiment.compare import prepare
 from ia2.experiment.run_folder import claimed, content_facts, stored_settings
@@ -18,6 +17,7 @@ from ia2.utils.distributed import is_first, wait
 from ia2.utils.errors import ConfigError, DataError
 from ia2.utils.files import write_json, write_text
 from ia2.utils.logging import logger
+from ia2.utils.statistics import main_scope
 from ia2.utils.wording import counted
 
 

@@ -19,7 +19,6 @@ from ia2.config.recipes import METHOD, PLAIN
 from ia2.data.examples import MAX_DEV, Examples, FewShotSplit
 from ia2.evaluation.evaluate import evaluate_prompts
 from ia2.evaluation.headroom import Judgement, judge
-from ia2.evaluation.statistics import main_scope
 from ia2.experiment.adapt import load_base_of
 from ia2.experiment.run_folder import machine
 from ia2.experiment.workbench import Workbench, teacher_passes
@@ -33,6 +32,7 @@ from ia2.training.stages import plan
 from ia2.utils.errors import DataError, DivergedError
 from ia2.utils.logging import logger
 from ia2.utils.manifest import begin
+from ia2.utils.statistics import main_scope
 
 # Fine-tuning is tried on so many folds, for about so many steps each: enough for a few rows, and quick.
 FOLDS, STEPS = 3, 30

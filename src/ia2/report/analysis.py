@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ia2.evaluation.statistics import side
 from ia2.experiment.run_folder import ANALYSIS_FILE
 from ia2.report.figures.style import Figure, numbers_table
 from ia2.report.verdict import METHOD, RIVAL, arm_title
 from ia2.utils.errors import RunFolderError
 from ia2.utils.files import read_json
 from ia2.utils.format import Table
+from ia2.utils.statistics import side
 from ia2.utils.wording import MISSING, counted, estimate
 
 _FIGURES = {

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ia2.evaluation.statistics import main_scope
 from ia2.experiment.run_folder import not_finished, read_run_file
 from ia2.report.tables import INTERVALS, MEASURES
 from ia2.utils.errors import RunFolderError
 from ia2.utils.files import read_json, read_lines, understood
 from ia2.utils.logging import logger
 from ia2.utils.manifest import RUN_FILE
+from ia2.utils.statistics import main_scope
 
 Kind = Literal["compare", "curve", "train", "sweep"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ia2.evaluation.statistics import main_scope
 from ia2.utils.format import Column as TableColumn
 from ia2.utils.format import Entry, Table, pipes
+from ia2.utils.statistics import main_scope
 from ia2.utils.wording import MISSING, counted, estimate, rows_learnt_from
 
 Column = tuple[str, Callable[[dict[str, Any]], str]]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ia2.evaluation.statistics import main_scope, side
 from ia2.report.tables import SCOPES, intervals_of, mean_of
+from ia2.utils.statistics import main_scope, side
 from ia2.utils.wording import counted, estimate
 
 METHOD, RIVAL, TEACHER = "ia2-sft", "sft", "icl"

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from ia2.config import AdaptConfig
 from ia2.data.answers import exact_match, load_parser
 from ia2.data.examples import Example, Examples, FewShotSplit
-from ia2.evaluation.statistics import t_interval
 from ia2.models.capture import ActivationCapture, eager_attention
 from ia2.models.forward import AnswerOutput, answer_pass
 from ia2.models.load import BaseModel
@@ -33,6 +32,7 @@ from ia2.utils.distributed import gathered, is_first, wait
 from ia2.utils.errors import ConfigError
 from ia2.utils.files import digest, read_json, write_json
 from ia2.utils.logging import logger
+from ia2.utils.statistics import t_interval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from ia2.evaluation.statistics import main_scope
 from ia2.experiment.sweep.grid import Cell, Unit
 from ia2.experiment.sweep.pace import Pace
 from ia2.utils.logging import is_shown, logger, printable, terminal
+from ia2.utils.statistics import main_scope
 from ia2.utils.wording import counted, in_words
 
 # Its own, since what a worker in this process does is muted while this is not.

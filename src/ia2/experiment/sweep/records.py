@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ia2.evaluation.statistics import main_scope
 from ia2.experiment.sweep.store import CELLS, loose_cells, read_lines
 from ia2.utils.errors import ConfigError, DataError, RunFolderError, suggest
 from ia2.utils.files import read_json
 from ia2.utils.logging import logger
+from ia2.utils.statistics import main_scope
 from ia2.utils.wording import in_words
 
 MEASURES = {

@@ -58,7 +58,7 @@ def range_text(interval: Mapping[str, Any]) -> str:
 
 def difference_interval(runs: list[list[np.ndarray]]) -> dict[str, float] | None:
     """Mean of the first column less the second (if any), 95% over seeds, or over the rows of a single one."""
-    from ia2.evaluation.statistics import mean_interval
+    from ia2.utils.statistics import mean_interval
 
     if not runs:
         return None

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ia2.evaluation.statistics import main_scope
 from ia2.report.figures.style import (
     FAINT,
     INK,
@@ -20,6 +19,7 @@ from ia2.report.figures.style import (
 )
 from ia2.report.tables import MEASURES, intervals_of
 from ia2.utils.logging import logger
+from ia2.utils.statistics import main_scope
 from ia2.utils.wording import estimate
 
 _MEASURES = {"accuracy": "accuracy (higher is better)", "nll": "NLL (lower is better)"}

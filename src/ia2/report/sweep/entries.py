@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ia2.evaluation.statistics import Interval
 from ia2.utils.format import Entry, Mark
+from ia2.utils.statistics import Interval
 from ia2.utils.wording import MISSING, estimate
 
 

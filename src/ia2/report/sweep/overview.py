@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ia2.evaluation.statistics import PairedTest, paired_test, side
 from ia2.experiment.sweep.records import seconds_by_kind, work_in_words
 from ia2.report.sweep.cells import METHOD, RIVAL, TITLES, Report
 from ia2.report.sweep.notes import grouped
+from ia2.utils.statistics import PairedTest, paired_test, side
 from ia2.utils.wording import counted, estimate
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 
-from ia2.evaluation.statistics import bounded, t_interval
 from ia2.experiment.sweep.records import OVERHEAD
 from ia2.report.sweep.cells import METHOD, TITLES, Place, Report
 from ia2.report.sweep.entries import interval_entry, mean_entry
@@ -15,6 +14,7 @@ from ia2.report.sweep.notes import about
 from ia2.report.sweep.selection import Arm, Task
 from ia2.report.sweep.threshold import Threshold, effectiveness_threshold
 from ia2.utils.format import Column, Entry, Fields, Table, fill
+from ia2.utils.statistics import bounded, t_interval
 from ia2.utils.wording import MISSING, estimate
 
 # What "better" means in the second column of thresholds: accuracy falls to zero difference ever more slowly.

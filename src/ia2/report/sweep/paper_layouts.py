@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ia2.config.recipes import is_trained
-from ia2.evaluation.statistics import t_interval
 from ia2.report.sweep.cells import METHOD, RIVAL, TITLES, Place, Report
 from ia2.report.sweep.entries import interval_entry, mean_entry, mean_sd, ranked
 from ia2.report.sweep.notes import about, grouped
@@ -16,6 +15,7 @@ from ia2.report.sweep.selection import Arm, Task, differences
 from ia2.report.sweep.significance import significance_table
 from ia2.utils.errors import ConfigError
 from ia2.utils.format import Column, Entry, Fields, Table, fill
+from ia2.utils.statistics import t_interval
 from ia2.utils.wording import MISSING
 
 # Of each recipe: measure → title. The paper's accuracy and ECE are over the vocabulary.

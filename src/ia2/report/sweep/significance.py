@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
-from ia2.evaluation.statistics import PairedTest, holm, paired_test
 from ia2.experiment.sweep.records import MEASURES
 from ia2.report.sweep.cells import METHOD, TITLES, Report
 from ia2.report.sweep.entries import interval_entry, p_value
 from ia2.report.sweep.notes import about
 from ia2.report.sweep.selection import Arm
 from ia2.utils.format import Column, Entry, Fields, Table, fill
+from ia2.utils.statistics import PairedTest, holm, paired_test
 from ia2.utils.wording import MISSING, estimate
 
 _MEASURES = [measure for measure in MEASURES if measure != "ece_vocabulary"]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ia2.config.recipes import RECIPES
-from ia2.evaluation.statistics import Interval, bounded, paired_test, t_interval
 from ia2.report.figures.style import (
     COLOURS,
     FAINT,
@@ -21,6 +20,7 @@ from ia2.report.figures.style import (
 from ia2.report.sweep.cells import METHOD, TITLES, Report
 from ia2.report.sweep.selection import Task
 from ia2.utils.logging import logger
+from ia2.utils.statistics import Interval, bounded, paired_test, t_interval
 from ia2.utils.wording import estimate
 
 _MEASURES = {"accuracy": "accuracy (higher is better)", "nll": "NLL (lower is better)"}

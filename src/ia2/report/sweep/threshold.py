@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ia2.evaluation.statistics import Interval, t_interval
 from ia2.report.sweep.selection import Arm, differences, same_rows
+from ia2.utils.statistics import Interval, t_interval
 
 
 @dataclass(frozen=True)

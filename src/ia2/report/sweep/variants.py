@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ia2.evaluation.statistics import Interval, side, t_interval
 from ia2.report.sweep.cells import METHOD, TITLES, Report
 from ia2.report.sweep.entries import interval_entry
 from ia2.report.sweep.notes import about
 from ia2.report.sweep.selection import differences
 from ia2.utils.format import Column, Entry, Fields, Table, fill
+from ia2.utils.statistics import Interval, side, t_interval
 from ia2.utils.wording import MISSING
 
 

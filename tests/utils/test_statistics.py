@@ -15,7 +15,7 @@ from scipy import stats
 
 from ia2.evaluation.calibration import ece_equal_mass
 from ia2.evaluation.headroom import judge
-from ia2.evaluation.statistics import (
+from ia2.utils.statistics import (
     bounded,
     holm,
     mean_interval,
@@ -139,7 +139,7 @@ def test_holm_leaves_out_what_is_unknown() -> None:
 
 def test_intervals_need_no_slow_import() -> None:
     code = (
-        "import sys; from ia2.evaluation.statistics import t_interval, t_test; t_interval([1, 2]);"
+        "import sys; from ia2.utils.statistics import t_interval, t_test; t_interval([1, 2]);"
         "t_test([1, 2]); assert 'scipy.stats' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
