@@ -1,4 +1,4 @@
-"""One format has one reader, for a file and for a folder, and nothing in a file is lost or read as another thing."""
+"""One format has one reader, for a file and for a folder, and nothing in a file is lost."""
 
 from __future__ import annotations
 
