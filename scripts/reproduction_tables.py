@@ -15,14 +15,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ia2.config.recipes import METHOD, PLAIN
 from ia2.experiment.sweep.records import filtered
-from ia2.report.sweep.cells import METHOD, RIVAL, TITLES, Place, Report
-from ia2.report.sweep.entries import interval_entry
-from ia2.report.sweep.own_tables import headroom_fields
+from ia2.report.sweep.cells import TITLES, Place, Report
+from ia2.report.sweep.own_tables import headroom
 from ia2.report.sweep.printing import make_report, print_tables
-from ia2.report.sweep.selection import Arm, Task, differences
+from ia2.report.sweep.selection import ChosenRuns, differences
 from ia2.utils.files import write_text
-from ia2.utils.format import Entry, Fields, Table, fill, markdown
+from ia2.utils.format import Column, Entry, Row, Table, fill, interval_entry, markdown
 from ia2.utils.statistics import t_interval
 from ia2.utils.wording import MISSING
 
@@ -31,110 +31,91 @@ PAGE = ROOT / "docs" / "reproduction.md"
 SMALL = ROOT / "results" / "small"
 VARIANTS = ROOT / "results" / "small-variants"
 
-SHOWN = ("base", "icl", RIVAL, "ia2", METHOD)
+SHOWN = ("base", "icl", PLAIN, "ia2", METHOD)
 GAINS = {"accuracy": "accuracy", "nll": "NLL", "accuracy_vocabulary": "accuracy over the vocabulary"}
 OTHERS = ("ia2+sft", "soft-sft")
-COMPARED = (RIVAL, "ia2", METHOD, *OTHERS)
+COMPARED = (PLAIN, "ia2", METHOD, *OTHERS)
 
 
 def results() -> Table:
     """Accuracy among the labels of every recipe, and what IA2 → SFT gains over SFT."""
     report = make_report([SMALL])
-    rows = [
-        (place, pair)
+    rows: list[Row] = []
+    for place in _places(report):
+        pair = report.pair(place.task, place.size) if report.labelled(place.task) else None
+        draws = differences(*pair, place.dataset, "accuracy") if pair else {}
+        if pair is None or not draws:
+            continue
+        gaps = headroom(report, place)
+        rows.append(
+            {
+                "model": place.task.model,
+                "N": str(place.size),
+                "source": place.task.benchmark,
+                "eval": place.dataset,
+                "draws": str(len(draws)),
+                **{TITLES[name]: _mean(report, name, place) for name in SHOWN},
+                **{
+                    f"{TITLES[METHOD]} − SFT: {title} [95%]": _less(pair, place.dataset, measure)
+                    for measure, title in GAINS.items()
+                },
+                **{column: entry for column, entry in gaps.items() if column != "base"},
+            }
+        )
+    return fill("results", "", rows)
+
+
+def _places(report: Report, *, own: bool = False) -> list[Place]:
+    return [
+        place
         for model in report.models
         for size in report.sizes
-        for place in report.places(model=model, size=size)
-        if report.labelled(place.task) and (pair := report.pair(place.task, size))
-        if differences(*pair, place.dataset, "accuracy")
+        for place in report.places(own=own, model=model, size=size)
     ]
-    fields: Fields = [
-        ("model", lambda place, pair: place.task.model),
-        ("N", lambda place, pair: str(place.size)),
-        ("source", lambda place, pair: place.task.benchmark),
-        ("eval", lambda place, pair: place.dataset),
-        ("draws", lambda place, pair: str(len(differences(*pair, place.dataset, "accuracy")))),
-        *(
-            (
-                TITLES[name],
-                lambda place, pair, name=name: _mean(report, name, place.task, place.size, place.dataset),
-            )
-            for name in SHOWN
-        ),
-        *(
-            (
-                f"{TITLES[METHOD]} − SFT: {title} [95%]",
-                lambda place, pair, measure=measure: _less(pair, place.dataset, measure),
-            )
-            for measure, title in GAINS.items()
-        ),
-        *headroom_fields(report)[1:],
-    ]
-    return fill("results", "", fields, rows)
 
 
-def _mean(report: Report, recipe: str, task: Task, size: int, dataset: str) -> str:
-    arm = report.plain(task, size, recipe)
-    values = list(arm.values(dataset, "accuracy").values()) if arm else []
+def _mean(report: Report, recipe: str, place: Place) -> str:
+    runs = report.plain(place.task, place.size, recipe)
+    values = list(runs.values(place.dataset, "accuracy").values()) if runs else []
     return f"{100 * sum(values) / len(values):.1f}" if values else MISSING
 
 
-def _less(pair: tuple[Arm, Arm], dataset: str, measure: str) -> Entry:
-    found = t_interval(list(differences(*pair, dataset, measure).values()))
-    return interval_entry(found, signed=True, percent=measure.startswith("accuracy"))
+def _less(pair: tuple[ChosenRuns | None, ...], dataset: str, measure: str) -> Entry:
+    first, second = pair
+    assert first is not None and second is not None
+    interval = t_interval(list(differences(first, second, dataset, measure).values()))
+    return interval_entry(interval, signed=True, percent=measure.startswith("accuracy"))
 
 
 def others() -> Table:
     """Accuracy on the benchmark's own rows over the draws that joint training and distillation have."""
     report = make_report([SMALL])
-    places = [
-        place
-        for model in report.models
-        for size in report.sizes
-        for place in report.places(own=True, model=model, size=size)
-    ]
-    rows = [(place, *found) for place in places if (found := _compared(report, place))]
     # a recipe and the answers that its cells here were fine-tuned on: they are no like for like
-    answers = {arm.recipe: arm.answers for arm in reversed(report.arms)}
-    titles = {
-        name: TITLES[name] + (f", {answers[name]} answers" if answers[name] else "") for name in COMPARED
-    }
-    fields: Fields = [
-        ("model", lambda place, *_: place.task.model),
-        ("N", lambda place, *_: str(place.size)),
-        ("benchmark", lambda place, *_: place.dataset),
-        ("draws", lambda place, seeds, _: str(len(seeds))),
-        *(
-            (
-                title,
-                lambda place, _, same, name=name: _mean(same, name, place.task, place.size, place.dataset),
-            )
-            for name, title in titles.items()
-        ),
-        *(
-            (
-                f"{TITLES[name]} less {TITLES[METHOD]} [95%]",
-                lambda place, _, same, name=name: _less(
-                    tuple(same.plain(place.task, place.size, recipe) for recipe in (name, METHOD)),
-                    place.dataset,
-                    "accuracy",
-                ),
-            )
-            for name in OTHERS
-        ),
-    ]
-    return fill("others", "", fields, rows)
-
-
-def _compared(report: Report, place: Place) -> tuple[list[int], Report] | None:
-    """The seeds that all five recipes have, and the cells of these seeds alone."""
-    there = [report.plain(place.task, place.size, recipe) for recipe in COMPARED]
-    seeds = sorted(set.intersection(*(set(arm.runs) - {None} if arm else set() for arm in there)))
-    if not seeds:
-        return None
-    # other seeds of some recipes would otherwise be in their means alone
-    kept = filtered(report.results, benchmarks=[place.task.benchmark], models=[place.task.model], seeds=seeds)
-    return seeds, Report(kept, report.select)
+    answers = {runs.recipe: runs.answers for runs in reversed(report.runs)}
+    rows: list[Row] = []
+    for place in _places(report, own=True):
+        compared = [report.plain(place.task, place.size, recipe) for recipe in COMPARED]
+        seeds = set.intersection(*(set(runs.cells) - {None} if runs else set() for runs in compared))
+        if not seeds:
+            continue
+        # other seeds of some recipes would otherwise be in their means alone
+        benchmarks, models = [place.task.benchmark], [place.task.model]
+        kept = filtered(report.results, benchmarks=benchmarks, models=models, seeds=sorted(seeds))
+        same = Report(kept, report.select)
+        row: dict[Column | str, Entry | str] = {
+            "model": place.task.model,
+            "N": str(place.size),
+            "benchmark": place.dataset,
+            "draws": str(len(seeds)),
+        }
+        for name in COMPARED:
+            learned = f", {answers[name]} answers" if answers[name] else ""
+            row[TITLES[name] + learned] = _mean(same, name, place)
+        for name in OTHERS:
+            pair = tuple(same.plain(place.task, place.size, recipe) for recipe in (name, METHOD))
+            row[f"{TITLES[name]} less {TITLES[METHOD]} [95%]"] = _less(pair, place.dataset, "accuracy")
+        rows.append(row)
+    return fill("others", "", rows)
 
 
 def variants() -> Table:

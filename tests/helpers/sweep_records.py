@@ -41,6 +41,7 @@ def evaluation(
         "n": len(bits),
         "test": f"rows of {dataset}",
         "verbaliser": "words" if labelled else None,
+        "labels": LABELLED.get(dataset),
         "metrics": {**scopes, "scaled": scopes},
         "rows": {"correct": "".join(map(str, bits)), "confidence": [float(c) for c in sure]},
     }

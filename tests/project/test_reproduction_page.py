@@ -6,8 +6,7 @@ import re
 
 import pytest
 
-from ia2.report.sweep.overview import overview_lines
-from ia2.report.sweep.printing import make_report
+from ia2.report.sweep.printing import make_report, overview_lines
 from ia2.utils.format import fill
 from scripts.reproduction_tables import PAGE, SMALL, TABLES, main, rewritten
 
@@ -27,7 +26,7 @@ def test_the_tables_are_those_of_the_cells(page: str) -> None:
 def test_a_changed_table_is_noticed(
     page: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(TABLES, "results", lambda: fill("results", "", [("another", str)], []))
+    monkeypatch.setitem(TABLES, "results", lambda: fill("results", "", [{"another": "1"}]))
     assert main(["--check"]) == 1
     assert "+| another |" in capsys.readouterr().out
     assert PAGE.read_text(encoding="utf-8") == page

@@ -109,8 +109,7 @@ def _figures(run: Run) -> list[Figure]:
 
 
 def _sweep_section(printed: Printed, drawable: bool) -> Section:
-    from ia2.report.sweep.overview import overview_lines, verdict_lines
-    from ia2.report.sweep.printing import print_tables
+    from ia2.report.sweep.printing import overview_lines, print_tables, verdict_lines
     from ia2.report.sweep.sweep_figures import sweep_figures
 
     report = printed.report

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
+
+import numpy as np
+
+from ia2.utils.statistics import Interval
+from ia2.utils.wording import MISSING, estimate
 
 Mark = Literal["", "best", "second", "paper"]
 
@@ -99,26 +104,24 @@ class Table:
         }
 
 
-Fields = Sequence[tuple[Column | str, Callable[..., "Entry | str"]]]
-"""Columns of a table, and what makes their entries of a row."""
+Row = Mapping[Column | str, Entry | str]
+"""Column → entry."""
 
 
-def fill(
-    name: str, title: str, fields: Fields, rows: Iterable[tuple[Any, ...]], notes: Sequence[str] = ()
-) -> Table:
-    """A table, each entry made of its column and row.
-
-    Args:
-        name: as ``--table`` takes it.
-        title: first sentence of the caption.
-        fields: columns, and functions of a row's parts.
-        rows: parts of each row.
-        notes: below the table.
-    """
-    columns = tuple(Column(of) if isinstance(of, str) else of for of, _ in fields)
-    made = ([make(*row) for _, make in fields] for row in rows)
-    entries = tuple(tuple(Entry(e) if isinstance(e, str) else e for e in row) for row in made)
+def fill(name: str, title: str, rows: Iterable[Row], notes: Sequence[str] = ()) -> Table:
+    """A table of rows that name their columns, in the order of their first mention; what lacks is empty."""
+    lines = [{_column(column): _entry(entry) for column, entry in row.items()} for row in rows]
+    columns = tuple(dict.fromkeys(column for line in lines for column in line))
+    entries = tuple(tuple(line.get(column, Entry("")) for column in columns) for line in lines)
     return Table(name, title, columns, entries, tuple(notes))
+
+
+def _column(column: Column | str) -> Column:
+    return Column(column) if isinstance(column, str) else column
+
+
+def _entry(entry: Entry | str) -> Entry:
+    return Entry(entry) if isinstance(entry, str) else entry
 
 
 def pipes(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -206,3 +209,35 @@ FORMATS: dict[str, Callable[[Table], str]] = {"markdown": markdown, "latex": lat
 
 ENDINGS = {"markdown": "md", "latex": "tex"}
 """Endings of files by format."""
+
+
+# ------------------------------------------------------------------------------------------ entries
+
+
+def interval_entry(
+    interval: Interval | None, *, signed: bool = False, percent: bool = False, **more: Any
+) -> Entry:
+    """A mean with its interval, or a dash; ``more`` is for JSON."""
+    if interval is None:
+        return Entry(MISSING)
+    ends = interval.to_dict()
+    return Entry(estimate(ends, signed=signed, percent=percent), value={**ends, **more})
+
+
+def mean_entry(values: Mapping[int | None, float], *, percent: bool = False, expected: int = 0) -> Entry:
+    """A mean (standard deviation) over seeds, or a dash; fewer seeds than ``expected`` are said."""
+    numbers = list(values.values())
+    if not numbers:
+        return Entry(MISSING)
+    mean, sd = float(np.mean(numbers)), float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None
+    text = mean_sd(mean, sd, percent=percent)
+    seeds = [seed for seed in values if seed is not None]
+    if 0 < len(seeds) < expected:
+        text += f", {len(seeds)} of {expected} seeds"
+    return Entry(text, value={"mean": mean, "sd": sd, "seeds": seeds})
+
+
+def mean_sd(mean: float, sd: float | None, *, percent: bool) -> str:
+    """``90.4 (2.3)`` in percent or ``0.06 (0.01)``."""
+    shown = [f"{100 * x:.1f}" if percent else f"{x:.2f}" for x in (mean, sd) if x is not None]
+    return shown[0] + (f" ({shown[1]})" if len(shown) > 1 else "")

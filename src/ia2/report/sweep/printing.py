@@ -1,4 +1,4 @@
-"""What ``ia2 report`` prints: a table by its name, all of them, or an overview."""
+"""What ``ia2 report`` prints of sweeps: a table by its name, all of them, or an overview in sentences."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ia2.experiment.sweep.records import filtered, load_results
-from ia2.report.sweep.cells import Report
-from ia2.report.sweep.overview import overview_lines
+from ia2.config.recipes import METHOD, PLAIN
+from ia2.experiment.sweep.records import filtered, load_results, seconds_by_kind, work_in_words
+from ia2.report.sweep.cells import TITLES, Report
+from ia2.report.sweep.comparisons import pairs_table, variants_table
+from ia2.report.sweep.notes import grouped
 from ia2.report.sweep.own_tables import full_table, icl_table, threshold_table
-from ia2.report.sweep.paper import paper_tables
-from ia2.report.sweep.paper_layouts import available, filled, paper_table
+from ia2.report.sweep.paper import available, filled, paper_table, paper_tables
 from ia2.report.sweep.selection import Select
-from ia2.report.sweep.significance import pairs_table
-from ia2.report.sweep.variants import variants_table
 from ia2.utils.errors import ConfigError, suggest
 from ia2.utils.files import write_text
 from ia2.utils.format import ENDINGS, FORMATS, Table
 from ia2.utils.logging import logger
+from ia2.utils.statistics import PairedTest, paired_test, side
+from ia2.utils.wording import counted, estimate
 
 # name → table and what it needs
 _OWN: dict[str, tuple[Callable[[Report], Table], str]] = {
@@ -33,13 +34,7 @@ _OWN: dict[str, tuple[Callable[[Report], Table], str]] = {
 
 @dataclass
 class Printed:
-    """Lines and tables, ready to be written in any format.
-
-    Attributes:
-        report: what they are made of.
-        lines: sentences before the tables.
-        tables: in order.
-    """
+    """Sentences and the tables behind them, ready to be written in any format."""
 
     report: Report
     lines: list[str]
@@ -53,10 +48,11 @@ class Printed:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
+        results = self.report.results
         return {
-            "name": self.report.results.name,
-            "folders": list(self.report.results.folders),
-            "cells": len(self.report.results.cells),
+            "name": results.name,
+            "folders": list(results.folders),
+            "cells": len(results.cells),
             "select": self.report.select,
             "lines": self.lines,
             "tables": [table.to_dict() for table in self.tables],
@@ -64,18 +60,17 @@ class Printed:
 
     def write(self, folder: Path, formats: Sequence[str]) -> list[Path]:
         """One file a table name and format, ``table-1.md``; the sentences go to ``overview.md``."""
-        written = []
+        texts: dict[Path, list[str]] = {}
         for name in formats:
-            texts: dict[str, list[str]] = {}
             for table in self.tables:
-                texts.setdefault(table.name, []).append(FORMATS[name](table))
-            for table_name, found in texts.items():
-                written.append(folder / f"table-{table_name}.{ENDINGS[name]}")
-                write_text(written[-1], "\n".join(found))
+                file = folder / f"table-{table.name}.{ENDINGS[name]}"
+                texts.setdefault(file, []).append(FORMATS[name](table))
+        written = {file: "\n".join(parts) for file, parts in texts.items()}
         if self.lines:
-            written.append(folder / "overview.md")
-            write_text(written[-1], "\n\n".join(self.lines) + "\n")
-        return written
+            written[folder / "overview.md"] = "\n\n".join(self.lines) + "\n"
+        for file, text in written.items():
+            write_text(file, text)
+        return list(written)
 
     def draw(self, folder: Path) -> list[Path]:
         """Every figure that the cells have something for."""
@@ -99,23 +94,19 @@ def make_report(
     Raises:
         UserError: a damaged or missing folder, or a name that no cell has.
     """
-    results = load_results(folders)
+    for flag, texts in (("--sizes", sizes), ("--seeds", seeds)):
+        for text in texts:
+            if not text.isdigit():
+                raise ConfigError(f"{flag}: '{text}' is no number. Give some, such as 8,32.")
     results = filtered(
-        results,
+        load_results(folders),
         benchmarks=benchmarks,
         models=models,
-        sizes=_numbers("--sizes", sizes),
-        seeds=_numbers("--seeds", seeds),
+        sizes=list(map(int, sizes)),
+        seeds=list(map(int, seeds)),
     )
-    chosen: Select = select or ("test" if results.select == "test" else "dev")
-    return Report(results, chosen, where_icl_works=where_icl_works)
-
-
-def _numbers(flag: str, given: Sequence[str]) -> list[int]:
-    for text in given:
-        if not text.isdigit():
-            raise ConfigError(f"{flag}: '{text}' is no number. Give some, such as 8,32.")
-    return [int(text) for text in given]
+    by_grid: Select = "test" if results.select == "test" else "dev"
+    return Report(results, select or by_grid, where_icl_works=where_icl_works)
 
 
 def print_tables(report: Report, name: str | None) -> Printed:
@@ -125,16 +116,22 @@ def print_tables(report: Report, name: str | None) -> Printed:
         ConfigError: no table of that name, or no cells for it.
     """
     if name is None:
-        return _overview(report)
+        tables = filled(report, 1) or [table for table in [full_table(report)] if table.rows]
+        listed = ", ".join([*map(str, available(report)), *_OWN])
+        lines = [*overview_lines(report), f"Tables that these cells fill (--table): {listed}."]
+        return Printed(report, lines, tables)
     if name == "all":
-        return Printed(report, [], _all(report))
+        of_paper = {number: filled(report, number) for number in paper_tables()}
+        if absent := [str(number) for number, tables in of_paper.items() if not tables]:
+            logger.info("No cells for the paper's tables %s.", ", ".join(absent))
+        own = [table for make, _ in _OWN.values() if (table := make(report)).rows]
+        return Printed(report, [], [*(table for tables in of_paper.values() for table in tables), *own])
     if name.isdigit():
         return Printed(report, [], paper_table(report, int(name)))
     if name not in _OWN:
-        known = [*map(str, paper_tables()), *_OWN, "all"]
         raise ConfigError(
             f"there is no table '{name}'; there are 1 to {max(paper_tables())}, {', '.join(_OWN)} and all."
-            f"{suggest(name, known)}"
+            f"{suggest(name, [*map(str, paper_tables()), *_OWN, 'all'])}"
         )
     make, needs = _OWN[name]
     table = make(report)
@@ -143,18 +140,81 @@ def print_tables(report: Report, name: str | None) -> Printed:
     return Printed(report, [], [table])
 
 
-def _overview(report: Report) -> Printed:
-    there = available(report)
-    tables = filled(report, 1) or [table for table in [full_table(report)] if table.rows]
-    listed = ", ".join([*map(str, there), *_OWN])
-    lines = [*overview_lines(report), f"Tables that these cells fill (--table): {listed}."]
-    return Printed(report, lines, tables)
+# ------------------------------------------------------------------------------------------ overview
 
 
-def _all(report: Report) -> list[Table]:
-    tables = [table for number in paper_tables() for table in filled(report, number)]
-    tables += [table for make, _ in _OWN.values() if (table := make(report)).rows]
-    absent = [str(number) for number in paper_tables() if str(number) not in {t.name for t in tables}]
-    if absent:
-        logger.info("No cells for the paper's tables %s.", ", ".join(absent))
-    return tables
+def overview_lines(report: Report) -> list[str]:
+    """What was run, the verdict on IA2 → SFT, and whether ICL worked; sentences."""
+    results = report.results
+    count = len(results.cells)
+    of = f"{count} of " if results.total not in (None, count) else ""
+    failed = f", {results.failed} failed" if results.failed else ""
+    seeds = {cell.seed for cell in results.cells if cell.seed is not None}
+    seconds = seconds_by_kind(cell.seconds for cell in results.cells)
+    took = f"; {work_in_words(seconds)}" if sum(seconds.values()) else ""
+    sources = dict.fromkeys(task.benchmark for task in report.tasks)
+    lines = [
+        f"{results.name}: {of}{counted(results.total or count, 'cell')}{failed}{took}. Models "
+        f"{', '.join(report.models)}; benchmarks {', '.join(sources)}; recipes {', '.join(report.labels)}; "
+        f"N = {', '.join(map(str, report.sizes))}; {counted(len(seeds), 'seed')}.",
+        *verdict_lines(report),
+    ]
+    everywhere = report.where(icl_works=False)
+    for model in report.models:
+        for size in report.sizes:
+            places = everywhere.places(own=True, model=model, size=size)
+            judged = ((p.task.benchmark, found.judged.word) for p in places if (found := report.icl(p)))
+            if by := grouped((word, benchmark) for benchmark, word in judged):
+                words = [word for word in ("yes", "unclear", "no") if word in by]
+                listed = "; ".join(f"{word}: {', '.join(by[word])}" for word in words)
+                lines.append(f"Does ICL work with {model} at N = {size}? {listed}.")
+    return lines
+
+
+def verdict_lines(report: Report) -> list[str]:
+    """IA2 → SFT against SFT in two sentences: over all label and free-text tasks, and where ICL works."""
+    everywhere, where = (_pooled(report.where(icl_works=works)) for works in (False, True))
+    if "accuracy" not in everywhere:
+        return [f"{METHOD} and {PLAIN} were not both run: there is no verdict."]
+    if "accuracy" not in where:
+        said = "there is no such benchmark among these."
+    else:
+        said = "the same, it works on all of them." if where == everywhere else _verdict(where)
+    sizes = ", ".join(map(str, report.sizes))
+    return [f"Over everything (N = {sizes}): {_verdict(everywhere)}", f"Where ICL works: {said}"]
+
+
+def _pooled(report: Report) -> dict[str, PairedTest]:
+    """IA2 → SFT less SFT over models, N, benchmarks and seeds, by measure, where there are any."""
+    places = report.places(own=True)
+    measures = ("accuracy", "nll", "accuracy_vocabulary")
+    pairs = {measure: report.pooled(places, measure)[0] for measure in measures}
+    return {measure: paired_test(found) for measure, found in pairs.items() if found}
+
+
+def _verdict(found: dict[str, PairedTest]) -> str:
+    accuracy = found["accuracy"]
+    word = _word(accuracy, "more accurate", "less accurate", "no more accurate")
+    text = f"{TITLES[METHOD]} is {word} than SFT, {_shown(accuracy, percent=True)} points"
+    if "nll" in found and "accuracy_vocabulary" in found:
+        text += (
+            f" among the labels ({_shown(found['accuracy_vocabulary'], percent=True)} over the vocabulary), "
+            f"and {_word(found['nll'], 'worse', 'better', 'no better')} in NLL, {_shown(found['nll'])}"
+        )
+    how = "95% t over benchmarks" if accuracy.clusters > 1 else "one benchmark: no interval over them"
+    of = f"{counted(accuracy.clusters, 'benchmark')}, {counted(accuracy.pairs, 'pair')} of runs"
+    return f"{text} ({of}; {how})."
+
+
+def _shown(test: PairedTest, *, percent: bool = False) -> str:
+    return estimate(test.whole.to_dict(), signed=True, percent=percent)
+
+
+def _word(test: PairedTest, above: str, below: str, equal: str) -> str:
+    value = float(test.whole.value)
+    if abs(value) < 1e-12:
+        return equal
+    word = above if value > 0 else below
+    if test.clusters < 2:  # the draws of one benchmark say nothing of others
+        return f"{word} on this one benchmark"
+    return word if side(test.whole.to_dict()) else f"not distinguishably {word}"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ia2.config.recipes import RECIPES
+from ia2.config.recipes import METHOD, RECIPES
 from ia2.report.figures.style import (
     COLOURS,
     FAINT,
@@ -17,14 +17,17 @@ from ia2.report.figures.style import (
     numbers_table,
     recipe_style,
 )
-from ia2.report.sweep.cells import METHOD, TITLES, Report
-from ia2.report.sweep.selection import Task
+from ia2.report.sweep.cells import TITLES, Place, Report
+from ia2.report.sweep.selection import SweepTask
 from ia2.utils.logging import logger
 from ia2.utils.statistics import Interval, bounded, paired_test, t_interval
 from ia2.utils.wording import estimate
 
+# Among the labels, where there are labels.
 _MEASURES = {"accuracy": "accuracy (higher is better)", "nll": "NLL (lower is better)"}
-"""Among the labels, where there are labels."""
+
+Curves = dict[str, dict[int, Interval]]
+"""Recipe → N → interval."""
 
 
 def try_figures(report: Report, folder: Path) -> list[Path]:
@@ -42,15 +45,12 @@ def sweep_figures(report: Report) -> list[Figure]:
     return [figure for figure in made if figure is not None]
 
 
-def _file_name(model: str) -> str:
-    return "".join(sign if sign.isalnum() or sign in "-." else "-" for sign in model).strip("-.") or "model"
+def _file_name(kind: str, model: str) -> str:
+    safe = "".join(sign if sign.isalnum() or sign in "-." else "-" for sign in model).strip("-.")
+    return f"{kind}-{safe or 'model'}"
 
 
-def _tasks(report: Report, model: str) -> list[Task]:
-    return [task for task in report.tasks if task.model == model]
-
-
-def _name(task: Task) -> str:
+def _name(task: SweepTask) -> str:
     return f"{task.benchmark} ({task.verbaliser})" if task.verbaliser else task.benchmark
 
 
@@ -58,70 +58,58 @@ def _name(task: Task) -> str:
 
 
 def _sizes(report: Report, model: str) -> Figure | None:
-    sizes = {task: _own_sizes(report, task) for task in _tasks(report, model)}
-    sizes = {task: own for task, own in sizes.items() if len(own) > 1}
-    if not sizes:
-        return None
     panels, rows = [], []
-    for task, own in sizes.items():
+    for task in report.tasks:
+        runs = {(r, n): report.plain(task, n, r) for r in RECIPES for n in report.sizes}
+        # the base model, which has no N, stands at each that others have
+        sizes = [n for n in report.sizes if any(runs[r, n] and runs[r, n].num_examples for r in RECIPES)]  # type: ignore[union-attr]
+        if task.model != model or len(sizes) < 2:
+            continue
         for measure, title in _MEASURES.items():
-            labelled = measure == "accuracy" or report.labelled(task)
-            found = {r: _curve(report, task, own, r, measure) for r in RECIPES} if labelled else {}
-            panels.append(_curves_panel(own, f"{_name(task)}: {title}", found))
-            for recipe, points in found.items():
-                rows += [
-                    [_name(task), TITLES[recipe], measure, str(n), estimate(i.to_dict())]
-                    for n, i in points.items()
-                ]
+            curves: Curves = {}
+            for (recipe, n), each in runs.items() if measure == "accuracy" or report.labelled(task) else ():
+                values = list(each.values(task.benchmark, measure).values()) if each and n in sizes else []
+                if values:
+                    curves.setdefault(recipe, {})[n] = bounded(t_interval(values), measure)
+            draw = _draw_curves(sizes, f"{_name(task)}: {title}", curves)
+            panels.append(Panel(draw, legend=bool(curves), width=4.3, height=2.7))
+            rows += [
+                [_name(task), TITLES.get(recipe, recipe), measure, str(n), estimate(interval.to_dict())]
+                for recipe, points in curves.items()
+                for n, interval in points.items()
+            ]
+    if not panels:
+        return None
     return Figure(
-        f"sizes-{_file_name(model)}",
+        _file_name("sizes", model),
         f"Accuracy and NLL over N, {model}",
         f"{model}, means with 95% t-intervals over draws",
-        "Plain recipes, among the labels; lines are means over draws, bands 95% t-intervals "
-        "over draws, of which "
-        "one draw has none.",
+        "Plain recipes, among the labels; lines are means over draws, bands 95% t-intervals over draws, of "
+        "which one draw has none.",
         tuple(panels),
         numbers_table("sizes", "Values by N", ["benchmark", "recipe", "measure", "N", "value [95%]"], rows),
         columns=2,
     )
 
 
-def _own_sizes(report: Report, task: Task) -> list[int]:
-    """The N that a task was run at; the base model, which has none, stands at each."""
-    arms = {size: [report.plain(task, size, recipe) for recipe in RECIPES] for size in report.sizes}
-    return [size for size, of in arms.items() if any(a is not None and a.num_examples for a in of)]
-
-
-def _curve(
-    report: Report, task: Task, sizes: Sequence[int], recipe: str, measure: str
-) -> dict[int, Interval]:
-    """Intervals by N."""
-    arms = {size: report.plain(task, size, recipe) for size in sizes}
-    values = {
-        n: list(arm.values(task.benchmark, measure).values()) for n, arm in arms.items() if arm is not None
-    }
-    return {n: bounded(t_interval(of), measure) for n, of in values.items() if of}
-
-
-def _curves_panel(sizes: Sequence[int], title: str, found: dict[str, dict[int, Any]]) -> Panel:
+def _draw_curves(sizes: list[int], title: str, curves: Curves) -> Callable[[Any], None]:
     def draw(axis: Any) -> None:
-        if not found:
+        if not curves:
             axis.set_axis_off()
             return
-        for recipe, points in found.items():
-            if points:
-                style = recipe_style(recipe)
-                axis.plot(
-                    list(points),
-                    [i.value for i in points.values()],
-                    markersize=4,
-                    label=TITLES[recipe],
-                    **style,
-                )
-                ends = [i.low for i in points.values()], [i.high for i in points.values()]
-                axis.fill_between(list(points), *ends, color=style["color"], alpha=0.12, linewidth=0)
-                if len(points) == 1:  # a band needs two
-                    axis.vlines(list(points), *ends, color=style["color"], alpha=0.5)
+        for recipe, points in curves.items():
+            style, at = recipe_style(recipe), list(points)
+            axis.plot(
+                at,
+                [i.value for i in points.values()],
+                markersize=4,
+                label=TITLES.get(recipe, recipe),
+                **style,
+            )
+            ends = [i.low for i in points.values()], [i.high for i in points.values()]
+            axis.fill_between(at, *ends, color=style["color"], alpha=0.12, linewidth=0)
+            if len(at) == 1:  # a band needs two
+                axis.vlines(at, *ends, color=style["color"], alpha=0.5)
         axis.set_xscale("log", base=2)
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.minorticks_off()
@@ -129,7 +117,7 @@ def _curves_panel(sizes: Sequence[int], title: str, found: dict[str, dict[int, A
         axis.set_xlabel("training examples N")
         axis.set_title(title, fontsize=10)
 
-    return Panel(draw, legend=bool(found), width=4.3, height=2.7)
+    return draw
 
 
 # ----------------------------------------------------------------------------------------- differences
@@ -137,55 +125,49 @@ def _curves_panel(sizes: Sequence[int], title: str, found: dict[str, dict[int, A
 
 def _differences(report: Report, model: str) -> Figure | None:
     places = report.places(own=True, model=model)
-    lines: dict[str, list[tuple[str, Interval]]] = {}
-    pooled = {measure: report.pooled(places, measure)[0] for measure in _MEASURES}
+    panels, rows = [], []
     for measure in _MEASURES:
-        for place in places:
-            of_place = list(report.pooled([place], measure)[0].values())
-            if of_place:
-                name = f"{_name(place.task)}, N = {place.size}"
-                lines.setdefault(measure, []).append((name, t_interval(of_place[0])))
-    if not lines:
+        lines = _forest(report, places, measure)
+        if lines:
+            panels.append((lines, measure))
+            rows += [[name, measure, estimate(i.to_dict(), signed=True)] for name, i in lines.items()]
+    if not panels:
         return None
-    height = 1.2 + 0.28 * (1 + max(map(len, lines.values())))
-    rows = [
-        [name, measure, estimate(i.to_dict(), signed=True)]
-        for measure, found_lines in lines.items()
-        for name, i in found_lines
-    ]
-    for measure in lines:
-        over = paired_test(pooled[measure]).whole
-        rows.append(["over benchmarks", measure, estimate(over.to_dict(), signed=True)])
+    # the means over benchmarks come last
+    rows.sort(key=lambda row: row[0] == _OVER)
+    height = 1.2 + 0.28 * max(len(lines) for lines, _ in panels)
     return Figure(
-        f"differences-{_file_name(model)}",
+        _file_name("differences", model),
         f"{TITLES[METHOD]} less SFT, {model}",
         f"{model}: {TITLES[METHOD]} − SFT, paired, 95% t-intervals",
-        "Squares: a benchmark and N, over draws; one draw has no interval. Diamond: the mean "
-        "over benchmarks, "
-        "its interval over benchmarks. Right of zero is better in accuracy, left of it in NLL.",
-        tuple(
-            Panel(_forest(found_lines, pooled[measure], measure), width=4.6, height=height)
-            for measure, found_lines in lines.items()
-        ),
+        "Squares: a benchmark and N, over draws; one draw has no interval. Diamond: the mean over "
+        "benchmarks, its interval over benchmarks. Right of zero is better in accuracy, left of it in NLL.",
+        tuple(Panel(_draw_forest(*panel), width=4.6, height=height) for panel in panels),
         numbers_table("differences", "Differences", ["evaluation", "measure", "difference [95%]"], rows),
         columns=2,
     )
 
 
-def _forest(
-    lines: Sequence[tuple[str, Any]], pairs: dict[str, list[float]], measure: str
-) -> Callable[[Any], None]:
+_OVER = "over benchmarks"
+
+
+def _forest(report: Report, places: list[Place], measure: str) -> dict[str, Interval]:
+    """The difference at each place and, last, over benchmarks; empty without any."""
+    lines = {}
+    for place in places:
+        for values in report.pooled([place], measure)[0].values():
+            lines[f"{_name(place.task)}, N = {place.size}"] = t_interval(values)
+    return {**lines, _OVER: paired_test(report.pooled(places, measure)[0]).whole} if lines else {}
+
+
+def _draw_forest(lines: dict[str, Interval], measure: str) -> Callable[[Any], None]:
     def draw(axis: Any) -> None:
-        for place, (_, found) in enumerate(lines):
-            axis.plot([found.low, found.high], [place, place], color=COLOURS[0], linewidth=1.5)
-            axis.plot(found.value, place, marker="s", markersize=4, color=COLOURS[0])
-        over = paired_test(pairs).whole
-        axis.plot(over.value, len(lines), marker="D", markersize=6, color=COLOURS[5])
-        if over.low == over.low:
-            axis.plot([over.low, over.high], [len(lines)] * 2, color=COLOURS[5], linewidth=1.5)
-        names = [name for name, _ in lines] + ["over benchmarks"]
-        axis.set_yticks(range(len(names)), names)
-        axis.set_ylim(len(names) - 0.4, -0.6)
+        for place, (name, found) in enumerate(lines.items()):
+            colour, marker, size = (COLOURS[5], "D", 6) if name == _OVER else (COLOURS[0], "s", 4)
+            axis.plot([found.low, found.high], [place, place], color=colour, linewidth=1.5)
+            axis.plot(found.value, place, marker=marker, markersize=size, color=colour)
+        axis.set_yticks(range(len(lines)), list(lines))
+        axis.set_ylim(len(lines) - 0.4, -0.6)
         axis.axvline(0, color=FAINT, linewidth=0.8, zorder=0)
         axis.set_title(_MEASURES[measure].replace(" (", " difference ("), fontsize=10)
 
@@ -197,35 +179,33 @@ def _forest(
 
 def _similarity(report: Report, model: str) -> Figure | None:
     points: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for task in _tasks(report, model):
-        for size in report.sizes:
+    for task in report.tasks:
+        for size in report.sizes if task.model == model else ():
             for recipe in RECIPES:
                 # an icl record's similarity is the base model's: the null baseline, no point of its own
-                arm = report.plain(task, size, recipe) if recipe not in ("base", "icl") else None
-                if arm is None:
-                    continue
+                runs = report.plain(task, size, recipe) if recipe not in ("base", "icl") else None
                 for measure in _MEASURES if report.labelled(task) else ["accuracy"]:
-                    for seed, value in arm.values(task.benchmark, measure).items():
-                        similarity = arm.runs[seed].similarity
-                        if similarity is not None and similarity.get("asim") is not None:
+                    for seed, value in runs.values(task.benchmark, measure).items() if runs else ():
+                        similarity = runs.cells[seed].similarity or {} if runs else {}
+                        if similarity.get("asim") is not None:
                             of = points.setdefault(measure, {}).setdefault(recipe, [])
                             of.append((similarity["asim"], value))
     if not points:
         return None
     rows = [
-        [TITLES[recipe], measure, f"{asim:.3f}", f"{value:.3f}"]
+        [TITLES.get(recipe, recipe), measure, f"{asim:.3f}", f"{value:.3f}"]
         for measure, by_recipe in points.items()
         for recipe, found in by_recipe.items()
         for asim, value in found
     ]
     return Figure(
-        f"similarity-{_file_name(model)}",
+        _file_name("similarity", model),
         f"Similarity to ICL against results, {model}",
         f"{model}: one point a run",
         "A point a run of a plain recipe. Being like ICL inside is no merit in itself: it matters where "
         "ICL works.",
         tuple(
-            Panel(_scatter(by_recipe, measure), legend=True, width=4.3, height=3.4)
+            Panel(_draw_points(by_recipe, measure), legend=True, width=4.3, height=3.4)
             for measure, by_recipe in points.items()
         ),
         numbers_table("similarity", "Runs", ["recipe", "measure", "asim", "value"], rows),
@@ -233,11 +213,11 @@ def _similarity(report: Report, model: str) -> Figure | None:
     )
 
 
-def _scatter(by_recipe: dict[str, list[tuple[float, float]]], measure: str) -> Callable[[Any], None]:
+def _draw_points(by_recipe: dict[str, list[tuple[float, float]]], measure: str) -> Callable[[Any], None]:
     def draw(axis: Any) -> None:
         for recipe, found in by_recipe.items():
             x, y = zip(*found, strict=True)
-            axis.scatter(x, y, s=16, alpha=0.75, label=TITLES[recipe], **recipe_style(recipe))
+            axis.scatter(x, y, s=16, alpha=0.75, label=TITLES.get(recipe, recipe), **recipe_style(recipe))
         axis.set_xlabel("activation similarity to ICL (asim)")
         axis.set_ylim(bottom=0)
         axis.set_title(_MEASURES[measure], fontsize=10)
