@@ -37,7 +37,7 @@ from ia2.experiment.run_folder import machine, versions
 from ia2.models.capture import ActivationCapture
 from ia2.models.forward import answer_pass
 from ia2.models.generation import generate_answers
-from ia2.teacher.targets import MemoryTargets, TeacherAnswer
+from ia2.teacher.targets import TargetStore, TeacherAnswer
 from ia2.training.dataset import AnswerDataset, AnswerRow
 from ia2.training.losses import AnswerLoss
 from ia2.training.trainer import AlignTrainer, ExampleTrainer, _disable_checkpointing
@@ -88,7 +88,7 @@ class Bench:
         rows = [AnswerRow(self.ids(self.query, i), self.ids(self.answer, 1000 + i)) for i in range(self.rows)]
         if not targets:
             return AnswerDataset.of(rows)
-        found = MemoryTargets(list(range(self.shape.layers)))
+        found = TargetStore(list(range(self.shape.layers)))
         for i, row in enumerate(rows):
             size = (self.shape.layers, len(row.answer), self.shape.width)
             found.add(i, 0, torch.randn(size, dtype=torch.bfloat16))

@@ -39,7 +39,7 @@ from ia2.models.forward import AnswerOutput
 from ia2.models.load import BaseModel
 from ia2.models.tokens import decode
 from ia2.prompts.task import Task, make_task
-from ia2.teacher.targets import MemoryTargets, TeacherAnswer
+from ia2.teacher.targets import TargetStore, TeacherAnswer
 from ia2.utils.files import finite, read_json, write_json
 from ia2.utils.manifest import begin
 from tests.tiny_icl.tasks import sample_task
@@ -70,14 +70,14 @@ def draw_of(model: str, examples: int, seed: int) -> tuple[FewShotSplit, Example
     return pool.split(num_examples=examples, seed=seed, balanced=True), made(100, 1000, "test")
 
 
-def answered(bench: Workbench, data: Examples) -> tuple[RowMeasures, MemoryTargets]:
+def answered(bench: Workbench, data: Examples) -> tuple[RowMeasures, TargetStore]:
     """What the teacher says of its training examples, among the labels; and its targets, of the same pass."""
     contexts, task = bench.train_contexts, bench.task
     prompts = [contexts.context_ids(i) for i in range(len(data))]
     said: dict[int, int] = {}
     model = bench.base.current
     with base_weights(model), ActivationCapture(model) as capture:
-        targets = MemoryTargets(capture.layers)
+        targets = TargetStore(capture.layers)
 
         def keep(output: AnswerOutput) -> None:
             assert output.logits is not None and output.activations is not None
@@ -91,7 +91,7 @@ def answered(bench: Workbench, data: Examples) -> tuple[RowMeasures, MemoryTarge
     return measured.plain["labels"], targets.finish(answers)
 
 
-def apart(one: MemoryTargets, other: MemoryTargets) -> float:
+def apart(one: TargetStore, other: TargetStore) -> float:
     """Mean over layers and examples of the squared difference, as a share of the squares."""
     found = []
     for i in range(len(one.answers)):
@@ -105,7 +105,7 @@ def one(base: BaseModel, model: str, examples: int, seed: int) -> dict[str, dict
     """Order → what was measured → value, for one draw."""
     data, test = draw_of(model, examples, seed)
     found: dict[str, dict[str, float]] = {}
-    kept: dict[str, MemoryTargets] = {}
+    kept: dict[str, TargetStore] = {}
     again = ["random again"] if model == "tiny" else []  # costs a third of the time on the demo model
     for name in ("random", "shared", *again):
         config = AdaptConfig(
@@ -134,7 +134,7 @@ def one(base: BaseModel, model: str, examples: int, seed: int) -> dict[str, dict
                 continue
             if again and name == "shared":
                 row["targets apart"] = apart(kept["random"], kept[name])
-            dev = bench.teaching.teacher().to_memory(bench.teaching.dev_contexts)
+            dev = bench.teaching.teacher().teach(bench.teaching.contexts("dev"))
             for part, targets in (("train", kept[name]), ("dev", dev)):  # so as not to compute them again
                 bench.teaching._targets[part, "output", None] = targets
             trained = bench.train("ia2-sft")

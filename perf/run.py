@@ -59,9 +59,9 @@ from ia2.models.tokens import Ids, decode, encode_answer, fed_ids  # noqa: E402
 from ia2.prompts.builder import PromptBuilder  # noqa: E402
 from ia2.prompts.context import Contexts  # noqa: E402
 from ia2.prompts.task import make_task  # noqa: E402
-from ia2.teacher.targets import MemoryTargets, TeacherAnswer  # noqa: E402
+from ia2.teacher.cache import TeacherCache  # noqa: E402
+from ia2.teacher.targets import TargetStore, TeacherAnswer  # noqa: E402
 from ia2.teacher.teacher import Teacher  # noqa: E402
-from ia2.teacher.teaching import Teaching  # noqa: E402
 from ia2.training.dataset import AnswerDataset, AnswerRow  # noqa: E402
 from ia2.training.losses import AnswerLoss  # noqa: E402
 from ia2.training.trainer import AlignTrainer, ExampleTrainer  # noqa: E402
@@ -232,7 +232,7 @@ def teacher_answers(given: Given) -> list[dict[str, Any]]:
     teacher = Teacher(base.model, base.tokenizer, max_answer_tokens=tokens)
     floor = Floor(base.model)
     floor.measure()
-    ours, targets = timed(lambda: teacher.to_memory(contexts))
+    ours, targets = timed(lambda: teacher.teach(contexts))
     peak = peak_mb()
     floor.measure()
     # one place of every other answer, spread over their length
@@ -272,8 +272,8 @@ def leave_one_out(base: BaseModel, count: int, order: str) -> tuple[Teacher, Con
     task = make_task(pool, config, base.tokenizer)
     data = FewShotSplit(Examples(pool[:count], name="rows"), Examples([], name="dev"))
     with tempfile.TemporaryDirectory() as folder:
-        teaching = Teaching(base, data, task, config, Path(folder))
-        return teaching.teacher(), teaching.train_contexts
+        teaching = TeacherCache(base, data, task, config, Path(folder))
+        return teaching.teacher(), teaching.contexts("train")
 
 
 def teacher_labels(given: Given) -> list[dict[str, Any]]:
@@ -285,7 +285,7 @@ def teacher_labels(given: Given) -> list[dict[str, Any]]:
     for order in reversed(demo_orders()):  # the one that needs most memory last
         teacher, contexts = leave_one_out(base, count, order)
         floor.measure()
-        ours, targets = timed(lambda t=teacher, c=contexts: t.to_memory(c))
+        ours, targets = timed(lambda t=teacher, c=contexts: t.teach(c))
         peak = peak_mb()
         prompts = [contexts.context_ids(i) for i in range(count)]
         naive, same, gap = 0.0, 0, 0.0
@@ -329,7 +329,7 @@ def memory(given: Given) -> list[dict[str, Any]]:
     if order == "random":
         contexts = First(contexts, part)
     before = peak_mb()
-    ours, _ = timed(lambda: teacher.to_memory(contexts))
+    ours, _ = timed(lambda: teacher.teach(contexts))
     work = f"teacher, N = {count}, {order} orders, {len(contexts)} rows"
     return [line(work, ours, peak_mb=peak_mb(), peak_before_mb=before)]
 
@@ -424,7 +424,7 @@ def steps(name: str, rows: Examples, title: str, given: Given, batches: int = 2)
             lengths += [len(row.query) + len(row.answer) for row in part]
             generator = torch.Generator().manual_seed(number)
             states = [torch.randn(count, len(row.answer), width, generator=generator) for row in part]
-            targets = MemoryTargets(list(range(count)))
+            targets = TargetStore(list(range(count)))
             for i, state in enumerate(states):
                 targets.add(i, 0, state)
             targets.finish([TeacherAnswer(row.answer, "") for row in part])
@@ -577,7 +577,7 @@ def cell(given: Given) -> list[dict[str, Any]]:
         current = rounds_of(pool, test, config, Path(folder))[0]
         task = make_task(pool, config, base.tokenizer, None, test)
         bench = Workbench(base, current.data, task, config, Path(folder) / "naive")
-        contexts = (bench.train_contexts, bench.teaching.dev_contexts)
+        contexts = (bench.train_contexts, bench.teaching.contexts("dev"))
         prompts = list(bench.prompts(test))
         icl = list(bench.prompts(test, demonstrations=True))
 
@@ -746,7 +746,7 @@ def slope_n(given: Given) -> list[dict[str, Any]]:
             teacher, contexts = leave_one_out(base, count, order)
             rows = [contexts.context_ids(i) for i in range(count)]
             tokens[count], products[count] = len(depths(rows)), floor.forward(rows, count)
-            points[count], _ = timed(lambda t=teacher, c=contexts: t.to_memory(c))
+            points[count], _ = timed(lambda t=teacher, c=contexts: t.teach(c))
         grows = slope(products)
         found.append(
             grown(
@@ -767,7 +767,7 @@ def slope_length(given: Given) -> list[dict[str, Any]]:
     points = {}
     for length in (1, 2, 4, 8, 16, 32, 64, 128):
         teacher = Teacher(base.model, base.tokenizer, max_answer_tokens=length)
-        points[length], _ = timed(lambda t=teacher: t.to_memory(contexts))
+        points[length], _ = timed(lambda t=teacher: t.teach(contexts))
     return [grown("teacher over answer length, 8 contexts of 300 tokens", points, 1.1)]
 
 

@@ -207,7 +207,7 @@ def run_point(base: BaseModel, point: Point, seed: int, arms: Sequence[str]) -> 
             if "loo" in learnt:
                 right["loo"] = len(bench.teaching.correct()) / len(train)
             for name in learnt & {"own", "more"}:
-                said = bench.teaching.part_answers("unlabelled")
+                said = bench.teaching.answers("unlabelled")
                 hits = [f" {a.text.strip()}" == row.answer for a, row in zip(said, rows, strict=True)]
                 right[name] = float(np.mean(hits))
     return {"arms": {arm: found[arm] for arm in arms}, "teacher_right": right}

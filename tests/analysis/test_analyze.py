@@ -200,7 +200,7 @@ def test_other_demonstrations_are_other_rows(runner: Runner) -> None:
 
 
 def test_the_mean_over_training_examples_is_of_their_own_contexts(runner: Runner) -> None:
-    contexts = runner.teaching.train_contexts
+    contexts = runner.teaching.contexts("train")
     found = runner.mean_of_training("output")
     rows = []
     outputs: dict[int, torch.Tensor] = {}
@@ -237,7 +237,7 @@ def test_demonstrations_that_virtual_tokens_leave_no_room_for(
     runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As of prompt tuning, whose tokens come before the prompt."""
-    monkeypatch.setattr(conditions, "virtual_tokens", lambda model: runner.teaching.window - 10)
+    monkeypatch.setattr(conditions, "virtual_tokens", lambda model: runner.teaching.prompts.window - 10)
     sft = next(s for s in runner.set.checkpoints if s.name == "sft")
     runner.run(Condition("sft", sft), [0], [(5,)], ("output",))
     with pytest.raises(DataError, match=r"sft\+demos: \d+ tokens do not fit the 10 .* \(--no-controls\)"):

@@ -125,7 +125,7 @@ def test_the_teacher_answers_each_behind_all_training_examples(learner: BaseMode
             prompt = torch.tensor([contexts.context_ids(i)])
             with torch.no_grad():
                 answer = int(clone(learner).model(prompt).logits[0, -1].argmax())
-            assert rows.row(i).answer == (answer,) == teaching.part_answers(part)[i].ids
+            assert rows.row(i).answer == (answer,) == teaching.answers(part)[i].ids
             assert rows[i]["target"] is not None
 
 

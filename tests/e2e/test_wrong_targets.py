@@ -59,7 +59,7 @@ def test_alignment_on_unlabelled_rows_beats_fine_tuning_and_leave_one_out(
             if name == "leave one out":
                 right += len(bench.teaching.correct())
             elif name == "unlabelled":
-                said = [f" {answer.text}" for answer in bench.teaching.part_answers("unlabelled")]
+                said = [f" {answer.text}" for answer in bench.teaching.answers("unlabelled")]
                 true = {example.query: example.answer for example in more}
                 assert said == [true[example.query] for example in bench.data.unlabelled]
             bench.close()

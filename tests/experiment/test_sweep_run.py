@@ -60,8 +60,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         monkeypatch.setattr(owner, method, wrapped)
 
     counting(trainer.ExampleTrainer, "fit", lambda self: type(self.loss).__name__)
-    for method in ("to_store", "to_memory"):
-        counting(Teacher, method, lambda self, *_, method=method: f"teacher {method} {self.site}")
+    counting(Teacher, "teach", lambda self, *_: f"teacher {self.site}")
     counting(Workbench, "evaluate", lambda self, recipe, *_: f"evaluate {recipe}")
     counting(Workbench, "base_outputs", lambda self, *_: "base outputs")
     counting(unit, "load_base", lambda name: f"load {Path(name).name}")
@@ -323,8 +322,8 @@ def test_what_cells_share_is_computed_once(files: Path, counted: Counter[str], t
     seeds = 2
     assert counted["AlignmentLoss"] == seeds  # of ia2 and of ia2-sft
     assert counted["AnswerLoss"] == 2 * seeds  # of sft and of ia2-sft, which begin differently
-    assert counted["teacher to_store output"] == 2 * seeds  # train and dev rows
-    assert counted["teacher to_memory output"] == 0  # what ICL does on the test rows its evaluation gives
+    # train and dev rows; what ICL does on the test rows its evaluation gives
+    assert counted["teacher output"] == 2 * seeds
     # once for all seeds, on both benchmarks; the null baseline of each seed is a similarity alone
     assert counted["evaluate base"] == 2
     assert counted["base outputs"] == 1  # of the null baseline, which no draw changes
@@ -333,7 +332,7 @@ def test_what_cells_share_is_computed_once(files: Path, counted: Counter[str], t
     assert not any("reference" in cost for cost in costs)
     counted.clear()
     swept(files, tmp_path / "without", recipes=["ia2", "sft"], seeds=2)  # then it takes a pass of its own
-    assert counted["teacher to_memory output"] == seeds
+    assert counted["teacher output"] == 3 * seeds
     assert sum("reference" in r["cost"]["seconds"] for r in records(tmp_path / "without")) == seeds
 
 
@@ -359,7 +358,7 @@ def test_models_are_loaded_once_a_seed(files: Path, counted: Counter[str], tmp_p
 def test_rates_and_betas_have_stages_of_their_own(files: Path, counted: Counter[str], tmp_path: Path) -> None:
     swept(files, tmp_path / "out", recipes=["ia2", "ia2+sft"], learning_rates=[1e-3, 1e-2], betas=[0.2, 0.8])
     assert (counted["AlignmentLoss"], counted["JointLoss"]) == (2, 4)
-    assert counted["teacher to_store output"] == 2
+    assert counted["teacher output"] == 2
     losses = [record["training"]["selection_loss"] for record in records(tmp_path / "out")]
     assert len(set(losses)) == 6
 

@@ -18,6 +18,7 @@ from helpers.benches import (
     icl_base,
     icl_examples,
     rows_of,
+    taught,
     word_examples,
     wordy_model,
 )
@@ -26,7 +27,7 @@ from ia2.adapters.weights import adapter_state
 from ia2.data.examples import Example, Examples
 from ia2.experiment.workbench import StageResult, Workbench
 from ia2.models.load import BaseModel
-from ia2.teacher.teaching import Teaching
+from ia2.teacher.cache import TeacherCache
 from ia2.utils.errors import ConfigError, DataError, RunFolderError
 
 ROWS = icl_examples(9)
@@ -47,15 +48,15 @@ def made(model: BaseModel, folder: Path, rows: Any = ROWS, **settings: Any) -> W
 
 def test_targets_are_found_again(model: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = made(model, tmp_path, targets="store")
-    train, dev = first.teaching.targets()
-    seconds = first.teaching.seconds
-    assert seconds.keys() == {"output"}
+    train, dev = taught(first)
+    seconds = first.teaching.seconds("train")
+    assert seconds > 0
     monkeypatch.setattr("ia2.teacher.teacher.answer_pass", None)  # nothing may be computed again
     again = made(model, tmp_path, targets="store")
-    for old, new in zip((train, dev), again.teaching.targets(), strict=True):
+    for old, new in zip((train, dev), taught(again), strict=True):
         assert old.answers == new.answers and old.rms == new.rms
         assert all(torch.equal(old.get(i), new.get(i)) for i in range(len(old.answers)))
-    assert again.teaching.seconds == seconds  # what it cost when it was made
+    assert again.teaching.seconds("train") == seconds  # what it cost when it was made
 
 
 @pytest.mark.parametrize(
@@ -72,14 +73,14 @@ def test_targets_are_found_again(model: BaseModel, tmp_path: Path, monkeypatch: 
 def test_targets_of_something_else_are_refused(
     change: dict[str, Any], named: set[str], model: BaseModel, tmp_path: Path
 ) -> None:
-    made(model, tmp_path, targets="store").teaching.targets()
+    taught(made(model, tmp_path, targets="store"))
     other = clone(model)
     if "model" in change:
         other.identity["weights"] = "others"
     settings = {k: v for k, v in change.items() if k not in ("rows", "model")}
     bench = made(other, tmp_path, change.get("rows", ROWS), targets="store", **settings)
     with pytest.raises(RunFolderError, match="these differ: ") as caught:
-        bench.teaching.targets()
+        taught(bench)
     told = str(caught.value).split("these differ: ")[1].split(". Choose")[0].split(", ")
     assert named <= set(told) <= named | {"contexts"}
 
@@ -103,7 +104,7 @@ def test_averages_cannot_be_computed_online(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     bench = made(model, tmp_path, context_draws=2)
     with pytest.raises(ConfigError, match="permutation_targets to sample"):
-        bench.teaching.targets()
+        taught(bench)
 
 
 def test_what_the_teacher_answers_rightly(model: BaseModel, tmp_path: Path, word_tokenizer: Any) -> None:
@@ -117,7 +118,7 @@ def test_what_the_teacher_answers_rightly(model: BaseModel, tmp_path: Path, word
         task="generation",
         max_answer_tokens=6,
     )
-    texts = [answer.text.strip() for answer in free.teaching.answers()[0]]
+    texts = [answer.text.strip() for answer in free.teaching.answers("train")]
     right = [i for i, text in enumerate(texts) if text == (rows[i].answer or "").strip()]
     assert free.teaching.correct() == right
 
@@ -136,7 +137,7 @@ def test_rows_of_the_stages(word_tokenizer: Any, tmp_path: Path) -> None:
     )
     align, sft = align_rows(bench), bench.sft_rows()
     for part, examples in enumerate((rows[:6], rows[6:])):
-        answers = bench.teaching.targets()[part].answers
+        answers = taught(bench)[part].answers
         assert [row.answer for row in rows_of(align[part])] == [answer.ids for answer in answers]
         for row, aligned, example in zip(rows_of(sft[part]), rows_of(align[part]), examples, strict=True):
             assert row.query == aligned.query == tuple(word_tokenizer(example.query)["input_ids"])
@@ -288,12 +289,12 @@ def test_what_is_said_of_icl_before_training(
 ) -> None:
     rows = Examples([Example(f"q{i}", label, f"row {i}") for i, label in enumerate(labels)], name="rows")
     teaching = SimpleNamespace(
-        _parts={"train": rows},
+        examples={"train": rows},
         _judged=False,
         task=SimpleNamespace(kind="classification"),
         correct=lambda _: range(right),
     )
     with caplog.at_level(logging.WARNING, "ia2"):
-        Teaching.warn_if_icl_fails(teaching)  # type: ignore[arg-type]
+        TeacherCache.warn_if_icl_fails(teaching)  # type: ignore[arg-type]
     assert len(caplog.messages) == (said is not None)
     assert said is None or said in caplog.messages[0]

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.benches import bench_of, clone, icl_base, icl_examples
+from helpers.benches import bench_of, clone, icl_base, icl_examples, taught
 from helpers.sweeping import records, swept
 
 from ia2.config import AdaptConfig, ProbeConfig
 from ia2.experiment.adapt import adapt
 from ia2.experiment.probe import probe
 from ia2.models.load import BaseModel
-from ia2.teacher import teaching
+from ia2.teacher.teacher import Teacher
 from ia2.training.schedule import Schedule
 from ia2.training.trainer import ExampleTrainer
 from ia2.utils.files import read_json
@@ -77,8 +77,8 @@ def test_of_a_cell_over_all_starts(files: Path, tmp_path: Path, slow: dict[str, 
 def test_of_a_teacher_pass_that_was_killed_between_its_parts(
     targets: str, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kind = {"store": "to_store", "memory": "to_memory", "online": "scales"}[targets]
-    run = getattr(teaching.Teacher, kind)
+    kind = "to_store" if targets == "store" else "teach"
+    run = getattr(Teacher, kind)
     killed = True
 
     def slowly(self: Any, *args: Any, description: str, **kwargs: Any) -> Any:
@@ -88,13 +88,13 @@ def test_of_a_teacher_pass_that_was_killed_between_its_parts(
             time.sleep(0.3)
         return run(self, *args, description=description, **kwargs)
 
-    monkeypatch.setattr(teaching.Teacher, kind, slowly)
+    monkeypatch.setattr(Teacher, kind, slowly)
     with pytest.raises(KeyboardInterrupt):
-        bench_of(clone(base), ROWS[:8], ROWS[8:], tmp_path, targets=targets).teaching.targets()
+        taught(bench_of(clone(base), ROWS[:8], ROWS[8:], tmp_path, targets=targets))
     killed = False
-    again = bench_of(clone(base), ROWS[:8], ROWS[8:], tmp_path, targets=targets).teaching
-    again.targets()
-    assert again.seconds["output"] >= 0.3
+    again = bench_of(clone(base), ROWS[:8], ROWS[8:], tmp_path, targets=targets)
+    taught(again)
+    assert again.teaching.seconds("train") >= 0.3
 
 
 # ---------------------------------------------------------------------------------- what is foretold

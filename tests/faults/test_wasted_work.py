@@ -9,7 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.benches import base_of, bench_of, clone, icl_base, icl_examples, word_examples, wordy_model
+from helpers.benches import (
+    base_of,
+    bench_of,
+    clone,
+    icl_base,
+    icl_examples,
+    taught,
+    word_examples,
+    wordy_model,
+)
 from helpers.command_line import run, write_rows
 from helpers.sweeping import grid_of, records
 
@@ -26,7 +35,7 @@ from ia2.models.forward import answer_pass
 from ia2.models.load import BaseModel
 from ia2.prompts.demonstrations import ORDERS, Draw
 from ia2.report.doctor.reading import read_facts
-from ia2.teacher import teacher, teaching
+from ia2.teacher import cache, teacher
 from ia2.training.trainer import ExampleTrainer
 from ia2.utils.files import digest, finite
 
@@ -43,13 +52,13 @@ def base(tiny_icl_model_path: Path) -> BaseModel:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The site of every teacher pass, and whatever else runs a teacher, in order."""
     ran: list[str] = []
-    run = teacher.Teacher._run
+    teach = teacher.Teacher.teach
 
-    def counting(self: Any, contexts: Any, capture: Any, sink: Any, description: str, known: Any) -> Any:
+    def counting(self: Any, *arguments: Any, description: str, **options: Any) -> Any:
         ran.append(self.site if description.startswith("teacher pass") else description)
-        return run(self, contexts, capture, sink, description, known)
+        return teach(self, *arguments, description=description, **options)
 
-    monkeypatch.setattr(teacher.Teacher, "_run", counting)
+    monkeypatch.setattr(teacher.Teacher, "teach", counting)
     return ran
 
 
@@ -111,12 +120,12 @@ def test_answers_are_generated_once(
     free = {"task": "generation", "max_answer_tokens": 5, "targets": "memory"}
     base = base_of(wordy_model(), word_tokenizer)
     bench = bench_of(base, rows[:6], rows[6:], tmp_path, **free)
-    first = bench.teaching.targets(site)
+    first = taught(bench, site)
     monkeypatch.setattr(teacher, "generate_answers", None)
     for other in ("output", "soft", "answers"):
-        second = bench.teaching.targets(other)
+        second = taught(bench, other)
         assert [part.answers for part in second] == [part.answers for part in first]
-    assert [len(part) for part in bench.teaching.answers()] == [6, 2]
+    assert [len(bench.teaching.answers(part)) for part in ("train", "dev")] == [6, 2]
 
 
 # --------------------------------------------------------------------------------------- re-opening
@@ -185,7 +194,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ran.append(f"{description}: {len(pairs)}")
         return answer_pass(model, tokenizer, pairs, description=description, **options)
 
-    for module in (scoring, teacher, teaching, workbench):
+    for module in (scoring, teacher, cache, workbench):
         monkeypatch.setattr(module, "answer_pass", counting)
     return ran
 

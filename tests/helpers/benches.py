@@ -20,7 +20,8 @@ from ia2.data.unlabelled import with_unlabelled
 from ia2.experiment.workbench import Workbench
 from ia2.models.load import BaseModel, load_base
 from ia2.prompts.task import make_task
-from ia2.teacher.teaching import PARTS
+from ia2.teacher.cache import PARTS
+from ia2.teacher.targets import OnlineTargets
 from ia2.training.dataset import AnswerDataset, AnswerRow
 from ia2.training.losses import Loss
 from ia2.training.trainer import AlignTrainer, ExampleTrainer
@@ -148,7 +149,12 @@ def align_trainer(
     )
 
 
+def taught(bench: Workbench, site: str = "output", top_k: int | None = None) -> list[OnlineTargets]:
+    """What the teacher gave for the labelled rows: those trained on, and those held out."""
+    return [bench.teaching.targets(part, site, top_k) for part in PARTS[LABELLED]]
+
+
 def align_rows(bench: Workbench, rows: str = LABELLED) -> tuple[AnswerDataset, AnswerDataset]:
     """Training and held-out rows of the alignment stage: queries, the teacher's answers, targets."""
-    train, dev = (bench.teacher_rows(part, targets=bench.teaching.part_targets(part)) for part in PARTS[rows])
+    train, dev = (bench.teacher_rows(part, targets=bench.teaching.targets(part)) for part in PARTS[rows])
     return train, dev

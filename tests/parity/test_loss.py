@@ -172,7 +172,7 @@ def test_loss_is_the_methods(
             bare,
             adapted,
             base.tokenizer,
-            rows(dev, chosen(bench.teaching.dev_contexts)),
+            rows(dev, chosen(bench.teaching.contexts("dev"))),
             limit,
             stop,
         ),

@@ -205,7 +205,7 @@ def test_an_order_is_a_function(learner: BaseModel, tmp_path: Path, monkeypatch:
     task = make_task(Examples([*train, *dev], name="rows"), config, learner.tokenizer)
     bench = Workbench(learner, FewShotSplit(train, dev), task, config, tmp_path)
     prompt_format = bench.teaching.prompts.format
-    for contexts, queries in ((bench.train_contexts, train), (bench.teaching.dev_contexts, dev)):
+    for contexts, queries in ((bench.train_contexts, train), (bench.teaching.contexts("dev"), dev)):
         for i, query in enumerate(queries):
             shown = [row for row in train if row is not query]
             assert contexts.context_ids(i) == prompt_format.context_ids(shown, query)

@@ -173,7 +173,7 @@ def test_what_cannot_work_is_refused(recipe: str, settings: dict[str, Any], name
 def test_icl_responses_replace_the_true_answers(wordy: BaseModel, tmp_path: Path) -> None:
     bench = free(wordy, tmp_path, sft={"answers": "icl_responses"})
     job = job_of(bench, "sft")
-    for rows, answers in zip(job.rows, bench.teaching.answers(), strict=True):
+    for rows, answers in zip(job.rows, map(bench.teaching.answers, ("train", "dev")), strict=True):
         assert [row.answer for row in rows_of(rows)] == [answer.ids for answer in answers]
     assert [row.answer for row in rows_of(bench.sft_rows()[0])] != [
         row.answer for row in rows_of(job.rows[0])
@@ -183,12 +183,12 @@ def test_icl_responses_replace_the_true_answers(wordy: BaseModel, tmp_path: Path
 def test_only_correct(learner: BaseModel, wordy: BaseModel, tmp_path: Path) -> None:
     bench = small(learner, tmp_path / "some", align={"only_correct": True})
     gold = [bench.task.label_ids[bench.task.label_of(example)] for example in bench.data.train]
-    right = [i for i, answer in enumerate(bench.teaching.answers()[0]) if answer.ids == gold[i]]
+    right = [i for i, answer in enumerate(bench.teaching.answers("train")) if answer.ids == gold[i]]
     train = job_of(bench, "ia2").rows[0]
     assert list(train.indices) == right
     # the targets are those of the examples that are left, not of the first ones
     for place, i in enumerate(right):
-        assert torch.equal(train[place]["target"], bench.teaching.targets()[0].get(i))
+        assert torch.equal(train[place]["target"], bench.teaching.targets("train").get(i))
     with pytest.raises(DataError, match="the teacher answers none rightly"):
         free(wordy, tmp_path / "none", align={"only_correct": True}).train("ia2")
 
@@ -206,7 +206,7 @@ def test_rows_of_both_kinds_are_aligned_on_together(wordy: BaseModel, tmp_path: 
     pseudo = job_of(bench, "pseudo-sft").rows[0]
     assert [row.answer for row in rows_of(pseudo)] == [
         *(row.answer for row in rows_of(bench.sft_rows()[0])),
-        *(answer.ids for answer in bench.teaching.part_answers("unlabelled")),
+        *(answer.ids for answer in bench.teaching.answers("unlabelled")),
     ]
 
 
@@ -286,7 +286,7 @@ def test_distillation_is_the_divergence_from_the_teacher(
     _, _, found = losses_of(bench, job_of(bench, "soft-sft"), tmp_path)
     contexts = bench.train_contexts
     for i, value in enumerate(found):
-        answer = bench.teaching.answers()[0][i].ids
+        answer = bench.teaching.answers("train")[i].ids
         with torch.no_grad():
             student = log_p(bench.model, contexts.query_ids(i), answer)
             with base_weights(bench.model):

@@ -144,7 +144,7 @@ def test_dropout_is_off_for_the_online_teacher(tiny_icl_model_path: Path, tmp_pa
     bench = learner(tiny_icl_model_path, tmp_path, targets="online", adapter={"dropout": 0.5}, randomise=True)
     trainer = made(bench, "align", tmp_path)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(6)])
-    stored = bench.teaching.teacher().to_memory(bench.train_contexts)
+    stored = bench.teaching.teacher().teach(bench.train_contexts)
     bench.model.train()
     online = trainer.loss.teacher(batch)  # type: ignore[attr-defined]
     assert bench.model.training and not online.requires_grad

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.benches import base_of, bench_of, icl_base, icl_examples, word_examples, wordy_model
+from helpers.benches import base_of, bench_of, icl_base, icl_examples, taught, word_examples, wordy_model
 from helpers.launching import together
 from helpers.words import make_word_tokenizer
 from hypothesis import given
@@ -54,7 +54,7 @@ def passes(folder: Path, task: str, targets: str) -> dict[str, Any]:
     settings = {"task": task, "targets": targets, **({"max_answer_tokens": 7} if generation else {})}
     bench = bench_of(base, rows[:8], rows[8:13], folder, randomise=True, **settings)
     test = rows[13:]
-    found = bench.teaching.targets("output")
+    found = taught(bench)
     teacher = sum(computed)
     reference = bench.teaching.reference(test)
     evaluated = [bench.evaluate(recipe, test, reference) for recipe in ("base", "sft", "icl")]
@@ -64,7 +64,7 @@ def passes(folder: Path, task: str, targets: str) -> dict[str, Any]:
         "targets": [
             part.get(i).numpy() for part in found if targets != "online" for i in range(len(part.answers))
         ],
-        "reference": [reference.targets.get(i).numpy() for i in range(len(test))],
+        "reference": [reference.get(i).numpy() for i in range(len(test))],
         "predictions": [[p.to_dict() for p in each.predictions] for each in evaluated],
         "temperatures": [each.measured.temperatures for each in evaluated],
         "similarity": [each.similarity and each.similarity.to_dict() for each in evaluated],

@@ -34,7 +34,7 @@ from ia2.models.sites import SiteCapture
 from ia2.models.tokens import Ids
 from ia2.prompts.builder import PromptBuilder, query_prompts
 from ia2.prompts.task import Task
-from ia2.teacher.teaching import Teaching
+from ia2.teacher.cache import TeacherCache
 from ia2.utils.errors import DataError
 from ia2.utils.files import digest
 
@@ -153,14 +153,14 @@ class Runner:
 
     def __init__(self, base: BaseModel, task: Task, training_set: TrainingSet, folder: Path) -> None:
         self.base, self.task, self.set = base, task, training_set
-        self.teaching = Teaching(base, training_set.data, task, training_set.config, folder)
+        self.teaching = TeacherCache(base, training_set.data, task, training_set.config, folder)
         self.pattern = training_set.config.attention_modules
         self._on = ""
-        self.others, teaching = training_set.other_demonstrations(), self.teaching
+        self.others, prompts = training_set.other_demonstrations(), self.teaching.prompts
         self._other = (
             None
             if self.others is None
-            else PromptBuilder(base, teaching.reserve, teaching.window, self.others, training_set.config)
+            else PromptBuilder(base, prompts.reserve, prompts.window, self.others, training_set.config)
         )
 
     # ----------------------------------------------------------------------------------- models
@@ -191,7 +191,7 @@ class Runner:
     def window(self, model: Any) -> int:
         """Tokens of the context window that prompts of this model may fill."""
         taken = 0 if getattr(model, "_adapters_disabled", False) else virtual_tokens(model)
-        return int(self.teaching.window) - taken
+        return int(self.teaching.prompts.window) - taken
 
     # ---------------------------------------------------------------------------------- prompts
 
@@ -225,7 +225,7 @@ class Runner:
     def check(self, controls: bool) -> None:
         """Refuse prompts that do not fit and labels that are none, before anything is run."""
         self.gold()
-        self.check_bare(self.set.queries, self.teaching.reserve)
+        self.check_bare(self.set.queries, self.teaching.prompts.reserve)
         self._contexts("own").prepare()
         if controls and self.others is not None:
             self._contexts("other").prepare()
@@ -234,7 +234,7 @@ class Runner:
         """Refuse rows that the virtual tokens of an adapter leave no room for."""
         made = [peft_config(self.base.model, c.config.adapter) for c in self.set.checkpoints]
         virtual = max(map(virtual_tokens_of, made), default=0)
-        query_prompts(self.teaching.prompts.format, rows, self.teaching.window, reserve, virtual)
+        query_prompts(self.teaching.prompts.format, rows, self.teaching.prompts.window, reserve, virtual)
 
     # ------------------------------------------------------------------------------------- runs
 
@@ -323,7 +323,7 @@ class Runner:
         Teacher-forced on the true answers. What ICL activations have in common whatever the query: an
         adapter that learnt no more than this constant is as near to ICL as it is.
         """
-        contexts = self.teaching.train_contexts
+        contexts = self.teaching.contexts("train")
         pairs = [
             (contexts.context_ids(i), self.task.target_ids(self.base.tokenizer, row))
             for i, row in enumerate(self.set.data.train)

@@ -241,7 +241,7 @@ def _run(
     if choice is not None:
         result.metrics["chosen_because"] = choice["reason"]
     if len(rows):
-        reference = bench.teaching.try_reference(rows)
+        reference = bench.teaching.reference(rows)
         evaluated = bench.evaluate(config.recipe, rows, reference)
         part = "test" if test is not None else "dev"
         result.predictions = evaluated.predictions

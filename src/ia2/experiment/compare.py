@@ -26,7 +26,7 @@ from ia2.experiment.workbench import Evaluated, Workbench
 from ia2.models.load import BaseModel
 from ia2.prompts.task import Task, make_task
 from ia2.report.tables import INTERVALS, comparison_markdown
-from ia2.teacher.teaching import IclReference
+from ia2.teacher.targets import OnlineTargets
 from ia2.training.stages import TrainedRecipe
 from ia2.utils.distributed import is_first, wait
 from ia2.utils.errors import ConfigError, DivergedError
@@ -260,7 +260,7 @@ def _run_round(
         logger.info("%s: finished before.", current.folder)
         wait()
         return found
-    reference: IclReference | None = None
+    reference: OnlineTargets | None = None
     referred = False
     on: Workbench | None = None  # the workbench whose adapter is on the model
     adapter: tuple[str, str] | None = None
@@ -281,7 +281,7 @@ def _run_round(
                 diverged[arm.name] = f"{place_of(current.seed, current.fold)}: {error.rates}"
                 continue
             if not referred and arm.recipe != "icl":
-                reference, referred = on.teaching.try_reference(current.test), True
+                reference, referred = on.teaching.reference(current.test), True
             refer = arm.recipe == "icl" and any(a.recipe != "icl" and a.name not in found for a in every)
             evaluated = on.evaluate(arm.recipe, current.test, reference, refer=refer)
             if refer:

@@ -1,6 +1,6 @@
 """One model, one set of examples, one seed: training of recipes, and their evaluation.
 
-What recipes share is computed once each: what the teacher gives (:mod:`ia2.teacher.teaching`), and stages
+What recipes share is computed once each: what the teacher gives (:mod:`ia2.teacher.cache`), and stages
 that several recipes begin with. What is finished lies in the run's folder and is found there when a killed
 run is started again.
 """
@@ -37,23 +37,15 @@ from ia2.models.batching import MAX_LOGITS
 from ia2.models.capture import ActivationCapture
 from ia2.models.forward import AnswerOutput, answer_pass, half_precision
 from ia2.models.load import BaseModel
-from ia2.models.tokens import Ids
+from ia2.models.tokens import Ids, decode
 from ia2.prompts.builder import query_prompts
 from ia2.prompts.context import Contexts
 from ia2.prompts.own_context import ContextFunction
 from ia2.prompts.task import Task
+from ia2.teacher.cache import FORMAT, PARTS, SIMILARITY_QUERIES, Key, TeacherCache
 from ia2.teacher.layer_choice import choose_layers
-from ia2.teacher.targets import Targets
+from ia2.teacher.targets import OnlineTargets, TargetStore, TeacherAnswer
 from ia2.teacher.teacher import ANSWERS, span
-from ia2.teacher.teaching import (
-    FORMAT,
-    PARTS,
-    SIMILARITY_QUERIES,
-    IclReference,
-    Key,
-    TakenReference,
-    Teaching,
-)
 from ia2.training.objectives import OBJECTIVES
 from ia2.training.stages import (
     PlannedStage,
@@ -65,7 +57,7 @@ from ia2.training.stages import (
     run_stage,
     stage_place,
 )
-from ia2.utils.distributed import share
+from ia2.utils.distributed import gathered, share
 from ia2.utils.errors import ConfigError, DataError, DivergedError
 from ia2.utils.files import digest
 
@@ -77,7 +69,7 @@ if TYPE_CHECKING:
 
 
 Pass = tuple[str, "int | None"]
-"""Site and top k of a teacher pass (see :class:`ia2.teacher.teaching.Teaching`)."""
+"""Site and top k of a teacher pass (see :class:`ia2.teacher.cache.TeacherCache`)."""
 
 
 def teacher_passes(stages: Sequence[PlannedStage], config: AdaptConfig) -> list[Pass | None]:
@@ -146,7 +138,7 @@ class Evaluated:
     similarity: Similarity | None
     seconds: float
     tokens_per_query: float
-    reference: IclReference | None = None
+    reference: OnlineTargets | None = None
 
 
 @dataclass
@@ -175,7 +167,7 @@ class Workbench:
     folder: Path
     one_recipe: bool = False
     function: ContextFunction | None = None
-    teaching: Teaching = None  # type: ignore[assignment]  # made below unless it is shared
+    teaching: TeacherCache = None  # type: ignore[assignment]  # made below unless it is shared
     unused: Sequence[Example] = ()
     variant: str = ""
     by_content: bool = False
@@ -187,7 +179,9 @@ class Workbench:
             raise DataError(f"{self.data.train.name}: at least two training examples are needed.")
         self.tokenizer = self.base.tokenizer
         if self.teaching is None:
-            self.teaching = Teaching(self.base, self.data, self.task, self.config, self.folder, self.function)
+            self.teaching = TeacherCache(
+                self.base, self.data, self.task, self.config, self.folder, self.function
+            )
 
     def with_config(self, config: AdaptConfig, variant: str) -> Workbench:
         """A workbench with other settings of adapter and stages, which shares what the teacher gives."""
@@ -274,7 +268,9 @@ class Workbench:
         for stage in stages:
             if stage.aligns:
                 self._check_alignment(stage, capture)
-        self.teaching.check_contexts({part for stage in stages for part in answered_parts(stage)})
+        for part in {part for stage in stages for part in answered_parts(stage)}:
+            if len(self.teaching.examples[part]):
+                self.teaching.contexts(part)
         if stages:
             train, dev = self.sft_rows()
             for rows in (train, dev):
@@ -294,11 +290,11 @@ class Workbench:
     def _check_bare(self, rows: Sequence[Example], task: Task, virtual: int) -> None:
         """Prompts without context must leave room for an adapter's virtual tokens."""
         prompts = self.teaching.prompts
-        query_prompts(prompts.format, rows, self.teaching.window, self._reserve(task), virtual)
+        query_prompts(prompts.format, rows, prompts.window, self._reserve(task), virtual)
 
     def _reserve(self, task: Task) -> int:
         # answers to rows of another task may be longer
-        return max(self.teaching.reserve, task.reserve)
+        return max(self.teaching.prompts.reserve, task.reserve)
 
     def _check_alignment(self, stage: PlannedStage, capture: ActivationCapture) -> None:
         settings = _alignment_section(stage, self.config)
@@ -310,7 +306,7 @@ class Workbench:
     @property
     def train_contexts(self) -> Contexts:
         """Every training example in its context."""
-        return self.teaching.train_contexts
+        return self.teaching.contexts("train")
 
     # -------------------------------------------------------------------------------- training
 
@@ -422,7 +418,7 @@ class Workbench:
     @property
     def teacher_seconds(self) -> float:
         """What the teacher passes cost that the last trained recipe used."""
-        own = sum(self.teaching.known_seconds(*key) for key in sorted(self._used, key=str))
+        own = sum(self.teaching.seconds(*key) for key in sorted(self._used, key=str))
         return own + sum(fold.teacher_seconds for fold in self.__dict__.get("folds", ()))
 
     def use(self, state: dict[str, torch.Tensor]) -> None:
@@ -466,9 +462,7 @@ class Workbench:
                 "train": self.data.train.fingerprint,
                 "dev": self.data.dev.fingerprint,
                 "chat": [self.config.chat, self.config.thinking],
-                "targets": self.teaching.fingerprint(self.train_contexts, "output")
-                if stage.teacher_answers
-                else None,
+                "targets": self.teaching.fingerprint(self.train_contexts) if stage.teacher_answers else None,
                 **self._unlabelled_facts(stage),
                 "batch_size": self.config.batch_size,
                 "seed": self.config.seed,
@@ -491,7 +485,7 @@ class Workbench:
         if UNLABELLED not in stage.rows:
             return {}
         teaching = self.teaching
-        queries = [teaching.fingerprint(teaching.contexts(part), "output") for part in PARTS[UNLABELLED]]
+        queries = [teaching.fingerprint(teaching.contexts(part)) for part in PARTS[UNLABELLED]]
         return {"rows": stage.rows, UNLABELLED: queries}
 
     def _how(self, stage: PlannedStage) -> AlignConfig:
@@ -532,7 +526,7 @@ class Workbench:
         assert isinstance(settings, TaughtConfig)
         if isinstance(settings, SftConfig) and labelled and not stage.labelled_answers:
             return self.sft_rows()[PARTS[LABELLED].index(part)]
-        given = self.teaching.part_targets(part, *needed)
+        given = self.teaching.targets(part, *needed)
         return self.teacher_rows(
             part,
             targets=given if align is not None else None,
@@ -548,7 +542,7 @@ class Workbench:
             return self.sft_rows()
         assert needed is not None
         for part in PARTS[LABELLED]:
-            self.teaching.part_targets(part, *needed)  # whose answers they are
+            self.teaching.targets(part, *needed)  # whose answers they are
         train, dev = (self.teacher_rows(part) for part in PARTS[LABELLED])
         return train, dev
 
@@ -556,8 +550,8 @@ class Workbench:
         self,
         part: str,
         *,
-        targets: Targets | None = None,
-        soft: Targets | None = None,
+        targets: OnlineTargets | None = None,
+        soft: OnlineTargets | None = None,
         true_answers: bool = False,
         only_correct: bool = False,
         spans: bool = False,
@@ -565,7 +559,7 @@ class Workbench:
         """Rows of one part with the teacher's answers.
 
         Args:
-            part: a value of :data:`ia2.teacher.teaching.PARTS`.
+            part: a value of :data:`ia2.teacher.cache.PARTS`.
             targets: activations to align with.
             soft: token distributions to distil.
             true_answers: cross-entropy is on the true answers, the teacher's are only aligned with.
@@ -577,7 +571,7 @@ class Workbench:
         """
         from ia2.training.dataset import AnswerDataset, AnswerRow
 
-        teaching, examples = self.teaching, self.teaching.examples(part)
+        teaching, examples = self.teaching, self.teaching.examples[part]
         keep: Sequence[int] = range(len(examples))
         if only_correct:
             keep = teaching.correct(part)
@@ -587,8 +581,9 @@ class Workbench:
                     "none rightly. Leave it out; `ia2 probe` tells whether alignment can help here."
                 )
         contexts = teaching.contexts(part) if len(examples) else None
-        answers = teaching.part_answers(part)
-        online = getattr(targets or soft, "online", False)
+        answers = teaching.answers(part)
+        given = targets or soft
+        online = given is not None and given.online
 
         def make(i: int, permutation: int) -> AnswerRow:
             assert contexts is not None
@@ -645,7 +640,7 @@ class Workbench:
         self,
         recipe: str,
         test: Sequence[Example],
-        reference: IclReference | None = None,
+        reference: OnlineTargets | None = None,
         task: Task | None = None,
         temperatures: dict[str, float] | None = None,
         *,
@@ -668,18 +663,21 @@ class Workbench:
         off = nullcontext() if is_trained(recipe) else base_weights(model)
         # One-token answers need no teacher forcing, so one pass gives scores and activations.
         meter = capture = taken = None
+        said: dict[int, int] = {}
         if reference is not None and not in_context and task.single_token:
-            meter = SimilarityMeter(reference.targets.layers)
+            meter = SimilarityMeter(reference.layers)
             capture = ActivationCapture(model, self.config.attention_modules)
         test_prompts = self.prompts(test, demonstrations=in_context, task=task)
         if refer and task.single_token and self.teaching.refers_to(test, test_prompts):
             capture = ActivationCapture(model, self.config.attention_modules)
-            taken = TakenReference(capture.layers, min(len(test), SIMILARITY_QUERIES))
+            taken = TargetStore(capture.layers)
 
         def take(output: AnswerOutput) -> None:
-            if taken is not None:
-                taken.add(output)
-            elif meter is not None and reference is not None and output.index < reference.count:
+            if taken is not None and output.index < SIMILARITY_QUERIES:
+                assert output.logits is not None and output.activations is not None
+                taken.add(output.index, 0, output.activations)
+                said[output.index] = int(output.logits[0].argmax())
+            elif meter is not None and reference is not None and output.index < len(reference.answers):
                 _compare(meter, output, reference)
 
         if temperatures is None and is_trained(recipe):
@@ -707,9 +705,13 @@ class Workbench:
             similarity = meter.join().finish() if meter is not None else None
             if reference is not None and not in_context and similarity is None:
                 similarity = _similarity(self._forced(model, recipe, test, reference), reference)
-        found = taken.finish(self.tokenizer) if taken is not None else None
-        tokens = sum(len(prompt) for prompt in test_prompts) / len(test_prompts)
-        return Evaluated(predictions, measured, similarity, seconds, tokens, found)
+        if taken is not None:
+            tokens = {i: token for part in gathered(said) for i, token in part.items()}
+            taken.finish(
+                [TeacherAnswer((t,), decode(self.tokenizer, [t])) for _, t in sorted(tokens.items())]
+            )
+        prompt_tokens = sum(len(prompt) for prompt in test_prompts) / len(test_prompts)
+        return Evaluated(predictions, measured, similarity, seconds, prompt_tokens, taken)
 
     def temperature_losses(self, *, in_context: bool = False) -> dict[str, np.ndarray]:
         """What temperatures are fitted on: the dev rows, as the model is now.
@@ -739,7 +741,7 @@ class Workbench:
     def base_similarity(
         self,
         test: Sequence[Example],
-        reference: IclReference,
+        reference: OnlineTargets,
         outputs: Sequence[AnswerOutput] | None = None,
     ) -> Similarity:
         """Of the base model without demonstrations, of which nothing else is evaluated.
@@ -754,19 +756,17 @@ class Workbench:
             forced = self._forced(self.base.current, "base", test, reference)
             return _similarity(forced if outputs is None else outputs, reference)
 
-    def base_outputs(self, test: Sequence[Example], reference: IclReference) -> list[AnswerOutput]:
+    def base_outputs(self, test: Sequence[Example], reference: OnlineTargets) -> list[AnswerOutput]:
         """Activations of the base model without demonstrations, forced on the answers of the reference."""
         with base_weights(self.base.current):
             return list(self._forced(self.base.current, "base", test, reference))
 
     def _forced(
-        self, model: Any, recipe: str, test: Sequence[Example], reference: IclReference
+        self, model: Any, recipe: str, test: Sequence[Example], reference: OnlineTargets
     ) -> Iterator[AnswerOutput]:
         """Both models are teacher-forced on the ICL answer ``Ŷ`` (METHOD: measures)."""
-        prompts = self.prompts(test[: reference.count])
-        pairs = [
-            (prompt, answer.ids) for prompt, answer in zip(prompts, reference.targets.answers, strict=True)
-        ]
+        prompts = self.prompts(test[: len(reference.answers)])
+        pairs = [(prompt, answer.ids) for prompt, answer in zip(prompts, reference.answers, strict=True)]
         mine = share(len(pairs), lambda i: len(pairs[i][0]) + len(pairs[i][1]))
         with ActivationCapture(model, self.config.attention_modules) as capture:
             for output in answer_pass(
@@ -780,14 +780,14 @@ class Workbench:
                 yield replace(output, index=mine[output.index])
 
 
-def _similarity(outputs: Iterable[AnswerOutput], reference: IclReference) -> Similarity:
-    meter = SimilarityMeter(reference.targets.layers)
+def _similarity(outputs: Iterable[AnswerOutput], reference: OnlineTargets) -> Similarity:
+    meter = SimilarityMeter(reference.layers)
     for output in outputs:
         _compare(meter, output, reference)
     return meter.join().finish()
 
 
-def _compare(meter: SimilarityMeter, output: AnswerOutput, reference: IclReference) -> None:
-    target = reference.targets.get(output.index)
+def _compare(meter: SimilarityMeter, output: AnswerOutput, reference: OnlineTargets) -> None:
+    target = reference.get(output.index)
     assert output.activations is not None and target is not None
     meter.add(output.index, output.activations, target)

@@ -36,26 +36,40 @@ def choose_layers(
             that is none of these.
     """
     available = sorted(names)
+    count = len(available)
     if not isinstance(choice, str):
-        return _listed(list(choice), available)
+        return _listed(choice, available)
     choice = choice.strip()
     if choice == "all":
         return available
     if choice in _THIRDS:
-        return _third(_THIRDS.index(choice), choice, available)
+        if count < 3:
+            raise ConfigError(
+                f"layers: {choice} of {count} layers is not possible. Give all or a list such as "
+                f"{available[0]}."
+            )
+        # rounded, so that the middle third lies in the middle: 4 layers are 1, 2 and 1
+        first, end = (round((_THIRDS.index(choice) + n) * count / 3) for n in (0, 1))
+        return available[first:end]
     if re.fullmatch(r"-?\d+(\s*,\s*-?\d+)*", choice):
         return _listed([int(part) for part in choice.split(",")], available)
     if top := re.fullmatch(r"top-(\d+)", choice):
         return _top(int(top[1]), available, shift)
-    if re.search(r"[.*?\[]", choice):
-        return _matching(choice, names)
-    raise ConfigError(
-        f"layers: '{choice}' is none of all, {', '.join(_THIRDS)}, top-K, a list such as 0,5,6, and a glob "
-        f"over module names such as {names[available[0]]}."
-    )
+    if not re.search(r"[.*?\[]", choice):
+        raise ConfigError(
+            f"layers: '{choice}' is none of all, {', '.join(_THIRDS)}, top-K, a list such as 0,5,6, and a "
+            f"glob over module names such as {names[available[0]]}."
+        )
+    matching = [layer for layer in available if _matches(names[layer], choice)]
+    if not matching:
+        raise ConfigError(
+            f"layers: the glob '{choice}' matches no attention module. They are named like "
+            f"{names[available[0]]}."
+        )
+    return matching
 
 
-def _listed(wanted: list[int], available: list[int]) -> list[int]:
+def _listed(wanted: Sequence[int], available: list[int]) -> list[int]:
     if not wanted:
         raise ConfigError("layers: the list is empty. Name at least one, or give all.")
     if missing := sorted(set(wanted) - set(available)):
@@ -66,17 +80,6 @@ def _listed(wanted: list[int], available: list[int]) -> list[int]:
     return sorted(set(wanted))
 
 
-def _third(part: int, choice: str, available: list[int]) -> list[int]:
-    count = len(available)
-    if count < 3:
-        raise ConfigError(
-            f"layers: {choice} of {count} layers is not possible. Give all or a list such as {available[0]}."
-        )
-    # rounded, so that the middle third lies in the middle: 4 layers are 1, 2 and 1
-    bounds = [round(place * count / 3) for place in range(4)]
-    return available[bounds[part] : bounds[part + 1]]
-
-
 def _top(count: int, available: list[int], shift: Callable[[], Sequence[float]] | None) -> list[int]:
     if not 1 <= count <= len(available):
         raise ConfigError(
@@ -84,27 +87,14 @@ def _top(count: int, available: list[int], shift: Callable[[], Sequence[float]] 
         )
     if shift is None:
         raise ConfigError(f"layers: top-{count} needs the layers' shift under ICL, which is not known here.")
-    values = list(shift())
-    places = sorted(range(len(available)), key=lambda place: -values[place])  # stable: ties in layer order
-    return sorted(available[place] for place in places[:count])
+    ranked = sorted(zip(shift(), available, strict=True), key=lambda pair: -pair[0])  # ties in layer order
+    return sorted(layer for _, layer in ranked[:count])
 
 
-def _matching(glob: str, names: Mapping[int, str]) -> list[int]:
-    found = [
-        layer
-        for layer, name in names.items()
-        if any(fnmatch.fnmatchcase(part, glob) for part in _with_ancestors(name))
-    ]
-    if not found:
-        raise ConfigError(
-            f"layers: the glob '{glob}' matches no attention module. They are named like {names[min(names)]}."
-        )
-    return sorted(found)
-
-
-def _with_ancestors(name: str) -> list[str]:
+def _matches(name: str, glob: str) -> bool:
+    """Whether a module or one that contains it matches."""
     parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return any(fnmatch.fnmatchcase(".".join(parts[: n + 1]), glob) for n in range(len(parts)))
 
 
 def layer_shift(icl: Iterable[torch.Tensor], base: Iterable[torch.Tensor]) -> list[float]:
@@ -119,12 +109,10 @@ def layer_shift(icl: Iterable[torch.Tensor], base: Iterable[torch.Tensor]) -> li
     Returns:
         L numbers; 0 where a layer says nothing at all.
     """
-    total, count = None, 0
+    shares = []
     for with_context, without in zip(icl, base, strict=True):
         reference = with_context.double()
         change = (reference - without.double()).pow(2).flatten(1).sum(1)
         # a layer that is silent in both has not changed
-        share = change / reference.pow(2).flatten(1).sum(1).clamp_min(1e-30)
-        total = share if total is None else total + share
-        count += 1
-    return [] if total is None else [float(value) for value in total / count]
+        shares.append(change / reference.pow(2).flatten(1).sum(1).clamp_min(1e-30))
+    return (sum(shares[1:], shares[0]) / len(shares)).tolist() if shares else []

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ia2.adapters.weights import base_weights
 from ia2.models.batching import give_back_memory
@@ -22,16 +23,7 @@ from ia2.models.forward import AnswerOutput, answer_pass
 from ia2.models.generation import Generated, generate_answers
 from ia2.models.tokens import Ids, decode, pad_id
 from ia2.prompts.context import Contexts
-from ia2.teacher.targets import (
-    MemoryTargets,
-    OnlineTargets,
-    Statistics,
-    StoreWriter,
-    TargetStore,
-    TeacherAnswer,
-    open_store,
-    pack_soft,
-)
+from ia2.teacher.targets import OnlineTargets, TargetStore, TeacherAnswer, open_store, pack_soft
 from ia2.utils.distributed import gathered, is_first, joined, share, wait
 from ia2.utils.files import atomic_dir
 from ia2.utils.logging import logger
@@ -41,15 +33,13 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+T = TypeVar("T", bound=OnlineTargets)
+
 # Examples whose prompts (and, while they are averaged, whose permutations) are in memory together.
 _CHUNK = 256
 
 ANSWERS = "answers"
 """The site of a teacher of which only the answers are wanted."""
-
-
-class _Sink(Protocol):
-    def add(self, index: int, permutation: int, activations: torch.Tensor) -> None: ...
 
 
 @dataclass
@@ -80,39 +70,43 @@ class Teacher:
     site: str = "output"
     top_k: int | None = None
 
-    @property
-    def single_token(self) -> bool:
-        """One forward pass over the prompt is enough."""
-        return self.max_answer_tokens == 1
-
-    def to_memory(
+    def teach(
         self,
         contexts: Contexts,
+        new: Callable[[Sequence[int], int], T] = TargetStore,  # type: ignore[assignment]
         *,
         answers: Sequence[TeacherAnswer] | None = None,
         description: str = "teacher",
-    ) -> MemoryTargets:
-        """Targets of all queries, in memory.
+    ) -> T:
+        """Targets of all queries in their contexts.
 
         Args:
             contexts: queries in their contexts.
+            new: makes of layers and permutations what takes the targets; the default keeps them in memory.
             answers: the teacher's answers, where an earlier pass has found them.
             description: text of the progress bar.
         """
         with self.watching() as capture:
-            sink = MemoryTargets(_layers(capture), self._kept(contexts))
-            return sink.finish(self._run(contexts, capture, sink, description, answers))
+            layers = capture.layers if capture is not None else []
+            targets = new(layers, 1 if self.average else contexts.permutations)
+            run = _Pass(self, contexts, capture, targets)
+            found: list[TeacherAnswer] = []
+            mine = share(len(contexts), contexts.cost)
+            # in chunks, so that memory does not grow with the number of examples
+            for start in range(0, len(mine), _CHUNK):
+                members = list(mine[start : start + _CHUNK])
+                run.description = description
+                if len(mine) > _CHUNK:
+                    run.description += f" {start}–{start + len(members)} of {len(mine)}"
+                found += run.answers(members, None if answers is None else [answers[i] for i in members])
+                give_back_memory()
+            targets.finish(joined(found))
+        return targets
 
     def to_store(
-        self,
-        contexts: Contexts,
-        folder: Path,
-        fingerprint: Mapping[str, Any],
-        *,
-        answers: Sequence[TeacherAnswer] | None = None,
-        description: str = "teacher",
+        self, contexts: Contexts, folder: Path, fingerprint: Mapping[str, Any], **options: Any
     ) -> TargetStore:
-        """Targets of all queries, on disk; reused when ``folder`` holds the same.
+        """:meth:`teach` on disk; reused when ``folder`` holds the same.
 
         Each process writes shards of its own, and the first one the index.
 
@@ -124,35 +118,11 @@ class Teacher:
         if store is not None:
             logger.info("Teacher targets: reusing %s.", folder)
             return store
-        with self.watching() as capture, atomic_dir(folder) if is_first() else nullcontext() as made:
-            temporary = gathered(made)[0]
-            assert temporary is not None  # the first process has made it
-            writer = StoreWriter(temporary, _layers(capture), self._kept(contexts))
-            found = self._run(contexts, capture, writer, description, answers)
-            writer.finish(found, fingerprint)
+        with atomic_dir(folder) if is_first() else nullcontext() as made:
+            temporary = gathered(made)[0]  # the first process has made it
+            self.teach(contexts, partial(TargetStore, folder=temporary, fingerprint=fingerprint), **options)
         wait()
-        return TargetStore(folder)
-
-    def scales(
-        self,
-        contexts: Contexts,
-        *,
-        answers: Sequence[TeacherAnswer] | None = None,
-        description: str = "teacher",
-    ) -> OnlineTargets:
-        """Answers, layers and each layer's root mean square, for targets that are computed online."""
-
-        class Scales:
-            def __init__(self) -> None:
-                self.statistics = Statistics()
-
-            def add(self, index: int, permutation: int, activations: torch.Tensor) -> None:
-                self.statistics.add(activations)
-
-        with self.watching() as capture:
-            sink = Scales()
-            found = self._run(contexts, capture, sink, description, answers)
-            return OnlineTargets(found, _layers(capture), sink.statistics.rms(), self._kept(contexts))
+        return TargetStore.read(folder)
 
     @contextmanager
     def watching(self) -> Iterator[ActivationCapture | None]:
@@ -164,176 +134,128 @@ class Teacher:
             with ActivationCapture(self.model, self.attention_modules, site=self.site) as capture:
                 yield capture
 
-    def _kept(self, contexts: Contexts) -> int:
-        return 1 if self.average else contexts.permutations
 
-    def _run(
-        self,
-        contexts: Contexts,
-        capture: ActivationCapture | None,
-        sink: _Sink,
-        description: str,
-        known: Sequence[TeacherAnswer] | None,
-    ) -> list[TeacherAnswer]:
-        answers: list[TeacherAnswer] = []
-        mine = share(len(contexts), contexts.cost)
-        count = len(mine)
-        # in chunks, so that memory does not grow with the number of examples
-        for start in range(0, count, _CHUNK):
-            members = list(mine[start : start + _CHUNK])
-            text = description
-            if count > _CHUNK:
-                text = f"{description} {start}–{start + len(members)} of {count}"
-            if known is not None:
-                found = [known[i] for i in members]
-                if self.site != ANSWERS:
-                    gather = self._gatherer(sink, contexts.permutations)
-                    orders = range(contexts.permutations)
-                    self._feed(contexts, members, found, capture, gather, text, orders)
-            elif self.single_token:
-                found = self._single(contexts, members, capture, sink, text)
-            else:
-                found = self._generated(contexts, members, capture, sink, text)
-            answers += found
-            give_back_memory()
-        return joined(answers)
+@dataclass
+class _Pass:
+    """One run of a teacher over queries in their contexts."""
 
-    def _single(
-        self,
-        contexts: Contexts,
-        members: list[int],
-        capture: ActivationCapture | None,
-        sink: _Sink,
-        description: str,
-    ) -> list[TeacherAnswer]:
+    teacher: Teacher
+    contexts: Contexts
+    capture: ActivationCapture | None
+    targets: OnlineTargets
+    description: str = ""
+    sums: dict[int, tuple[torch.Tensor, int]] = field(default_factory=dict)
+
+    def answers(self, members: list[int], known: list[TeacherAnswer] | None) -> list[TeacherAnswer]:
+        """Answers of some queries; their targets are handed on."""
+        if known is not None:
+            self._feed(members, known, range(self.contexts.permutations))
+            return known
+        return self._single(members) if self.teacher.max_answer_tokens == 1 else self._generated(members)
+
+    def _single(self, members: list[int]) -> list[TeacherAnswer]:
         """One pass gives answer and targets: the only answer position is the prompt's last token.
 
         With several permutations the answer is the argmax of their mean probability.
         """
+        tokenizer, permutations = self.teacher.tokenizer, self.contexts.permutations
         votes: dict[int, torch.Tensor] = {}
 
         def vote(i: int, output: AnswerOutput) -> None:
             assert output.logits is not None
             # the argmax needs no probabilities where there is a single vote
-            share = output.logits[0] if contexts.permutations == 1 else output.logits[0].softmax(-1)
-            votes[i] = votes[i] + share if i in votes else share
+            own = output.logits[0] if permutations == 1 else output.logits[0].softmax(-1)
+            votes[i] = votes[i] + own if i in votes else own
 
-        anything = [TeacherAnswer((pad_id(self.tokenizer),), "")] * len(members)
-        gather = self._gatherer(sink, contexts.permutations)
-        orders = range(contexts.permutations)
-        self._feed(contexts, members, anything, capture, gather, description, orders, vote)
+        anything = [TeacherAnswer((pad_id(tokenizer),), "")] * len(members)
+        self._feed(members, anything, range(permutations), vote)
         tokens = [int(votes[i].argmax()) for i in members]
-        return [TeacherAnswer((token,), decode(self.tokenizer, [token])) for token in tokens]
+        return [TeacherAnswer((token,), decode(tokenizer, [token])) for token in tokens]
 
-    def _generated(
-        self,
-        contexts: Contexts,
-        members: list[int],
-        capture: ActivationCapture | None,
-        sink: _Sink,
-        description: str,
-    ) -> list[TeacherAnswer]:
+    def _generated(self, members: list[int]) -> list[TeacherAnswer]:
         """Generate under the first order, and feed what generation does not give the targets of."""
-        if capture is not None:
-            capture.disarm()  # generation runs through the hooked modules too
-        gather = self._gatherer(sink, contexts.permutations)
+        teacher, contexts = self.teacher, self.contexts
+        if self.capture is not None:
+            self.capture.disarm()  # generation runs through the hooked modules too
         # Not attention weights, which have spans, nor whole distributions, which would fill the memory.
-        soft = self.site == "soft" and self.top_k is not None and contexts.permutations == 1
-        watched = capture if self.site != "weights" else None
+        soft = teacher.site == "soft" and teacher.top_k is not None and contexts.permutations == 1
         unseen: list[int] = []
 
         def take(place: int, answer: Generated, seen: torch.Tensor | None) -> None:
             if seen is None:
                 unseen.append(place)
             elif soft:
-                sink.add(members[place], 0, seen)
+                self.targets.add(members[place], 0, seen)
             else:
-                gather(members[place], 0, seen)
+                self._gather(members[place], 0, seen)
 
         generated = generate_answers(
-            self.model,
-            self.tokenizer,
+            teacher.model,
+            teacher.tokenizer,
             [contexts.context_ids(i, 0) for i in members],
-            max_new_tokens=self.max_answer_tokens,
-            stop_texts=self.stop_texts,
-            end_id=self.end_id,
-            description=f"{description}: answers",
-            capture=watched,
-            keep=(lambda logits: pack_soft(logits.softmax(-1), self.top_k)) if soft else None,
+            max_new_tokens=teacher.max_answer_tokens,
+            stop_texts=teacher.stop_texts,
+            end_id=teacher.end_id,
+            description=f"{self.description}: answers",
+            capture=self.capture if teacher.site != "weights" else None,
+            keep=(lambda logits: pack_soft(logits.softmax(-1), teacher.top_k)) if soft else None,
             on_answer=take,
         )
-        found = [TeacherAnswer(g.ids, g.text, g.ended) for g in generated]
-        if self.site != ANSWERS:
-            rest = [members[place] for place in sorted(unseen)]
-            known = [found[place] for place in sorted(unseen)]
-            self._feed(contexts, rest, known, capture, gather, description, orders=[0])
-            others = range(1, contexts.permutations)
-            self._feed(contexts, members, found, capture, gather, description, orders=others)
-        return found
+        answers = [TeacherAnswer(g.ids, g.text, g.ended) for g in generated]
+        places = sorted(unseen)
+        self._feed([members[place] for place in places], [answers[place] for place in places], [0])
+        self._feed(members, answers, range(1, contexts.permutations))
+        return answers
 
     def _feed(
         self,
-        contexts: Contexts,
         members: list[int],
         answers: Sequence[TeacherAnswer],
-        capture: ActivationCapture | None,
-        gather: Callable[[int, int, torch.Tensor], None],
-        description: str,
         orders: Sequence[int],
         on_output: Callable[[int, AnswerOutput], None] | None = None,
     ) -> None:
         """Feed each answer under some orders, and hand on what is to be kept."""
+        teacher, contexts = self.teacher, self.contexts
+        if teacher.site == ANSWERS and on_output is None:
+            return
         spans = None
-        if self.site == "weights":
+        if teacher.site == "weights":
             spans = [span(contexts, i, answer.ids) for i, answer in zip(members, answers, strict=True)]
         for k in orders:
             pairs = [(contexts.context_ids(i, k), a.ids) for i, a in zip(members, answers, strict=True)]
             order = "" if contexts.permutations == 1 else f" (order {k + 1}/{contexts.permutations})"
             for output in answer_pass(
-                self.model,
-                self.tokenizer,
+                teacher.model,
+                teacher.tokenizer,
                 pairs,
-                capture=capture,
-                logits=on_output is not None or self.site == "soft",
+                capture=self.capture,
+                logits=on_output is not None or teacher.site == "soft",
                 spans=spans,
-                description=description + order,
+                description=self.description + order,
             ):
                 i = members[output.index]
-                if self.site == "soft":
+                if teacher.site == "soft":
                     assert output.logits is not None
-                    gather(i, k, output.logits.softmax(-1)[None])
-                elif self.site != ANSWERS:
+                    self._gather(i, k, output.logits.softmax(-1)[None])
+                elif teacher.site != ANSWERS:
                     assert output.activations is not None
-                    gather(i, k, output.activations)
+                    self._gather(i, k, output.activations)
                 if on_output is not None:
                     on_output(i, output)
 
-    def _gatherer(self, sink: _Sink, permutations: int) -> Callable[[int, int, torch.Tensor], None]:
-        """Hand targets on, or their mean over the permutations once all have come."""
-
-        def keep(i: int, k: int, tensor: torch.Tensor) -> None:
-            sink.add(i, k, pack_soft(tensor[0], self.top_k) if self.site == "soft" else tensor)
-
-        if not self.average or permutations == 1:
-            return keep
-        sums: dict[int, tuple[torch.Tensor, int]] = {}
-
-        def gather(i: int, k: int, tensor: torch.Tensor) -> None:
-            total, count = sums.get(i, (0, 0))
-            total, count = total + tensor.float(), count + 1
-            if count < permutations:
-                sums[i] = (total, count)
-            else:
-                sums.pop(i, None)
-                keep(i, 0, (total / count).to(tensor.dtype))
-
-        return gather
+    def _gather(self, i: int, k: int, tensor: torch.Tensor) -> None:
+        """Hand a target on, or its mean over the permutations once all have come."""
+        permutations = self.contexts.permutations
+        if self.teacher.average and permutations > 1:
+            total, count = self.sums.pop(i, (0, 0))
+            if count + 1 < permutations:
+                self.sums[i] = (total + tensor.float(), count + 1)
+                return
+            k, tensor = 0, ((total + tensor.float()) / permutations).to(tensor.dtype)
+        soft = self.teacher.site == "soft"
+        self.targets.add(i, k, pack_soft(tensor[0], self.teacher.top_k) if soft else tensor)
 
 
 def span(contexts: Contexts, i: int, answer: Ids) -> int:
     """Fed ids at the end of a row that are the same with and without context."""
     return contexts.common_suffix(i) + len(answer) - 1
-
-
-def _layers(capture: ActivationCapture | None) -> list[int]:
-    return capture.layers if capture is not None else []

@@ -13,7 +13,7 @@ import torch
 from ia2.models.capture import ActivationCapture
 from ia2.models.packing import inputs, pack_rows
 from ia2.models.tokens import Batch, Ids, fed_ids, pad_rows
-from ia2.teacher.targets import JoinedTargets, Targets, pack_targets
+from ia2.teacher.targets import JoinedTargets, OnlineTargets, pack_targets
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ class AnswerDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
     make: Callable[[int, int], AnswerRow]
     indices: Sequence[int]
-    targets: Targets | None = None
-    soft: Targets | None = None
+    targets: OnlineTargets | None = None
+    soft: OnlineTargets | None = None
     beside: AnswerDataset | None = None
 
     @classmethod
-    def of(cls, rows: Sequence[AnswerRow], targets: Targets | None = None) -> AnswerDataset:
+    def of(cls, rows: Sequence[AnswerRow], targets: OnlineTargets | None = None) -> AnswerDataset:
         """Rows that are there already."""
         return cls(lambda i, _: rows[i], range(len(rows)), targets)
 
@@ -72,7 +72,7 @@ class AnswerDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
             part, place = places[i]
             return part.row(place, permutation)
 
-        def together(targets: Sequence[Targets | None]) -> Targets | None:
+        def together(targets: Sequence[OnlineTargets | None]) -> OnlineTargets | None:
             present = [each for each in targets if each is not None]
             return JoinedTargets(present, [part.indices for part in parts]) if present else None
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ia2.adapters.weights import base_weights
 from ia2.config.sections import AlignConfig
 from ia2.models.capture import ActivationCapture
-from ia2.teacher.targets import Targets, pack_soft
+from ia2.teacher.targets import OnlineTargets, pack_soft
 from ia2.training.dataset import AnswerDataset, fed_rows, run_rows
 from ia2.training.objectives import OBJECTIVES, alignment_losses, cross_entropy_losses, soft_label_losses
 
@@ -66,7 +66,7 @@ class AlignmentLoss(Loss):
     """
 
     def __init__(
-        self, model: Any, settings: AlignConfig, targets: Targets, attention_modules: str | None = None
+        self, model: Any, settings: AlignConfig, targets: OnlineTargets, attention_modules: str | None = None
     ) -> None:
         self.model, self.settings = model, settings
         site = OBJECTIVES[settings.objective].site

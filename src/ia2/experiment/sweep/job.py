@@ -26,7 +26,8 @@ from ia2.experiment.sweep.records import count_seconds
 from ia2.experiment.workbench import Evaluated, Workbench
 from ia2.models.load import BaseModel, content_of, load_base
 from ia2.prompts.task import Task, make_task
-from ia2.teacher.teaching import SIMILARITY_QUERIES, IclReference
+from ia2.teacher.cache import SIMILARITY_QUERIES
+from ia2.teacher.targets import OnlineTargets
 from ia2.training.stages import TrainedRecipe
 from ia2.utils.errors import DataError, DivergedError, UserError
 from ia2.utils.files import digest, finite
@@ -215,7 +216,7 @@ class _Shared:
         self.tasks = [task_of(rows, first.config, self.base, ood=n > 0) for n, rows in enumerate(self.rows)]
         self.bench: Workbench | None = None
         self._on: tuple[str, Workbench] | None = None
-        self._reference: IclReference | None = None
+        self._reference: OnlineTargets | None = None
         spec = first.spec
         pool = self.rows[0].pool
         # without demonstrations and training no example is used; the workbench asks for some
@@ -314,16 +315,16 @@ class _Shared:
             self._on[1].close()
             self._on = None
 
-    def reference(self) -> IclReference | None:
+    def reference(self) -> OnlineTargets | None:
         """What ICL does on the first test queries; once a unit."""
         assert self.bench is not None
         if self._reference is None:
             began = time.perf_counter()
-            self._reference = self.bench.teaching.try_reference(self.rows[0].test)
+            self._reference = self.bench.teaching.reference(self.rows[0].test)
             self._own["reference"] = time.perf_counter() - began
         return self._reference
 
-    def _baseline(self, bench: Workbench, test: Examples, reference: IclReference) -> Similarity:
+    def _baseline(self, bench: Workbench, test: Examples, reference: OnlineTargets) -> Similarity:
         """The null baseline of every similarity: the base model without demonstrations (METHOD: fairness)."""
         rows = test[:SIMILARITY_QUERIES]
         if not self.tasks[0].single_token:  # what is fed depends on the draw: its ICL answers
