@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,84 +9,60 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ia2.data.answers import PARSERS, exact_match, load_parser, normalise, parse
+from ia2.data.answers import PARSERS, exact_match, load_parser
 from ia2.utils.errors import ConfigError
 
 PARSED: list[tuple[str, str, str | None]] = [
     # text, first-line
     ("text", "  an  adult\n\tmammal ", "an adult mammal"),
     ("text", "", None),
-    ("text", " \n\t ", None),
     ("first-line", "\n\n  oxidants \nQuestion: what next?", "oxidants"),
     ("first-line", "\r\noxidants\r\nmore", "oxidants"),
-    ("first-line", " \n ", None),
     # last-number
     ("last-number", "She makes 9 * 2 = $<<9*2=18>>18 every day.", "18"),
     ("last-number", "a profit of 200,000-130,000=$<<200000-130000=70000>>70,000", "70000"),
     ("last-number", "It costs $1,234,567.89.", "1234567.89"),
     ("last-number", "It fell to -12 degrees", "-12"),
-    ("last-number", "It fell to −12 degrees", "-12"),
     ("last-number", "The account shows -$5", "-5"),
-    ("last-number", "The account shows $-5", "-5"),
     ("last-number", "5-3", "3"),
-    ("last-number", "x-3", "3"),
     ("last-number", "(5)-3", "3"),
-    ("last-number", "5 - 3", "3"),
-    ("last-number", "5 -3", "3"),
     ("last-number", "$5 - $3", "3"),
-    ("last-number", "pages 10-12", "12"),
-    ("last-number", "x - 3", "3"),
     ("last-number", "5\n-3", "-3"),
-    ("last-number", "(-3, -4)", "-4"),
     ("last-number", "it gives $x=-4$", "-4"),
-    ("last-number", "in all--5", "5"),
     ("last-number", "so x = -3.50.", "-3.50"),
     ("last-number", "about .5", ".5"),
-    ("last-number", "exactly 50%", "50"),
     ("last-number", r"exactly $50\%$", "50"),
     ("last-number", "we need 3/4 of a cup", "3/4"),
     ("last-number", "we need 1 1/2 cups", "1 1/2"),
     ("last-number", r"we need \dfrac{3}{4} of it", "3/4"),
     ("last-number", r"so \$15,\!000 in all", "15000"),
     ("last-number", "1,2,3", "3"),
-    ("last-number", "1, 200", "200"),
     ("last-number", "there are 12 molecules of H2O", "12"),
-    ("last-number", "H2O", None),
-    ("last-number", "5kg", "5"),
     ("last-number", "light travels 3e8 m", "3e8"),
     ("last-number", "no numbers", None),
-    ("last-number", "", None),
-    ("last-number", "**18**", "18"),
     # hash
     ("hash", "It takes 2/2=<<2/2=1>>1 bolt\n#### 3", "3"),
     ("hash", "#### 3\nNo, wait.\n#### 4", "4"),
     ("hash", "#### 18\n\nQuestion: how many ducks?", "18"),
-    ("hash", "####18", "18"),
     ("hash", "reason\n####\n18", "18"),
     ("hash", "#### beta decay.", "beta decay."),
     ("hash", "We add. The answer is 18.", "18"),
     ("hash", "The answer is 3.5. That is all.", "3.5"),
     ("hash", "THE ANSWER IS: $18 per day!", "$18 per day"),
     ("hash", "The answer is 5. No: the answer is 6.", "6"),
-    ("hash", "The answer is\n18", "18"),
-    ("hash", "#### -5", "-5"),
     ("hash", "The sum of 2 and 3 makes 5", "5"),
-    ("hash", "The sum is 5 ####  ", "5"),
     ("hash", "### 5 is a heading", "5"),
     ("hash", "I do not know", None),
     # boxed
     ("boxed", r"so $\boxed{2}$ is it", "2"),
     ("boxed", r"$\boxed{\frac{1}{2}}$", r"\frac{1}{2}"),
     ("boxed", r"\boxed{1}, no: \boxed{2}", "2"),
-    ("boxed", r"\fbox{7}", "7"),
     ("boxed", r"\boxed{1} and \fbox{7}", "7"),
     ("boxed", r"\boxed{\boxed{5}}", "5"),
     ("boxed", r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
     ("boxed", r"\boxed{\left\{1\right.}", r"\left\{1\right."),
-    ("boxed", r"\boxed {3}", "3"),
     ("boxed", r"\boxed 5$", "5"),
     ("boxed", r"\boxed{3} and then \boxed{12", "3"),
-    ("boxed", r"\boxed{12", None),
     ("boxed", r"\boxed{}", None),
     ("boxed", r"\boxed{} so the answer is 4.", "4"),
     ("boxed", r"} \boxed{3} {", "3"),
@@ -96,57 +70,33 @@ PARSED: list[tuple[str, str, str | None]] = [
     ("boxed", "The answer is $x^2$.", "$x^2$"),
     ("boxed", "It is 5", None),
     # what models and data sets write
-    ("last-number", "a total of $1,234.50!", "1234.50"),
-    ("last-number", "between -5 and -2", "-2"),
-    ("last-number", "at 12:30", "30"),
     ("last-number", "3 1/2 or 7/2", "7/2"),
     ("last-number", "from 5%–10%", "10"),
     ("last-number", "½ of it", None),
     ("hash", "She has 3 + 4 = <<3+4=7>>7 pens.\n#### 7\n", "7"),
-    ("hash", "Therefore he pays 5 * $3 = $<<5*3=15>>15", "15"),
-    ("hash", "#### 1,080", "1,080"),
     ("hash", "#### $65,000", "$65,000"),
-    ("hash", "#### 3/4", "3/4"),
-    ("hash", "####\t42", "42"),
-    ("hash", "##### 42", "42"),
     ("hash", "#### 7 apples", "7 apples"),
-    ("hash", "He is 5. #### He is 6.", "He is 6."),
-    ("hash", "The answer is -7.", "-7"),
-    ("hash", "The answer is: 1,234.", "1,234"),
     ("hash", "So the final answer is 12.5 hours.", "12.5 hours"),
     ("hash", "The answer isn't 5. It makes 6", "6"),
-    ("hash", "Answer: 9", "9"),
     ("hash", "#### ", None),
-    ("boxed", r"Thus $x = \boxed{-3}$.", "-3"),
     ("boxed", r"\boxed{\frac{\sqrt{3}}{2}}", r"\frac{\sqrt{3}}{2}"),
-    ("boxed", r"\boxed{\text{(A)}}", r"\text{(A)}"),
-    ("boxed", r"$\boxed{1,\!000}$", r"1,\!000"),
     ("boxed", r"\boxed{(-\infty, 2) \cup (3, \infty)}", r"(-\infty, 2) \cup (3, \infty)"),
     ("boxed", r"\boxed{x^{2}+{y^{2}}}", "x^{2}+{y^{2}}"),
     ("boxed", r"\boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
-    ("boxed", r"\boxed{5} \boxed", "5"),
-    ("boxed", r"The answer is \boxed{4} apples.", "4"),
-    ("boxed", "\\boxed{\n7\n}", "7"),
     ("boxed", r"\framebox{3}", None),
 ]
 
 SAME: list[tuple[str, str]] = [
     ("18", "18"),
-    ("18.", "18"),
-    (" 18 ", "18"),
     ("$18", "18"),
     (r"\$18", "18"),
-    ("1,234", "1234"),
     ("$1,234.00", "1234"),
     (r"\$15,\!000", "15000"),
     (r"\$ 1,657", "1657"),
     ("15{,}000", "15000"),
     ("3.0", "3"),
-    ("3.", "3"),
     (".5", "0.5"),
-    ("+5", "5"),
     ("-0", "0"),
-    ("−3", "-3"),
     ("007", "7"),
     ("12345678901234567890123456789012345.0", "12345678901234567890123456789012345"),
     ("Beta Decay", "beta  decay."),
@@ -156,36 +106,27 @@ SAME: list[tuple[str, str]] = [
     ("co - op", "co-op"),
     ("about 1,000 people", "about 1000 people"),
     (r"\dfrac{1}{2}", r"\frac{1}{2}"),
-    (r"\tfrac{10}{3}", r"\frac{10}{3}"),
     (r"\frac12", r"\frac{1}{2}"),
-    (r"\frac 12", r"\frac{1}{2}"),
     ("1/2", r"\frac{1}{2}"),
     ("-3/4", r"-\dfrac{3}{4}"),
     (r"\sqrt 2", r"\sqrt{2}"),
     (r"\left(1,\frac{9}{2}\right)", r"( 1, \frac{9}{2} )"),
     (r"(-\infty, -7)\cup(-7, 3)", r"(-\infty,-7) \cup (-7,3)"),
-    (r"\!\sqrt{21}", r"\sqrt{21}"),
     ("$x + 1$", "x+1"),
     (r"\(x + 1\)", "x+1"),
-    ("2 x", "2x"),
     ("x = 5", "5"),
     ("44%", "44"),
-    (r"44\%", "44"),
     (r"20 \%", "20%"),
     ("50 percent", r"50\%"),
-    (r"90^\circ", "90"),
     (r"90^{\circ}", "90 degrees"),
     ("90°", r"90^\circ"),
     (r"81\text{ teachers}", "81"),
     (r"\frac{68}{3}\text{ pounds}", r"\frac{68}{3}"),
     (r"440\text{ cm}^2", "440"),
-    (r"108\ \text{m}", "108"),
     (r"0.4\mbox{ miles}", "0.4"),
     ("18 dollars per day", "18"),
-    ("18 dollars", r"18\text{ dollars}"),
     (r"\text{Evelyn}", "Evelyn"),
     (r"9\text{ a.m.}", "9 a.m."),
-    (r"2, 3, \text{ and } 4", "2, 3, and 4"),
     (r"6, 8\text{, and }10", "6, 8, and 10"),
     ("$", "$"),
 ]
@@ -194,10 +135,7 @@ DIFFERENT: list[tuple[str | None, str | None]] = [
     (None, "18"),
     ("18", None),
     (None, None),
-    ("", ""),
-    (" ", "18"),
     ("18", "-18"),
-    ("18", "180"),
     ("3.0", "30"),
     ("0.5", r"\frac{1}{2}"),
     ("1 1/2", "11/2"),
@@ -205,24 +143,18 @@ DIFFERENT: list[tuple[str | None, str | None]] = [
     ("(1,000)", "(1000)"),
     ("(2,300)", "2300"),
     ("5x", "5"),
-    ("5 x", "5"),
     (r"5\pi", "5"),
-    ("5 pi", "5"),
     ("5 million", "5"),
-    ("5 or more", "5"),
     ("5 is wrong", "5"),
     ("5 cm", "5 km"),
     (r"440\text{ cm}^2", r"440\text{ cm}^3"),
     ("9 a.m.", "9 p.m."),
     ("x = 5", "y = 5"),
-    ("y = 2x", "y = 3x"),
     ("x = 5", "x = 5 = y"),
     (r"\leftarrow", "arrow"),
-    ("[1,2)", "(1,2)"),
     ("f'", "f"),
     ("12345678901234567890123456789012345", "12345678901234567890123456789012346"),
     ("carbon dioxide", "carbondioxide"),
-    ("type 2", "type 3"),
     ("1.2.3", "1.2.30"),
     ("$", "€"),
 ]
@@ -230,28 +162,25 @@ DIFFERENT: list[tuple[str | None, str | None]] = [
 
 @pytest.mark.parametrize(("parser", "text", "answer"), PARSED)
 def test_parsers(parser: str, text: str, answer: str | None) -> None:
-    assert parse(parser, text) == answer
+    assert load_parser(parser)(text) == answer
 
 
 @pytest.mark.parametrize(("left", "right"), SAME)
 def test_same(left: str, right: str) -> None:
-    assert exact_match(left, right), (normalise(left), normalise(right))
-    assert exact_match(right, left)
+    assert exact_match(left, right) and exact_match(right, left)
 
 
 @pytest.mark.parametrize(("left", "right"), DIFFERENT)
 def test_different(left: str | None, right: str | None) -> None:
-    assert not exact_match(left, right)
-    assert not exact_match(right, left)
+    assert not exact_match(left, right) and not exact_match(right, left)
 
 
 @given(st.text() | st.text(alphabet="\\{}$#box frac1230.,-/% \n"))
 def test_any_text(text: str) -> None:
     for name in PARSERS:
-        answer = parse(name, text)
+        answer = PARSERS[name](text)
         assert answer is None or answer.strip()
     assert exact_match(text, text) == bool(text.strip())
-    normalise(text)
 
 
 LONG = [
@@ -266,18 +195,19 @@ LONG = [
 def test_long_texts_take_linear_time(text: str) -> None:
     start = time.perf_counter()
     for name in PARSERS:
-        parse(name, text)
+        PARSERS[name](text)
     exact_match(text, text)
     assert time.perf_counter() - start < 3
 
 
-def test_load_parser() -> None:
-    for name, parser in PARSERS.items():
-        assert load_parser(name) is parser
+def test_load_parser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(load_parser(name) is parser for name, parser in PARSERS.items())
     assert load_parser("string:capwords")("a b") == "A B"
-    assert parse("string:capwords", "a b") == "A B"
-    assert parse(lambda text: text[::-1], "ab") == "ba"
-    assert parse(lambda text: "", "ab") is None
+    (tmp_path / "my_parsers.py").write_text("def empty(text): return ''\ndef count(text): return len(text)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_parser("my_parsers:empty")("ab") is None
+    with pytest.raises(ConfigError, match=r"my_parsers:count.* returned int"):
+        load_parser("my_parsers:count")("ab")
 
 
 @pytest.mark.parametrize(
@@ -298,20 +228,3 @@ def test_load_parser_errors(spec: str, message: str) -> None:
     with pytest.raises(ConfigError, match=r"(?i)answer parser") as error:
         load_parser(spec)
     assert message in str(error.value)
-
-
-def test_parser_of_wrong_type() -> None:
-    with pytest.raises(ConfigError, match="returned int"):
-        parse(len, "abc")  # type: ignore[arg-type]
-
-
-def test_imports_nothing_heavy() -> None:
-    code = (
-        "import sys, ia2.data.answers; "
-        "assert not {'torch', 'numpy', 'scipy', 'transformers'} & set(sys.modules)"
-    )
-    subprocess.run(
-        [sys.executable, "-c", code],
-        check=True,
-        env={"PYTHONPATH": str(Path(__file__).parents[2] / "src")},
-    )

@@ -26,7 +26,7 @@ from helpers.benchmark_rows import (
 from ia2.config import AdaptConfig
 from ia2.config.packaged_models import PACKAGED_MODELS
 from ia2.config.reading import validate
-from ia2.data.answers import parse
+from ia2.data.answers import load_parser
 from ia2.data.benchmarks import BENCHMARKS, load_benchmark
 from ia2.data.benchmarks.loading import tokens_at_most
 from ia2.utils.errors import ConfigError, DataError
@@ -134,7 +134,7 @@ def test_the_parser_finds_the_answers(shared_data: Path) -> None:
     for name in ("GSM8K", "GSM8Ks", "HMathA", "SciQ"):
         benchmark = BENCHMARKS[name]
         for example in benchmark.load(shared_data).test:
-            found = parse(benchmark.parser or "text", example.answer or "")
+            found = load_parser(benchmark.parser or "text")(example.answer or "")
             assert found is not None, example.source
             if name == "SciQ":
                 assert found == " ".join(example.fields["correct_answer"].split())

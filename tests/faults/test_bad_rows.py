@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from ia2.config import TrainConfig
 from ia2.config.reading import load_config
 from ia2.data.benchmarks import load_benchmark
-from ia2.data.examples import Examples, RowFormat, unescape
+from ia2.data.examples import Examples, RowFormat
+from ia2.data.rows import unescape
 from ia2.utils.errors import ConfigError, DataError, suggest
 
 LABELS = json.dumps(sorted(TASK.answers))

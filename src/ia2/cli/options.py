@@ -15,7 +15,7 @@ import typer
 
 from ia2.config import AdaptConfig, DataOptions, ModelOptions
 from ia2.config.reading import load_config
-from ia2.data.examples import unescape
+from ia2.data.rows import unescape
 from ia2.utils.errors import ConfigError
 from ia2.utils.user_files import strict_json
 

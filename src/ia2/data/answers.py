@@ -1,7 +1,7 @@
 r"""Answers of several tokens: find the answer in a generated text, compare it with the gold one.
 
 A *parser* turns a generated text into its answer, or None where there is none (which counts as
-wrong). `exact_match` compares two answers after normalisation. Both work on text only: nothing is
+wrong). :func:`exact_match` compares two answers after normalisation. Both work on text only: nothing is
 evaluated, so ``\frac{1}{2}`` is not 0.5. The LaTeX rules follow Hendrycks et al. 2021 (MATH), the
 ``####`` mark Cobbe et al. 2021 (GSM8K).
 """
@@ -11,11 +11,14 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ia2.utils.errors import ConfigError, suggest
 
 Parser = Callable[[str], "str | None"]
+
+CHARACTERS = str.maketrans("−‐‑–’‘“”⁄", "----''\"\"/", "\u200b\ufeff")
+"""Signs that look alike but differ in code, and those that cannot be seen."""
 
 
 # --- parsers -----------------------------------------------------------------------------------
@@ -52,10 +55,10 @@ def parse_last_number(text: str) -> str | None:
     text = _LATEX_FRACTION.sub(r"\1/\2", text.translate(CHARACTERS))
     # LaTeX's thousands: 15,\!000 and 15{,}000.
     text = text.replace(",\\!", ",").replace("{,}", ",")
-    found = list(_NUMBER.finditer(text))
-    if not found:
+    numbers = list(_NUMBER.finditer(text))
+    if not numbers:
         return None
-    last = found[-1]
+    last = numbers[-1]
     sign = "-" if _ends_in_sign(text[: last.start()]) else ""
     return sign + last.group().replace(",", "")
 
@@ -72,96 +75,11 @@ def _ends_in_sign(before: str) -> bool:
     return not (operand.isdigit() or operand in tuple(")]}%-"))
 
 
-_HASHES = re.compile(r"#{4,}")
-
-
 def parse_hash(text: str) -> str | None:
     """The line after the last ``####``; without one "The answer is …", then the last number."""
-    *before, after = _HASHES.split(text)
+    *before, after = re.split("#{4,}", text)
     answer = parse_first_line(after) if before else None
     return answer or _the_answer_is(text) or parse_last_number(text)
-
-
-def parse_boxed(text: str) -> str | None:
-    r"""The content of the last complete ``\boxed{…}`` or ``\fbox{…}``; else "The answer is …".
-
-    Braces may nest, a box in a box counts as the last, and ``\boxed 5`` is understood.
-    """
-    return _last_box(text) or _the_answer_is(text)
-
-
-PARSERS: dict[str, Parser] = {
-    "text": parse_text,
-    "first-line": parse_first_line,
-    "last-number": parse_last_number,
-    "hash": parse_hash,
-    "boxed": parse_boxed,
-}
-
-
-def load_parser(spec: str) -> Parser:
-    """A parser by its name in `PARSERS`, or by its import path ``package.module:function``.
-
-    Args:
-        spec: such as ``hash`` or ``my_project.parsing:answer``.
-
-    Returns:
-        The parser: text to answer, or None where there is none.
-
-    Raises:
-        ConfigError: the name is unknown, the module does not import, or it has no such function.
-    """
-    if spec in PARSERS:
-        return PARSERS[spec]
-    known = ", ".join(PARSERS)
-    module_name, colon, function_name = spec.partition(":")
-    if not colon or not module_name or not function_name:
-        raise ConfigError(
-            f"Unknown answer parser '{spec}'.{suggest(spec, list(PARSERS))} "
-            f"Known: {known}, or an import path 'package.module:function'."
-        )
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, TypeError, ValueError) as error:
-        # TypeError and ValueError: a relative or empty module name.
-        raise ConfigError(
-            f"Answer parser '{spec}': cannot import '{module_name}' ({error}). Install it, or put "
-            f"its folder on PYTHONPATH. Built in: {known}."
-        ) from error
-    parser = getattr(module, function_name, None)
-    if not callable(parser):
-        functions = [
-            name for name, value in vars(module).items() if callable(value) and not name.startswith("_")
-        ]
-        raise ConfigError(
-            f"Answer parser '{spec}': '{module_name}' has no function '{function_name}'."
-            f"{suggest(function_name, functions)}"
-        )
-    return parser
-
-
-def parse(name_or_callable: str | Parser, text: str) -> str | None:
-    """The answer in a generated text.
-
-    Args:
-        name_or_callable: anything `load_parser` takes, or a parser itself.
-        text: what the model generated.
-
-    Returns:
-        The answer, or None where there is none; never an empty string.
-
-    Raises:
-        ConfigError: unknown parser, or one that returns neither text nor None.
-    """
-    parser = load_parser(name_or_callable) if isinstance(name_or_callable, str) else name_or_callable
-    answer = parser(text)
-    if answer is not None and not isinstance(answer, str):
-        name = getattr(parser, "__name__", repr(parser))
-        raise ConfigError(
-            f"Answer parser '{name}' returned {type(answer).__name__}: it must return the answer "
-            "as text, or None where there is none."
-        )
-    return answer or None
 
 
 _ANSWER_IS = re.compile(r"\banswer\s+is\b\s*:?\s*", re.IGNORECASE)
@@ -182,9 +100,12 @@ _BOX_TOKENS = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?P<open>\{)?|\\.|[{}]
 _UNBRACED = re.compile(r"\s*([^\s${}\\]+)")
 
 
-def _last_box(text: str) -> str | None:
-    """Content of the box that opens last among those that close; one pass, so linear in time."""
-    best_start, best = -1, None
+def parse_boxed(text: str) -> str | None:
+    r"""The content of the last complete ``\boxed{…}`` or ``\fbox{…}``; else "The answer is …".
+
+    Braces may nest, a box in a box counts as the last, and ``\boxed 5`` is understood.
+    """
+    best_start, best = -1, ""  # of the box that opens last; one pass, so linear in time
     stack: list[tuple[bool, int]] = []
     for token in _BOX_TOKENS.finditer(text):
         mark = token.group()
@@ -199,35 +120,81 @@ def _last_box(text: str) -> str | None:
             is_box, start = stack.pop()
             if is_box and start > best_start:
                 best_start, best = start, text[start : token.start()]
-    return parse_text(best) if best is not None else None
+    return parse_text(best) or _the_answer_is(text)
+
+
+PARSERS: dict[str, Parser] = {
+    "text": parse_text,
+    "first-line": parse_first_line,
+    "last-number": parse_last_number,
+    "hash": parse_hash,
+    "boxed": parse_boxed,
+}
+
+
+def load_parser(spec: str) -> Parser:
+    """A parser by its name in `PARSERS`, or by its import path ``package.module:function``.
+
+    Raises:
+        ConfigError: the name is unknown, the module does not import, or it has no such function. The
+            parser of an import path raises it where it returns neither text nor None.
+    """
+    if spec in PARSERS:
+        return PARSERS[spec]
+    known = ", ".join(PARSERS)
+    module_name, colon, function_name = spec.partition(":")
+    if not colon or not module_name or not function_name:
+        raise ConfigError(
+            f"Unknown answer parser '{spec}'.{suggest(spec, list(PARSERS))} "
+            f"Known: {known}, or an import path 'package.module:function'."
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, TypeError, ValueError) as error:
+        # TypeError and ValueError: a relative or empty module name.
+        raise ConfigError(
+            f"Answer parser '{spec}': cannot import '{module_name}' ({error}). Install it, or put "
+            f"its folder on PYTHONPATH. Built in: {known}."
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        others = [name for name, value in vars(module).items() if callable(value) and name[0] != "_"]
+        raise ConfigError(
+            f"Answer parser '{spec}': '{module_name}' has no function '{function_name}'."
+            f"{suggest(function_name, others)}"
+        )
+
+    def parse(text: str) -> str | None:
+        answer: Any = function(text)
+        if answer is not None and not isinstance(answer, str):
+            raise ConfigError(
+                f"Answer parser '{spec}' returned {type(answer).__name__}: it must return the answer as "
+                "text, or None where there is none."
+            )
+        return answer or None
+
+    return parse
 
 
 # --- comparison --------------------------------------------------------------------------------
 
-# Signs that look alike but differ in code, and those that cannot be seen.
-CHARACTERS = str.maketrans(
-    {
-        "−": "-",
-        "‐": "-",
-        "‑": "-",
-        "–": "-",
-        "’": "'",
-        "‘": "'",
-        "“": '"',
-        "”": '"',
-        "⁄": "/",
-        "\u200b": None,
-        "\ufeff": None,
-    }
+# Applied in this order; all to lower-case text.
+_CLEANED = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"(?<!\\)\\[,!]", ""),
+        (r"\{,\}", ","),
+        (r"(?<!\\)\\(?:[ ;:]|quad\b|qquad\b)|(?<!\\)~", " "),
+        (r"(?<!\\)\\[()\[\]]", ""),
+        (r"\\\$", ""),
+        (r"[$£€]", ""),
+        (r"\\(?:left|right|bigl|bigr|big|displaystyle)(?![a-z])", ""),
+        (r"\\[dtc]frac(?![a-z])", r"\\frac"),
+        (r"\\frac\s*([0-9a-z])\s*([0-9a-z])(?![a-z])", r"\\frac{\1}{\2}"),
+        (r"\\sqrt\s*([0-9a-z])(?![a-z])", r"\\sqrt{\1}"),
+        (r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![a-z])|\bdegrees?\b|\\degree\b", "°"),
+    )
 )
-_DEGREE = re.compile(r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![a-z])|\bdegrees?\b|\\degree\b")
-_SIZES = re.compile(r"\\(?:left|right|bigl|bigr|big|displaystyle)(?![a-z])")
-_LATEX_SPACE = re.compile(r"(?<!\\)\\(?:[ ;:]|quad\b|qquad\b)|(?<!\\)~")
-_LATEX_NO_SPACE = re.compile(r"(?<!\\)\\[,!]")
-_MATH_MARKS = re.compile(r"(?<!\\)\\[()\[\]]")
-_FRACTION_SIZE = re.compile(r"\\[dtc]frac(?![a-z])")
-_SHORT_FRACTION = re.compile(r"\\frac\s*([0-9a-z])\s*([0-9a-z])(?![a-z])")
-_SHORT_ROOT = re.compile(r"\\sqrt\s*([0-9a-z])(?![a-z])")
 _SLASH_FRACTION = re.compile(r"(-?)([0-9]+)\s*/\s*([0-9]+)")
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|textit|mbox|mathrm|mathbf)\s*\{([^{}]*)\}")
 _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
@@ -262,7 +229,7 @@ class _Answer(NamedTuple):
 
 
 def exact_match(predicted: str | None, gold: str | None) -> bool:
-    r"""Whether two answers are the same after normalisation.
+    r"""Whether two answers are the same after normalisation; None never matches.
 
     Ignored: case, white space except between words, a final period, currency signs, thousands
     commas (``1,000``, not those in ``(1,000)``, which may be a point), trailing zeros (``3.0`` is
@@ -270,13 +237,6 @@ def exact_match(predicted: str | None, gold: str | None) -> bool:
     fractions (``\dfrac``), spacing commands, and ``a/b`` for ``\frac{a}{b}``. A unit
     (``5\text{ cm}``, ``5 cm``, ``50\%``, ``90^\circ``) or a variable (``x = 5``) may be missing
     on one side; two different ones are no match. Nothing is evaluated: ``\frac{1}{2}`` is not 0.5.
-
-    Args:
-        predicted: the parsed answer; None never matches.
-        gold: the right answer; None never matches.
-
-    Returns:
-        True if they are the same answer.
     """
     if predicted is None or gold is None or not predicted.strip() or not gold.strip():
         return False
@@ -288,14 +248,11 @@ def exact_match(predicted: str | None, gold: str | None) -> bool:
     )
 
 
-def normalise(answer: str) -> str:
-    """The text that `exact_match` compares, unit and variable included; for error analysis."""
-    value, unit, variable = _split(answer)
-    return (f"{variable}=" if variable else "") + value + (f" {unit}" if unit else "")
-
-
 def _split(answer: str) -> _Answer:
-    text = _clean(answer)
+    text = " ".join(answer.translate(CHARACTERS).casefold().split())
+    for pattern, replacement in _CLEANED:
+        text = pattern.sub(replacement, text)
+    text = _strip_ends(text)
     variable = ""
     if match := _ASSIGNMENT.fullmatch(text):
         variable, text = match.groups()
@@ -304,20 +261,6 @@ def _split(answer: str) -> _Answer:
     if not value:  # nothing but marks: compare them as they are
         return _Answer(" ".join(answer.split()), "", "")
     return _Answer(value, unit, variable)
-
-
-def _clean(answer: str) -> str:
-    text = " ".join(answer.translate(CHARACTERS).casefold().split())
-    text = _LATEX_NO_SPACE.sub("", text)
-    text = text.replace("{,}", ",")
-    text = _MATH_MARKS.sub("", _LATEX_SPACE.sub(" ", text))
-    text = text.replace("\\$", "").replace("$", "").replace("£", "").replace("€", "")
-    text = _SIZES.sub("", text)
-    text = _FRACTION_SIZE.sub(r"\\frac", text)
-    text = _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", text)
-    text = _SHORT_ROOT.sub(r"\\sqrt{\1}", text)
-    text = _DEGREE.sub("°", text)
-    return _strip_ends(text)
 
 
 def _strip_ends(text: str) -> str:

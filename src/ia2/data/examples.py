@@ -18,24 +18,11 @@ from typing import Any, overload
 
 from ia2.data.hub import numbered, read_folder, read_hub
 from ia2.data.readers import READERS, Read, read_file
-from ia2.data.rows import (
-    AS_IS,
-    SHOWN_ROWS,
-    BadCell,
-    RowFormat,
-    Template,
-    bad_rows,
-    check_columns,
-    text_labels,
-    unescape,
-    with_messages,
-)
-from ia2.data.splits import MAX_DEV, deal_folds, draw
+from ia2.data.rows import AS_IS, SHOWN_ROWS, BadCell, RowFormat, bad_rows, check_columns, with_messages
+from ia2.data.splits import deal_folds, draw
 from ia2.utils.errors import ConfigError, DataError
 from ia2.utils.user_files import no_such_file, user_path
 from ia2.utils.wording import type_name
-
-__all__ = ["MAX_DEV", "Example", "Examples", "FewShotSplit", "RowFormat", "unescape"]
 
 # On so many rows templates are tried before a message suggests them.
 _TRIED_ROWS = 50
@@ -56,18 +43,21 @@ class Example:
 
 
 class Examples(Sequence[Example]):
-    """Examples in a fixed order, and where they came from."""
+    """Examples in a fixed order, and where they came from.
+
+    Args:
+        examples: already rendered.
+        name: what messages call them.
+        label_column: the one column that determines the answer, if there is one.
+
+    Example:
+        >>> Examples.from_rows([{"text": "fine", "label": 1}], format=RowFormat("{text}:", " {label}"))[0]
+        Example(query='fine:', answer=' 1', source='rows:1')
+    """
 
     def __init__(
         self, examples: Iterable[Example], *, name: str = "rows", label_column: str | None = None
     ) -> None:
-        """Wrap examples that are already rendered.
-
-        Args:
-            examples: The examples.
-            name: What messages call them.
-            label_column: The one column that determines the answer, if there is one.
-        """
         self._examples = tuple(examples)
         self.name = name
         self._label_column = label_column
@@ -104,23 +94,14 @@ class Examples(Sequence[Example]):
         """The answers in order.
 
         Raises:
-            DataError: A row has none: the rows were read with ``labelled=False``.
+            DataError: a row has none: the rows were read with ``labelled=False``.
         """
-        answers = [example.answer for example in self if example.answer is not None]
-        if len(answers) != len(self):
-            first = next(example.source for example in self if example.answer is None)
+        first = next((example.source for example in self if example.answer is None), None)
+        if first is not None:
             raise DataError(
                 f"{self.name}: the rows are not labelled ({first} is the first without an answer)"
             )
-        return answers
-
-    def label_set(self) -> tuple[str, ...]:
-        """The distinct answers, sorted.
-
-        Raises:
-            DataError: The rows are not labelled.
-        """
-        return tuple(sorted(set(self.answers)))
+        return [example.answer for example in self if example.answer is not None]
 
     @property
     def raw_labels(self) -> dict[str, Any]:
@@ -129,11 +110,9 @@ class Examples(Sequence[Example]):
         Empty unless the completion template uses exactly one column, or a label map was applied to
         the column ``completion``. Of several raw values with one text, the first row's is kept.
         """
-        if self._label_column is None:
-            return {}
         raw: dict[str, Any] = {}
         for example in self:
-            if example.answer is not None:
+            if example.answer is not None and self._label_column is not None:
                 raw.setdefault(example.answer, example.fields[self._label_column])
         return dict(sorted(raw.items()))
 
@@ -147,24 +126,14 @@ class Examples(Sequence[Example]):
         labelled: bool = True,
         sources: Sequence[str] | None = None,
     ) -> Examples:
-        """Render rows that are already in memory.
-
-        Args:
-            rows: Column name to value.
-            format: How a row becomes an example.
-            name: What messages call the rows.
-            labelled: Whether the rows have completions; if not, those columns are ignored.
-            sources: Where each row came from; ``name:1``, ``name:2``, … if not given.
+        """Render rows that are already in memory; ``sources`` say where each came from (``name:1``, …).
 
         Raises:
-            DataError: There are no rows, a column is missing, or rows are bad (all are named).
-            ConfigError: There are not as many sources as rows.
+            DataError: there are no rows, a column is missing, or rows are bad (all are named).
         """
         listed = list(rows)
         if sources is None:
             sources = [f"{name}:{number}" for number in range(1, len(listed) + 1)]
-        elif len(sources) != len(listed):
-            raise ConfigError(f"{len(sources)} sources were given for {len(listed)} rows")
         read = ((source, row, None) for source, row in zip(sources, listed, strict=True))
         return cls._render(read, name, name, format, labelled)
 
@@ -174,51 +143,11 @@ class Examples(Sequence[Example]):
         ``.csv``, ``.tsv`` (with a header) or ``.parquet``.
 
         Raises:
-            DataError: The file is missing, no regular file, unreadable, of another type, or empty;
+            DataError: the file is missing, no regular file, unreadable, of another type, or empty;
                 a column is missing, or rows are bad (all are named).
         """
         path = user_path(path)
         return cls._render(read_file(path), path.name, str(path), format, labelled)
-
-    @classmethod
-    def from_hub(
-        cls,
-        source: str | Path,
-        *,
-        split: str | None = None,
-        config: str | None = None,
-        revision: str | None = None,
-        format: RowFormat = AS_IS,
-        labelled: bool = True,
-    ) -> Examples:
-        """Read a data set of the Hugging Face hub, or a local folder that is laid out like one.
-
-        A folder's files are read as :meth:`from_file` reads them, and sources name the file.
-
-        Args:
-            source: ``owner/name``, or a folder with ``train.jsonl``, ``data/train-*.parquet``, ….
-            split: As ``datasets`` knows it, ``train[:100]`` included. ``None``: ``train``, or the
-                only split.
-            config: The configuration, for data sets that have several.
-            revision: A branch, tag or commit of the hub.
-            format: How a row becomes an example. Class labels are the hub's integers.
-            labelled: Whether the rows have completions; if not, those columns are ignored.
-
-        Raises:
-            DataError: The data set or split cannot be had, a column is missing, or rows are bad.
-            ConfigError: A revision of a local folder was asked for.
-        """
-        folder = user_path(source)
-        if folder.is_dir():
-            if revision is not None:
-                raise ConfigError(f"{source} is a local folder: it has no revision '{revision}'")
-            folder = folder.absolute()
-            split, read = read_folder(folder, str(source), split, config)
-            return cls._render(read, folder.name, f"{folder.name}[{split}]", format, labelled)
-        name = str(source)
-        split, rows = read_hub(name, split, config, revision)
-        place = f"{name}[{split}]"
-        return cls._render(numbered(place, rows), name, place, format, labelled)
 
     @classmethod
     def load(
@@ -231,11 +160,21 @@ class Examples(Sequence[Example]):
         format: RowFormat = AS_IS,
         labelled: bool = True,
     ) -> Examples:
-        """Read a file, a folder or, for anything else of the form ``owner/name``, the hub.
+        """Read a file, a folder in hub layout or, for anything else of the form ``owner/name``, the hub.
+
+        Args:
+            source: a file as :meth:`from_file` takes it; a folder with ``train.jsonl``,
+                ``data/train-*.parquet``, …, whose files are read alike; ``owner/name``.
+            split: as ``datasets`` knows it, ``train[:100]`` included. ``None``: ``train``, or the
+                only split.
+            config: the configuration, for data sets that have several.
+            revision: a branch, tag or commit of the hub.
+            format: how a row becomes an example. Class labels are the hub's integers.
+            labelled: whether the rows have completions; if not, those columns are ignored.
 
         Raises:
-            DataError: There is no such file, or what :meth:`from_file` and :meth:`from_hub` raise.
-            ConfigError: A split, configuration or revision of a single file was asked for.
+            DataError: the rows or the split cannot be had, a column is missing, or rows are bad.
+            ConfigError: a split, configuration or revision of what has none was asked for.
         """
         path = user_path(source)
         if path.exists() and not path.is_dir():
@@ -245,61 +184,20 @@ class Examples(Sequence[Example]):
                         f"{source} is a single file: it has no {option} '{value}'; leave it out"
                     )
             return cls.from_file(path, format=format, labelled=labelled)
+        if path.is_dir():
+            if revision is not None:
+                raise ConfigError(f"{source} is a local folder: it has no revision '{revision}'")
+            folder = path.absolute()
+            split, read = read_folder(folder, str(source), split, config)
+            return cls._render(read, folder.name, f"{folder.name}[{split}]", format, labelled)
         known_suffix = path.suffix.lower() in READERS
-        if not path.is_dir() and (
-            known_suffix or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source), re.ASCII)
-        ):
+        if known_suffix or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source), re.ASCII):
             hint = "" if known_suffix else "; a data set of the hub is written owner/name"
             raise DataError(no_such_file(path, hint))
-        return cls.from_hub(
-            source, split=split, config=config, revision=revision, format=format, labelled=labelled
-        )
-
-    def split(
-        self,
-        *,
-        num_examples: int | None = None,
-        seed: int = 0,
-        balanced: bool = True,
-        dev: bool = True,
-    ) -> FewShotSplit:
-        """Draw the examples to learn from, and others to stop early and select by.
-
-        Args:
-            num_examples: How many to learn from; half as many more, at most 48, are held out.
-                ``None``: all rows are used, two thirds to learn from, with every answer that
-                occurs twice on both sides as far as the sizes allow.
-            seed: Same rows, same seed: same split. A larger draw contains a smaller one's train.
-            balanced: Draw ``num_examples`` evenly over the answers, as far as there are rows of each,
-                so that no label is missing; otherwise at random, as in the paper.
-            dev: Whether rows are held out; without, all are to learn from.
-
-        Raises:
-            DataError: There are too few rows.
-            ConfigError: ``num_examples`` is below two.
-        """
-        train, held = draw(self._answers_or_none(), self.name, num_examples, seed, balanced, dev)
-        return FewShotSplit(train=self._pick(train), dev=self._pick(held))
-
-    def folds(self, k: int, seed: int) -> list[tuple[Examples, Examples]]:
-        """``k`` pairs (the rest, the held out); every row is held out once.
-
-        Both are shuffled. Folds differ by at most one row, and by one row of each repeated answer.
-
-        Raises:
-            DataError: There are fewer rows than folds.
-            ConfigError: ``k`` is below two.
-        """
-        parts = deal_folds(self._answers_or_none(), self.name, k, seed)
-        return [(self._pick(rest), self._pick(held)) for rest, held in parts]
-
-    def _answers_or_none(self) -> list[str | None]:
-        return [example.answer for example in self]
-
-    def _pick(self, rows: Iterable[int]) -> Examples:
-        return Examples(
-            (self._examples[row] for row in rows), name=self.name, label_column=self._label_column
-        )
+        name = str(source)
+        split, rows = read_hub(name, split, config, revision)
+        place = f"{name}[{split}]"
+        return cls._render(numbered(place, rows), name, place, format, labelled)
 
     @classmethod
     def blocks(
@@ -311,20 +209,13 @@ class Examples(Sequence[Example]):
         format: RowFormat = AS_IS,
         size: int = 1024,
     ) -> tuple[int, Iterator[Examples]]:
-        """How many unlabelled rows there are, all of them checked, and the rows in blocks.
+        """How many unlabelled rows there are, all of them checked, and the rows in blocks of ``size``.
 
         A file is read twice, first to check it, so that memory does not grow with its rows.
 
-        Args:
-            source: As :meth:`load` takes it, with ``split``, ``config`` and ``format``.
-            split: Of a folder or data set of the hub.
-            config: The same.
-            format: How a row becomes an example.
-            size: Rows of a block.
-
         Raises:
-            DataError: What :meth:`load` raises, before any block is made.
-            ConfigError: The same.
+            DataError: what :meth:`load` raises, before any block is made.
+            ConfigError: the same.
         """
         path = user_path(source)
         if not path.is_file() or split is not None or config is not None:
@@ -338,24 +229,62 @@ class Examples(Sequence[Example]):
         again = read()
         return count, (cls(block, name=path.name) for block in iter(lambda: list(islice(again, size)), []))
 
+    def split(
+        self,
+        *,
+        num_examples: int | None = None,
+        seed: int = 0,
+        balanced: bool = True,
+        dev: bool = True,
+    ) -> FewShotSplit:
+        """Draw the examples to learn from, and others to stop early and select by.
+
+        Args:
+            num_examples: how many to learn from; half as many more, at most 48, are held out.
+                ``None``: all rows are used, two thirds to learn from, with every answer that
+                occurs twice on both sides as far as the sizes allow.
+            seed: same rows, same seed: same split. A larger draw contains a smaller one's train.
+            balanced: draw ``num_examples`` evenly over the answers, as far as there are rows of each,
+                so that no label is missing; otherwise at random, as in the paper.
+            dev: whether rows are held out; without, all are to learn from.
+
+        Raises:
+            DataError: there are too few rows.
+            ConfigError: ``num_examples`` is below two.
+        """
+        answers = [example.answer for example in self]
+        train, held = draw(answers, self.name, num_examples, seed, balanced, dev)
+        return FewShotSplit(self._pick(train), self._pick(held))
+
+    def folds(self, k: int, seed: int) -> list[tuple[Examples, Examples]]:
+        """``k`` pairs (the rest, the held out); every row is held out once.
+
+        Both are shuffled. Folds differ by at most one row, and by one row of each repeated answer.
+
+        Raises:
+            DataError: there are fewer rows than folds.
+        """
+        parts = deal_folds([example.answer for example in self], self.name, k, seed)
+        return [(self._pick(rest), self._pick(held)) for rest, held in parts]
+
+    def _pick(self, rows: Iterable[int]) -> Examples:
+        picked = (self._examples[row] for row in rows)
+        return Examples(picked, name=self.name, label_column=self._label_column)
+
     @classmethod
     def _render(
         cls, read: Iterable[Read], name: str, place: str, format: RowFormat, labelled: bool
     ) -> Examples:
         examples = list(_rendered(read, place, format, labelled=labelled))
-        columns = Template.parse(format.completion_template or "{completion}", "completion template").columns
-        verbatim = format.completion_template is None and text_labels(format.label_map) is None
+        columns = format.completion.columns
+        verbatim = format.completion_template is None and format.labels is None
         single = labelled and len(columns) == 1 and not verbatim
         return cls(examples, name=name, label_column=columns[0] if single else None)
 
 
 def _rendered(read: Iterable[Read], place: str, format: RowFormat, *, labelled: bool) -> Iterator[Example]:
     """Rows as examples, one by one; what is wrong with any of them is told together, at the end."""
-    prompt = Template.parse(format.prompt_template or "{prompt}", "prompt template")
-    completion = None
-    if labelled:
-        completion = Template.parse(format.completion_template or "{completion}", "completion template")
-    labels = text_labels(format.label_map)
+    prompt, completion, labels = format.prompt, format.completion if labelled else None, format.labels
     wanted = [*prompt.columns, *(completion.columns if completion else ())]
     count = 0
     bad: list[str] = []
@@ -391,7 +320,7 @@ def _rendered(read: Iterable[Read], place: str, format: RowFormat, *, labelled: 
         else:
             bad.append(source)
     if columns:
-        check_columns(place, list(columns), format, prompt, completion, seen)
+        check_columns(place, list(columns), format, labelled, seen)
     if bad:
         raise bad_rows(place, bad)
     if not count:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from fnmatch import fnmatchcase
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,17 +23,14 @@ _MOST_ENTRIES = 10_000
 # Not rows, though their names end like those of rows.
 _NO_ROWS = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 _SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "dev", "val"),
-    "test": ("test", "testing", "eval", "evaluation"),
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "dev", "val"},
+    "test": {"test", "testing", "eval", "evaluation"},
 }
 _SHARD = re.compile(r"(?:data/)?(\w+(?:\.\w+)*)-\d{5}-of-\d{5}\b[^/]*")
 
-# A split's files, by their paths within the folder.
+# Names of splits, and the paths of their files within the folder.
 Splits = dict[str, list[str]]
-
-
-# Folders
 
 
 def read_folder(
@@ -56,30 +52,22 @@ def read_folder(
     Raises:
         DataError: no file can be read, there is no such split or configuration, or it must be said.
     """
-    files = _files(folder, shown)
-    splits = _described(folder, shown, files, config)
-    if splits is None and config is not None:
-        inside = [name for name in files if name.startswith(config + "/")]
-        if not inside:
-            known = sorted({name.split("/")[0] for name in files if "/" in name} - {"data"})
-            raise DataError(f"{shown}: no configuration {config!r}{_there_are(known, config)}")
-        found = _named(folder / config, shown, [name.removeprefix(config + "/") for name in inside])
-        splits = {name: [f"{config}/{file}" for file in part] for name, part in found.items()}
-    if splits is None:
-        splits = _named(folder, shown, files)
-    if not splits:
-        raise DataError(f"{shown}: {_no_files(folder, files)}")
+    splits = _splits(folder, shown, config)
     known = [*(name for name in _SPLITS if name in splits), *sorted(set(splits) - set(_SPLITS))]
-    if split is None:
-        if "train" not in splits and len(splits) > 1:
-            raise DataError(f"{shown}: say which split to read; there are {names_of(known)}")
-        split = "train" if "train" in splits else known[0]
 
     def rows(name: str) -> Iterator[Read]:
-        _check_types(folder, f"{shown}: the split {name!r} has", splits[name])
-        read = (read_file(folder / file, f"{folder.name}/{file}") for file in splits[name])
-        return chain.from_iterable(read)
+        files = splits[name]
+        if len(types := sorted({PurePosixPath(file).suffix.lower() for file in files})) > 1:
+            # the same rows saved twice, or rows of other splits
+            sound = next(
+                (f": name one, such as {folder / file}" for file in files if _sound(folder / file)), ""
+            )
+            listed = ", ".join(types)
+            raise DataError(f"{shown}: the split {name!r} has files of several types ({listed}){sound}")
+        return chain.from_iterable(read_file(folder / file, f"{folder.name}/{file}") for file in files)
 
+    if split is None:
+        split = _chosen(shown, known)
     if split in splits:
         return split, rows(split)
     wanted = [part.strip() for part in re.sub(r"\[[^\]]*\]", "", split).split("+")]
@@ -87,6 +75,12 @@ def read_folder(
         if name not in splits:
             raise DataError(f"{shown}: no split {name!r}{_there_are(known, name)}")
     return split, _sliced(shown, split, {name: list(rows(name)) for name in wanted})
+
+
+def _chosen(shown: str, splits: list[str]) -> str:
+    if "train" not in splits and len(splits) != 1:
+        raise DataError(f"{shown}: say which split to read; there are {names_of(splits)}")
+    return "train" if "train" in splits else splits[0]
 
 
 def _there_are(known: list[str], wanted: str) -> str:
@@ -107,63 +101,72 @@ def _sliced(shown: str, split: str, read: dict[str, list[Read]]) -> Iterator[Rea
     return chain.from_iterable(read[part.splitname][part.from_ : part.to] for part in parts)
 
 
+# Which files are a split
+
+
+def _splits(folder: Path, shown: str, config: str | None) -> Splits:
+    files = _files(folder, shown)
+    splits = _described(folder, shown, files, config)
+    if splits is None and config is not None:
+        inside = [name.removeprefix(f"{config}/") for name in files if name.startswith(f"{config}/")]
+        if not inside:
+            known = sorted({name.split("/")[0] for name in files if "/" in name} - {"data"})
+            raise DataError(f"{shown}: no configuration {config!r}{_there_are(known, config)}")
+        named = _named(folder / config, shown, inside)
+        splits = {split: [f"{config}/{file}" for file in part] for split, part in named.items()}
+    if splits is None:
+        splits = _named(folder, shown, files)
+    if splits:
+        return splits
+    if any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
+        raise DataError(
+            f"{shown}: it was written by save_to_disk, whose Arrow files are not read: write the rows with "
+            "to_parquet or to_json of `datasets` instead"
+        )
+    if sound := next((folder / file for file in files[:100] if _sound(folder / file)), None):
+        raise DataError(
+            f"{shown}: no file in it is named as those of a data set are: name one file, such as {sound}"
+        )
+    raise DataError(f"{shown}: no file in this folder can be read, only {', '.join(READERS)}")
+
+
 def _files(folder: Path, shown: str) -> list[str]:
     """Paths within the folder of what may be rows, sorted; hidden files and folders are left out."""
-    found: list[str] = []
-    level, seen = [""], 0
-    for _ in range(_DEEPEST + 1):
-        below: list[str] = []
-        for inside in level:
-            try:
-                with os.scandir(folder / inside) as listed:
-                    entries = list(islice(listed, _MOST_ENTRIES + 1))
-            except OSError as error:
-                raise DataError(
-                    f"{shown}: {folder / inside} cannot be looked into ({error.strerror})"
-                ) from error
-            seen += len(entries)
-            if seen > _MOST_ENTRIES:
-                raise DataError(
-                    f"{shown}: more than {_MOST_ENTRIES:,} files and folders; name a file, or the "
-                    "folder that holds the rows alone"
-                )
-            for entry in entries:
-                name = inside + entry.name
-                if entry.name.startswith((".", "__")):
-                    continue
-                if _is_folder(entry):
-                    below.append(name + "/")
-                elif _may_be_rows(entry.name):
-                    found.append(name)
-        level = below
-        if not level:
-            break
-    return sorted(found)
 
+    def closed(error: OSError) -> None:
+        raise DataError(f"{shown}: {error.filename} cannot be looked into ({error.strerror})") from error
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link in a circle, or to where one may not look
-        return False
+    files: list[str] = []
+    seen = 0
+    for place, folders, names in os.walk(folder, onerror=closed, followlinks=True):
+        inside = Path(place).relative_to(folder)
+        seen += len(folders) + len(names)
+        if seen > _MOST_ENTRIES:
+            raise DataError(
+                f"{shown}: more than {_MOST_ENTRIES:,} files and folders; name a file, or the folder that "
+                "holds the rows alone"
+            )
+        below = len(inside.parts) < _DEEPEST
+        folders[:] = [name for name in folders if below and not name.startswith((".", "__"))]
+        files += [(inside / name).as_posix() for name in names if _may_be_rows(name)]
+    return sorted(files)
 
 
 def _may_be_rows(name: str) -> bool:
     path = PurePosixPath(name)
     if path.suffix.lower() in PACKED:  # refused when it is read, not passed over
         path = path.with_suffix("")
-    return path.suffix.lower() in READERS and name not in _NO_ROWS
+    hidden = name.startswith((".", "__")) or name in _NO_ROWS
+    return path.suffix.lower() in READERS and not hidden
 
 
-def _no_files(folder: Path, deeper: list[str]) -> str:
-    if any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
-        return (
-            "it was written by save_to_disk, whose Arrow files are not read: write the rows with to_parquet "
-            "or to_json of `datasets` instead"
-        )
-    if sound := next((folder / file for file in deeper[:100] if _sound(folder / file)), None):
-        return f"no file in it is named as those of a data set are: name one file, such as {sound}"
-    return f"no file in this folder can be read, only {', '.join(READERS)}"
+def _sound(file: Path) -> bool:
+    """Whether a file begins with a row that can be read."""
+    try:
+        _, row, problem = next(read_file(file))
+    except (DataError, StopIteration):
+        return False
+    return problem is None and isinstance(row, Mapping)
 
 
 def _named(folder: Path, shown: str, files: list[str]) -> Splits:
@@ -176,9 +179,11 @@ def _named(folder: Path, shown: str, files: list[str]) -> Splits:
         for file in files:
             parts = file.split("/")
             for place in range(len(parts) - 1) if of_folders else [len(parts) - 1]:
-                if wanted := _keywords(parts[place]):
-                    if len(wanted) > 1:
-                        raise DataError(f"{shown}: {file} could be {' or '.join(wanted)}: rename it")
+                words = set(re.split(r"[-._ 0-9]+", parts[place].lower()))
+                wanted = [split for split, keywords in _SPLITS.items() if words & keywords]
+                if len(wanted) > 1:
+                    raise DataError(f"{shown}: {file} could be {' or '.join(wanted)}: rename it")
+                if wanted:
                     split_of[file] = wanted[0]
                     above.setdefault(wanted[0], set()).add("/".join(parts[:place]))
                     break
@@ -194,23 +199,6 @@ def _named(folder: Path, shown: str, files: list[str]) -> Splits:
     return {"train": beside} if beside else {}
 
 
-def _check_types(folder: Path, beginning: str, files: list[str]) -> None:
-    """Files of several types are the same rows saved twice, or belong to other splits."""
-    types = sorted({PurePosixPath(file).suffix.lower() for file in files})
-    if len(types) > 1:
-        sound = next((f": name one, such as {folder / file}" for file in files if _sound(folder / file)), "")
-        raise DataError(f"{beginning} files of several types ({', '.join(types)}){sound}")
-
-
-def _sound(file: Path) -> bool:
-    """Whether a file begins with a row that can be read."""
-    try:
-        _, row, problem = next(read_file(file))
-    except (DataError, StopIteration):
-        return False
-    return problem is None and isinstance(row, Mapping)
-
-
 def _gathered(split_of: Mapping[str, str]) -> Splits:
     splits: Splits = {}
     for file, split in split_of.items():
@@ -218,74 +206,60 @@ def _gathered(split_of: Mapping[str, str]) -> Splits:
     return splits
 
 
-def _keywords(text: str) -> list[str]:
-    words = set(re.split(r"[-._ 0-9]+", text.lower()))
-    return [split for split, keywords in _SPLITS.items() if words & set(keywords)]
-
-
 def _described(folder: Path, shown: str, files: list[str], config: str | None) -> Splits | None:
     """Splits by ``configs`` in the head of the folder's ``README.md``; None if there are none."""
-    if not (folder / "README.md").exists():
-        return None
-    head = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", read_text(folder / "README.md"), re.DOTALL)
-    configs, standard = _configs(f"{shown}/README.md", head[1]) if head else ({}, None)
+    configs = _configs(folder, shown)
     if not configs:
         return None
+    known = list(configs)
     if config is None:
-        config = next(iter(configs)) if len(configs) == 1 else standard
+        standard = [name for name, (_, default) in configs.items() if default]
+        config = known[0] if len(known) == 1 else standard[-1] if standard else None
         if config is None:
-            raise DataError(f"{shown}: say which configuration to read; there are {names_of(list(configs))}")
+            raise DataError(f"{shown}: say which configuration to read; there are {names_of(known)}")
     if config not in configs:
-        raise DataError(f"{shown}: no configuration {config!r}{_there_are(list(configs), config)}")
+        raise DataError(f"{shown}: no configuration {config!r}{_there_are(known, config)}")
     splits: Splits = {}
-    for split, patterns in configs[config].items():
-        splits[split] = []
+    for split, patterns in configs[config][0].items():
         for pattern in patterns:
-            wanted = PurePosixPath(pattern).parts
-            matching = [file for file in files if _matches(PurePosixPath(file).parts, wanted)]
-            if not matching:
+            try:
+                matching = {path.relative_to(folder).as_posix() for path in folder.glob(pattern)} | {pattern}
+            except (ValueError, NotImplementedError):  # no pattern, or one that leads elsewhere
+                matching = set()
+            found = [file for file in files if file in matching]
+            if not found:
                 raise DataError(f"{shown}/README.md: no file {pattern!r} of the split {split!r} can be read")
-            splits[split] += [file for file in matching if file not in splits[split]]
+            splits[split] = list(dict.fromkeys([*splits.get(split, []), *found]))
     return splits
 
 
-def _configs(place: str, head: str) -> tuple[dict[str, dict[str, list[str]]], str | None]:
-    """Configuration → split → patterns of files; and the configuration that counts if none is named."""
+def _configs(folder: Path, shown: str) -> dict[str, tuple[dict[str, list[str]], bool]]:
+    """Configuration → its patterns of files by split, and whether it counts if none is named."""
     import yaml
 
+    readme = folder / "README.md"
+    head = (
+        re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", read_text(readme), re.DOTALL) if readme.exists() else None
+    )
     try:
-        values = yaml.safe_load(head)
+        values = yaml.safe_load(head[1]) if head else None
     except (yaml.YAMLError, RecursionError) as error:
-        raise DataError(f"{place}: its head is not YAML ({one_line(error)})") from None
+        raise DataError(f"{shown}/README.md: its head is not YAML ({one_line(error)})") from None
     listed = values.get("configs") if isinstance(values, dict) else None
-    configs: dict[str, dict[str, list[str]]] = {}
-    standard = None
+    configs: dict[str, tuple[dict[str, list[str]], bool]] = {}
     for entry in listed if isinstance(listed, list) else []:
         files = entry.get("data_files") if isinstance(entry, dict) else None
         if files is None:
             continue
         name = str(entry.get("config_name", "default"))
-        if entry.get("default") is True or name == "default":
-            standard = name
-        if isinstance(files, list) and all(isinstance(part, dict) for part in files):
-            pairs = [(str(part.get("split", "train")), part.get("path")) for part in files]
-        else:
-            pairs = list(files.items()) if isinstance(files, dict) else [("train", files)]
-        configs[name] = {
-            str(split): list(map(str, paths if isinstance(paths, list) else [paths]))
-            for split, paths in pairs
-        }
-    return configs, standard
-
-
-def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    if not pattern:
-        return not parts
-    if pattern[0] == "**":
-        return any(_matches(parts[i:], pattern[1:]) for i in range(len(parts) + 1))
-    if not parts or not (parts[0] == pattern[0] or fnmatchcase(parts[0], pattern[0])):
-        return False
-    return _matches(parts[1:], pattern[1:])
+        pairs: list[tuple[Any, Any]] = [("train", files)]
+        if isinstance(files, dict):
+            pairs = list(files.items())
+        elif isinstance(files, list) and all(isinstance(part, dict) for part in files):
+            pairs = [(part.get("split", "train"), part.get("path")) for part in files]
+        patterns = {str(s): [str(p) for p in (x if isinstance(x, list) else [x])] for s, x in pairs}
+        configs[name] = patterns, entry.get("default") is True or name == "default"
+    return configs
 
 
 # The hub
@@ -304,21 +278,10 @@ def read_hub(
     try:
         loaded = datasets.load_dataset(source, config, split=split, revision=revision)
     except Exception as error:  # a dozen unrelated types, those of the HTTP client among them
-        known: list[str] = []
-        if split is not None and "split" in str(error).lower():
-            try:
-                known = datasets.get_dataset_split_names(source, config, revision=revision)
-            except Exception:  # then the first error has to do
-                known = []
-        if known:
-            raise DataError(f"{source}: no split {split!r}{_there_are(known, split or '')}") from error
         raise DataError(f"{source}: {_hub_trouble(error, source)}") from error
     if split is not None:
         return split, loaded
-    splits = [str(name) for name in loaded]
-    if "train" not in splits and len(splits) != 1:
-        raise DataError(f"{source}: say which split to read; there are {names_of(splits)}")
-    chosen = "train" if "train" in splits else splits[0]
+    chosen = _chosen(source, [str(name) for name in loaded])
     return chosen, loaded[chosen]
 
 

@@ -11,6 +11,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,6 @@ Read = tuple[str, Any, "str | None"]
 
 PACKED = {".gz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", ".zip": "unzip"}
 """Endings of compressed files, and what unpacks them."""
-
-_LARGEST_CELL = 2**31 - 1
 
 # What is said of quotation marks, with the place.
 _QUOTED_TSV = (
@@ -47,28 +46,23 @@ _NOT_UTF8 = "not UTF-8 text"
 
 
 def read_file(path: Path, name: str | None = None) -> Iterator[Read]:
-    """The rows of a file, by the reader of its type.
-
-    Args:
-        path: a regular file whose name ends with one of :data:`READERS`.
-        name: what sources call it; by default its name.
+    """The rows of a file, by the reader of its type; ``name`` is what sources call it.
 
     Raises:
         DataError: it is missing, of another type, no regular file, or cannot be read at all.
     """
     suffix = path.suffix.lower()
-    reader = READERS.get(suffix)
     open_file(path).close()  # whatever its name says, what is no file is said first
     if suffix in PACKED:
         raise DataError(f"{path} is compressed: unpack it first, with {PACKED[suffix]}")
-    if reader is None:
+    if suffix not in READERS:
         raise DataError(f"{path}: cannot read files of type '{path.suffix}', only {', '.join(READERS)}")
-    return _all_rows(path, name or path.name, reader)
+    return _all_rows(path, name or path.name)
 
 
-def _all_rows(path: Path, name: str, reader: Callable[[Path, str], Iterator[Read]]) -> Iterator[Read]:
+def _all_rows(path: Path, name: str) -> Iterator[Read]:
     try:
-        yield from reader(path, name)
+        yield from READERS[path.suffix.lower()](path, name)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or one_line(error)})") from error
 
@@ -81,9 +75,6 @@ def _open_text(path: Path, newline: str | None) -> io.TextIOWrapper:
     return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
-# JSON
-
-
 def _read_json(path: Path, name: str) -> Iterator[Read]:
     # In JSON a line break is never part of a text, so every kind of it ends a row.
     with _open_text(path, newline=None) as file:
@@ -91,19 +82,12 @@ def _read_json(path: Path, name: str) -> Iterator[Read]:
             if not line.strip():
                 continue
             if path.suffix.lower() == ".json" and line.lstrip().startswith("["):
-                yield from _read_array(path, name, "\n" * (number - 1) + line + file.read())
+                rows, problem = _json_value("\n" * (number - 1) + line + file.read())
+                if problem is not None:
+                    raise DataError(f"{path}: {problem}")
+                yield from ((f"{name}:{place}", row, None) for place, row in enumerate(rows, 1))
                 return
-            row, problem = _json_value(line.rstrip("\n"))
-            yield f"{name}:{number}", row, problem
-
-
-def _read_array(path: Path, name: str, text: str) -> Iterator[Read]:
-    """Objects of an array, as rows; the number in a source is that of the object."""
-    rows, problem = _json_value(text)
-    if problem is not None:
-        raise DataError(f"{path}: {problem}")
-    for number, row in enumerate(rows, 1):
-        yield f"{name}:{number}", row, None
+            yield (f"{name}:{number}", *_json_value(line.rstrip("\n")))
 
 
 def _json_value(text: str) -> tuple[Any, str | None]:
@@ -117,19 +101,8 @@ def _json_value(text: str) -> tuple[Any, str | None]:
         return None, str(error)
 
 
-# Tables
-
-
-def _read_csv(path: Path, name: str) -> Iterator[Read]:
-    return _read_table(path, name, ",", csv.QUOTE_MINIMAL)
-
-
-def _read_tsv(path: Path, name: str) -> Iterator[Read]:
-    return _read_table(path, name, "\t", csv.QUOTE_NONE)
-
-
 def _read_table(path: Path, name: str, delimiter: str, quoting: Any) -> Iterator[Read]:
-    csv.field_size_limit(_LARGEST_CELL)
+    csv.field_size_limit(2**31 - 1)
     header: list[str] | None = None
     lines: list[str] = []  # of the current row
     doubtful: dict[str, list[str]] = {}
@@ -140,8 +113,8 @@ def _read_table(path: Path, name: str, delimiter: str, quoting: Any) -> Iterator
             first = reader.line_num + 1
             source = f"{name}:{first}"  # a quoted cell may span lines
             lines.clear()
-            problem = None
             cells: list[str] = []
+            problem = None
             try:
                 cells = next(reader)
             except StopIteration:
@@ -156,8 +129,7 @@ def _read_table(path: Path, name: str, delimiter: str, quoting: Any) -> Iterator
             elif "\0" in whole:
                 problem = "a NUL byte, which is no text"
             if header is None:
-                problem = problem or _header_problem(cells)
-                if problem:
+                if problem := problem or _header_problem(cells):
                     raise DataError(f"{source}: the header: {problem}")
                 header = cells
                 continue
@@ -185,16 +157,18 @@ def _quote_problem(error: csv.Error, first: int, last: int) -> str:
 
 
 def _header_problem(cells: list[str]) -> str | None:
-    counts = Counter(cells)
-    twice = sorted(cell for cell, count in counts.items() if count > 1 and cell)
-    if twice:
+    if twice := _repeated(cells):
         return f"column {names_of(twice)} is there twice"
     # One is what data frames write for their row numbers.
-    if counts[""] > 1:
-        where = [str(number) for number, cell in enumerate(cells, 1) if not cell]
+    where = [str(number) for number, cell in enumerate(cells, 1) if not cell]
+    if len(where) > 1:
         shown = ", ".join(where[:5]) + (", …" if len(where) > 5 else "")
         return f"{len(where)} columns have no name ({shown}): name or remove them"
     return None
+
+
+def _repeated(columns: list[str]) -> list[str]:
+    return sorted(column for column, count in Counter(columns).items() if count > 1 and column)
 
 
 def _doubt(cells: list[str], lines: list[str], delimiter: str, quoting: Any) -> str | None:
@@ -209,9 +183,6 @@ def _doubt(cells: list[str], lines: list[str], delimiter: str, quoting: Any) -> 
     return None
 
 
-# Parquet
-
-
 def _read_parquet(path: Path, name: str) -> Iterator[Read]:
     import pyarrow.parquet
 
@@ -219,9 +190,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[Read]:
     with open_file(path) as opened:
         try:
             with pyarrow.parquet.ParquetFile(opened, page_checksum_verification=True) as file:
-                columns = file.schema_arrow.names
-                twice = sorted(column for column, count in Counter(columns).items() if count > 1)
-                if twice:
+                if twice := _repeated(file.schema_arrow.names):
                     raise DataError(f"{path}: column {names_of(twice)} is there twice")
                 for batch in file.iter_batches(batch_size=4096):
                     for row in _rows_of(batch):
@@ -240,7 +209,7 @@ def _rows_of(batch: Any) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = batch.to_pylist()
         return rows
     except Exception:  # one date beyond Python's spoils all rows
-        columns = {name: batch.column(place) for place, name in enumerate(batch.schema.names)}
+        columns = dict(zip(batch.schema.names, batch.columns, strict=True))
         return [{name: _cell(column, i) for name, column in columns.items()} for i in range(len(batch))]
 
 
@@ -255,8 +224,8 @@ READERS: dict[str, Callable[[Path, str], Iterator[Read]]] = {
     ".jsonl": _read_json,
     ".ndjson": _read_json,
     ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".csv": partial(_read_table, delimiter=",", quoting=csv.QUOTE_MINIMAL),
+    ".tsv": partial(_read_table, delimiter="\t", quoting=csv.QUOTE_NONE),
     ".parquet": _read_parquet,
 }
 """Ending of a file's name to the reader of its format."""

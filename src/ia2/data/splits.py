@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import islice, zip_longest
 
 from ia2.utils.errors import ConfigError, DataError
 
@@ -47,11 +48,12 @@ def draw(
         train = set(order) - held
     else:
         wanted = _check_draw(name, len(answers), num_examples, dev)
-        if balanced:
-            train, held = _balanced_draw(pools, num_examples, wanted)
-        else:
-            train = set(order[:num_examples])
-            held = set(order[num_examples : num_examples + wanted])
+        # Dev backwards, so that its odd row goes to an answer that got none of train.
+        dealt = _dealt(pools) if balanced else order
+        train = set(dealt[:num_examples])
+        left = [[row for row in pool if row not in train] for pool in reversed(pools)]
+        rest = _dealt(left) if balanced else order[num_examples:]
+        held = set(rest[:wanted])
     return [row for row in order if row in train], [row for row in order if row in held]
 
 
@@ -70,19 +72,16 @@ def deal_folds(answers: Answers, name: str, k: int, seed: int) -> list[tuple[lis
     random.Random(seed).shuffle(order)
     pools = _by_answer(answers, order)
     # Unique answers, as one pool, go last: dealt in turn, every pool is spread evenly.
-    dealt = [row for pool in pools if len(pool) > 1 for row in pool]
-    dealt += [row for pool in pools if len(pool) == 1 for row in pool]
+    pools.sort(key=lambda pool: len(pool) == 1)
+    dealt = [row for pool in pools for row in pool]
     fold_of = {row: position % k for position, row in enumerate(dealt)}
     return [
-        (
-            [row for row in order if fold_of[row] != fold],
-            [row for row in order if fold_of[row] == fold],
-        )
+        ([row for row in order if fold_of[row] != fold], [row for row in order if fold_of[row] == fold])
         for fold in range(k)
     ]
 
 
-def _by_answer(answers: Answers, order: Iterable[int]) -> list[list[int]]:
+def _by_answer(answers: Answers, order: Sequence[int]) -> list[list[int]]:
     pools: dict[str | None, list[int]] = {}
     for row in order:
         pools.setdefault(answers[row], []).append(row)
@@ -96,44 +95,25 @@ def _check_draw(name: str, rows: int, num_examples: int, hold_out: bool) -> int:
             f"num_examples is {num_examples}: at least 2 are needed, because each example "
             "is shown the others as demonstrations"
         )
-    dev = min(num_examples // 2, MAX_DEV) if hold_out else 0
-    needed = num_examples + dev
-    if needed > rows and not hold_out:
-        raise DataError(
-            f"{name}: asked for {num_examples} examples, the data has {rows} rows: ask for at most {rows}, "
-            "or leave the number out to use every row"
-        )
-    if needed > rows:
-        fits = max((n for n in range(2, rows) if n + min(n // 2, MAX_DEV) <= rows), default=0)
+
+    def held(n: int) -> int:
+        return min(n // 2, MAX_DEV) if hold_out else 0
+
+    dev = held(num_examples)
+    if num_examples + dev > rows:
+        fits = max((n for n in range(2, rows + 1) if n + held(n) <= rows), default=0)
+        needed = f"; {num_examples + dev} are needed, as {dev} more are held out for dev" if dev else ""
         way_out = f"ask for at most {fits}, or leave" if fits else "leave"
         raise DataError(
-            f"{name}: asked for {num_examples} examples, the data has {rows} rows; "
-            f"{needed} are needed, as {dev} more are held out for dev: {way_out} the number "
-            "out to use every row"
+            f"{name}: asked for {num_examples} examples, the data has {rows} rows{needed}: {way_out} the "
+            "number out to use every row"
         )
     return dev
 
 
-def _balanced_draw(pools: list[list[int]], num_examples: int, wanted_dev: int) -> tuple[set[int], set[int]]:
-    """One row of each answer in turn; an answer that has no more is passed over."""
-    counts = _deal([len(pool) for pool in pools], num_examples)
-    train = {row for pool, count in zip(pools, counts, strict=True) for row in pool[:count]}
-    # Backwards, so that the odd row of dev goes to an answer that got none of train.
-    left = [pool[count:] for pool, count in zip(pools, counts, strict=True)][::-1]
-    counts = _deal([len(pool) for pool in left], wanted_dev)
-    return train, {row for pool, n in zip(left, counts, strict=True) for row in pool[:n]}
-
-
-def _deal(sizes: Sequence[int], total: int) -> list[int]:
-    """How many come from each pool if one is taken from each in turn, passing over empty ones."""
-    counts = [0] * len(sizes)
-    left = min(total, sum(sizes))
-    while left:
-        for pool, size in enumerate(sizes):
-            if left and counts[pool] < size:
-                counts[pool] += 1
-                left -= 1
-    return counts
+def _dealt(pools: Sequence[Sequence[int]]) -> list[int]:
+    """One row of each pool in turn; a pool that has no more is passed over."""
+    return [row for turn in zip_longest(*pools) for row in turn if row is not None]
 
 
 def _stratified_third(pools: list[list[int]]) -> set[int]:
@@ -158,4 +138,4 @@ def _stratified_third(pools: list[list[int]]) -> set[int]:
         counts[i] += 1
         if counts[i] < most[i]:
             heapq.heappush(queue, (surplus + 1, i))
-    return {row for pool, count in zip(strata, counts, strict=True) for row in pool[:count]}
+    return {row for pool, count in zip(strata, counts, strict=True) for row in islice(pool, count)}

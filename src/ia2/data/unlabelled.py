@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ia2.config import AdaptConfig
-from ia2.data.examples import MAX_DEV, Example, Examples, FewShotSplit
+from ia2.data.examples import Example, Examples, FewShotSplit
+from ia2.data.splits import MAX_DEV
 from ia2.utils.errors import ConfigError, DataError
 from ia2.utils.files import digest
 from ia2.utils.logging import logger
@@ -24,30 +25,19 @@ _HELD_OUT = 5
 def distinct(rows: Examples, known: Sequence[Examples]) -> Examples:
     """Rows whose prompt is in none of the ``known`` rows and comes for the first time; others are counted.
 
-    Args:
-        rows: without answers.
-        known: labelled rows and test rows.
-
     Raises:
         DataError: fewer than two are left.
     """
     taken = {_essence(example) for part in known for example in part}
-    seen: set[str] = set()
-    kept: list[Example] = []
-    repeated = 0
-    for example in rows:
-        essence = _essence(example)
-        if essence in taken:
-            continue
-        if essence in seen:
-            repeated += 1
-            continue
-        seen.add(essence)
-        kept.append(example)
+    others = [example for example in rows if _essence(example) not in taken]
+    first: dict[str, Example] = {}
+    for example in others:
+        first.setdefault(_essence(example), example)
+    kept = list(first.values())
     dropped = []
-    if labelled := len(rows) - len(kept) - repeated:
+    if labelled := len(rows) - len(others):
         dropped.append(f"{labelled} that are labelled or test rows too")
-    if repeated:
+    if repeated := len(others) - len(kept):
         dropped.append(f"{repeated} that repeat another")
     left_out = " and ".join(dropped)
     if len(kept) < 2:
@@ -68,39 +58,23 @@ def _essence(example: Example) -> str:
 def distinct_from(
     rows: Examples | None, named: str | None, known: Sequence[Examples | None]
 ) -> Examples | None:
-    """:func:`distinct` of rows that may not be there.
-
-    Args:
-        rows: as they were read.
-        named: where the settings say that they lie.
-        known: labelled rows and test rows.
+    """:func:`distinct` of rows that may not be there; ``named``: where the settings say that they lie.
 
     Raises:
         ConfigError: the settings name rows that were not given.
         DataError: fewer than two are left.
     """
-    if rows is None:
-        if named:
-            raise ConfigError(
-                f"unlabelled is {named}, and no such rows were given. Pass them as unlabelled=…."
-            )
-        return None
-    return distinct(rows, [part for part in known if part is not None])
+    if rows is not None:
+        return distinct(rows, [part for part in known if part is not None])
+    if named:
+        raise ConfigError(f"unlabelled is {named}, and no such rows were given. Pass them as unlabelled=….")
+    return None
 
 
 def with_unlabelled(split: FewShotSplit, rows: Sequence[Example], most: int, seed: int) -> FewShotSplit:
-    """A split with unlabelled rows beside it: a fifth of them, at most 48, is held out.
+    """A split with at most so many unlabelled rows beside it: a fifth of them, at most 48, is held out.
 
-    A larger draw of the same rows and seed contains a smaller one.
-
-    Args:
-        split: labelled examples.
-        rows: without answers, or with answers that are not to be known.
-        most: so many are drawn at most.
-        seed: of the draw.
-
-    Returns:
-        The split with both parts; without rows, as it was.
+    A larger draw of the same rows and seed contains a smaller one. Answers that rows have are left out.
     """
     if not len(rows):
         return split
@@ -110,30 +84,19 @@ def with_unlabelled(split: FewShotSplit, rows: Sequence[Example], most: int, see
     name = rows.name if isinstance(rows, Examples) else "unlabelled"
 
     def part(places: Sequence[int]) -> Examples:
-        # an answer that nothing may look at is not there
         return Examples([replace(rows[place], answer=None) for place in places], name=name)
 
-    kept = set(held)
-    return replace(
-        split,
-        unlabelled=part([place for place in drawn if place not in kept]),
-        unlabelled_dev=part(held),
-    )
+    kept = [place for place in drawn if place not in held]
+    return replace(split, unlabelled=part(kept), unlabelled_dev=part(held))
 
 
 def with_rest(
     split: FewShotSplit, rest: Sequence[Example], test: Examples, config: AdaptConfig
 ) -> FewShotSplit:
-    """A split beside which the labels of the rest are not looked at.
-
-    Args:
-        split: labelled examples.
-        rest: those that are in no part of it.
-        test: rows that are evaluated on.
-        config: its ``max_unlabelled`` says how many rows are drawn, by its seed.
+    """A split beside which rows that are in no part of it are unlabelled: their labels are not looked at.
 
     Raises:
-        DataError: there are not as many.
+        DataError: there are not as many as ``max_unlabelled`` asks for.
     """
     rows = distinct(Examples(rest, name=split.train.name), [split.train, split.dev, test])
     if len(rows) < config.max_unlabelled:

@@ -403,7 +403,7 @@ def load_unlabelled(config: Any) -> Examples | None:
         format=format,
         labelled=False,
     )
-    columns = format.completion_columns
+    columns = format.completion.columns
     if all(rows[0].fields.get(column) is not None for column in columns):
         logger.info("%s: labels (%s) are not read.", rows.name, ", ".join(columns))
     return rows

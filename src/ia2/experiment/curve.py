@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ia2.config import CompareConfig, CurveConfig
-from ia2.data.examples import MAX_DEV, Examples
+from ia2.data.examples import Examples
+from ia2.data.splits import MAX_DEV
 from ia2.experiment.adapt import load_base_of
 from ia2.experiment.compare import prepare
 from ia2.experiment.run_folder import claimed, content_facts, stored_settings

@@ -16,7 +16,8 @@ import numpy as np
 from ia2.adapters.weights import base_weights
 from ia2.config import AdaptConfig, ProbeConfig
 from ia2.config.recipes import METHOD, PLAIN
-from ia2.data.examples import MAX_DEV, Examples, FewShotSplit
+from ia2.data.examples import Examples, FewShotSplit
+from ia2.data.splits import MAX_DEV
 from ia2.evaluation.evaluate import evaluate_prompts
 from ia2.evaluation.headroom import Judgement, judge
 from ia2.experiment.adapt import load_base_of

@@ -240,7 +240,7 @@ def make_task(
         task.check(tokenizer, examples, trained=True)
         task.check(tokenizer, test or (), trained=False)
         return _advised(task, tokenizer, examples, config, prompt_template)
-    labels = tuple(sorted(config.labels)) if config.labels else examples.label_set()
+    labels = tuple(sorted(config.labels)) if config.labels else tuple(sorted(set(examples.answers)))
     if len(labels) < 2:
         raise DataError(
             f"{examples.name}: all rows have the completion {labels[0]!r}; at least two labels are needed."
