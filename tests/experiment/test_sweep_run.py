@@ -358,7 +358,7 @@ def test_models_are_loaded_once_a_seed(files: Path, counted: Counter[str], tmp_p
 def test_rates_and_betas_have_stages_of_their_own(files: Path, counted: Counter[str], tmp_path: Path) -> None:
     swept(files, tmp_path / "out", recipes=["ia2", "ia2+sft"], learning_rates=[1e-3, 1e-2], betas=[0.2, 0.8])
     assert (counted["AlignmentLoss"], counted["JointLoss"]) == (2, 4)
-    assert counted["teacher output"] == 2
+    assert counted["teacher output"] == 3  # train and dev rows, and the reference
     losses = [record["training"]["selection_loss"] for record in records(tmp_path / "out")]
     assert len(set(losses)) == 6
 
