@@ -37,7 +37,7 @@ _PUBLIC = {
     "analyze": "ia2.analysis.analyze",
     "compare": "ia2.experiment.compare",
     "curve": "ia2.experiment.curve",
-    "diagnose": "ia2.report.doctor.signatures",
+    "diagnose": "ia2.report.doctor.diagnosis",
     "load_adapter": "ia2.experiment.adapt",
     "load_base": "ia2.models.load",
     "probe": "ia2.experiment.probe",
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from ia2.experiment.probe import probe
     from ia2.models.capture import ActivationCapture
     from ia2.models.load import BaseModel, load_base
-    from ia2.report.doctor.signatures import diagnose
+    from ia2.report.doctor.diagnosis import diagnose
     from ia2.teacher.teacher import Teacher
     from ia2.training.trainer import AlignTrainer
     from ia2.utils.errors import ConfigError, DataError, ModelError, RunFolderError, UserError

@@ -21,7 +21,7 @@ from ia2.utils.locks import LOCK
 from ia2.utils.manifest import begin
 
 LABEL = "größe 😀"
-DIAGNOSE = "ia2.report.doctor.signatures.diagnose_all"
+DIAGNOSE = "ia2.report.doctor.diagnosis.diagnose_all"
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from ia2.evaluation.scoring import LabelScores, label_predictions
 from ia2.experiment.predict import prediction_text
 from ia2.models.tokens import encode_answer
 from ia2.prompts.task import Task, make_task
-from ia2.report.doctor.signatures import diagnose
+from ia2.report.doctor.diagnosis import diagnose
 from ia2.utils.errors import ConfigError, DataError
 
 WORDS = ["good", "bad", "great", "awful", "fine", "film", "food", "song"]

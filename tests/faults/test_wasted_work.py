@@ -352,8 +352,8 @@ def test_a_shared_stage_is_read_once(files: Path, tmp_path: Path, capsys: pytest
     )  # fmt: skip
     assert trained.status == 0, trained
     (read,) = read_facts(tmp_path / "out").rounds
-    stages = [(stage.kind, stage.arms) for stage in read.stages]
-    assert stages == [("align", ("ia2-sft",)), ("sft", ("ia2-sft",)), ("sft", ("ia2-sft",))]
+    stages = [(stage.kind, stage.recipes) for stage in read.stages]
+    assert stages == [("align", ["ia2-sft"]), ("sft", ["ia2-sft"]), ("sft", ["ia2-sft"])]
     assert find_checkpoints([tmp_path / "out"]).names == ["ia2-sft:align", "ia2-sft"]
 
 

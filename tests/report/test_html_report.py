@@ -22,7 +22,8 @@ from helpers.sweep_records import record, rows, write_sweep
 
 from ia2.report import page as html
 from ia2.report.data import read_run
-from ia2.report.doctor import signatures
+from ia2.report.doctor import diagnosis
+from ia2.report.doctor.rules import Finding
 from ia2.report.figures.comparison_figures import cost_figure, frontier
 from ia2.report.figures.run_figures import run_figures, wilson
 from ia2.report.page import page
@@ -238,18 +239,18 @@ def test_a_very_long_query_is_cut(tmp_path: Path) -> None:
 
 
 def test_the_doctor_s_findings(comparison: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ia2.report.doctor import signatures
+    from ia2.report.doctor import diagnosis
 
-    finding = signatures.Finding("a-rule", "problem", "It is ill.", f"0.1 {EVIL}", "Rest.", "sft, seed 0")
+    finding = Finding("problem", "It is ill.", f"0.1 {EVIL}", "Rest.", "sft, seed 0", rule="a-rule")
     told = ((finding,), ("b-rule",), {"c-rule": "no rows"})
-    given = signatures.Diagnosis(comparison, "compare", True, (), *told)
-    monkeypatch.setattr(signatures, "diagnose_all", lambda folder: [given])
+    given = diagnosis.Diagnosis(comparison, "compare", True, (), *told)
+    monkeypatch.setattr(diagnosis, "diagnose_all", lambda folder: [given])
     found = Page(page([read_run(comparison)]))
     [article] = found.inside["article"]
     for expected in ("problem:", "It is ill.", f"0.1 {EVIL}", "Rest.", "sft, seed 0", "a-rule"):
         assert expected in article
     assert "1 rule found nothing: b-rule. 1 could not be judged:" in found.inside["body"][0]
-    given = signatures.Diagnosis(comparison, "compare", True, (), (), ("a-rule", "b-rule"), {})
+    given = diagnosis.Diagnosis(comparison, "compare", True, (), (), ("a-rule", "b-rule"), {})
     assert "No rule found anything wrong." in page([read_run(comparison)])
 
 
@@ -364,7 +365,7 @@ def test_a_page_comes_without_the_doctor(comparison: Path, monkeypatch: pytest.M
     def stumble(folder: Path) -> None:
         raise KeyError("design")
 
-    monkeypatch.setattr(signatures, "diagnose_all", stumble)
+    monkeypatch.setattr(diagnosis, "diagnose_all", stumble)
     assert "The doctor could not read this run" in page([read_run(comparison)])
 
 

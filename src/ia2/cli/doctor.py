@@ -14,7 +14,7 @@ from ia2.cli.options import JSON, option
 from ia2.utils.wording import counted
 
 if TYPE_CHECKING:
-    from ia2.report.doctor.signatures import Diagnosis
+    from ia2.report.doctor.diagnosis import Diagnosis
 
 _FOLDERS = "Folders of `ia2 train`, `ia2 compare`, `ia2 curve`, finished or running; or seed-0 in one."
 _ACCELERATE = (
@@ -32,7 +32,7 @@ def doctor(
     from ia2.cli.output import print_json, start
 
     start(quiet)
-    from ia2.report.doctor.signatures import diagnose_all
+    from ia2.report.doctor.diagnosis import diagnose_all
     from ia2.utils.files import unchecked
 
     with unchecked(folders):
@@ -48,7 +48,7 @@ def doctor(
 
 
 def _print(diagnosis: Diagnosis, quiet: bool, first: bool) -> None:
-    from ia2.report.doctor.signatures import SEVERITIES
+    from ia2.report.doctor.diagnosis import SEVERITIES
 
     if not first:
         print()

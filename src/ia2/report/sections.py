@@ -20,7 +20,7 @@ from ia2.utils.format import Table
 from ia2.utils.wording import estimate, rows_learnt_from
 
 if TYPE_CHECKING:
-    from ia2.report.doctor.signatures import Diagnosis
+    from ia2.report.doctor.diagnosis import Diagnosis
 
 SHOWN = 200
 """Rows of predictions that are printed, and shown before all others."""
@@ -210,7 +210,7 @@ def analysis_section(name: str, result: Mapping[str, Any], figures: Sequence[Fig
 
 
 def _examined(folder: Path) -> Doctor:
-    from ia2.report.doctor.signatures import diagnose_all
+    from ia2.report.doctor.diagnosis import diagnose_all
 
     try:
         return Doctor(list(diagnose_all(folder)))

@@ -1,13 +1,12 @@
-"""Run folders of ``ia2 train`` and ``ia2 compare``, finished or running, become facts; no model is loaded.
+"""The facts of a run of ``ia2 train`` or ``ia2 compare``, finished or running, from its JSON files; no model.
 
-Only JSON is read and, where the data file is still there and unchanged, its rows: they are drawn again, and
-the run's fingerprints say whether they are the same.
+Where the data file is still in its place and unchanged, as fingerprints tell, its rows are drawn again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,128 @@ from ia2.config import AdaptConfig, CompareConfig, TrainConfig
 from ia2.config.reading import validate
 from ia2.config.recipes import RECIPES
 from ia2.data.examples import Examples, FewShotSplit, RowFormat
-from ia2.experiment.methods import arms as arms_of
+from ia2.experiment.methods import arms
 from ia2.experiment.rounds import draws, place_of, places
 from ia2.experiment.run_folder import read_run_file, settings_of
-from ia2.report.doctor.facts import ArmFacts, Evaluation, Facts, Round, Rows, Stage
 from ia2.training.stages import PlannedStage, plan, stage_place
-from ia2.utils.errors import RunFolderError, UserError
+from ia2.utils.errors import DataError, RunFolderError, UserError
 from ia2.utils.files import read_json, read_lines, understood
 from ia2.utils.manifest import RUN_FILE
 from ia2.utils.user_files import user_path
+
+Rows = list[tuple[str, str]]
+"""Prompt and answer of each row."""
+
+
+@dataclass
+class StageFacts:
+    """One training stage at one rate (and β) in one round, finished or begun.
+
+    ``place`` is its folder in the run. The rate of its own settings, if any, counts instead of the recipe's
+    (``tried``). ``chosen`` is None while no recipe of it has chosen. Losses are (step, loss) as logged.
+    """
+
+    recipes: list[str]
+    kind: str
+    label: str
+    place: str
+    tried: float
+    own_rate: float | None
+    chosen: bool | None
+    finished: bool
+    train: list[tuple[int, float]]
+    dev: list[tuple[int, float]]
+    diverged: int | None
+
+    @property
+    def rate(self) -> float:
+        """What it is trained at."""
+        return self.tried if self.own_rate is None else self.own_rate
+
+    def at(self, *factors: float) -> str:
+        """The option that gives it other rates: ``--learning-rates 0.01``."""
+        if self.own_rate is not None:  # one only
+            return f"--{self.kind}-learning-rate {self.rate * factors[-1]:g}"
+        return f"--learning-rates {' '.join(f'{self.rate * factor:g}' for factor in factors)}"
+
+
+@dataclass
+class AnswerFacts:
+    """One recipe's answers in one round, to ``n`` rows of ``test`` or, without such, of ``dev``.
+
+    By scope (``vocabulary``, ``labels``, ``answer``): whether each is right, ``[n]``, and means of metrics.
+    ``rows`` are the predictions; ``asim`` is of the first queries, or one number of a training run.
+    """
+
+    part: str
+    n: int
+    correct: dict[str, np.ndarray]
+    means: dict[str, dict[str, float]]
+    rows: list[dict[str, Any]]
+    asim: np.ndarray | None
+    rate: float | None
+    beta: float | None
+
+
+@dataclass
+class RoundFacts:
+    """A training set, of a seed or a fold of one, and what came of it; a training run has exactly one.
+
+    ``answers`` are by recipe, ``teacher`` is the text of its answer to each training row; ``train`` and
+    ``dev`` are None where the rows could not be drawn again.
+    """
+
+    seed: int
+    place: str
+    stages: list[StageFacts]
+    answers: dict[str, AnswerFacts]
+    teacher: list[str]
+    train: Rows | None
+    dev: Rows | None
+
+
+@dataclass
+class RecipeFacts:
+    """A recipe with its settings, ``ia2-sft@dora``, and its entry of ``compare.json``, if that is there.
+
+    ``stages`` are kinds, empty without training; ``candidates`` counts rates times β.
+    """
+
+    name: str
+    recipe: str
+    variant: str
+    stages: list[str]
+    rates: list[float]
+    candidates: int
+    summary: Mapping[str, Any]
+
+
+@dataclass
+class Facts:
+    """One run, as far as it has come; it has when nothing is ``missing``. None is what is not known (yet).
+
+    ``labels`` are verbatim, with spaces; ``label_tokens`` counts the tokens of each; ``single_token``: each
+    answer is one; ``no_rows``: why the training rows could not be drawn again; ``advice``: what the run said
+    of labels and prompts when it began, each with its evidence and way out.
+    """
+
+    folder: Path
+    kind: str
+    missing: list[str]
+    recipes: list[RecipeFacts]
+    rounds: list[RoundFacts]
+    labelled: bool | None
+    labels: list[str]
+    label_tokens: list[int]
+    single_token: bool | None
+    num_dev: int | None
+    differences: Mapping[str, Any]
+    no_rows: str | None
+    advice: list[tuple[str, str, str]] | None
+
+    def answers(self, name: str) -> list[AnswerFacts]:
+        """Of one recipe, in all rounds that have come to it."""
+        return [each.answers[name] for each in self.rounds if name in each.answers]
 
 
 def read_facts(folder: Path, part: str = "") -> Facts:
@@ -44,14 +156,10 @@ def read_facts(folder: Path, part: str = "") -> Facts:
         run = read_run_file(folder) if (folder / RUN_FILE).is_file() else None
         if run is None or run.get("kind") == "compare":
             return _comparison(folder, run, part)
-        if run.get("kind") != "train":
-            raise RunFolderError(
-                f"{folder}: a run of another kind ({run.get('kind')}) than train or compare."
-            )
-        return _training(folder, run)
-
-
-# ---------------------------------------------------------------------------------------- ia2 train
+        if run.get("kind") == "train":
+            return _training(folder, run)
+        kind = run.get("kind")
+        raise RunFolderError(f"{folder}: a run of another kind ({kind}) than train or compare.")
 
 
 def _training(folder: Path, run: Mapping[str, Any]) -> Facts:
@@ -59,71 +167,66 @@ def _training(folder: Path, run: Mapping[str, Any]) -> Facts:
     metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
     task = run.get("task") or {}
     planned = plan(config.recipe, config)
-    rates = tuple(config.learning_rates or [default_learning_rate(config.adapter)])
-    arm = ArmFacts(config.recipe, config.recipe, "", tuple(s.kind for s in planned), config, rates, {})
-    split, no_rows = _split_of(config, run["data"])
-    chosen = {} if metrics is None else {arm.name: (metrics["learning_rate"], metrics.get("beta"))}
-    stages = _stages(folder, folder, [(arm, planned)], chosen, single=True)
-    evaluation = None if metrics is None else _own_evaluation(folder, metrics)
-    only = Round(
+    recipe = _recipe(config.recipe, config.recipe, "", planned, config, {})
+    split, no_rows = _split(config, run["data"])
+    answers = None if metrics is None else _own_answers(folder, metrics)
+    chosen = {} if metrics is None else {recipe.name: (metrics["learning_rate"], metrics.get("beta"))}
+    only = RoundFacts(
         config.seed,
-        None,
         "",
-        stages,
-        {} if evaluation is None else {arm.name: evaluation},
+        _stages(folder, folder, [(recipe, planned)], chosen, alone=True),
+        {} if answers is None else {recipe.name: answers},
         _teacher(folder),
         *_pairs(split),
     )
-    missing = [] if metrics is not None else _to_come(arm, stages, "")
+    missing = []
     if metrics is None:
+        done = {stage.kind for stage in only.stages if stage.finished}
+        missing = [f"stage {kind}" for kind in recipe.stages if kind not in done]
         missing.append("metrics.json (written last)")
-    label_ids = task.get("label_ids") or ()
     return Facts(
         folder,
         "train",
-        metrics is not None,
-        tuple(missing),
-        config,
-        _labelled(task.get("kind"), config, only),
-        tuple(task.get("labels") or config.labels or ()),
-        tuple(len(ids) for ids in label_ids),
-        None if not task else task["max_answer_tokens"] == 1,
-        _num_dev(metrics, only),
-        (arm,),
-        (only,),
+        missing,
+        [recipe],
+        [only],
+        _labelled(task.get("kind"), config, [only]),
+        list(task.get("labels") or config.labels or ()),
+        [len(ids) for ids in task.get("label_ids") or ()],
+        task["max_answer_tokens"] == 1 if task else None,
+        _num_dev(metrics or {}, only),
         {},
         no_rows,
         _advice(task),
     )
 
 
-def _own_evaluation(folder: Path, metrics: Mapping[str, Any]) -> Evaluation | None:
+def _own_answers(folder: Path, metrics: Mapping[str, Any]) -> AnswerFacts | None:
     part = next((name for name in ("test", "dev") if name in metrics), None)
     if part is None:
         return None
     file = folder / "predictions.jsonl"
     rows = read_lines(file) if file.is_file() else []
-    scopes = {s: v for s, v in metrics[part].items() if s in ("vocabulary", "labels", "answer")}
     means = {
-        s: {name: float(found["value"]) for name, found in v.items() if found["value"] is not None}
-        for s, v in scopes.items()
+        scope: {name: float(found["value"]) for name, found in of.items() if found["value"] is not None}
+        for scope, of in metrics[part].items()
+        if scope in ("vocabulary", "labels", "answer")
     }
     # the file has what competes alone: a label of the set, or a whole answer
-    scope = "labels" if "labels" in scopes else "answer"
+    scope = "labels" if "labels" in means else "answer"
+    correct = {scope: np.array([float(bool(row["correct"])) for row in rows])} if rows else {}
     similarity = metrics.get("similarity_to_icl")
-    return Evaluation(
+    asim = np.array([similarity["asim"]]) if similarity else None
+    return AnswerFacts(
         part,
-        tuple(range(len(rows) or metrics[part]["n"])),
-        {scope: np.array([float(bool(row["correct"])) for row in rows])} if rows else {},
+        len(rows) or metrics[part]["n"],
+        correct,
         means,
-        **_texts(rows),
-        mean_asim=similarity and similarity["asim"],
-        rate=metrics["learning_rate"],
-        beta=metrics.get("beta"),
+        rows,
+        asim,
+        metrics["learning_rate"],
+        metrics.get("beta"),
     )
-
-
-# -------------------------------------------------------------------------------------- ia2 compare
 
 
 def _comparison(folder: Path, run: Mapping[str, Any] | None, part: str) -> Facts:
@@ -134,54 +237,53 @@ def _comparison(folder: Path, run: Mapping[str, Any] | None, part: str) -> Facts
     config = _compare_config(folder, run, summary)
     # a part is judged by its own files: the summary is of the whole run
     entries = {} if part else summary.get("recipes", {})
-    pairs = [] if config is None else [(a, plan(a.recipe, a.config)) for a in arms_of(config)]
-    every = tuple(
-        ArmFacts(
-            a.name,
-            a.recipe,
-            a.variant,
-            tuple(stage.kind for stage in stages),
-            a.config,
-            tuple(a.config.learning_rates or [default_learning_rate(a.config.adapter)]) if stages else (),
-            entries.get(a.name, {}),
-        )
-        for a, stages in pairs
-    ) or tuple(_summed_up(name, entry) for name, entry in entries.items())
-    rounds: list[Round] = []
+    planned: list[tuple[RecipeFacts, Sequence[PlannedStage]]] = []
+    for arm in [] if config is None else arms(config):
+        stages = plan(arm.recipe, arm.config)
+        entry = entries.get(arm.name, {})
+        planned.append((_recipe(arm.name, arm.recipe, arm.variant, stages, arm.config, entry), stages))
+    recipes = [recipe for recipe, _ in planned]
+    for name, entry in {} if recipes else entries.items():
+        kind, _, variant = name.partition("@")
+        kinds = RECIPES[kind].kinds() if kind in RECIPES else ()
+        recipes.append(RecipeFacts(name, kind, variant, list(kinds), [], 1, entry))
+    rounds: list[RoundFacts] = []
     missing: list[str] = []
     no_rows: str | None = "only compare.json is there"
     if run is not None and config is not None:
-        planned = [(arm, stages) for arm, (_, stages) in zip(every, pairs, strict=True)]
-        splits, no_rows = _splits_of(config, run["data"])
-        for seed, fold in places(config, tested=bool(run["data"].get("test"))):
+        tested = bool(run["data"].get("test"))
+        splits, no_rows = _splits(config, run["data"], tested)
+        for seed, fold in places(config, tested=tested):
             place = place_of(seed, fold)
-            if part and not (place == part or place.startswith(f"{part}/")):
+            if part and not f"{place}/".startswith(f"{part}/"):
                 continue
-            current = _round(folder, seed, fold, place, planned, splits.get((seed, fold)))
-            if current.stages or current.evaluations or current.teacher:
-                rounds.append(current)
-            done = {*current.evaluations, *summary.get("diverged", ())}
-            lacking = [arm.name for arm in every if arm.name not in done]
-            if lacking:
+            where = folder / place
+            files = {recipe.name: where / "evaluations" / f"{recipe.name}.json" for recipe in recipes}
+            answers = {name: _answers(file) for name, file in files.items() if file.is_file()}
+            chosen = {name: (found.rate, found.beta) for name, found in answers.items()}
+            stages_of = _stages(folder, where, planned, chosen, alone=False)
+            each = RoundFacts(
+                seed, place, stages_of, answers, _teacher(where), *_pairs(splits.get((seed, fold)))
+            )
+            if each.stages or each.answers or each.teacher:
+                rounds.append(each)
+            done = {*answers, *summary.get("diverged", ())}
+            if lacking := [recipe.name for recipe in recipes if recipe.name not in done]:
                 missing.append(f"{place}: {', '.join(lacking)}")
         if not summary:
             missing.append("compare.json (written last)")
     design = summary.get("design", {})
-    first = rounds[0] if rounds else None
-    labels = tuple(design.get("labels") or (config.labels if config is not None else None) or ())
     return Facts(
         folder / part if part else folder,
         "compare",
-        not missing,
-        tuple(missing),
-        config,
-        _labelled(design.get("task"), config, *rounds),
-        labels,
-        (),
+        missing,
+        recipes,
+        rounds,
+        _labelled(design.get("task"), config, rounds),
+        list(design.get("labels") or (config and config.labels) or ()),
+        [],
         design.get("single_token"),
-        _num_dev(design or None, first),
-        every,
-        tuple(rounds),
+        _num_dev(design, rounds[0] if rounds else None),
         {} if part else summary.get("differences", {}),
         no_rows,
         _advice(design),
@@ -199,51 +301,40 @@ def _compare_config(
         return None  # results outlive the settings that another version had
 
 
-def _summed_up(name: str, entry: Mapping[str, Any]) -> ArmFacts:
-    recipe, _, variant = name.partition("@")
-    stages = RECIPES[recipe].kinds() if recipe in RECIPES else ()
-    return ArmFacts(name, recipe, variant, stages, None, (), entry)
+def _recipe(
+    name: str,
+    recipe: str,
+    variant: str,
+    planned: Sequence[PlannedStage],
+    config: AdaptConfig,
+    entry: Mapping[str, Any],
+) -> RecipeFacts:
+    rates = list(config.learning_rates or [default_learning_rate(config.adapter)]) if planned else []
+    betas = max((len(stage.betas) for stage in planned), default=1)
+    return RecipeFacts(
+        name, recipe, variant, [stage.kind for stage in planned], rates, max(1, len(rates)) * betas, entry
+    )
 
 
-def _round(
-    folder: Path,
-    seed: int,
-    fold: int | None,
-    place: str,
-    planned: Sequence[tuple[ArmFacts, Sequence[PlannedStage]]],
-    split: FewShotSplit | None,
-) -> Round:
-    where = folder / place
-    found = {}
-    for arm, _ in planned:
-        file = where / "evaluations" / f"{arm.name}.json"
-        if file.is_file():
-            found[arm.name] = _outcome(file)
-    chosen = {name: (e.rate, e.beta) for name, e in found.items()}
-    stages = _stages(folder, where, planned, chosen)
-    return Round(seed, fold, place, stages, found, _teacher(where), *_pairs(split))
-
-
-def _outcome(file: Path) -> Evaluation:
+def _answers(file: Path) -> AnswerFacts:
     value = read_json(file)
     rows_file = file.with_name(f"{file.stem}.predictions.jsonl")
-    rows = read_lines(rows_file) if rows_file.is_file() else []
-    plain = value["measured"]["plain"]
-    columns = {s: {name: np.array(v, float) for name, v in rows.items()} for s, rows in plain.items()}
-    means = {
-        s: {"accuracy": float(v["correct"].mean()), "nll": float(v["nll"].mean())} for s, v in columns.items()
+    columns = {
+        scope: {name: np.array(column, float) for name, column in of.items()}
+        for scope, of in value["measured"]["plain"].items()
     }
-    asim = value["asim"]
-    return Evaluation(
+    return AnswerFacts(
         "test",
-        tuple(value["places"]),
-        {s: v["correct"] for s, v in columns.items()},
-        means,
-        **_texts(rows),
-        asim=None if asim is None else np.array(asim),
-        mean_asim=None if asim is None else float(np.mean(asim)),
-        rate=value["learning_rate"],
-        beta=value.get("beta"),
+        len(value["places"]),
+        {scope: of["correct"] for scope, of in columns.items()},
+        {
+            scope: {"accuracy": float(of["correct"].mean()), "nll": float(of["nll"].mean())}
+            for scope, of in columns.items()
+        },
+        read_lines(rows_file) if rows_file.is_file() else [],
+        None if value["asim"] is None else np.array(value["asim"]),
+        value["learning_rate"],
+        value.get("beta"),
     )
 
 
@@ -253,167 +344,149 @@ def _outcome(file: Path) -> Evaluation:
 def _stages(
     run: Path,
     where: Path,
-    planned: Sequence[tuple[ArmFacts, Sequence[PlannedStage]]],
+    planned: Sequence[tuple[RecipeFacts, Sequence[PlannedStage]]],
     chosen: Mapping[str, tuple[float | None, float | None]],
-    single: bool = False,
-) -> tuple[Stage, ...]:
+    *,
+    alone: bool,
+) -> list[StageFacts]:
     """Stages that have begun; one that several recipes share comes once."""
-    found: dict[Path, Stage] = {}
-    for arm, stages in planned:
+    found: dict[Path, StageFacts] = {}
+    for recipe, stages in planned:
         betas: list[float | None] = next((s.betas for s in stages if s.betas != [None]), [None])
-        for place, stage in enumerate(stages):
-            chain = stages[: place + 1]
-            for rate, beta in product(arm.rates, betas):
-                folder = where / arm.variant / stage_place(chain, rate, beta, alone=single)
-                mine = chosen.get(arm.name)
-                kept = None if mine is None else mine[0] == rate and mine[1] in (None, beta)
-                if (known := found.get(folder)) is not None:
-                    kept = known.chosen if kept is None else kept or bool(known.chosen)
-                    found[folder] = replace(
-                        known, arms=tuple(dict.fromkeys((*known.arms, arm.name))), chosen=kept
-                    )
-                elif (read := _stage(run, folder, stage, arm, rate, beta, kept)) is not None:
-                    found[folder] = read
-    return tuple(found.values())
+        for count, (rate, beta) in product(range(1, len(stages) + 1), product(recipe.rates, betas)):
+            folder = where / recipe.variant / stage_place(stages[:count], rate, beta, alone=alone)
+            kept = None
+            if recipe.name in chosen:
+                kept = chosen[recipe.name][0] == rate and chosen[recipe.name][1] in (None, beta)
+            if folder not in found:
+                result = _stage_result(folder)
+                if result is None:
+                    continue
+                stage = stages[count - 1]
+                found[folder] = StageFacts(
+                    [],
+                    stage.kind,
+                    stage.label,
+                    folder.relative_to(run).as_posix(),
+                    rate,
+                    stage.settings.learning_rate,
+                    None,
+                    "stage" in result,
+                    _losses(result["history"], "loss"),
+                    _losses(result["history"], "eval_loss"),
+                    result.get("diverged_step"),
+                )
+            each = found[folder]
+            each.recipes += [recipe.name] if recipe.name not in each.recipes else []
+            each.chosen = each.chosen if kept is None else kept or bool(each.chosen)
+    return list(found.values())
 
 
-def _stage(
-    run: Path,
-    folder: Path,
-    stage: PlannedStage,
-    arm: ArmFacts,
-    rate: float,
-    beta: float | None,
-    chosen: bool | None,
-) -> Stage | None:
+def _stage_result(folder: Path) -> dict[str, Any] | None:
+    """``stage.json``; of a stage that is being trained, its history alone; None of one that has not begun."""
     if (folder / "stage.json").is_file():
-        known = read_json(folder / "stage.json")
-        history, finished = known["history"], True
-    else:
-        # begun: `.lr-0.001.KEY` with checkpoints, of which only complete ones count
-        begun = list(folder.parent.glob(f".{folder.name}.*"))
-        if not begun:
-            return None
-        states = [path.parent for path in begun[0].glob("checkpoint-*/complete.json")]
-        last = max(states, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
-        known = {}
-        history = [] if last is None else read_json(last / "trainer_state.json")["log_history"]
-        finished = False
-    return Stage(
-        (arm.name,),
-        stage.kind,
-        stage.label,
-        folder.relative_to(run).as_posix(),
-        rate,
-        beta,
-        chosen,
-        finished,
-        _losses(history, "loss"),
-        _losses(history, "eval_loss"),
-        known.get("diverged_step"),
-        stage.settings.learning_rate,
-    )
+        found: dict[str, Any] = read_json(folder / "stage.json")
+        return found
+    # begun: `.lr-0.001.KEY` with checkpoints, of which only complete ones count
+    begun = list(folder.parent.glob(f".{folder.name}.*"))
+    if not begun:
+        return None
+    states = [path.parent for path in begun[0].glob("checkpoint-*/complete.json")]
+    last = max(states, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+    return {"history": [] if last is None else read_json(last / "trainer_state.json")["log_history"]}
 
 
-def _losses(history: Sequence[Mapping[str, Any]], name: str) -> tuple[tuple[int, float], ...]:
+def _losses(history: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
     # None: NaN, as other tools write it
     pairs = [(int(entry["step"]), entry[name]) for entry in history if name in entry]
-    return tuple((step, float("nan") if loss is None else float(loss)) for step, loss in pairs)
+    return [(step, float("nan") if loss is None else float(loss)) for step, loss in pairs]
 
 
-def _to_come(arm: ArmFacts, stages: Sequence[Stage], place: str) -> list[str]:
-    done = {stage.kind for stage in stages if stage.finished}
-    return [f"stage {kind}{place}" for kind in arm.stages if kind not in done]
+def _teacher(folder: Path) -> list[str]:
+    for file in [folder / "teacher" / "train" / "index.json", *folder.glob("teacher/train-*/index.json")]:
+        if file.is_file():
+            return [answer["text"] for answer in read_json(file)["answers"]]
+    return []
 
 
 # --------------------------------------------------------------------------------------------- rows
 
 
-def _split_of(config: TrainConfig, data: Mapping[str, str]) -> tuple[FewShotSplit | None, str | None]:
-    """The training and dev rows, if the file still has them; otherwise why not."""
-    examples, reason = _examples(config)
-    if examples is None:
-        return None, reason
+def _split(config: TrainConfig, data: Mapping[str, str]) -> tuple[FewShotSplit | None, str | None]:
+    """Training and dev rows of a training run; or why they could not be drawn again."""
     try:
-        split = examples.split(seed=config.seed, **config.drawn)
+        split = _examples(config).split(seed=config.seed, **config.drawn)
+        _check_same([split.train.fingerprint, split.dev.fingerprint], [data["train"], data["dev"]], config)
+        return split, None
     except UserError as error:
         return None, str(error)
-    if (split.train.fingerprint, split.dev.fingerprint) != (data["train"], data["dev"]):
-        return None, f"{Path(config.data or '').name} has changed since"
-    return split, None
 
 
-def _splits_of(
-    config: CompareConfig, data: Mapping[str, str]
+def _splits(
+    config: CompareConfig, data: Mapping[str, str], tested: bool
 ) -> tuple[dict[tuple[int, int | None], FewShotSplit], str | None]:
-    examples, reason = _examples(config)
-    if examples is None:
-        return {}, reason
-    if examples.fingerprint != data["data"]:
-        return {}, f"{Path(config.data or '').name} has changed since"
+    """Training and dev rows by seed and fold; or why they could not be drawn again."""
     try:
-        every = draws(examples, config, tested=bool(data.get("test")))
-        return {(draw.seed, draw.fold): draw.data for draw in every}, None
+        examples = _examples(config)
+        _check_same([examples.fingerprint], [data["data"]], config)
+        return {(each.seed, each.fold): each.data for each in draws(examples, config, tested=tested)}, None
     except UserError as error:
         return {}, str(error)
 
 
-def _examples(config: TrainConfig | CompareConfig) -> tuple[Examples | None, str | None]:
+def _examples(config: TrainConfig | CompareConfig) -> Examples:
+    """The rows of the data file, if it is there.
+
+    Raises:
+        DataError: it is not.
+    """
     if not config.data:
-        return None, "the rows were given in memory, and no file is named"
+        raise DataError("the rows were given in memory, and no file is named")
     path = user_path(config.data)
     # the hub is not asked: this must work offline, and at once
     if not path.exists():
-        return None, f"{path.name} is not there (a relative path counts from where the run was started)"
+        raise DataError(f"{path.name} is not there (a relative path counts from where the run was started)")
     format = RowFormat(config.prompt_template, config.completion_template, config.label_map)
     options: dict[str, Any] = {"split": config.split, "config": config.data_config, "format": format}
     try:
-        return Examples.load(config.data, labelled=True, **options), None
+        return Examples.load(config.data, labelled=True, **options)
     except UserError as error:
-        return None, str(error).replace(config.data, path.name)  # reports are passed on: no folders
+        # reports are passed on: no folders
+        raise DataError(str(error).replace(config.data, path.name)) from None
+
+
+def _check_same(now: Sequence[str], then: Sequence[str], config: TrainConfig | CompareConfig) -> None:
+    if list(now) != list(then):
+        raise DataError(f"{Path(config.data or '').name} has changed since")
 
 
 def _pairs(split: FewShotSplit | None) -> tuple[Rows | None, Rows | None]:
     if split is None:
         return None, None
-    train, dev = (tuple((e.query, e.answer or "") for e in part) for part in (split.train, split.dev))
+    train, dev = ([(e.query, e.answer or "") for e in part] for part in (split.train, split.dev))
     return train, dev
 
 
 # ------------------------------------------------------------------------------------- small things
 
 
-def _teacher(folder: Path) -> tuple[str, ...]:
-    for file in [folder / "teacher" / "train" / "index.json", *folder.glob("teacher/train-*/index.json")]:
-        if file.is_file():
-            return tuple(answer["text"] for answer in read_json(file)["answers"])
-    return ()
-
-
-def _advice(recorded: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...] | None:
+def _advice(recorded: Mapping[str, Any]) -> list[tuple[str, str, str]] | None:
     if "advice" not in recorded:
         return None
-    return tuple((what, evidence, way_out) for what, evidence, way_out in recorded["advice"])
+    return [(what, evidence, way_out) for what, evidence, way_out in recorded["advice"]]
 
 
-def _texts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    texts = {
-        name: tuple(str(row[key]) for row in rows) for name, key in (("queries", "query"), ("gold", "gold"))
-    }
-    return {**texts, "label_names": tuple(rows[0].get("labels", ())) if rows else ()}
-
-
-def _labelled(kind: str | None, config: AdaptConfig | None, *rounds: Round) -> bool | None:
-    for given in (kind, config.task if config is not None else None):
-        if given in ("classification", "generation"):
-            return given == "classification"
-    scopes = {scope for r in rounds for e in r.evaluations.values() for scope in e.means}
+def _labelled(kind: str | None, config: AdaptConfig | None, rounds: Sequence[RoundFacts]) -> bool | None:
+    for known in (kind, config.task if config is not None else None):
+        if known in ("classification", "generation"):
+            return known == "classification"
+    scopes = {scope for each in rounds for answers in each.answers.values() for scope in answers.means}
     if not scopes:
         return True if config is not None and config.labels else None
     return "answer" not in scopes
 
 
-def _num_dev(known: Mapping[str, Any] | None, first: Round | None) -> int | None:
-    if known is not None:
+def _num_dev(known: Mapping[str, Any], first: RoundFacts | None) -> int | None:
+    if known:
         return int(known["num_dev"])
     return None if first is None or first.dev is None else len(first.dev)

@@ -1,28 +1,18 @@
-"""Signatures of what goes wrong: each rule is a function from a run's facts to findings.
-
-A rule says what it saw in numbers, and what to try next. A rule that a run cannot tell about
-says why (:class:`CannotTell`). To add one: a function in ``training_rules.py`` or ``result_rules.py`` and its
-line in ``RULES``.
-"""
+"""What is wrong with a run: its facts, judged by every rule of :mod:`ia2.report.doctor.rules`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ia2.experiment.run_folder import find_runs
-from ia2.report.doctor import result_rules, training_rules
-from ia2.report.doctor.facts import Facts
-from ia2.report.doctor.findings import SEVERITIES, CannotTell, Finding, Severity
-from ia2.report.doctor.reading import read_facts
+from ia2.report.doctor.reading import Facts, read_facts
+from ia2.report.doctor.rules import RULES, CannotTell, Finding, Severity
 from ia2.utils.errors import RunFolderError
 from ia2.utils.files import finite
 
-__all__ = ["RULES", "SEVERITIES", "CannotTell", "Diagnosis", "Finding", "diagnose", "diagnose_all", "judge"]
-
-Rule = Callable[[Facts], Iterable[Finding]]
+SEVERITIES: tuple[Severity, ...] = ("problem", "warning", "note")
 
 
 @dataclass(frozen=True)
@@ -78,16 +68,15 @@ def diagnose_all(folder: str | Path) -> list[Diagnosis]:
     Raises:
         RunFolderError: there is none.
     """
-    return [judge(read_facts(run, part)) for run, part in find_runs(Path(folder))]
+    return [_judge(read_facts(run, part)) for run, part in find_runs(Path(folder))]
 
 
-def judge(facts: Facts) -> Diagnosis:
-    """Judge facts by all rules."""
+def _judge(facts: Facts) -> Diagnosis:
     findings: list[Finding] = []
     clear, untold = [], {}
     for name, rule in RULES.items():
         try:
-            found = list(rule(facts))
+            found = [replace(finding, rule=name) for finding in rule(facts)]
         except CannotTell as reason:
             untold[name] = str(reason)
             continue
@@ -96,27 +85,5 @@ def judge(facts: Facts) -> Diagnosis:
             clear.append(name)
     # the sort is stable: within a severity, the order of the rules
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
-    return Diagnosis(
-        facts.folder, facts.kind, facts.finished, facts.missing, tuple(findings), tuple(clear), untold
-    )
-
-
-RULES: dict[str, Rule] = {
-    "icl-at-chance": training_rules.icl_at_chance,
-    "diverged": training_rules.diverged,
-    "alignment-not-learnt": training_rules.alignment_not_learnt,
-    "rate-at-edge": training_rules.rate_at_edge,
-    "dev-too-small": training_rules.dev_too_small,
-    "asim-no-gain": result_rules.asim_no_gain,
-    "sft-undid-alignment": result_rules.sft_undid_alignment,
-    "alignment-not-carried-over": result_rules.alignment_not_carried_over,
-    "labels-of-several-tokens": result_rules.labels_of_several_tokens,
-    "worse-than-base": result_rules.worse_than_base,
-    "worse-than-guessing": result_rules.worse_than_guessing,
-    "worse-than-sft": result_rules.worse_than_sft,
-    "label-missing": training_rules.label_missing,
-    "texts-hardly-read": training_rules.texts_hardly_read,
-    "repeated-rows": training_rules.repeated_rows,
-    "evaluated-on-dev": training_rules.evaluated_on_dev,
-}
-"""Every rule by its id, in the order in which findings of one severity are shown."""
+    missing = tuple(facts.missing)
+    return Diagnosis(facts.folder, facts.kind, not missing, missing, tuple(findings), tuple(clear), untold)
