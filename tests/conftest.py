@@ -115,9 +115,7 @@ def shared_data() -> Path:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """`ia2 compare` leaves out its figure and its page: they take longer than what a tiny model does."""
-    monkeypatch.setattr(
-        "ia2.report.figures.comparison_figures.try_comparison_figure", lambda summary, folder: None
-    )
+    monkeypatch.setattr("ia2.report.figures.runs.try_summary_figure", lambda summary, folder: None)
     monkeypatch.setattr("ia2.report.page.try_report", lambda folder: None)
 
 

@@ -22,7 +22,7 @@ from ia2.analysis import interventions
 from ia2.analysis.interventions import MAX_POSITIONS, Patched, Units, intervene, partners, units_of
 from ia2.analysis.patching import Unit
 from ia2.models.load import BaseModel
-from ia2.report.figures.causal_figures import causal_figures
+from ia2.report.figures.causal import causal_figures
 from ia2.utils.errors import DataError
 from ia2.utils.files import finite
 

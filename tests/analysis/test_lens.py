@@ -16,7 +16,7 @@ from ia2.analysis import lens as module
 from ia2.analysis import unembedding
 from ia2.analysis.lens import LabelTokens, LensAccumulator, LensResult, divergence, summarise
 from ia2.analysis.unembedding import Lens
-from ia2.report.figures.lens_figures import lens_figures
+from ia2.report.figures.activations import lens_figures
 from ia2.report.figures.style import Figure
 from ia2.utils.errors import ModelError
 
@@ -241,14 +241,14 @@ def test_figure(tmp_path: Path) -> None:
     assert not any(f">{name}</text>" in picture for name in ("sft+demos", "sft~seed"))
     assert len(figure.pictures()) == 4
     rows = numbers(figure)
-    assert len(rows) == 5 * 6
-    icl = [row for row in rows if row["view"] == "icl"]
-    assert [row["layer"] for row in icl] == ["3", "4", "5", "6", "7", "8"]
-    assert [row["task shows from here"] for row in icl] == ["", "", "yes", "", "", ""]
+    assert len(rows) == 5 * 6 and "icl 5," in figure.caption
+    agreement = [row for row in rows if row["measure"] == "agreement with ICL's answer"]
+    assert [row["layer"] for row in agreement] == ["3", "4", "5", "6", "7", "8"]
     found = section["views"][0]["agreement_by_layer"]
     value, low, high = (found[name][1] for name in ("value", "low", "high"))
-    assert icl[1]["agreement with ICL's answer"] == f"{value:.3f} [{low:.3f}, {high:.3f}]"
-    assert icl[1]["log-probability of ICL's answer"].startswith("−0.693")
+    assert agreement[1]["icl"] == f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    of = [row for row in rows if row["measure"] == "log-probability of ICL's answer"]
+    assert of[1]["icl"].startswith("−0.693")
 
 
 def test_figure_of_little(tmp_path: Path) -> None:
@@ -261,5 +261,5 @@ def test_figure_of_little(tmp_path: Path) -> None:
     section["views"][0]["agreement_by_layer"] = {"value": [None], "low": [None], "high": [None]}
     [figure] = lens_figures(section, "")
     figure.save(tmp_path / "lens.svg")
-    assert numbers(figure)[0]["agreement with ICL's answer"] == "–"
+    assert numbers(figure)[0]["icl"] == "–"
     assert lens_figures({**section, "views": []}, "") == []

@@ -16,7 +16,7 @@ from scipy import stats
 from ia2.analysis.neurons import NeuronAccumulator, shift_tokens, summarise
 from ia2.analysis.unembedding import Lens
 from ia2.evaluation.effect_sizes import Difference
-from ia2.report.figures.head_figures import neuron_figures
+from ia2.report.figures.components import neuron_figures
 from ia2.utils.files import finite
 from ia2.utils.format import markdown
 
@@ -147,8 +147,8 @@ def test_figures(tmp_path: Path) -> None:
     neurons, shift = neuron_figures(section, "tiny: 9 queries")  # type: ignore[arg-type]
     for figure in (neurons, shift):
         assert "tiny: 9 queries" in figure.save(tmp_path / f"{figure.name}.svg").read_text()
-    counts = section["neurons"]["views"]["sft"]["significant"]  # type: ignore[index]
-    assert f"| 2 | {counts[2]:,.0f} |" in markdown(neurons.numbers)
+    counts, width = section["neurons"]["views"]["sft"]["significant"], section["neurons"]["width"]  # type: ignore[index]
+    assert f"| 2 | {counts[2] / width:.1%} |" in markdown(neurons.numbers)
     common = section["residual"]["views"]["sft"]["common_shift"]  # type: ignore[index]
     assert f"| 1 | {common[1]:.3f} |" in markdown(shift.numbers).replace("−", "-")
 

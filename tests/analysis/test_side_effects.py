@@ -19,7 +19,7 @@ from ia2.evaluation.plain_text import DIVERSITY
 from ia2.evaluation.wordings import UNCHANGED, WORDINGS, wordings
 from ia2.prompts.format import PromptFormat
 from ia2.prompts.task import make_task
-from ia2.report.figures.effect_figures import effect_figures
+from ia2.report.figures.effects import effect_figures
 from ia2.utils.errors import DataError
 from ia2.utils.statistics import t_interval
 

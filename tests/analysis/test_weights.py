@@ -20,7 +20,7 @@ from ia2.adapters.weights import adapter_state, attach, detach, read_adapter_sta
 from ia2.analysis.subspaces import MEASURES, effective_rank, low_rank, overlap
 from ia2.analysis.weights import AdapterWeights, over_seeds, overlaps, place
 from ia2.config.sections import AdapterConfig
-from ia2.report.figures.weight_figures import weight_figures
+from ia2.report.figures.components import weight_figures
 from ia2.utils.files import finite
 
 RNG = np.random.default_rng(0)
@@ -314,9 +314,9 @@ def test_figures(section: dict[str, Any], tmp_path: Path) -> None:
     assert row[1].text.startswith(f"{pair['overlap']['b']['value']:.3f}")
     assert f"{pair['random']['b']:.3f}" in [entry.text for entry in row]
     table = figures["updates"].numbers
-    assert table.rows[1][0].text == "1"
+    assert table.rows[1][1].text == "1"
     shown = section["updates"]["sft"]["by_layer"]["relative_norm"][1]["value"]
-    assert table.rows[1][1].text.startswith(f"{shown:.3f}")
+    assert table.rows[1][2].text.startswith(f"{shown:.3f}")
 
 
 def test_figures_of_little(tmp_path: Path) -> None:

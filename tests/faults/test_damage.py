@@ -162,7 +162,7 @@ def test_commands_that_read_results(
     runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # of what has been read; it takes longer than the reading
-    monkeypatch.setattr("ia2.report.page.matplotlib_is_there", lambda: False)
+    monkeypatch.setattr("ia2.report.figures.style.matplotlib_is_there", lambda: False)
 
     def read(command: str, folder: Path) -> Ran:
         output = ["--output", runs.folder / "page.html"] if command == "report" else []

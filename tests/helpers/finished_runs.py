@@ -11,7 +11,7 @@ import numpy as np
 
 from ia2.config.recipes import RECIPES, is_trained
 from ia2.evaluation.metrics import Measured, RowMeasures, summarise
-from ia2.report.tables import INTERVALS
+from ia2.evaluation.tables import INTERVALS
 from ia2.utils.files import finite, write_json, write_text
 
 EVIL = '<script>window.hacked = 1</script></script><img src=x onerror="window.hacked = 2">'

@@ -70,9 +70,8 @@ def analyze(
     from ia2.analysis.analyze import analyze as run
     from ia2.experiment.run_folder import ANALYSIS_FILE
     from ia2.report.analysis import analysis_figures, analysis_tables, analysis_verdict
-    from ia2.report.figures.style import NO_MATPLOTLIB, matplotlib_is_there
+    from ia2.report.figures.style import drawable
     from ia2.utils.format import markdown
-    from ia2.utils.logging import logger
 
     chosen = DEFAULT_PARTS if parts is None else tuple(PARTS) if parts == "all" else tuple(listed(parts))
     folder = output_dir or folders[0]
@@ -90,9 +89,7 @@ def analyze(
         output_dir=folder,
     )
     files = [folder / ANALYSIS_FILE]
-    if figures is not None and not matplotlib_is_there():
-        logger.info("No figures: %s", NO_MATPLOTLIB)
-    elif figures is not None:
+    if figures is not None and drawable():
         files += [figure.save(figures / f"{figure.name}.svg") for figure in analysis_figures(result)]
     if json:
         print_json(result)

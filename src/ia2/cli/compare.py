@@ -39,7 +39,7 @@ def curve(config: CurveConfig, json: bool = JSON, quiet: bool = QUIET, overwrite
     folder = start_run(config, quiet)
     from ia2.experiment import curve as curves
     from ia2.experiment.adapt import load_both, load_unlabelled
-    from ia2.report.figures.comparison_figures import try_curve_figure
+    from ia2.report.figures.runs import try_summary_figure
 
     examples, test = load_both(config)
     if test is None:
@@ -50,7 +50,7 @@ def curve(config: CurveConfig, json: bool = JSON, quiet: bool = QUIET, overwrite
     )
     if not is_first():
         return
-    figure = try_curve_figure(result.summary, result.folder)
+    figure = try_summary_figure(result.summary, result.folder)
     if json:
         print_json(result.summary)
         return
@@ -92,7 +92,7 @@ def _compare(config: CompareConfig, json: bool, overwrite: bool) -> None:
     from ia2.config.recipes import is_trained
     from ia2.experiment import compare as comparison
     from ia2.experiment.adapt import load_both, load_unlabelled
-    from ia2.report.figures.comparison_figures import try_comparison_figure
+    from ia2.report.figures.runs import try_summary_figure
     from ia2.report.page import try_report
     from ia2.utils.distributed import is_first
 
@@ -109,7 +109,7 @@ def _compare(config: CompareConfig, json: bool, overwrite: bool) -> None:
     )
     if not is_first():
         return
-    figure = try_comparison_figure(result.summary, result.folder)
+    figure = try_summary_figure(result.summary, result.folder)
     page = try_report(result.folder)
     if json:
         print_json(result.summary)

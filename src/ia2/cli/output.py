@@ -45,31 +45,29 @@ def print_json(value: Any) -> None:
 
 def print_metrics(metrics: dict[str, Any]) -> None:
     """The metrics of one adapter as a table."""
-    from ia2.report.tables import metrics_rows
+    from ia2.evaluation.tables import metrics_table
 
     if "chosen_because" in metrics:
         print(f"Recipe: {metrics['recipe']}. {metrics['chosen_because']}")
-    found = metrics_rows(metrics)
-    if found is None:
+    table = metrics_table(metrics)
+    if table is None:
         print("Not evaluated: there were neither test nor dev rows.")
         return
-    rows_of, columns, rows = found
-    print_table(columns, rows, title=f"{metrics.get('recipe', '')} on {rows_of}", wide=False)
+    print_table(*table.texts(), title=table.title.rstrip("."), wide=False)
     if "similarity_to_icl" in metrics:
         print(f"asim to ICL: {metrics['similarity_to_icl']['asim']:.3f}")
-    if "note" in metrics:
-        print(f"Note: {metrics['note']}.")
+    for note in table.notes:
+        print(f"Note: {note}")
 
 
 def print_comparison(summary: dict[str, Any]) -> None:
     """A comparison as a table with what it is of."""
-    from ia2.report.tables import comparison_columns, comparison_lines, difference_lines
+    from ia2.evaluation.tables import comparison_table
 
-    columns = comparison_columns(summary)
-    rows = [[recipe, *(cell(row) for _, cell in columns)] for recipe, row in summary["recipes"].items()]
-    print_table(["recipe", *(title for title, _ in columns)], rows)
-    for line in [*comparison_lines(summary), *difference_lines(summary)]:
-        print(line)
+    table = comparison_table(summary)
+    print_table(*table.texts())
+    for note in table.notes:
+        print(note)
 
 
 def print_table(

@@ -6,8 +6,9 @@ from typing import Any
 
 from ia2.config.packaged_models import PACKAGED_MODELS
 from ia2.config.recipes import describe
+from ia2.evaluation.tables import metrics_table
 from ia2.prompts.task import Task
-from ia2.report.tables import metrics_rows
+from ia2.utils.format import markdown
 
 _CARD = """\
 ---
@@ -49,6 +50,7 @@ def model_card(metrics: dict[str, Any], facts: dict[str, Any], task: Task) -> st
     """Markdown with base model, data hashes, metrics and how to load."""
     config = facts["config"]
     model = config["model"]
+    table = metrics_table(metrics)
     labels = ", ".join(f"`{label.strip()}`" for label in task.labels[:20])
     front = "library_name: peft\ntags: [ia2, few-shot, adapter]\n"
     if model not in PACKAGED_MODELS:
@@ -68,7 +70,9 @@ def model_card(metrics: dict[str, Any], facts: dict[str, Any], task: Task) -> st
         diverged="; diverged: " + "; ".join(diverged) if (diverged := metrics.get("diverged")) else "",
         seed=config["seed"],
         answers=f"one of {labels}" if task.labels else f"free text, up to {task.max_answer_tokens} tokens",
-        metrics=_metrics_table(metrics),
+        metrics="Not evaluated: there were neither test nor dev rows.\n"
+        if table is None
+        else markdown(table),
         load=_loading(model, config["adapter"]),
     )
 
@@ -104,17 +108,6 @@ def _loading(model: str, adapter: dict[str, Any]) -> str:
             f"base = AutoModelForCausalLM.from_pretrained({model!r})"
         )
     return f"{first}from peft import PeftModel\n{base}\nmodel = PeftModel.from_pretrained(base, {here})"
-
-
-def _metrics_table(metrics: dict[str, Any]) -> str:
-    found = metrics_rows(metrics)
-    if found is None:
-        return "Not evaluated: there were neither test nor dev rows.\n"
-    of, columns, rows = found
-    note = f" ({metrics['note']})" if "note" in metrics else ""
-    lines = [f"| {' | '.join(line)} |" for line in (columns, *rows)]
-    lines.insert(1, "|---" * len(columns) + "|")
-    return f"On {of}{note}:\n\n" + "\n".join(lines) + "\n\n"
 
 
 def _yaml_text(text: str) -> str:

@@ -18,6 +18,7 @@ from ia2.data.unlabelled import counts_unlabelled, distinct_from
 from ia2.evaluation.metrics import STATISTICS, Measured, RowMeasures, summarise
 from ia2.evaluation.scoring import write_predictions
 from ia2.evaluation.similarity import Similarity
+from ia2.evaluation.tables import INTERVALS, comparison_table
 from ia2.experiment.adapt import load_base_of
 from ia2.experiment.methods import Arm, arms, rivals
 from ia2.experiment.rounds import Round, drawn_test, place_of, rounds_of
@@ -25,12 +26,12 @@ from ia2.experiment.run_folder import claimed, content_facts, machine, stored_se
 from ia2.experiment.workbench import Evaluated, Workbench
 from ia2.models.load import BaseModel
 from ia2.prompts.task import Task, make_task
-from ia2.report.tables import INTERVALS, comparison_markdown
 from ia2.teacher.targets import OnlineTargets
 from ia2.training.stages import TrainedRecipe
 from ia2.utils.distributed import is_first, wait
 from ia2.utils.errors import ConfigError, DivergedError
 from ia2.utils.files import digest, read_json, write_json, write_text
+from ia2.utils.format import markdown
 from ia2.utils.logging import logger
 from ia2.utils.statistics import main_scope, over_draws
 
@@ -99,7 +100,7 @@ class Comparison:
 
     def table(self) -> str:
         """Markdown."""
-        return comparison_markdown(self.summary)
+        return markdown(comparison_table(self.summary))
 
 
 def compare(
@@ -228,7 +229,7 @@ def _run(
     summary = _summary(base, task, config, every, examples, test, rounds, outcomes, diverged)
     if is_first():
         write_json(folder / "compare.json", summary)
-        write_text(folder / "table.md", comparison_markdown(summary))
+        write_text(folder / "table.md", markdown(comparison_table(summary)))
     wait()
     return Comparison(summary, folder)
 

@@ -9,14 +9,15 @@ from typing import Any
 from ia2.config import CompareConfig, CurveConfig
 from ia2.data.examples import Examples
 from ia2.data.splits import MAX_DEV
+from ia2.evaluation.tables import INTERVALS, MEASURES, curve_table
 from ia2.experiment.adapt import load_base_of
 from ia2.experiment.compare import prepare
 from ia2.experiment.run_folder import claimed, content_facts, stored_settings
 from ia2.models.load import BaseModel
-from ia2.report.tables import INTERVALS, MEASURES, curve_markdown
 from ia2.utils.distributed import is_first, wait
 from ia2.utils.errors import ConfigError, DataError
 from ia2.utils.files import write_json, write_text
+from ia2.utils.format import markdown
 from ia2.utils.logging import logger
 from ia2.utils.statistics import main_scope
 from ia2.utils.wording import counted
@@ -36,7 +37,7 @@ class Curve:
 
     def table(self) -> str:
         """Markdown."""
-        return curve_markdown(self.summary)
+        return markdown(curve_table(self.summary))
 
 
 def curve(
@@ -92,7 +93,7 @@ def curve(
         summary = _summary(found, config)
         if is_first():
             write_json(folder / "curve.json", summary)
-            write_text(folder / "table.md", curve_markdown(summary))
+            write_text(folder / "table.md", markdown(curve_table(summary)))
         wait()
     return Curve(summary, folder)
 

@@ -1,47 +1,15 @@
-"""What an analysis says: sentences, a table of its views, and the figures of its sections."""
+"""What an analysis says: sentences, tables of its conditions, and the figures of its sections."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from ia2.experiment.run_folder import ANALYSIS_FILE
 from ia2.report.figures.style import Figure, numbers_table
 from ia2.report.verdict import METHOD, RIVAL, arm_title
-from ia2.utils.errors import RunFolderError
-from ia2.utils.files import read_json
 from ia2.utils.format import Table
 from ia2.utils.statistics import side
 from ia2.utils.wording import MISSING, counted, estimate
-
-_FIGURES = {
-    "activations": "activation_figures",
-    "lens": "lens_figures",
-    "weights": "weight_figures",
-    "heads": "head_figures",
-    "neurons": "head_figures:neuron_figures",
-    "causal": "causal_figures",
-    "effects": "effect_figures",
-}
-"""Section → module of ``ia2.report`` and the maker of its figures (by default of the same name), which is
-imported when there is something to draw."""
-
-
-def read_analysis(folder: Path) -> dict[str, Any] | None:
-    """The analysis in a run's folder, if there is one.
-
-    Raises:
-        RunFolderError: it is damaged.
-    """
-    file = folder / ANALYSIS_FILE
-    if not file.is_file():
-        return None
-    found = read_json(file)
-    if not isinstance(found, dict) or "format" not in found:
-        raise RunFolderError(f"{file}: no analysis of `ia2 analyze`. Delete it, or run it again.")
-    return found
 
 
 def analysis_heading(result: Mapping[str, Any]) -> str:
@@ -56,14 +24,23 @@ def analysis_heading(result: Mapping[str, Any]) -> str:
 
 def analysis_figures(result: Mapping[str, Any]) -> list[Figure]:
     """Every figure of every section."""
+    from ia2.report.figures.activations import activation_figures, lens_figures
+    from ia2.report.figures.causal import causal_figures
+    from ia2.report.figures.components import head_figures, neuron_figures, weight_figures
+    from ia2.report.figures.effects import effect_figures
+
+    makers = {
+        "activations": activation_figures,
+        "lens": lens_figures,
+        "weights": weight_figures,
+        "heads": head_figures,
+        "neurons": neuron_figures,
+        "causal": causal_figures,
+        "effects": effect_figures,
+    }
     heading = analysis_heading(result)
-    figures: list[Figure] = []
-    for name, place in _FIGURES.items():
-        if result.get(name):
-            module, _, maker = place.partition(":")
-            make = getattr(importlib.import_module(f"ia2.report.figures.{module}"), maker or module)
-            figures += make(result[name], heading)
-    return figures
+    made = (make(result[name], heading) for name, make in makers.items() if result.get(name))
+    return [figure for figures in made for figure in figures]
 
 
 # ---------------------------------------------------------------------------------------- sentences
@@ -211,30 +188,30 @@ def _turned(found: Mapping[str, Any]) -> dict[str, Any]:
     return {"value": -found["value"], "low": -found["high"], "high": -found["low"]}
 
 
-# -------------------------------------------------------------------------------------------- table
+# ------------------------------------------------------------------------------------------- tables
 
 
 def analysis_tables(result: Mapping[str, Any]) -> list[Table]:
-    """Similarity to ICL of every view; differences, paired."""
+    """Similarity to ICL of every condition; differences, paired."""
     section = result.get("activations")
     if not section:
         return []
-    columns = ["view", "control", "asim", "centred", "variance unexplained", "L2"]
-    rows = [
-        [
-            view["name"],
-            view["control"] or MISSING,
-            *(estimate(view.get(name)) for name in ("asim", "centred", "variance_unexplained", "l2")),
-        ]
+    measures = {
+        "asim": "asim",
+        "centred": "centred",
+        "variance_unexplained": "variance unexplained",
+        "l2": "L2",
+    }
+    similar = [
+        [view["name"], view["control"] or MISSING, *(estimate(view.get(name)) for name in measures)]
         for view in section["views"]
     ]
-    similar = numbers_table(
-        "views", "Similarity of attention outputs to ICL with 95% intervals", columns, rows
-    )
-    pairs: Sequence[Sequence[str]] = [
-        [f"{d['a']} − {d['b']}", estimate(d["asim"], signed=True)] for d in section["differences"]
+    differences = [
+        [f"{pair['a']} − {pair['b']}", estimate(pair["asim"], signed=True)] for pair in section["differences"]
     ]
-    differences = numbers_table(
-        "view-differences", "Differences in asim, paired by query", ["difference", "asim"], pairs
-    )
-    return [similar, differences]
+    title = "Similarity of attention outputs to ICL with 95% intervals"
+    paired = "Differences in asim, paired by query"
+    return [
+        numbers_table("views", title, ["view", "control", *measures.values()], similar),
+        numbers_table("view-differences", paired, ["difference", "asim"], differences),
+    ]

@@ -9,34 +9,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ia2.report.analysis import analysis_figures, read_analysis
-from ia2.report.data import MAX_ROWS, Run, read_run
-from ia2.report.figures.style import NO_MATPLOTLIB, Figure, matplotlib_is_there
-from ia2.report.sections import SHOWN, Section, analysis_section, machine_facts, run_section
+from ia2.report.analysis import analysis_figures
+from ia2.report.figures import style as looks
+from ia2.report.results import MAX_ROWS, Run, read_run
+from ia2.report.sections import analysis_section, run_section, sweep_section
 from ia2.utils.errors import ConfigError
 from ia2.utils.files import write_text
-from ia2.utils.logging import logger, muted
 
 if TYPE_CHECKING:
     from ia2.report.sweep.printing import Printed
+
+SHOWN = 200
+"""Rows of predictions that are printed, and shown before all others."""
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
 def try_report(folder: Path) -> Path | None:
     """``report.html`` in a run's folder, if all that it takes is installed."""
-    if not matplotlib_is_there() or importlib.util.find_spec("jinja2") is None:
+    if not looks.matplotlib_is_there() or importlib.util.find_spec("jinja2") is None:
         return None
     return write_report([read_run(folder)], None, folder / "report.html")
 
 
 def write_report(runs: Sequence[Run], sweep: Printed | None, output: Path) -> Path:
     """Write the page on runs, and on the cells of sweeps.
-
-    Args:
-        runs: finished runs.
-        sweep: overview, tables and figures of sweeps.
-        output: the file.
 
     Raises:
         ConfigError: jinja2 is missing.
@@ -57,17 +54,17 @@ def page(runs: Sequence[Run], sweep: Printed | None = None) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    drawable = matplotlib_is_there()
-    if not drawable:
-        logger.info("No figures: %s", NO_MATPLOTLIB)
+    from ia2.report.figures.runs import run_figures
+
+    drawn = looks.drawable()
     sections = []
     for run in runs:
-        sections.append(run_section(run, _figures(run) if drawable else []))
-        if (found := read_analysis(run.folder)) is not None:
-            sections.append(analysis_section(run.name, found, analysis_figures(found) if drawable else []))
+        sections.append(run_section(run, run_figures(run) if drawn else []))
+        if run.analysis is not None:
+            figures = analysis_figures(run.analysis) if drawn else []
+            sections.append(analysis_section(run.name, run.analysis, figures))
     if sweep is not None:
-        sections.append(_sweep_section(sweep, drawable))
-    figures = [[(figure, figure.pictures()) for figure in section.figures] for section in sections]
+        sections.append(sweep_section(sweep, drawn))
     style, script = ((_TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     # the autoescape holds for every value; only our own files are markup
     environment = Environment(
@@ -77,15 +74,16 @@ def page(runs: Sequence[Run], sweep: Printed | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     titles = [section.title for section in sections]
     return environment.get_template("report.html").render(
         title=titles[0] if len(titles) == 1 else f"{titles[0]} and {len(titles) - 1} more",
-        sections=list(zip(sections, figures, strict=True)),
+        sections=sections,
         style=Markup(style),
         script=Markup(script),
         policy=_policy(style, script),
-        drawable=drawable,
-        no_matplotlib=NO_MATPLOTLIB,
+        drawable=drawn,
+        no_matplotlib=looks.NO_MATPLOTLIB,
         shown=SHOWN,
         limit=MAX_ROWS,
     )
@@ -99,40 +97,4 @@ def _policy(style: str, script: str) -> str:
     return (
         f"default-src 'none'; img-src data:; style-src 'sha256-{style_mark}'; "
         f"script-src 'sha256-{script_mark}'; base-uri 'none'; form-action 'none'"
-    )
-
-
-def _figures(run: Run) -> list[Figure]:
-    from ia2.report.figures.run_figures import run_figures
-
-    return run_figures(run)
-
-
-def _sweep_section(printed: Printed, drawable: bool) -> Section:
-    from ia2.report.sweep.printing import overview_lines, print_tables, verdict_lines
-    from ia2.report.sweep.sweep_figures import sweep_figures
-
-    report = printed.report
-    with muted():
-        every = print_tables(report.where(icl_works=False), "all").tables
-    verdict = verdict_lines(report)
-    first = printed.tables
-    return Section(
-        report.results.name,
-        "sweep",
-        verdict,
-        [line for line in overview_lines(report) if line not in verdict],
-        first,
-        sweep_figures(report) if drawable else [],
-        [
-            ("Folders", ", ".join(Path(folder).resolve().name for folder in report.results.folders)),
-            *(
-                fact
-                for facts in report.results.facts
-                for fact in machine_facts(facts.get("machine"), facts.get("versions"))
-            ),
-        ],
-        [],
-        more=[table for table in every if table not in first],
-        notes=["Cells of a sweep keep no queries, so there are no per-example predictions here."],
     )

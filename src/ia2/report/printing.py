@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ia2.experiment.run_folder import REPORT_FILE
-from ia2.report.analysis import analysis_figures, analysis_tables, read_analysis
-from ia2.report.data import Run, kind_of, read_run
-from ia2.report.figures.style import NO_MATPLOTLIB, matplotlib_is_there
-from ia2.report.tables import comparison_table, curve_table, metrics_table
-from ia2.report.verdict import comparison_verdict, curve_verdict, training_verdict
+from ia2.report.analysis import analysis_figures, analysis_tables
+from ia2.report.figures.style import drawable
+from ia2.report.results import Run, kind_of, read_run
+from ia2.report.verdict import verdict
 from ia2.utils.errors import ConfigError
 from ia2.utils.files import output_file, write_text
 from ia2.utils.format import ENDINGS, FORMATS, Table
-from ia2.utils.logging import logger
 
 
 def sort_folders(folders: Sequence[Path], about_sweeps: Mapping[str, bool]) -> tuple[list[Run], list[Path]]:
@@ -54,27 +52,10 @@ def check_output(output: Path, folders: Sequence[Path]) -> Path:
     return output
 
 
-def verdict(run: Run) -> list[str]:
-    """Two sentences."""
-    if run.kind == "train":
-        return training_verdict(run.summary)
-    if run.kind == "curve":
-        return curve_verdict(run.summary, {size: part.summary for size, part in run.parts.items()})
-    return comparison_verdict(run.summary)
-
-
-def tables(run: Run) -> list[Table]:
-    """The run's tables, the main one first; none of an adapter that was not evaluated."""
-    if run.kind == "train":
-        table = metrics_table(run.summary)
-        return [] if table is None else [table]
-    return [curve_table(run.summary) if run.kind == "curve" else comparison_table(run.summary)]
-
-
 def every_table(run: Run) -> list[Table]:
     """Those of the run, and of its analysis where there is one."""
-    found = read_analysis(run.folder)
-    return tables(run) + ([] if found is None else analysis_tables(found))
+    own = [] if run.table is None else [run.table]
+    return own + ([] if run.analysis is None else analysis_tables(run.analysis))
 
 
 def text(runs: Sequence[Run], formats: Sequence[str]) -> str:
@@ -109,15 +90,13 @@ def write_tables(runs: Sequence[Run], folder: Path, formats: Sequence[str]) -> l
 
 def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
     """Every figure as SVG; of several runs in a folder each. Says how to get matplotlib if it is missing."""
-    if not matplotlib_is_there():
-        logger.info("No figures: %s", NO_MATPLOTLIB)
+    if not drawable():
         return []
-    from ia2.report.figures.run_figures import run_figures
+    from ia2.report.figures.runs import run_figures
 
     drawn = []
     for run, place in _places(runs, folder):
-        found = read_analysis(run.folder)
-        figures = run_figures(run) + ([] if found is None else analysis_figures(found))
+        figures = run_figures(run) + ([] if run.analysis is None else analysis_figures(run.analysis))
         drawn += [figure.save(place / f"{figure.name}.svg") for figure in figures]
     return drawn
 

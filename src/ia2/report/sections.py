@@ -3,222 +3,178 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ia2.config.recipes import describe
+from ia2.evaluation.tables import MEASURES, comparison_notes, comparison_table, unlike
 from ia2.report.analysis import analysis_heading, analysis_tables, analysis_verdict
-from ia2.report.data import MAX_QUERY, Answer, Row, Run
 from ia2.report.figures.style import Figure, numbers_table
-from ia2.report.printing import tables, verdict
-from ia2.report.tables import MEASURES, comparison_lines, comparison_table, unlike
-from ia2.report.verdict import METHOD
+from ia2.report.results import Run
+from ia2.report.verdict import METHOD, verdict
 from ia2.utils.errors import UserError
 from ia2.utils.files import digest
 from ia2.utils.format import Table
+from ia2.utils.logging import muted
 from ia2.utils.wording import estimate, rows_learnt_from
 
 if TYPE_CHECKING:
-    from ia2.report.doctor.diagnosis import Diagnosis
+    from ia2.report.sweep.printing import Printed
 
-SHOWN = 200
-"""Rows of predictions that are printed, and shown before all others."""
+MAX_QUERY = 2_000
+"""Characters of a query that a page holds."""
 
-
-@dataclass(frozen=True)
-class Rows:
-    """Per-example predictions.
-
-    Attributes:
-        arms: columns.
-        rows: in the file.
-        total: in the run.
-        parts: whether rows are of several comparisons.
-        choices: value and words of each filter.
-        agreement: who was right where the other was not.
-        note: what right and confidence mean here.
-    """
-
-    arms: list[str]
-    rows: list[Row]
-    total: int
-    parts: list[str]
-    seeds: list[int]
-    choices: list[tuple[str, str]]
-    agreement: Table
-    note: str
-
-    def marks(self, row: Row) -> str:
-        """A sign an arm: ``1`` right, ``0`` wrong, ``-`` neither."""
-        found = (row.answers.get(arm) for arm in self.arms)
-        return "".join("-" if a is None or a.correct is None else str(int(a.correct)) for a in found)
-
-    def differs(self, row: Row) -> bool:
-        """Whether two arms predict different things."""
-        return len({answer.predicted for answer in row.answers.values()}) > 1
-
-    def query(self, row: Row) -> str:
-        """The query, cut where it is very long."""
-        if len(row.query) <= MAX_QUERY:
-            return row.query
-        return f"{row.query[:MAX_QUERY]} … ({len(row.query) - MAX_QUERY:,} more characters)"
+_KINDS = {
+    "compare": "comparison of recipes",
+    "curve": "curve over the number of training examples",
+    "train": "adapter",
+}
 
 
 @dataclass(frozen=True)
-class Doctor:
-    """What the doctor says.
-
-    Attributes:
-        diagnoses: of the run, or of each size of a curve.
-        refusal: why it could not read the run; empty where it could.
-    """
-
-    diagnoses: list[Diagnosis]
-    refusal: str = ""
-
-
-@dataclass(frozen=True)
-class Section:
-    """One run on the page.
+class PageSection:
+    """One run, analysis or sweep on the page.
 
     Attributes:
         title: heading.
-        what: the kind of run in words.
+        kind: in words.
         verdict: sentences.
         about: what was run, sentences.
-        recipes: name and description of each.
-        tables: the results; the first is the table.
-        more: further tables, folded away.
+        tables: the results.
         figures: to be drawn.
-        notes: what could not be shown and why.
-        doctor: what it found; None where it does not apply.
-        rows: per-example predictions; None without any.
         environment: term and value.
         settings: name and value of every setting given.
+        recipes: name and description of each.
+        more: further tables, folded away.
+        notes: what could not be shown and why.
+        doctor: ``diagnoses`` of the run, or of each size of a curve, and ``refusal``, why it could not read
+            the run; None where it does not apply.
+        rows: per-example predictions; None without any.
     """
 
     title: str
-    what: str
+    kind: str
     verdict: list[str]
     about: list[str]
     tables: list[Table]
     figures: list[Figure]
     environment: list[tuple[str, str]]
-    settings: list[tuple[str, str]]
+    settings: list[tuple[str, str]] = field(default_factory=list)
     recipes: list[tuple[str, str]] = field(default_factory=list)
     more: list[Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    doctor: Doctor | None = None
-    rows: Rows | None = None
+    doctor: dict[str, Any] | None = None
+    rows: dict[str, Any] | None = None
 
 
-def run_section(run: Run, figures: Sequence[Figure]) -> Section:
+def run_section(run: Run, figures: list[Figure]) -> PageSection:
     """Everything on one run; ``figures`` are those that can be drawn."""
-    if run.kind == "train":
-        return _training(run, list(figures))
-    return _curve(run, list(figures)) if run.kind == "curve" else _comparison(run, list(figures))
-
-
-def _comparison(run: Run, figures: list[Figure]) -> Section:
     summary = run.summary
-    config = summary["config"]
-    recipes = [(name, entry.get("description", "")) for name, entry in summary["recipes"].items()]
-    table = comparison_table(summary)
-    bare = Table(table.name, table.title, table.columns, table.rows, tuple(comparison_lines(summary)[1:]))
-    return Section(
+    tables = [] if run.table is None else [run.table]
+    more: list[Table] = []
+    notes: list[str] = []
+    compared = next((part.summary for part in (run, *run.parts.values()) if "recipes" in part.summary), None)
+    if run.kind == "compare":
+        about, *below = comparison_notes(summary)
+        tables = [replace(table, notes=tuple(below)) for table in tables] + _differences(summary)
+        notes = list(_caveats(run))
+    elif run.kind == "curve":
+        about = f"Model {summary['model']}; {summary['title']}; N = {', '.join(map(str, summary['sizes']))}."
+        more = [comparison_table(part.summary) for part in run.parts.values()]
+        notes = ["Each N is a comparison of its own, with figures: run `ia2 report` on its folder."]
+    else:
+        about = _about_training(run)
+    return PageSection(
         run.name,
-        "comparison of recipes",
+        _KINDS[run.kind],
         verdict(run),
-        comparison_lines(summary)[:1],
-        [bare, *_differences(summary)],
+        [about],
+        tables,
         figures,
-        _environment(run, summary, "compare"),
-        _settings(config),
-        recipes=recipes,
-        notes=_caveats(run),
-        doctor=_examined(run.folder),
-        rows=_rows(run),
+        list(_environment(run)),
+        list(_settings(run.facts["config"] if run.kind == "train" else summary["config"])),
+        [(name, entry.get("description", "")) for name, entry in compared["recipes"].items()]
+        if compared
+        else [],
+        more,
+        notes,
+        _examined(run.folder),
+        _predictions(run, compared),
     )
 
 
-def _curve(run: Run, figures: list[Figure]) -> Section:
-    summary = run.summary
-    parts = {size: part.summary for size, part in run.parts.items()}
-    first = next(iter(parts.values()), None)
-    return Section(
-        run.name,
-        "curve over the number of training examples",
-        verdict(run),
-        [f"Model {summary['model']}; {summary['title']}; N = {', '.join(map(str, summary['sizes']))}."],
-        tables(run),
+def analysis_section(name: str, result: Mapping[str, Any], figures: list[Figure]) -> PageSection:
+    """Everything on what ``ia2 analyze`` found in a run; ``figures`` are those that can be drawn."""
+    sentences, tables = analysis_verdict(result), analysis_tables(result)
+    return PageSection(
+        f"Inside {name}",
+        "analysis of activations and weights",
+        sentences[:2],
+        [f"{analysis_heading(result)}.", *sentences[2:]],
+        tables[:1],
         figures,
-        _environment(run, summary, "curve"),
-        _settings(summary["config"]),
-        recipes=[(n, e.get("description", "")) for n, e in first["recipes"].items()] if first else [],
-        doctor=_examined(run.folder),
-        more=[comparison_table(part) for part in parts.values()],
-        notes=["Each N is a comparison of its own, with figures: run `ia2 report` on its folder."],
-        rows=_rows(run),
+        [
+            ("Again", f"ia2 analyze {' '.join(result['runs'])} --parts {','.join(result['parts'])}"),
+            ("Queries", f"{result['data']['name']}, {result['data']['fingerprint']}"),
+            *_machine(result.get("machine"), result.get("versions")),
+        ],
+        more=tables[1:],
     )
 
 
-def _training(run: Run, figures: list[Figure]) -> Section:
-    metrics, facts = run.summary, run.facts
+def sweep_section(printed: Printed, drawn: bool) -> PageSection:
+    """Overview, tables and figures of sweeps."""
+    from ia2.report.sweep.printing import overview_lines, print_tables, verdict_lines
+    from ia2.report.sweep.sweep_figures import sweep_figures
+
+    report = printed.report
+    sentences = verdict_lines(report)
+    with muted():
+        every = print_tables(report.where(icl_works=False), "all").tables
+    machines = [
+        fact
+        for facts in report.results.facts
+        for fact in _machine(facts.get("machine"), facts.get("versions"))
+    ]
+    return PageSection(
+        report.results.name,
+        "sweep",
+        sentences,
+        [line for line in overview_lines(report) if line not in sentences],
+        printed.tables,
+        sweep_figures(report) if drawn else [],
+        [("Folders", ", ".join(Path(folder).resolve().name for folder in report.results.folders)), *machines],
+        more=[table for table in every if table not in printed.tables],
+        notes=["Cells of a sweep keep no queries, so there are no per-example predictions here."],
+    )
+
+
+def _about_training(run: Run) -> str:
+    metrics = run.summary
+    stages = describe(metrics["recipe"], run.facts["config"].get("schedules") or {})
     about = (
-        f"Model {metrics['model']}; recipe {metrics['recipe']}: "
-        f"{describe(metrics['recipe'], facts['config'].get('schedules') or {})}; "
-        f"{rows_learnt_from(metrics)}; learning rate {metrics['learning_rate']:g}, {metrics['selected_by']}."
+        f"Model {metrics['model']}; recipe {metrics['recipe']}: {stages}; {rows_learnt_from(metrics)}; "
+        f"learning rate {metrics['learning_rate']:g}, {metrics['selected_by']}."
     )
     if metrics.get("diverged"):
         about += f" At {'; '.join(metrics['diverged'])} training diverged."
     if "similarity_to_icl" in metrics:
         about += f" asim to ICL {metrics['similarity_to_icl']['asim']:.3f}."
-    return Section(
-        run.name,
-        "adapter",
-        verdict(run),
-        [about],
-        tables(run),
-        figures,
-        _environment(run, metrics, "train"),
-        _settings(facts["config"]),
-        doctor=_examined(run.folder),
-        rows=_rows(run),
-    )
+    return about
 
 
-def analysis_section(name: str, result: Mapping[str, Any], figures: Sequence[Figure]) -> Section:
-    """Everything on what ``ia2 analyze`` found in a run; ``figures`` are those that can be drawn."""
-    verdict = analysis_verdict(result)
-    found = analysis_tables(result)
-    return Section(
-        f"Inside {name}",
-        "analysis of activations and weights",
-        verdict[:2],
-        [f"{analysis_heading(result)}.", *verdict[2:]],
-        found[:1],
-        list(figures),
-        [
-            ("Again", f"ia2 analyze {' '.join(result['runs'])} --parts {','.join(result['parts'])}"),
-            ("Queries", f"{result['data']['name']}, {result['data']['fingerprint']}"),
-            *machine_facts(result.get("machine"), result.get("versions")),
-        ],
-        [],
-        more=found[1:],
-    )
-
-
-def _examined(folder: Path) -> Doctor:
+def _examined(folder: Path) -> dict[str, Any]:
     from ia2.report.doctor.diagnosis import diagnose_all
 
     try:
-        return Doctor(list(diagnose_all(folder)))
+        return {"diagnoses": list(diagnose_all(folder)), "refusal": ""}
     except UserError as error:
-        return Doctor([], str(error))
+        refusal = str(error)
     except (KeyError, TypeError, ValueError) as error:
         # runs of earlier versions lack what later rules look at; the rest of the page is worth having
-        return Doctor([], f"it is of another version of ia2 ({type(error).__name__}: {error}).")
+        refusal = f"it is of another version of ia2 ({type(error).__name__}: {error})."
+    return {"diagnoses": [], "refusal": refusal}
 
 
 def _differences(summary: Mapping[str, Any]) -> list[Table]:
@@ -230,59 +186,61 @@ def _differences(summary: Mapping[str, Any]) -> list[Table]:
         ]
         for name, found in {**summary.get("headroom", {}), **summary["differences"]}.items()
     ]
-    if not rows:
-        return []
-    columns = ["difference", "accuracy", "NLL", "Brier", "ECE", "answers"]
     title = "Paired differences (accuracy: above zero is better; all others: below)"
-    return [numbers_table("differences", title, columns, rows)]
+    columns = ["difference", *MEASURES.values(), "answers"]
+    return [numbers_table("differences", title, columns, rows)] if rows else []
 
 
-def _caveats(run: Run) -> list[str]:
-    summary, notes = run.summary, []
-    if len(summary["design"]["seeds"]) == 1:
-        notes.append(
-            "One draw of training examples: there are no intervals, and another draw may say something else."
-        )
+def _caveats(run: Run) -> Iterator[str]:
+    if len(run.summary["design"]["seeds"]) == 1:
+        yield "One draw of training examples: no intervals, and another draw may say something else."
     if not run.evaluations:
-        notes.append(
+        yield (
             "Only the summary was kept: reliability, training curves and per-example predictions need the "
             "run's whole folder."
         )
-    if not any(entry.get("tokens_per_query") for entry in summary["recipes"].values()):
-        notes.append("This run did not count tokens per query, so there is no figure of cost; newer runs do.")
-    return notes
+    if not any(entry.get("tokens_per_query") for entry in run.summary["recipes"].values()):
+        yield "This run did not count tokens per query, so there is no figure of cost; newer runs do."
 
 
 # ---------------------------------------------------------------------------------------------- rows
 
 
-def _rows(run: Run) -> Rows | None:
+def _predictions(run: Run, compared: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Per-example predictions, with the filters of the page and who was right where the other was not."""
     if not run.rows:
         return None
-    arms = list(dict.fromkeys(arm for row in run.rows for arm in row.answers))
-    labelled = _labelled(run)
+    arms = list(dict.fromkeys(arm for row in run.rows for arm in row["answers"]))
+    kind = compared["design"]["task"] if compared else run.facts["task"]["kind"]
     note = (
         "Right means that the most probable label is the true one, and confidence is its share of the labels."
-        if labelled
+        if kind == "classification"
         else "Confidence is the probability of the whole answer."
     )
-    return Rows(
-        arms,
-        run.rows,
-        run.num_rows,
-        list(dict.fromkeys(row.part for row in run.rows if row.part)),
-        sorted({row.seed for row in run.rows}),
-        list(_choices(arms)),
-        _agreement(arms, run.rows),
-        note,
-    )
+    return {
+        "arms": arms,
+        "rows": [_shown_row(row, arms) for row in run.rows],
+        "total": run.num_rows,
+        "parts": list(dict.fromkeys(row["part"] for row in run.rows if row["part"])),
+        "seeds": sorted({row["seed"] for row in run.rows}),
+        "choices": list(_choices(arms)),
+        "agreement": _agreement(arms, run.rows),
+        "note": note,
+    }
 
 
-def _labelled(run: Run) -> bool:
-    if run.kind == "train":
-        return run.facts["task"]["kind"] == "classification"
-    first = run if run.kind == "compare" else next(iter(run.parts.values()))
-    return bool(first.summary["design"]["task"] == "classification")
+def _shown_row(row: Mapping[str, Any], arms: Sequence[str]) -> dict[str, Any]:
+    """With a sign an arm (``1`` right, ``0`` wrong, ``-`` neither), and the query cut where it is long."""
+    right = [_right(row, arm) for arm in arms]
+    query = row["query"]
+    if len(query) > MAX_QUERY:
+        query = f"{query[:MAX_QUERY]} … ({len(query) - MAX_QUERY:,} more characters)"
+    return {
+        **row,
+        "query": query,
+        "marks": "".join("-" if of is None else str(int(of)) for of in right),
+        "differs": len({answer["predicted"] for answer in row["answers"].values()}) > 1,
+    }
 
 
 def _choices(arms: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -301,45 +259,60 @@ def _choices(arms: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield f"w:{n}", f"{arm} is wrong"
 
 
-def _agreement(arms: Sequence[str], rows: Sequence[Row]) -> Table:
+def _agreement(arms: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
     """The first arm of the method (else the last arm) against every other."""
     first = next((arm for arm in arms if arm.split("@")[0] == METHOD), arms[-1])
     found = []
     for other in arms:
-        pairs = [(_right(row.answers.get(first)), _right(row.answers.get(other))) for row in rows]
-        known = [pair for pair in pairs if None not in pair]
-        if other == first or not known:
-            continue
-        counts = [known.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))]
-        found.append([other, *(str(count) for count in counts)])
+        pairs = [(_right(row, first), _right(row, other)) for row in rows]
+        if other != first and any(None not in pair for pair in pairs):
+            counted = [(True, True), (True, False), (False, True), (False, False)]
+            found.append([other, *(str(pairs.count(pair)) for pair in counted)])
     columns = ["recipe", "both right", f"only {first} right", "only this one right", "both wrong"]
     return numbers_table(
         "agreement", f"Rows that {first} and each other recipe answer rightly", columns, found
     )
 
 
-def _right(answer: Answer | None) -> bool | None:
-    return None if answer is None else answer.correct
+def _right(row: Mapping[str, Any], arm: str) -> bool | None:
+    correct = row["answers"].get(arm, {}).get("correct")
+    return None if correct is None else bool(correct)
 
 
 # --------------------------------------------------------------------------------------- environment
 
 
-def _environment(run: Run, summary: Mapping[str, Any], command: str) -> list[tuple[str, str]]:
-    facts = run.facts
-    found = [
-        ("Folder", run.name),
-        ("Again", f"ia2 {command} --config ia2_config.yaml --output-dir NEW, with the file in this folder"),
-        ("Seeds", _seeds(run, summary)),
-        *((f"Data: {name}", str(mark)) for name, mark in _fingerprints(summary, facts) if mark),
-        *machine_facts(summary.get("machine"), summary.get("versions") or facts.get("versions")),
-    ]
-    if run.kind == "curve" or not (run.folder / "ia2_config.yaml").is_file():
-        del found[1]
-    return found
+def _environment(run: Run) -> Iterator[tuple[str, str]]:
+    summary, facts = run.summary, run.facts
+    yield "Folder", run.name
+    if run.kind != "curve" and (run.folder / "ia2_config.yaml").is_file():
+        yield (
+            "Again",
+            f"ia2 {run.kind} --config ia2_config.yaml --output-dir NEW, with the file in this folder",
+        )
+    if run.kind == "train":
+        seeds = [facts["config"]["seed"]]
+    else:
+        seeds = summary["seeds"] if run.kind == "curve" else summary["design"]["seeds"]
+    yield "Seeds", ", ".join(map(str, seeds))
+    for name, mark in _fingerprints(summary, facts):
+        if mark:
+            yield f"Data: {name}", str(mark)
+    yield from _machine(summary.get("machine"), summary.get("versions") or facts.get("versions"))
 
 
-def machine_facts(
+def _fingerprints(summary: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and SHA-256 digests (first 16 digits) of rows."""
+    data = summary.get("data")
+    if data:
+        for rows in filter(None, (data, data.get("test"))):
+            yield rows["name"], rows["fingerprint"]
+    else:
+        for name, known in facts.get("data", {}).items():
+            yield name, known if isinstance(known, str) else digest(known)
+
+
+def _machine(
     machine: Mapping[str, Any] | None, versions: Mapping[str, str] | None
 ) -> Iterator[tuple[str, str]]:
     """Machine and versions, as far as they are known."""
@@ -354,37 +327,16 @@ def machine_facts(
         yield "Versions", ", ".join(f"{name} {number}" for name, number in versions.items())
 
 
-def _seeds(run: Run, summary: Mapping[str, Any]) -> str:
-    if run.kind == "train":
-        return str(run.facts["config"]["seed"])
-    seeds = summary["seeds"] if run.kind == "curve" else summary["design"]["seeds"]
-    return ", ".join(map(str, seeds))
-
-
-def _fingerprints(summary: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Names and SHA-256 digests (first 16 digits) of rows."""
-    data = summary.get("data")
-    if data:
-        yield data["name"], data["fingerprint"]
-        if data.get("test"):
-            yield data["test"]["name"], data["test"]["fingerprint"]
-    else:
-        for name, known in facts.get("data", {}).items():
-            yield name, known if isinstance(known, str) else digest(known)
-
-
-def _settings(config: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
+def _settings(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
     """Dotted names and values of what is set; of files only the name, since folders are nobody's business."""
-    found: list[tuple[str, str]] = []
     for name, value in config.items():
         if isinstance(value, dict) and value and name != "label_map":
-            found += _settings(value, f"{above}{name}.")
+            yield from _settings(value, f"{above}{name}.")
         elif value not in (None, "", [], {}):
-            found.append((above + name, _shown(value)))
-    return found
+            yield above + name, _shown_value(value)
 
 
-def _shown(value: Any) -> str:
+def _shown_value(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} = {inner}" for key, inner in value.items())
     if isinstance(value, list):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ia2.report.tables import SCOPES, intervals_of, mean_of
+from ia2.evaluation.tables import SCOPES, intervals_of, mean_of
+from ia2.report.results import Run
 from ia2.utils.statistics import main_scope, side
 from ia2.utils.wording import counted, estimate
 
@@ -18,24 +19,38 @@ _WORDS = {
     "accuracy": ("more accurate", "less accurate"),
     "nll": ("worse in NLL", "better in NLL"),
 }
+# where there is neither: alike, and over several N
+_ALIKE = {
+    "accuracy": ("as accurate", "neither more nor less accurate"),
+    "nll": ("as good in NLL", "neither better nor worse in NLL"),
+}
+_NOTHING: Mapping[str, Any] = {"value": None, "low": None, "high": None}
+
+
+def verdict(run: Run) -> list[str]:
+    """Two sentences."""
+    if run.kind == "train":
+        return _training_verdict(run.summary)
+    if run.kind == "curve":
+        return curve_verdict(run.summary, {size: part.summary for size, part in run.parts.items()})
+    return comparison_verdict(run.summary)
 
 
 def comparison_verdict(summary: Mapping[str, Any]) -> list[str]:
     """Two sentences on a comparison, from its paired differences."""
-    rows = summary["design"]["num_test"]
-    how = f"{counted(rows, 'test row')}, {intervals_of(summary)}"
+    design = summary["design"]
     lines = []
     for other in (RIVAL, TEACHER):
         (name, rival), found = _difference(summary, other)
         if found is None:
             lines.append(_absent(summary, other))
-        elif other == RIVAL:
-            lines.append(
-                f"{arm_title(name)} {_outcome(found, arm_title(rival))}: it is {_judged(found)}; {how}."
-            )
+            continue
+        title, of = arm_title(rival), ""
+        if other == RIVAL:
+            of = f"; {counted(design['num_test'], 'test row')}, {intervals_of(summary)}"
         else:
-            given = f"{arm_title(rival)} ({summary['design']['icl_demonstrations']} in every prompt)"
-            lines.append(f"{arm_title(name)} {_outcome(found, given)}: it is {_judged(found)}.")
+            title += f" ({design['icl_demonstrations']} in every prompt)"
+        lines.append(f"{arm_title(name)} {_outcome(found, title)}: it is {_judged(found)}{of}.")
     return lines
 
 
@@ -51,20 +66,18 @@ def curve_verdict(summary: Mapping[str, Any], parts: Mapping[int, Mapping[str, A
     return [_over_sizes(RIVAL, against_sft), _over_sizes(TEACHER, against_icl)]
 
 
-def training_verdict(metrics: Mapping[str, Any]) -> list[str]:
-    """Two sentences on a single adapter, which was compared with nothing."""
+def _training_verdict(metrics: Mapping[str, Any]) -> list[str]:
+    """On a single adapter, which was compared with nothing."""
     part = "test" if "test" in metrics else "dev"
-    if part not in metrics:
-        first = "The adapter was not evaluated: there were neither test nor dev rows."
-    else:
+    first = "The adapter was not evaluated: there were neither test nor dev rows."
+    if part in metrics:
         found = metrics[part]
         scope = main_scope("labels" in found)
         note = f"; {metrics['note']}" if "note" in metrics else ""
         first = (
             f"{arm_title(metrics['recipe'])} reaches an accuracy {SCOPES[scope]} of "
             f"{mean_of(found[scope]['accuracy'])} and an NLL of {mean_of(found[scope]['nll'])} on "
-            f"{found['n']} "
-            f"{part} rows (one draw of training examples{note})."
+            f"{found['n']} {part} rows (one draw of training examples{note})."
         )
     return [
         first,
@@ -81,13 +94,10 @@ def _outcome(found: Mapping[str, Any], other: str) -> str:
     if accuracy == score:
         return f"beats {other}" if accuracy > 0 else f"loses to {other}"
     if accuracy == 0 or score == 0:
-        what = "accuracy" if accuracy else "NLL"
-        return f"beats {other} in {what}" if accuracy + score > 0 else f"loses to {other} in {what}"
+        measure = "accuracy" if accuracy else "NLL"
+        return f"{'beats' if accuracy + score > 0 else 'loses to'} {other} in {measure}"
     won, lost = ("accuracy", "NLL") if accuracy > 0 else ("NLL", "accuracy")
     return f"beats {other} in {won} and loses to it in {lost}"
-
-
-_NOTHING: Mapping[str, Any] = {"value": None, "low": None, "high": None}
 
 
 def _difference(summary: Mapping[str, Any], other: str) -> tuple[tuple[str, str], Mapping[str, Any] | None]:
@@ -104,7 +114,7 @@ def _absent(summary: Mapping[str, Any], other: str) -> str:
     missing = [arm_title(name) for name in (METHOD, other) if name not in names]
     return (
         f"Without {' and '.join(missing) or arm_title(other)} in this comparison there is no verdict on "
-        + ("IA2 → SFT against SFT." if other == RIVAL else "IA2 → SFT against in-context learning.")
+        f"IA2 → SFT against {arm_title(other)}."
     )
 
 
@@ -120,12 +130,11 @@ def _judged(found: Mapping[str, Any]) -> str:
 
 def _word(name: str, found: Mapping[str, Any], mark: int) -> str:
     above, below = _WORDS[name]
-    value = found["value"]
     if mark:
         return above if mark > 0 else below
-    if value is None or value == 0:
-        return "as accurate" if name == "accuracy" else "as good in NLL"
-    return f"not distinguishably {above if value > 0 else below}"
+    if not found["value"]:
+        return _ALIKE[name][0]
+    return f"not distinguishably {above if found['value'] > 0 else below}"
 
 
 def _over_sizes(other: str, found: Mapping[int, Mapping[str, Any]]) -> str:
@@ -133,20 +142,15 @@ def _over_sizes(other: str, found: Mapping[int, Mapping[str, Any]]) -> str:
         return f"{arm_title(METHOD)} and {arm_title(other)} were not both run: there is no verdict on them."
     parts = []
     for name, (above, below) in _WORDS.items():
-        by: dict[str, list[int]] = {}
+        by_side: dict[int, list[int]] = {1: [], -1: [], 0: []}
         for size in sorted(found):
-            mark = side(found[size].get(name) or _NOTHING)
-            by.setdefault(above if mark > 0 else below if mark < 0 else "neither", []).append(size)
-        texts = [f"{word} at N = {_listed(by[word])}" for word in (above, below) if word in by]
-        if "neither" in by:
-            neither = (
-                "neither more nor less accurate" if name == "accuracy" else "neither better nor worse in NLL"
-            )
-            texts.append(f"{neither} for certain at N = {_listed(by['neither'])}")
+            by_side[side(found[size].get(name) or _NOTHING)].append(size)
+        words = {1: above, -1: below, 0: f"{_ALIKE[name][1]} for certain"}
+        texts = [f"{words[mark]} at N = {_listed(sizes)}" for mark, sizes in by_side.items() if sizes]
         parts.append(", ".join(texts))
     return (
-        f"{arm_title(METHOD)} against {arm_title(other)}: {'; '.join(parts)} (95% t-intervals "
-        "over draws, paired)."
+        f"{arm_title(METHOD)} against {arm_title(other)}: {'; '.join(parts)} (95% t-intervals over draws, "
+        "paired)."
     )
 
 

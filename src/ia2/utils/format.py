@@ -87,6 +87,10 @@ class Table:
     notes: tuple[str, ...] = ()
     label: str = ""
 
+    def texts(self) -> tuple[list[str], list[list[str]]]:
+        """Titles of columns, and the texts of each row."""
+        return [column.full for column in self.columns], [[e.text for e in row] for row in self.rows]
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; entries with numbers behind them give these too."""
         return {

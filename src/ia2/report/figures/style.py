@@ -6,18 +6,18 @@ that a narrow screen has them one below the other, at full size.
 
 from __future__ import annotations
 
-import base64
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ia2.config.recipes import RECIPES
 from ia2.utils.files import write_bytes
 from ia2.utils.format import Column, Entry, Table
+from ia2.utils.logging import logger
 
 # Okabe and Ito's palette, told apart by readers with any colour vision; an olive of Paul Tol's stands for its
 # yellow, which is no colour for lines on white.
@@ -41,17 +41,8 @@ _SETTINGS: Any = {
 NO_MATPLOTLIB = "pip install 'ia2[report]' brings matplotlib."
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One pair of axes.
-
-    Attributes:
-        draw: draws on it.
-        legend: whether what it draws has labels; with several panels in a file, the first one's legend
-            stands for all.
-        width: inches.
-        height: inches.
-    """
+class Panel(NamedTuple):
+    """One pair of axes; sizes in inches. Of the panels in a file the first legend stands for all."""
 
     draw: Callable[[Any], None]
     legend: bool = False
@@ -59,22 +50,11 @@ class Panel:
     height: float = 3.1
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One panel, drawn.
-
-    Attributes:
-        title: its text alternative; the caption and the numbers stand on the page.
-        svg: the file that matplotlib wrote.
-    """
+class Picture(NamedTuple):
+    """One panel as SVG, with its text alternative."""
 
     title: str
     svg: bytes
-
-    @property
-    def address(self) -> str:
-        """``data:`` address: as an image its styles and ids are its own, and it can run no script."""
-        return f"data:image/svg+xml;base64,{base64.b64encode(self.svg).decode()}"
 
 
 @dataclass(frozen=True)
@@ -109,9 +89,9 @@ class Figure:
                 panel.draw(axis)
             for axis in list(axes.flat)[len(self.panels) :]:
                 axis.set_axis_off()
-            if any(panel.legend for panel in self.panels):
-                place = [panel.legend for panel in self.panels].index(True)
-                legend(figure, list(axes.flat)[place], 4)
+            with_legend = [place for place, panel in enumerate(self.panels) if panel.legend]
+            if with_legend:
+                legend(figure, list(axes.flat)[with_legend[0]], 4)
             figure.suptitle(self.heading, fontsize=10)
         return path
 
@@ -140,12 +120,16 @@ def matplotlib_is_there() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def arm_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each arm of a comparison: its recipe's, unless two arms share one.
+def drawable() -> bool:
+    """The same; says how to get matplotlib where it is missing."""
+    there = matplotlib_is_there()
+    if not there:
+        logger.info("No figures: %s", NO_MATPLOTLIB)
+    return there
 
-    Args:
-        names: ``ia2-sft`` or ``ia2-sft@dora``.
-    """
+
+def arm_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of each arm (``ia2-sft``, ``ia2-sft@dora``): its recipe's, unless two share one."""
     recipes = [name.split("@")[0] for name in names]
     if len(set(recipes)) == len(recipes) and all(recipe in RECIPES for recipe in recipes):
         return {name: recipe_style(recipe) for name, recipe in zip(names, recipes, strict=True)}
@@ -172,10 +156,8 @@ def canvas(
 
     Args:
         target: a file, whose ending chooses the format, or a buffer for SVG.
-        rows: of panels.
-        columns: of panels.
-        width: inches.
-        height: inches.
+        rows, columns: of panels.
+        width, height: inches.
     """
     import matplotlib
     from matplotlib.figure import Figure as Canvas
@@ -202,13 +184,7 @@ def legend(figure: Any, axis: Any, columns: int) -> None:
 
 
 def plain_log(axes: Any, which: str, base: int = 10) -> None:
-    """A logarithmic axis with its numbers written out; powers would need the mathematics that is off.
-
-    Args:
-        axes: of a panel.
-        which: ``x`` or ``y``.
-        base: 10, or 2 for counts.
-    """
+    """A logarithmic x or y axis, its numbers written out: powers would need the mathematics that is off."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axes.set(**{f"{which}scale": "log"})
