@@ -108,8 +108,8 @@ class Table:
         }
 
 
-Row = Mapping[Column | str, Entry | str]
-"""Column → entry."""
+Row = Mapping[Any, Entry | str]
+"""Column (or its title) → entry."""
 
 
 def fill(name: str, title: str, rows: Iterable[Row], notes: Sequence[str] = ()) -> Table:
