@@ -11,7 +11,7 @@ import re
 import shlex
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any
 
@@ -53,10 +53,18 @@ def _value(text: str) -> str:
         return key
 
 
-def some_rows(rows: Sequence[Example]) -> str:
-    """``rows.jsonl:3 and 7 more rows``."""
-    more = f" and {len(rows) - 1} more rows" if len(rows) > 1 else ""
-    return f"{rows[0].source}{more}"
+def _alike(labels: Iterable[str], key: Callable[[str], str]) -> dict[str, list[str]]:
+    """Labels of one key, where there are several."""
+    groups: dict[str, list[str]] = {}
+    for label in labels:
+        groups.setdefault(key(label), []).append(label)
+    return {of: group for of, group in groups.items() if len(group) > 1}
+
+
+def first_few(items: Sequence[str], more: str = "more") -> str:
+    """The first items, and how many others there are."""
+    rest = [f"and {len(items) - _SHOWN} {more}"] if len(items) > _SHOWN else []
+    return "; ".join([*items[:_SHOWN], *rest])
 
 
 # ------------------------------------------------------------------------------------------- labels
@@ -74,41 +82,24 @@ def check_names(labels: Sequence[str], names: Sequence[Any], examples: Examples,
     Raises:
         DataError: labels that differ by blanks at their ends only, or that have one name.
     """
-    stripped, called = Counter(label.strip() for label in labels), Counter(map(str, names))
-    same = [
-        (label, name)
-        for label, name in zip(labels, names, strict=True)
-        if stripped[label.strip()] > 1 or called[str(name)] > 1
-    ]
-    if not same:
+    called = dict(zip(labels, map(str, names), strict=True))
+    by_blanks, by_name = _alike(labels, str.strip), _alike(labels, called.__getitem__)
+    if not by_blanks and not by_name:
         return
-    alike = [
-        label for label, name in same if label.strip() == same[0][0].strip() or str(name) == str(same[0][1])
-    ]
-    first = [next((e for e in examples if e.answer == label), None) for label in alike]
-    shown = " and ".join(
-        repr(label) + (f" ({row.source})" if row else "") for label, row in zip(alike, first, strict=True)
-    )
-    why = f"would both be called {str(same[0][1])!r}"
-    if stripped[alike[0].strip()] > 1:
-        why = "differ by blanks only"
+    same = next(la for la in labels if la.strip() in by_blanks or called[la] in by_name)
+    alike = [la for la in labels if la.strip() == same.strip() or called[la] == called[same]]
+    rows = {row.answer: f" ({row.source})" for row in reversed(examples)}
+    shown = " and ".join(f"{label!r}{rows.get(label, '')}" for label in alike)
+    why = "differ by blanks only" if same.strip() in by_blanks else f"would both be called {called[same]!r}"
     way_out = "write them alike in the rows, or give both one text with --label-map"
     if given:
         way_out = "leave one of them out of labels, and write completions as the other"
     elif all(e.fields.get("completion") == e.answer for e in examples) and len(labels) <= 8:
         counts = Counter(examples.answers)
-        one = {key: max(group, key=lambda la: (counts[la], la)) for key, group in _groups(labels, str.strip)}
-        written = json.dumps({la: one.get(la.strip(), la) for la in labels})
+        one = {key: max(group, key=lambda la: (counts[la], la)) for key, group in by_blanks.items()}
+        written = json.dumps({label: one.get(label.strip(), label) for label in labels})
         way_out = f"write them alike in the rows, or give --label-map {shlex.quote(written)}"
     raise DataError(f"the labels {shown} {why}: {way_out}.")
-
-
-def _groups(labels: Sequence[str], key: Any) -> list[tuple[str, list[str]]]:
-    """Labels of one key, where there are several."""
-    found: dict[str, list[str]] = {}
-    for label in labels:
-        found.setdefault(key(label), []).append(label)
-    return [(of, group) for of, group in found.items() if len(group) > 1]
 
 
 def check_label_reach(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -118,51 +109,46 @@ def check_label_reach(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
         DataError: a label that holds a stop text or a special token, or goes on after another one with
             what ends an answer.
     """
-    problems = []
-    for label, ids in zip(task.labels, task.label_ids, strict=True):
-        if reason := _not_written(task, tokenizer, label, ids, len(ids)):
-            problems.append(f"the label {label!r} {reason}")
-    for short, a in zip(task.labels, task.label_ids, strict=True):
-        for long, b in zip(task.labels, task.label_ids, strict=True):
+    labels = list(zip(task.labels, task.label_ids, strict=True))
+    reasons = [(label, _not_written(task, tokenizer, label, ids, len(ids))) for label, ids in labels]
+    problems = [f"the label {label!r} {reason}" for label, reason in reasons if reason]
+    for short, a in labels:
+        for long, b in labels:
             if len(a) < len(b) and b[: len(a)] == a and b[len(a)] in task.terminators:
                 problems.append(f"the label {long!r} goes on after {short!r} with what ends an answer")
     if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise DataError(
-            f"{'; '.join(problems[:_SHOWN])}{more}: no answer can be read as such a label. "
-            "Choose other texts in the rows or with --label-map."
+            f"{first_few(problems)}: no answer can be read as such a label. Choose other texts in the rows "
+            "or with --label-map."
         )
 
 
 def near_labels(labels: Sequence[str], names: Sequence[Any]) -> list[Advice]:
-    """Labels that differ by what is easily overlooked."""
-    alike = dict(_groups(labels, _value))
-    others = [str(name) for la, name in zip(labels, names, strict=True) if _value(la) not in alike]
-    groups = [*alike.values(), *dict(_groups(others, _value)).values()]
-    found: list[Advice] = []
-    if groups:
-        shown = "; ".join(", ".join(map(ascii_shown, group)) for group in groups[:_SHOWN])
-        found.append(
+    """Labels that differ by what is easily overlooked, or end in a blank."""
+    alike = _alike(labels, _value)
+    others = [str(name) for label, name in zip(labels, names, strict=True) if _value(label) not in alike]
+    advice: list[Advice] = []
+    if groups := [*alike.values(), *_alike(others, _value).values()]:
+        advice.append(
             (
                 "Some labels differ only by case, blanks, invisible or look-alike characters, or as numbers "
                 "are written",
-                shown + (f"; and {len(groups) - _SHOWN} more" if len(groups) > _SHOWN else ""),
+                first_few([", ".join(map(_with_escapes, group)) for group in groups]),
                 "if they mean the same, write them alike in the rows or give them one text with --label-map",
             )
         )
-    if ending := [label for label in labels if label != label.rstrip(" ")]:
-        found.append(
+    if ending := [label for label in labels if label.endswith(" ")]:
+        advice.append(
             (
                 "Some labels end in a blank, which the model has to predict too",
                 ", ".join(map(repr, ending[:_SHOWN])),
                 "leave the blank out in the rows, --completion-template, --labels or --label-map",
             )
         )
-    return found
+    return advice
 
 
-def ascii_shown(text: str) -> str:
-    """A text in quotes, with escapes where it holds more than what keyboards write."""
+def _with_escapes(text: str) -> str:
     return repr(text) if text.isascii() else f"{text!r} ({text!a})"
 
 
@@ -171,24 +157,25 @@ def ascii_shown(text: str) -> str:
 
 def unlikely_joints(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example]) -> list[Advice]:
     """Prompts and answers that meet as texts hardly ever do: ``Label: `` + `` positive``."""
-    bad: list[tuple[Example, tuple[str, str]]] = []
+    bad: list[Example] = []
     judged: dict[tuple[str, str], tuple[str, str] | None] = {}
     for row in rows:
         # only what is near the joint matters
-        parts = row.query[-40:], (row.answer or "")[:40]
-        ends = parts[0][-3:], parts[1]
-        if ends not in judged:
-            judged[ends] = _better_joint(tokenizer, *parts)
-        if (better := judged[ends]) is not None:
-            bad.append((row, better))
+        query, answer = row.query[-40:], (row.answer or "")[:40]
+        if (query[-3:], answer) not in judged:
+            judged[query[-3:], answer] = _better_joint(tokenizer, query, answer)
+        if judged[query[-3:], answer] is not None:
+            bad.append(row)
     if not bad:
         return []
-    row, (stem, answer) = bad[0]
+    query, answer = bad[0].query[-40:], (bad[0].answer or "")[:40]
+    stem, body = judged[query[-3:], answer] or ("", "")
+    more = f" and {len(bad) - 1} more rows" if len(bad) > 1 else ""
     return [
         (
             "Prompt and answer meet as texts hardly ever do",
-            f"{row.query[-12:]!r} + {(row.answer or '')[:24]!r} ({some_rows([r for r, _ in bad])})",
-            f"write {stem[-12:]!r} + {answer[:24]!r} in the rows, or with --prompt-template, "
+            f"{query[-12:]!r} + {answer[:24]!r} ({bad[0].source}{more})",
+            f"write {stem[-12:]!r} + {body[:24]!r} in the rows, or with --prompt-template, "
             "--completion-template and --label-map",
         )
     ]
@@ -205,9 +192,7 @@ def _better_joint(tokenizer: PreTrainedTokenizerBase, query: str, answer: str) -
     spaced = word and stem[-1] <= _LAST_SPACED_SCRIPT and (stem[-1].isalnum() or stem[-1] in ":;,.?!")
     line = "\n" in (stem[-1], body[0])
     better = (stem, body if line or not (gap or spaced) else f" {body}")
-    if line or not spaced:
-        return None if better == (query, answer) else better
-    if query == stem and gap < 2:
+    if spaced and not line and query == stem and gap < 2:
         # some tokenizers put a blank before every text, or drop them all
         whole, before = encode_prompt(tokenizer, f"{stem} {body}"), encode_prompt(tokenizer, stem)
         if whole == before + encode_texts(tokenizer, [answer])[0]:
@@ -223,11 +208,10 @@ def kept_escapes(texts: Iterable[str]) -> list[Advice]:
     The command line reads ``\n`` and ``\t`` in a text as line break and tab; YAML does so between double
     quotes only.
     """
-    bad = [text for text in dict.fromkeys(texts) if re.search(r"\\[nt]", text)]
+    bad = [" ".join(text.splitlines()) for text in dict.fromkeys(texts) if re.search(r"\\[nt]", text)]
     if not bad:
         return []
-    flat = [" ".join(text.splitlines()) for text in bad[:3]]
-    shown = ", ".join(text if len(text) < 60 else f"{text[:30]} … {text[-30:]}" for text in flat)
+    shown = ", ".join(text if len(text) < 60 else f"{text[:30]} … {text[-30:]}" for text in bad[:3])
     return [
         (
             r"Prompts or answers hold a backslash with an n or a t, not a line break or a tab",
@@ -243,20 +227,11 @@ def kept_escapes(texts: Iterable[str]) -> list[Advice]:
 def unreachable(
     task: Task, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Example], *, trained: bool
 ) -> list[tuple[Example, str]]:
-    """Free-form answers that the model cannot write, or that would not match when it wrote them.
+    """Free-form answers that the model cannot write, or that would not match when it wrote them, and why.
 
     Each answer is treated as if the model had generated just its ids: cut at the end of sequence, the stop
-    text and the limit, then read by the parser and compared with itself.
-
-    Args:
-        task: of free text.
-        tokenizer: of the model.
-        rows: labelled.
-        trained: they are learnt from, so that the whole text must be written; otherwise it is enough that
-            what the parser reads can be.
-
-    Returns:
-        Rows, each with what is wrong with its answer.
+    text and the limit, then read by the parser and compared with itself. Of rows that are not ``trained`` on
+    it is enough that what the parser reads can be written.
     """
     parse = load_parser(task.parser)
     found = []
@@ -288,9 +263,8 @@ def _not_written(
         return "is empty"
     if len(ids) > limit:
         return f"has {len(ids)} tokens, max_answer_tokens is {limit}"
-    for stop in task.stop_texts:
-        if stop in text:
-            return f"holds {stop!r}, the text that ends an answer"
+    if stop := next((stop for stop in task.stop_texts if stop in text), None):
+        return f"holds {stop!r}, the text that ends an answer"
     special = [i for i in ids if i in tokenizer.all_special_ids and i != tokenizer.unk_token_id]
     if special:
         return f"holds {tokenizer.convert_ids_to_tokens(special[0])!r}, a special token of the model"
@@ -304,10 +278,3 @@ def _written(task: Task, tokenizer: PreTrainedTokenizerBase, ids: Ids, limit: in
     """Text of the answer if the model generates these ids."""
     ends = [i for i in (tokenizer.eos_token_id, task.append_end) if i is not None]
     return cut_answer(tokenizer, ids, ends, task.stop_texts, limit).text
-
-
-def listed(found: Sequence[tuple[Example, str]]) -> str:
-    """``rows:1: the completion is empty; rows:3: …; and 4 more rows``."""
-    shown = [f"{row.source}: the completion {reason}" for row, reason in found[:_SHOWN]]
-    more = [f"and {len(found) - _SHOWN} more rows"] if len(found) > _SHOWN else []
-    return "; ".join(shown + more)

@@ -16,8 +16,8 @@ from ia2.prompts.answer_checks import (
     Advice,
     check_label_reach,
     check_names,
+    first_few,
     kept_escapes,
-    listed,
     near_key,
     near_labels,
     unlikely_joints,
@@ -30,7 +30,6 @@ from ia2.utils.wording import flat, names_of, quoted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
 
 # Ids a generated label may run on for before the stop text is due.
 _LABEL_SLACK = 8
@@ -107,12 +106,13 @@ class Task:
         """
         if self.kind != "classification":
             return
-        bad = [[row for row in rows if (row.answer or "") not in self.index] for rows in parts]
-        reasons = [
-            f"{row.source}: the completion {quoted(row.answer or '')} {self._no_label(row)}"
-            for rows in bad
-            for row in rows
-        ]
+        reasons, files = [], []
+        for part in parts:
+            bad = [row for row in part if (row.answer or "") not in self.index]
+            files += [getattr(part, "name", "rows")] if bad else []
+            for row in bad:
+                answer = quoted(row.answer or "")
+                reasons.append(f"{row.source}: the completion {answer} {self._no_label(row)}")
         if not reasons:
             return
         shown = names_of(self.labels[:10])
@@ -121,8 +121,7 @@ class Task:
         if len(reasons) == 1:
             joint = " " if reasons[0].endswith("not one of the labels") else ". The labels are "
             raise DataError(flat(f"{reasons[0]}{joint}{shown}."))
-        places = [getattr(rows, "name", "rows") for rows, of in zip(parts, bad, strict=True) if of]
-        raise DataError(flat(f"{bad_rows(' and '.join(places), reasons)}. The labels are {shown}."))
+        raise DataError(flat(f"{bad_rows(' and '.join(files), reasons)}. The labels are {shown}."))
 
     def _no_label(self, example: Example) -> str:
         key = near_key(example.answer or "")
@@ -141,31 +140,28 @@ class Task:
 
         Of rows that are only evaluated on such free answers are said instead: they count as wrong.
 
-        Args:
-            tokenizer: of the model.
-            rows: labelled.
-            trained: whether they are learnt from.
-
         Raises:
             DataError: naming the first rows, and how many there are.
         """
         if self.kind == "classification":
             self.check_labels(rows)
             return
-        if not (found := unreachable(self, tokenizer, rows, trained=trained)):
+        bad = unreachable(self, tokenizer, rows, trained=trained)
+        if not bad:
             return
+        listed = first_few([f"{row.source}: the completion {reason}" for row, reason in bad], "more rows")
         if not trained:
             warn_once(
-                f"{len(found)} of {len(rows)} rows to evaluate on count as wrong whatever the model answers: "
-                f"{listed(found)}. Mend them, or train with a larger max_answer_tokens or another parser."
+                f"{len(bad)} of {len(rows)} rows to evaluate on count as wrong whatever the model answers: "
+                f"{listed}. Mend them, or train with a larger max_answer_tokens or another parser."
             )
             return
-        texts = [row.answer for row, _ in found if row.answer and row.answer.strip()]
+        texts = [row.answer for row, _ in bad if row.answer and row.answer.strip()]
         longest = max((len(encode_answer(tokenizer, text)) for text in texts), default=0)
         way_out = "Mend or leave out these rows, or choose another separator or parser."
         if longest > self.max_answer_tokens:
             way_out = f"Raise max_answer_tokens to at least {longest}, or mend these rows."
-        raise DataError(f"{listed(found)}: such an answer can never be given or matched. {way_out}")
+        raise DataError(f"{listed}: such an answer can never be given or matched. {way_out}")
 
     def target_ids(self, tokenizer: PreTrainedTokenizerBase, example: Example) -> Ids:
         """Ids of the ground-truth answer as it is trained on.
@@ -207,39 +203,50 @@ def make_task(
         DataError: an answer that is not among the given labels, or of several tokens where one was
             declared.
     """
-    kind = config.task
     load_parser(config.parser)  # unknown ones are refused now, not after the training
+    kind = config.task
     if kind == "auto":
         kind = "classification" if config.labels or _looks_like_labels(examples) else "generation"
+    if kind == "generation" and config.labels:
+        raise ConfigError("labels are given, but task is generation. Leave one of them out.")
     stop = stop_text(examples, config.separator, prompt_template)
-    rendering = PromptFormat(tokenizer, config.separator, config.chat, config.thinking)
-    end, chat = rendering.end_id, config.chat != "off"
-    # without separator and opening literal nothing but the end of sequence ends an answer
-    stops = (stop,) if stop and not chat else ()
-    stop_tokens = max((len(encode_answer(tokenizer, text, "separator")) for text in stops), default=0)
+    prompt_format = PromptFormat(tokenizer, config.separator, config.chat, config.thinking)
+    # Without separator and opening literal nothing but the end of sequence ends an answer, and a chat model
+    # ends its turn.
+    stops = (stop,) if stop and config.chat == "off" else ()
+    task = Task(
+        kind,
+        append_end=prompt_format.end_id,
+        stop_texts=stops,
+        separator=config.separator,
+        trimmed=config.chat != "off",
+        stop_tokens=max((len(encode_answer(tokenizer, text, "separator")) for text in stops), default=0),
+    )
     if kind == "generation":
-        if config.labels:
-            raise ConfigError("labels are given, but task is generation. Leave one of them out.")
         limit = config.max_answer_tokens or FREE_TEXT_TOKENS
-        logger.info(
-            "Task: free-form answers of up to %d tokens, read with the parser '%s'.",
-            limit,
-            config.parser,
-        )
-        task = Task(
-            "generation",
-            max_answer_tokens=limit,
-            append_end=None if limit == 1 else end,
-            # a chat model ends its turn
-            stop_texts=stops,
-            parser=config.parser,
-            separator=config.separator,
-            trimmed=chat,
-            stop_tokens=stop_tokens,
-        )
+        end = None if limit == 1 else task.append_end
+        task = replace(task, max_answer_tokens=limit, append_end=end, parser=config.parser)
+        reading = f"read with the parser '{config.parser}'"
+        logger.info("Task: free-form answers of up to %d tokens, %s.", limit, reading)
         task.check(tokenizer, examples, trained=True)
         task.check(tokenizer, test or (), trained=False)
-        return _advised(task, tokenizer, examples, config, prompt_template)
+    else:
+        task = _with_labels(task, examples, config, prompt_format, stop)
+        task.check_labels(examples, test or ())
+        check_label_reach(task, tokenizer)
+        several = max(map(len, task.label_ids))
+        size = (
+            f"up to {several} tokens, scored by summed log-probability" if several > 1 else "one token each"
+        )
+        shown = ", ".join(map(repr, task.labels[:8])) + (" …" if len(task.labels) > 8 else "")
+        logger.info("Task: %d labels (%s), %s.", len(task.labels), shown, size)
+    return _advised(task, tokenizer, examples, config, prompt_template)
+
+
+def _with_labels(
+    task: Task, examples: Examples, config: AdaptConfig, prompt_format: PromptFormat, stop: str
+) -> Task:
+    tokenizer = prompt_format.tokenizer
     labels = tuple(sorted(config.labels)) if config.labels else tuple(sorted(set(examples.answers)))
     if len(labels) < 2:
         raise DataError(
@@ -248,44 +255,32 @@ def make_task(
     raw = examples.raw_labels
     names = tuple(raw.get(label, label.strip()) for label in labels)
     check_names(labels, names, examples, bool(config.labels))
-    ids = tuple(encode_answer(tokenizer, rendering.as_answer(label)) for label in labels)
-    twins = [label for label, count in Counter(ids).items() if count > 1]
-    if twins:
-        same = [label for label, i in zip(labels, ids, strict=True) if i in twins]
+    ids = tuple(encode_answer(tokenizer, prompt_format.as_answer(label)) for label in labels)
+    counts = Counter(ids)
+    if same := [label for label, own in zip(labels, ids, strict=True) if counts[own] > 1]:
         raise DataError(
             f"the labels {same} are the same tokens to this model. Choose other texts with --label-map."
         )
-    longest = max(len(i) for i in ids)
-    limit = config.max_answer_tokens or (1 if longest == 1 else longest + _LABEL_SLACK)
-    if limit < longest:
-        label = labels[max(range(len(ids)), key=lambda j: len(ids[j]))]
+    longest, label = max(zip(ids, labels, strict=True), key=lambda pair: len(pair[0]))
+    limit = config.max_answer_tokens or (1 if len(longest) == 1 else len(longest) + _LABEL_SLACK)
+    if limit < len(longest):
         raise DataError(
-            f"max_answer_tokens is {limit}, but the label {label!r} has {longest} tokens "
-            f"({[decode(tokenizer, [t]) for t in ids[labels.index(label)]]}). Raise it, leave it out, or "
-            "choose one-token texts with --label-map."
+            f"max_answer_tokens is {limit}, but the label {label!r} has {len(longest)} tokens "
+            f"({[decode(tokenizer, [t]) for t in longest]}). Raise it, leave it out, or choose one-token "
+            "texts with --label-map."
         )
-    several = longest > 1
-    task = Task(
-        "classification",
+    # where one label's ids begin another's, the shorter would win by its length alone
+    nested = any(a != b and b[: len(a)] == a for a in ids for b in ids)
+    return replace(
+        task,
         labels=labels,
         label_ids=ids,
         names=names,
         max_answer_tokens=limit,
-        append_end=end if several else None,
-        terminators=_terminators(tokenizer, stop, end) if _nested(ids) else (),
-        stop_texts=stops,
-        parser="text",
-        separator=config.separator,
-        trimmed=chat,
-        stop_tokens=stop_tokens,
+        append_end=task.append_end if len(longest) > 1 else None,
+        terminators=_terminators(tokenizer, stop, task.append_end) if nested else (),
         index={label: i for i, label in enumerate(labels)},
     )
-    task.check_labels(examples, test or ())
-    check_label_reach(task, tokenizer)
-    shown = ", ".join(repr(label) for label in labels[:8]) + (" …" if len(labels) > 8 else "")
-    size = "one token each" if not several else f"up to {longest} tokens, scored by summed log-probability"
-    logger.info("Task: %d labels (%s), %s.", len(labels), shown, size)
-    return _advised(task, tokenizer, examples, config, prompt_template)
 
 
 def _advised(
@@ -297,9 +292,9 @@ def _advised(
 ) -> Task:
     """The task with what is unwise about it, which is said in one warning."""
     texts = [prompt_template or "", config.separator, config.context_text or "", *task.labels]
-    for columns in ([e.query for e in examples], examples.answers):
-        if len(set(columns)) > 1:  # what all have in common comes from a template
-            texts += [common_beginning(columns), common_beginning([text[::-1] for text in columns])[::-1]]
+    for column in ([example.query for example in examples], examples.answers):
+        if len(set(column)) > 1:  # what all have in common comes from a template
+            texts += [common_beginning(column), common_beginning([text[::-1] for text in column])[::-1]]
     advice = near_labels(task.labels, task.names) + kept_escapes(texts)
     if config.chat == "off":
         advice += unlikely_joints(tokenizer, examples)
@@ -315,44 +310,32 @@ def stop_text(examples: Sequence[Example], separator: str, prompt_template: str 
     The literal comes from the template, or is what all prompts begin with, up to the end of a line. A
     bare blank line would cut many worked solutions in the middle.
     """
+    queries = {example.query for example in examples}
     if prompt_template is not None:
         literal = prompt_template.split("{", 1)[0]
     else:
-        literal = common_beginning([example.query for example in examples])
-        if len({example.query for example in examples}) < 2:
-            literal = ""
-    literal = literal.split("\n", 1)[0][:40].rstrip()
-    return separator + literal
+        literal = common_beginning(list(queries)) if len(queries) > 1 else ""
+    return separator + literal.split("\n", 1)[0][:40].rstrip()
 
 
 def common_beginning(texts: Sequence[str]) -> str:
+    """What all texts begin with."""
     first, last = min(texts), max(texts)
-    same = 0
-    while same < min(len(first), len(last)) and first[same] == last[same]:
-        same += 1
-    return first[:same]
+    differing = (n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    return first[: next(differing, min(len(first), len(last)))]
 
 
 def _looks_like_labels(examples: Examples) -> bool:
     """Few distinct answers, each seen again: at most half as many as there are rows."""
     answers = examples.answers
-    distinct = len(set(answers))
-    if distinct <= len(answers) // 2:
-        return True
     # too few rows to see repeats: answers of one word are labels more often than not
-    return len(answers) <= 8 and all(len(answer.split()) == 1 for answer in answers)
-
-
-def _nested(ids: Sequence[Ids]) -> bool:
-    """Whether one label's ids begin another's; the shorter would win by its length alone."""
-    return any(a != b and b[: len(a)] == a for a in ids for b in ids)
+    few = len(answers) <= 8 and all(len(answer.split()) == 1 for answer in answers)
+    return few or len(set(answers)) <= len(answers) // 2
 
 
 def _terminators(tokenizer: PreTrainedTokenizerBase, stop: str, end: int | None) -> tuple[int, ...]:
     """Ids that can follow a finished label: the end of sequence, or the start of what comes after."""
-    found = {encode_answer(tokenizer, stop)[0]} if stop else set()
-    if stripped := stop.rstrip():
-        found.add(encode_answer(tokenizer, stop[: len(stop) - len(stripped.lstrip())] or stripped)[0])
-    if end is not None:
-        found.add(end)
-    return tuple(sorted(found))
+    blanks = stop[: len(stop) - len(stop.lstrip())]
+    texts = [stop, (blanks or stop.rstrip()) if stop.strip() else ""]
+    ids = {encode_answer(tokenizer, text)[0] for text in texts if text}
+    return tuple(sorted(ids if end is None else ids | {end}))
