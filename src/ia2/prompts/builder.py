@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 
@@ -73,13 +73,8 @@ class PromptBuilder:
         Raises:
             DataError: a prompt or its context does not fit the context window, or is malformed.
         """
-        train, config = self.train, self.config
-        if self.shows_demonstrations:
-            source = self._draw(config.demo_order, train, train, config.context_draws, leave_one_out=True)
-            return self._contexts(train, source, "teacher contexts")
-        return self._contexts(
-            train, self._own(train, lambda i: [*train[:i], *train[i + 1 :]]), "teacher contexts"
-        )
+        draws = self.config.context_draws
+        return self._contexts("teacher contexts", self.train, permutations=draws, leave_one_out=True)
 
     def pool_contexts(
         self, queries: Sequence[Example], permutations: int = 1, reserve: int | None = None
@@ -94,13 +89,7 @@ class PromptBuilder:
         Raises:
             DataError: see :attr:`train_contexts`.
         """
-
-        def source() -> Draw | list[Context]:
-            if self.shows_demonstrations:
-                return self._draw(self.config.demo_order, queries, self.train, permutations)
-            return self._own(queries, lambda i: self.train)
-
-        return self._once(("pool", permutations), queries, source, reserve)
+        return self._contexts("ICL prompts", queries, reserve, permutations=permutations)
 
     def fresh_contexts(
         self, queries: Sequence[Example], pool: Sequence[Example], reserve: int | None = None
@@ -112,69 +101,60 @@ class PromptBuilder:
         Raises:
             DataError: the pool is smaller than that; see :attr:`train_contexts`.
         """
-        count = min(len(self.train), self.config.max_demonstrations or len(self.train))
-        if len(pool) < count:
+        most = min(len(self.train), self.config.max_demonstrations or len(self.train))
+        if len(pool) < most:
             raise DataError(
-                f"icl_demonstrations fresh draws {count} demonstrations for each query from rows that are in "
+                f"icl_demonstrations fresh draws {most} demonstrations for each query from rows that are in "
                 f"no split; there are {len(pool)}. Give more rows, or set num_examples, or leave it out."
             )
-        return self._once(
-            ("fresh",), queries, lambda: self._draw("fresh", queries, pool, most=count), reserve
-        )
+        return self._contexts("ICL prompts", queries, reserve, order="fresh", pool=pool, most=most)
 
     def query_prompts(self, examples: Sequence[Example]) -> Sequence[Ids]:
         """Bare prompts; see :func:`query_prompts`."""
         return query_prompts(self.format, examples, self.window, self.reserve)
 
-    def _once(
+    def _contexts(
         self,
-        key: tuple[object, ...],
+        name: str,
         queries: Sequence[Example],
-        source: Callable[[], Draw | list[Context]],
-        reserve: int | None,
+        reserve: int | None = None,
+        *,
+        order: str | None = None,
+        pool: Sequence[Example] | None = None,
+        **changes: Any,
     ) -> Contexts:
-        """So that what was checked is what is used, and what does not fit is reported once."""
-        key = (*key, tuple(queries), reserve or self.reserve)
+        """Made once, so that what was checked is what is used, and what does not fit is reported once."""
+        key = (name, order, tuple(queries), reserve, changes.get("permutations"))
         if key not in self._known:
-            self._known[key] = self._contexts(queries, source(), "ICL prompts", reserve)
+            source: Draw | list[Context]
+            if order or self.shows_demonstrations:
+                source = self._draw(order or self.config.demo_order, queries, pool or self.train, **changes)
+            else:
+                source = self._own(queries, **changes)
+            lengths = self._lengths if pool is None and isinstance(source, Draw) else None
+            reserve = reserve or self.reserve
+            self._known[key] = Contexts(self.format, queries, self.window, reserve, name, source, lengths)
         return self._known[key]
 
-    def _contexts(
-        self, queries: Sequence[Example], source: Draw | list[Context], name: str, reserve: int | None = None
-    ) -> Contexts:
-        lengths = self._lengths if isinstance(source, Draw) and source.pool is self.train else None
-        return Contexts(self.format, queries, self.window, reserve or self.reserve, name, source, lengths)
-
-    def _draw(
-        self,
-        order: str,
-        queries: Sequence[Example],
-        pool: Sequence[Example],
-        permutations: int = 1,
-        *,
-        leave_one_out: bool = False,
-        most: int | None = None,
-    ) -> Draw:
-        most, settings = most or self.config.max_demonstrations, {}
+    def _draw(self, order: str, queries: Sequence[Example], pool: Sequence[Example], **changes: Any) -> Draw:
+        config = self.config
+        options = {"most": config.max_demonstrations, "seed": config.seed, **changes}
         if order == "search":
-            settings = {"tries": self.config.demo_search_orders, "window": [self.window, self.reserve, most]}
-        return Draw(
-            order,
-            queries,
-            pool,
-            permutations,
-            self.config.seed,
-            leave_one_out,
-            most,
-            self._embed,
-            lambda: self._ranked_orders,
-            settings,
-        )
+            window = [self.window, self.reserve, config.max_demonstrations]
+            options["settings"] = {"tries": config.demo_search_orders, "window": window}
+        return Draw(order, queries, pool, embed=self._embed, search=lambda: self._ranked_orders, **options)
 
-    def _own(self, queries: Sequence[Example], others: Callable[[int], Sequence[Example]]) -> list[Context]:
+    def _own(
+        self, queries: Sequence[Example], permutations: int = 1, leave_one_out: bool = False
+    ) -> list[Context]:
         """Each query's context, where it is not made of the training examples."""
         if self._text is not None:
             return [Context(self._text)] * len(queries)
+        train = self.train
+
+        def others(i: int) -> Sequence[Example]:
+            return [*train[:i], *train[i + 1 :]] if leave_one_out else train
+
         return own_contexts(queries, self.config.context_column or self._function, others)
 
     @cached_property

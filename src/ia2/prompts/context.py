@@ -17,7 +17,7 @@ import numpy as np
 from ia2.data.examples import Example
 from ia2.models.tokens import Ids
 from ia2.prompts.demonstrations import ORDERS, Draw
-from ia2.prompts.format import Message, PromptFormat
+from ia2.prompts.format import Preamble, PromptFormat
 from ia2.utils.errors import DataError
 from ia2.utils.files import digest
 from ia2.utils.logging import logger
@@ -29,7 +29,7 @@ _LOOKED_AT = 1000
 class Context(NamedTuple):
     """What comes before a query: a text or chat messages, then demonstrations."""
 
-    text: str | Sequence[Message] | None = None
+    text: Preamble | None = None
     demonstrations: Sequence[Example] = ()
 
 
@@ -45,10 +45,7 @@ class Dropped(NamedTuple):
 class Selection:
     """The demonstrations that each query is shown: as many whole ones as fit.
 
-    Args:
-        draw: which could come.
-        sizes: tokens of each demonstration, ``[N]``.
-        room: tokens beside each query, ``[n]``.
+    ``sizes`` are the tokens of each demonstration, ``[N]``; ``room`` those beside each query, ``[n]``.
     """
 
     def __init__(self, draw: Draw, sizes: np.ndarray, room: np.ndarray) -> None:
@@ -64,7 +61,7 @@ class Selection:
         self._shared: dict[int, list[int]] = {}
 
     def chosen(self, i: int, k: int) -> list[int]:
-        """Indices of the demonstrations that query ``i`` has in its context ``k``, as they are shown."""
+        """Indices of the demonstrations of query ``i`` in its context ``k``, as they are shown."""
         if not self.order.shared:
             return self._fitting(i, k)
         if k not in self._shared:
@@ -125,7 +122,7 @@ class Contexts:
         reserve: tokens of it kept for the answer.
         name: of the prompts, in messages.
         source: demonstrations to draw from, or a context of its own for each query.
-        lengths: :meth:`~ia2.prompts.format.PromptFormat.demonstration_lengths` of the pool, if known.
+        lengths: of the demonstrations, where they are known.
 
     Raises:
         DataError: a query or a text is longer than the window, or no demonstration fits beside a query.

@@ -20,10 +20,7 @@ class Draw:
 
     Attributes:
         order: a name of :data:`ORDERS`.
-        queries: the examples to be answered.
-        pool: the demonstrations.
         permutations: contexts of each query; more of them extend the orders rather than replace them.
-        seed: of all that is random.
         leave_one_out: queries are the pool, and none gets itself.
         most: at most so many demonstrations a query.
         embed: gives the embeddings of examples, ``[n, d]``.

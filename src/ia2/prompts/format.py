@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]  # role and content
+Preamble = str | Sequence[Message]
 
 # Stands for a text whose position in a rendered template is looked for.
 _MARK = "ia2-mark-7f3a"
@@ -61,33 +62,17 @@ class PromptFormat:
             )
 
     def query_ids(self, example: Example) -> Ids:
-        """Ids of a query on its own, ``X``.
-
-        Raises:
-            DataError: it has no tokens, or the chat template refuses it.
-        """
+        """Ids of a query on its own, ``X``."""
         if self.chat == "off":
             return self.encode(example.query, example.source)
         # a template takes as long as the tokenizer
-        return remembered(
-            self.tokenizer,
-            f"query {self._style}",
-            example.query,
-            lambda: self.context_ids((), example),
-        )
+        kind, make = f"query {self._style}", lambda: self.context_ids((), example)
+        return remembered(self.tokenizer, kind, example.query, make)
 
     def context_ids(
-        self,
-        demonstrations: Sequence[Example],
-        example: Example,
-        text: str | Sequence[Message] | None = None,
+        self, demonstrations: Sequence[Example], example: Example, text: Preamble | None = None
     ) -> Ids:
-        """Ids of a query behind its context, ``I ∘ X``.
-
-        Args:
-            demonstrations: in the order in which they are shown.
-            example: the query.
-            text: a free text, or chat messages, that come before everything else.
+        """Ids of a query behind its context, ``I ∘ X``: a text or chat messages, then demonstrations.
 
         Raises:
             DataError: chat messages without a chat template, or a template that refuses them.
@@ -116,24 +101,17 @@ class PromptFormat:
     def facts(self) -> dict[str, Any]:
         """What a prompt depends on beside the texts and the tokenizer; JSON-able."""
         template = digest(self.tokenizer.chat_template) if self.chat != "off" else None
-        return {
-            "separator": self.separator,
-            "chat": self.chat,
-            "thinking": self.thinking,
-            "template": template,
-        }
+        style = {"separator": self.separator, "chat": self.chat, "thinking": self.thinking}
+        return {**style, "template": template}
 
     @cached_property
     def _style(self) -> str:
         return digest(self.facts())
 
     def prompt_text(
-        self,
-        demonstrations: Sequence[Example],
-        example: Example,
-        text: str | Sequence[Message] | None = None,
+        self, demonstrations: Sequence[Example], example: Example, text: Preamble | None = None
     ) -> str:
-        """The whole prompt as text, from which :meth:`encode` makes ids; see :meth:`context_ids`."""
+        """What :meth:`context_ids` makes ids of."""
         query = example.query
         if self.chat != "turns":
             query = "".join(self._plain(demo) for demo in demonstrations) + query
@@ -159,11 +137,7 @@ class PromptFormat:
         return f"{demonstration.query}{demonstration.answer}{self.separator}"
 
     def encode(self, text: str, source: str = "prompt") -> Ids:
-        """Ids of a prompt text; a template brings its special tokens itself.
-
-        Raises:
-            DataError: the text has no tokens.
-        """
+        """Ids of a prompt text; a template brings its special tokens itself."""
         encode = encode_prompt if self.chat == "off" else encode_answer
         return encode(self.tokenizer, text, source)
 
@@ -197,27 +171,16 @@ class PromptFormat:
             return False
 
     def _through_template(self, messages: list[Message], source: str, *, prompt: bool = True) -> str:
+        # the names under which templates know the switch; others ignore them
+        switch = {"enable_thinking": self.thinking, "thinking": self.thinking}
+        # Llama's templates write today's date otherwise, and tomorrow's prompts would differ
+        date = "26 Jul 2024"
         return apply_template(
-            self.tokenizer,
-            messages,
-            source,
-            add_generation_prompt=prompt,
-            # the names under which templates know the switch; others ignore them
-            enable_thinking=self.thinking,
-            thinking=self.thinking,
-            # Llama's templates write today's date otherwise, and tomorrow's prompts would differ
-            date_string="26 Jul 2024",
+            self.tokenizer, messages, source, add_generation_prompt=prompt, date_string=date, **switch
         )
 
     def lengths(self, prompts: Iterable[tuple[str, str]]) -> np.ndarray:
-        """Number of ids of each prompt, ``[n]``; memory does not grow with their texts.
-
-        Args:
-            prompts: (prompt text, source of its query).
-
-        Raises:
-            DataError: a text has no tokens.
-        """
+        """Number of ids of each (prompt text, source of its query), ``[n]``; read batch by batch."""
         encode = encode_prompts if self.chat == "off" else encode_texts
         lengths: list[int] = []
         for batch in _batches(prompts):

@@ -75,10 +75,7 @@ def own_contexts(
 ) -> list[Context]:
     """The context of each query, from a column of the rows or from a function, which is asked once.
 
-    Args:
-        queries: the examples to be answered.
-        source: the column or the function.
-        others: gives the training examples that the function gets beside query ``i``.
+    The function gets ``others(i)`` beside query ``i``.
 
     Raises:
         DataError: a context cannot be read or made (of a column, all are counted, the first are named).
@@ -127,13 +124,7 @@ def _failure(error: Exception) -> str:
 
 
 def read_context(value: Any, source: str, what: str = "the context") -> Context:
-    """A context from a row or a function.
-
-    Args:
-        value: a text; chat messages, each with ``role`` and ``content``; or demonstrations, each with
-            ``prompt`` and ``completion`` or an :class:`Example`.
-        source: names the row in messages.
-        what: names the value in messages.
+    """A context from a row or a function; ``source`` and ``what`` name it in messages.
 
     Raises:
         DataError: it is empty or none of these.

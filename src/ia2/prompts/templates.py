@@ -32,12 +32,6 @@ def apply_template(
 ) -> str:
     """Messages (``role`` and ``content``) through a tokenizer's chat template, as text.
 
-    Args:
-        tokenizer: of the model.
-        messages: the turns.
-        source: of the query, for errors.
-        settings: what the template may ask for.
-
     Raises:
         DataError: the template refuses the messages, fails, or takes too much time, memory or text.
     """

@@ -58,6 +58,10 @@ class TeacherCache:
         config: settings; those of adapter and stages do not matter here.
         folder: where targets lie.
         function: makes contexts, instead of ``config.context_function``.
+
+    Attributes:
+        examples: part, a value of :data:`PARTS` → its rows.
+        prompts: of all rows.
     """
 
     def __init__(
@@ -146,13 +150,7 @@ class TeacherCache:
         return "store" if fits else "online"
 
     def targets(self, part: str, site: str = "output", top_k: int | None = None) -> OnlineTargets:
-        """The teacher's targets of one part.
-
-        Args:
-            part: a value of :data:`PARTS`.
-            site: ``output``, ``heads``, ``residual``, ``weights``, ``soft`` for token distributions, or
-                ``answers`` for no targets at all.
-            top_k: of token distributions.
+        """The teacher's targets of one part; ``site`` and ``top_k`` are those of :class:`Teacher`.
 
         Raises:
             ModelError: activations that this model does not give.
@@ -237,11 +235,8 @@ class TeacherCache:
         return exact_match(parse(answer.text), parse(example.answer or ""))
 
     def warn_if_icl_fails(self, *, unlabelled: bool = False) -> None:
-        """When ICL is no better than chance, alignment cannot help; said once, before training.
-
-        Args:
-            unlabelled: unlabelled rows are learnt on, so the dev rows, whose context is theirs, tell.
-        """
+        """When ICL is no better than chance, alignment cannot help; said once, before training."""
+        # where unlabelled rows are learnt on, dev rows tell: their context is the same
         part = "dev" if unlabelled else "train"
         count, answers = len(self.examples[part]), self.examples[part].answers
         if self.task.kind != "classification" or self._judged or not count:

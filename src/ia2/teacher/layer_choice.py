@@ -23,13 +23,11 @@ def choose_layers(
     """Layer indices that a setting stands for, in order.
 
     Args:
-        choice: ``all``; ``first-third``, ``middle-third`` or ``last-third`` of the layers there are; a
-            comma-separated list or a list of indices; ``top-K``, the K of the largest shift; or a glob
-            over module names, such as ``model.layers.1?.self_attn`` (a name that contains the attention
-            module, such as ``model.layers.1?``, matches too).
+        choice: ``all``; ``first-third``, ``middle-third`` or ``last-third``; indices, as a list or a text;
+            ``top-K``, the K of the largest shift; or a glob over module names, such as
+            ``model.layers.1?.self_attn`` (or of a module that contains it, ``model.layers.1?``).
         names: layer index → module name, of all layers that have attention: ``dict(capture)``.
-        shift: gives one number a layer, in their order; called for ``top-K`` only, for it is a pass of the
-            teacher over the examples.
+        shift: gives one number a layer, in their order; called for ``top-K`` only.
 
     Raises:
         ConfigError: a layer that is not there, a glob that matches nothing, K out of range, or something
@@ -100,14 +98,8 @@ def _matches(name: str, glob: str) -> bool:
 def layer_shift(icl: Iterable[torch.Tensor], base: Iterable[torch.Tensor]) -> list[float]:
     """How much each layer changes under ICL: the mean over examples of ``‖A_ICL − A_base‖²/‖A_ICL‖²``.
 
-    Relative, since the size of activations differs by orders of magnitude between layers.
-
-    Args:
-        icl: ``[L, G, d]`` of each example, the base model with demonstrations.
-        base: the same answers without them.
-
-    Returns:
-        L numbers; 0 where a layer says nothing at all.
+    Relative, since the size of activations differs by orders of magnitude between layers. ``icl`` and
+    ``base`` are ``[L, G, d]`` of each example, with demonstrations and without.
     """
     shares = []
     for with_context, without in zip(icl, base, strict=True):

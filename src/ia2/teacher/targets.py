@@ -83,14 +83,7 @@ class OnlineTargets:
 
 
 class TargetStore(OnlineTargets):
-    """Targets that are kept.
-
-    Args:
-        layers: of the targets.
-        permutations: targets of each example.
-        folder: to write them to; None keeps them in memory.
-        fingerprint: what they are computed from.
-    """
+    """Targets that are kept: in a folder, with a fingerprint of what they are computed from, or in memory."""
 
     online = False
 
@@ -197,12 +190,7 @@ def open_store(folder: Path, fingerprint: Mapping[str, Any]) -> TargetStore | No
 
 
 class JoinedTargets(OnlineTargets):
-    """Targets of several sets of examples, one set after the other.
-
-    Args:
-        parts: of each set.
-        indices: of each set, the examples that count.
-    """
+    """Targets of several sets of examples, one after the other; of each the examples with these indices."""
 
     def __init__(self, parts: Sequence[OnlineTargets], indices: Sequence[Sequence[int]]) -> None:
         super().__init__(parts[0].layers, parts[0].permutations)

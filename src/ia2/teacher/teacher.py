@@ -52,8 +52,7 @@ class Teacher:
         max_answer_tokens: G at most; 1 for single-token tasks.
         stop_texts: texts that end a generated answer.
         attention_modules: optional glob (see ``capture``).
-        average: average an example's permutations into one target; otherwise every permutation's are
-            kept.
+        average: average an example's permutations into one target; otherwise each one's are kept.
         end_id: id that ends an answer, where it is not the tokenizer's (a chat model's end of turn).
         site: which activations are the targets (see :class:`~ia2.models.capture.ActivationCapture`), or
             ``soft``: its token distributions, or ``answers``: there are none.
