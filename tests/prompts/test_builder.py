@@ -19,9 +19,9 @@ from pydantic import ValidationError
 from transformers import PreTrainedTokenizerFast
 
 from ia2.data.examples import Example
-from ia2.models.tokens import decode, encode_prompt
+from ia2.models.tokens import encode_prompt
 from ia2.prompts.builder import PromptBuilder
-from ia2.prompts.own_context import load_context_function, read_context
+from ia2.prompts.own_context import load_context_function
 from ia2.utils.errors import ConfigError, DataError
 from ia2.utils.files import digest
 
@@ -310,14 +310,3 @@ def test_function_by_its_import_path(
         with pytest.raises(ConfigError) as caught:
             load_context_function(spec)
         assert f"context_function '{spec}'" in str(caught.value) and told in str(caught.value)
-
-
-def test_examples_may_be_demonstrations() -> None:
-    assert read_context(rows(2), "row 9") == (None, tuple(rows(2)))
-
-
-def test_the_model_is_not_asked_without_need(word_tokenizer: PreTrainedTokenizerFast) -> None:
-    for settings in ({}, {"demo_order": "balanced"}, {"demo_order": "shared"}, {"context_text": "good"}):
-        prompts = builder(word_tokenizer, rows(6), **settings)  # type: ignore[arg-type]
-        for contexts in (prompts.train_contexts, prompts.pool_contexts(rows(2))):
-            assert decode(word_tokenizer, contexts.context_ids(1)).endswith(rows(2)[1].query)

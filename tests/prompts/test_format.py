@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from helpers.prompts import CHATML, TEMPLATES, awkward, chatty, rows
 from prompts.test_context import written
-from transformers import PreTrainedTokenizerFast
 
 from ia2.data.examples import Example
 from ia2.models.tokens import encode_answer, encode_prompt
@@ -113,19 +112,6 @@ def test_end_of_turn() -> None:
     assert PromptFormat(tokenizer, chat="turns").end_id == tokenizer.eos_token_id
 
 
-def test_facts() -> None:
-    styles: list[tuple[Any, ...]] = [
-        ("qwen", "\n\n", "off", False),
-        ("qwen", "\n", "off", False),
-        ("qwen", "\n\n", "turns", False),
-        ("qwen", "\n\n", "turns", True),
-        ("qwen", "\n\n", "single", False),
-        ("gemma", "\n\n", "turns", False),
-    ]
-    facts = [PromptFormat(chatty(kind), *style).facts() for kind, *style in styles]
-    assert all(a != b for i, a in enumerate(facts) for b in facts[:i])
-
-
 def test_todays_date_is_not_in_prompts() -> None:
     tokenizer = copy.deepcopy(chatty("chatml"))
     tokenizer.chat_template = (
@@ -149,7 +135,3 @@ def test_lengths(kind: str, chat: Any) -> None:
     demos = rows(7)
     total = int(prompt_format.demonstration_lengths(demos).sum()) + len(prompt_format.query_ids(QUERY))
     assert abs(len(prompt_format.context_ids(demos, QUERY)) - total) <= len(demos)
-
-
-def test_an_empty_prompt_is_the_beginning_of_a_sequence(word_tokenizer: PreTrainedTokenizerFast) -> None:
-    assert PromptFormat(word_tokenizer).lengths([("", "empty")]).tolist() == [1]

@@ -104,13 +104,6 @@ def test_shared_orders_are_as_random_as_independent_ones() -> None:
 # ---------------------------------------------------------------------------------------- balanced
 
 
-def test_answers_alternate() -> None:
-    examples = labelled(*"aabbccabc")
-    for i in range(9):
-        nearest = [examples[j].answer for j in reversed(order("balanced", examples).candidates(i, 0, 100))]
-        assert sorted(nearest[:3]) == ["a", "b", "c"] and nearest[:3] == nearest[3:6]
-
-
 @pytest.mark.parametrize(("limit", "each"), [(2, 0), (3, 1), (5, 1), (6, 2), (7, 2), (9, 3)])
 def test_equally_many_of_each(limit: int, each: int) -> None:
     examples = labelled(*"abc" * 40)
@@ -177,19 +170,3 @@ def test_the_best_orders_are_asked_for_late() -> None:
     assert [own.candidates(i, 0, 2) for i in range(4)] == [[1, 2], [0, 2], [1, 0], [0, 2]]
     assert own.candidates(3, 1, 9) == [0, 1, 2] and asked == [1]
     assert [pool.candidates(9, 0, limit) for limit in (4, 2, 0)] == [[3, 1, 0, 2], [0, 2], []]
-
-
-def test_facts_tell_orders_apart() -> None:
-    rows = labelled(*"ab")
-    facts = [
-        Draw(name, rows, rows, 1, seed, own, settings=extra).facts()
-        for name, seed, own, extra in [
-            ("random", 0, True, {}),
-            ("random", 1, True, {}),
-            ("random", 0, False, {}),
-            ("shared", 0, True, {}),
-            ("search", 0, True, {"tries": 8}),
-            ("search", 0, True, {"tries": 9}),
-        ]
-    ]
-    assert all(a != b for i, a in enumerate(facts) for b in facts[:i])
