@@ -10,6 +10,7 @@ from helpers.benchmark_rows import (
     ROWS,
     mirror,
 )
+from helpers.command_line import names
 from helpers.example_rows import said
 
 from ia2.data.benchmarks import BENCHMARKS
@@ -55,26 +56,16 @@ def test_the_environment_names_the_mirrors(tmp_path: Path, monkeypatch: pytest.M
     assert len(BENCHMARKS["PoemS"].load(tmp_path / "there").test) == 2
 
 
-def test_missing_mirrors_name_both_ways(tmp_path: Path) -> None:
-    with pytest.raises(DataError) as info:
-        BENCHMARKS["SST2"].load(tmp_path)
-    message = said(info)
-    assert f"no file {tmp_path / 'sst2' / 'validation.jsonl'}" in message
-    assert "stanfordnlp/sst2" in message
-    assert "leave --data-dir and IA2_DATA_DIR out to read them from the hub" in message
-    with pytest.raises(DataError) as info:
-        BENCHMARKS["SST2"].load(tmp_path / "nowhere")
-    assert "no folder" in said(info)
-    assert "from the hub" in said(info)
-
-
-def test_no_hub_names_both_ways(offline: Path) -> None:
-    with pytest.raises(DataError) as info:
-        BENCHMARKS["FinS"].load()
-    message = said(info)
-    assert message.startswith("FinS: takala/financial_phrasebank: the hub cannot be reached")
-    assert "--data-dir or IA2_DATA_DIR" in message
-    assert "financial_phrasebank/train.jsonl" in message
+def test_missing_rows_name_both_ways(tmp_path: Path, offline: Path) -> None:
+    sst, fins = BENCHMARKS["SST2"], BENCHMARKS["FinS"]
+    for benchmark, folder, told in (
+        (sst, tmp_path, (f"no file {tmp_path / 'sst2' / 'validation.jsonl'}", "stanfordnlp/sst2")),
+        (sst, tmp_path / "nowhere", ("no folder", "from the hub")),
+        (fins, None, ("hub cannot be reached", "financial_phrasebank/train.jsonl")),
+    ):
+        with pytest.raises(DataError, match=f"^{benchmark.name}: .*IA2_DATA_DIR") as info:
+            benchmark.load(folder)
+        names(said(info), *told)
 
 
 def test_the_hub_and_a_mirror_are_read_alike(offline: Path) -> None:

@@ -192,7 +192,7 @@ def bench_for(files: Path, base: BaseModel, folder: Path, name: str = "two") -> 
     data = load_benchmark(files / f"{name}.yaml").load()
     config = AdaptConfig(**data.benchmark.settings(), num_examples=4)
     rows = Examples([*data.pool, *data.test], name=data.benchmark.name)
-    task = make_task(rows, config, base.tokenizer, data.benchmark.prompt_template)
+    task = make_task(rows, config, base.tokenizer, data.benchmark.prompt)
     split = data.pool.split(num_examples=4, seed=0) if len(data.pool) else FewShotSplit(rows[:4], rows[4:])
     return Workbench(base, split, task, config, folder), data
 

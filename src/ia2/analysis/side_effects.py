@@ -145,7 +145,7 @@ def other_benchmark(
     }
     config = validate(AdaptConfig, {**benchmark.settings(None), **style}, benchmark.name)
     try:
-        return make_task(rows, config, prompt_format.tokenizer, benchmark.prompt_template), rows
+        return make_task(rows, config, prompt_format.tokenizer, benchmark.prompt), rows
     except DataError as error:
         raise DataError(f"{benchmark.name}: {error}") from error
 

@@ -156,7 +156,7 @@ def _facts(benchmark: Benchmark) -> dict[str, Any]:
         **{"name": benchmark.name, "kind": benchmark.kind, "role": benchmark.role},
         **benchmark.model_dump(mode="json", exclude_unset=True, exclude_none=True),
         "default_verbaliser": benchmark.verbaliser,
-        "stop": stop_text([], "\n\n", benchmark.prompt_template),
+        "stop": stop_text([], "\n\n", benchmark.prompt),
         "ood": list(benchmark.ood),
     }
 

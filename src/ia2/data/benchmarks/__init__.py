@@ -28,12 +28,7 @@ _NAMES = (
 
 
 def _read(file: Path, parsers: Sequence[str] = ()) -> Benchmark:
-    """The entry in a file; paths in it are relative to the file.
-
-    Raises:
-        DataError: there is no such file.
-        ConfigError: it is no mapping, has an unknown key, or a value is not allowed. One line.
-    """
+    """The entry in a file; paths in it are relative to the file."""
     benchmark: Benchmark = load_config(Benchmark, file, {}, {"parser": parsers})
     if benchmark.parser:
         load_parser(benchmark.parser)  # one that is not there is refused now, not after the training

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 NOT_EMPTY = "not empty"
 
 
-class Rows(Section):
+class Drawn(Section):
     """Rows that are drawn from a split."""
 
     model_config = ConfigDict(frozen=True)
@@ -84,8 +84,8 @@ class Benchmark(Section):
     path: Path | None = Field(
         None, description="Folder of <split>.jsonl (.csv, .parquet) files; instead of hub and mirror."
     )
-    pool: Rows | None = Field(None, description="Where training and dev rows are drawn from.")
-    test: Rows = Field(description="Where test rows are drawn from; never the same rows.")
+    pool: Drawn | None = Field(None, description="Where training and dev rows are drawn from.")
+    test: Drawn = Field(description="Where test rows are drawn from; never the same rows.")
     filter: dict[str, Literal["not empty"] | list[bool | int | str]] = Field(
         {}, description="Column to the values that are kept, or `not empty`."
     )
@@ -123,25 +123,12 @@ class Benchmark(Section):
     def _whole(self) -> Benchmark:
         if (self.hub is None) == (self.path is None):
             raise ValueError("give hub (a hub id or a folder in hub layout) or path (a folder of files)")
-        self._check_answers()
-        try:
-            RowFormat(self.prompt, self.answer)
-            if self.parser and ":" not in self.parser:  # others are code, which nobody has named yet
-                load_parser(self.parser)
-        except (DataError, ConfigError) as error:
-            raise ValueError(str(error)) from None
-        if self.choices is not None and "choices" not in self.prompt_columns:
-            raise ValueError("prompt: write {choices} where the choices come")
-        return self
-
-    def _check_answers(self) -> None:
-        labelled = [name for name in ("label", "choices") if getattr(self, name) is not None]
-        given = [*labelled, *(["answer"] if self.answer is not None else [])]
-        if len(given) != 1:
-            raise ValueError(f"give one of label, choices and answer, not {' and '.join(given) or 'none'}")
-        if bool(labelled) != bool(self.verbalisers):
+        ways = [way for way in ("label", "choices", "answer") if getattr(self, way) is not None]
+        if len(ways) != 1:
+            raise ValueError(f"give one of label, choices and answer, not {' and '.join(ways) or 'none'}")
+        if (self.answer is None) != bool(self.verbalisers):
             raise ValueError("labels need verbalisers, and free text has none")
-        if labelled and (self.parser or self.max_answer_tokens):
+        if self.answer is None and (self.parser or self.max_answer_tokens):
             raise ValueError("parser and max_answer_tokens are for free text. Leave them out")
         raw = set(self.choices.labels) if self.choices else None
         for name, texts in self.verbalisers.items():
@@ -151,6 +138,15 @@ class Benchmark(Section):
                     f"verbalisers.{name}: its labels are {', '.join(texts)}, where {', '.join(sorted(raw))} "
                     "are expected"
                 )
+        try:
+            RowFormat(self.prompt, self.answer)
+            if self.parser and ":" not in self.parser:  # others are code, which nobody has named yet
+                load_parser(self.parser)
+        except (DataError, ConfigError) as error:
+            raise ValueError(str(error)) from None
+        if self.choices is not None and "choices" not in self.prompt_columns:
+            raise ValueError("prompt: write {choices} where the choices come")
+        return self
 
     @property
     def kind(self) -> str:
@@ -173,11 +169,6 @@ class Benchmark(Section):
         if self.hub is None:
             return str(self.path)
         return f"{self.hub} ({self.config})" if self.config else self.hub
-
-    @property
-    def prompt_template(self) -> str:
-        """From whose opening literal the text is made that ends an answer (``\\n\\nQuestion:``)."""
-        return self.prompt
 
     @property
     def prompt_columns(self) -> tuple[str, ...]:
@@ -214,14 +205,9 @@ class Benchmark(Section):
         """
         name = self.check_verbaliser(verbaliser)
         if name is not None:
-            answers = list(dict.fromkeys(self.verbalisers[name].values()))
-            return {"task": self.kind, "labels": answers}
-        found: dict[str, Any] = {"task": self.kind}
-        if self.parser is not None:
-            found["parser"] = self.parser
-        if self.max_answer_tokens is not None:
-            found["max_answer_tokens"] = self.max_answer_tokens
-        return found
+            return {"task": self.kind, "labels": list(dict.fromkeys(self.verbalisers[name].values()))}
+        asked = {"task": self.kind, "parser": self.parser, "max_answer_tokens": self.max_answer_tokens}
+        return {key: value for key, value in asked.items() if value is not None}
 
     def row_format(self, verbaliser: str | None = None) -> RowFormat:
         """How a row (with its derived columns) becomes an example.
@@ -247,10 +233,10 @@ class Benchmark(Section):
         The rows depend on the benchmark alone: not on verbaliser, seed or number of examples.
 
         Args:
-            data_dir: Folder of mirrors (``<folder>/<split>.jsonl``); None: ``IA2_DATA_DIR``, else the hub.
-            verbaliser: Name of a verbaliser; None: the default.
-            max_test: Only the first so many test rows.
-            max_answer_tokens: Free text: instead of the entry's own limit, for which pool rows with
+            data_dir: folder of mirrors (``<folder>/<split>.jsonl``); None: ``IA2_DATA_DIR``, else the hub.
+            verbaliser: name of a verbaliser; None: the default.
+            max_test: only the first so many test rows.
+            max_answer_tokens: free text: instead of the entry's own limit, for which pool rows with
                 longer answers are left out.
 
         Raises:

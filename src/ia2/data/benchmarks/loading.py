@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ia2.config import FREE_TEXT_TOKENS
-from ia2.data.benchmarks.entry import NOT_EMPTY, Benchmark, Choices, label_key
+from ia2.data.benchmarks.entry import NOT_EMPTY, Benchmark, label_key
 from ia2.data.examples import Examples
 from ia2.data.hub import numbered, read_folder, read_hub
 from ia2.data.readers import READERS, Read, read_file
@@ -37,7 +37,7 @@ _PIECE = re.compile(r"\d|[^\W\d_]{1,8}|[^\w\s]|_|\n")
 _TOKENS_A_PIECE = 1.27
 
 # Where it was read, and its columns.
-Row = tuple[str, dict[str, Any]]
+SourcedRow = tuple[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -70,30 +70,26 @@ def load(
     verbaliser = benchmark.check_verbaliser(verbaliser)
     mirrors = _mirrors(benchmark, data_dir)
     notes = mirror_notes(mirrors, benchmark.mirror) if mirrors and benchmark.mirror else []
-    rows, more = _rows(benchmark, benchmark.test.split, mirrors)
-    notes += more
-    test, rest = rows[: benchmark.test.rows], rows[benchmark.test.rows :]
-    pool: list[Row] = []
-    if benchmark.pool is not None:
+    rows = _rows(benchmark, benchmark.test.split, mirrors, notes)
+    test, pool = rows[: benchmark.test.rows], rows[benchmark.test.rows :]
+    if benchmark.pool is None:
+        pool = []
+    else:
         if benchmark.pool.split != benchmark.test.split:
-            rest, more = _rows(benchmark, benchmark.pool.split, mirrors)
-            notes += more
-        pool, more = _pool(benchmark, rest, test, max_answer_tokens)
-        notes += more
+            pool = _rows(benchmark, benchmark.pool.split, mirrors, notes)
+        pool = _pool(benchmark, pool, test, max_answer_tokens, notes)[: benchmark.pool.rows]
+    pool_rows = _render(benchmark, verbaliser, pool)
     return BenchmarkData(
-        benchmark,
-        verbaliser,
-        _render(benchmark, verbaliser, pool),
-        _render(benchmark, verbaliser, test[:max_test]),
-        notes,
+        benchmark, verbaliser, pool_rows, _render(benchmark, verbaliser, test[:max_test]), notes
     )
 
 
-def _render(benchmark: Benchmark, verbaliser: str | None, rows: list[Row]) -> Examples:
+def _render(benchmark: Benchmark, verbaliser: str | None, rows: list[SourcedRow]) -> Examples:
     if not rows:
         return Examples([], name=benchmark.name)
     if benchmark.choices is not None:
-        rows = _sound(benchmark.name, ((source, row, None) for source, row in rows), _with_choices(benchmark))
+        read = ((source, row, None) for source, row in rows)
+        rows = _sound(benchmark.name, read, lambda row: _with_choices(benchmark, row))
     return Examples.from_rows(
         [row for _, row in rows],
         format=benchmark.row_format(verbaliser),
@@ -106,11 +102,7 @@ def _render(benchmark: Benchmark, verbaliser: str | None, rows: list[Row]) -> Ex
 
 
 def _mirrors(benchmark: Benchmark, data_dir: str | Path | None) -> Path | None:
-    """The folder of mirrors to read, if any.
-
-    Raises:
-        DataError: there is no such folder.
-    """
+    """The folder of mirrors to read, if any."""
     given = data_dir if data_dir is not None else os.environ.get(DATA_DIR)
     if benchmark.path is not None or not given:
         return None
@@ -123,41 +115,46 @@ def _mirrors(benchmark: Benchmark, data_dir: str | Path | None) -> Path | None:
     return folder
 
 
-def _rows(benchmark: Benchmark, split: str, mirrors: Path | None) -> tuple[list[Row], list[str]]:
-    """The rows of a split that pass the filter, in drawn order; what was left out."""
+def _rows(benchmark: Benchmark, split: str, mirrors: Path | None, notes: list[str]) -> list[SourcedRow]:
+    """The rows of a split that pass the filter, in drawn order; ``notes`` are told what was left out."""
     if benchmark.path is not None:
         read = _own_file(benchmark, benchmark.path, split)
     elif mirrors is not None:
-        read = _mirror_file(benchmark, mirrors, split)
+        file = mirrors / (benchmark.mirror or "") / f"{split}.jsonl"
+        if not file.exists():
+            raise DataError(
+                f"{benchmark.name}: no file {file}. Put the rows of {benchmark.source} there, one JSON "
+                f"object a line, or leave --data-dir and {DATA_DIR} out to read them from the hub."
+            )
+        read = read_file(file)
     else:
         read = _hub(benchmark, split)
-    every = _sound(f"{benchmark.name} ({split})", read, _shortened(benchmark))
+    place = f"{benchmark.name} ({split})"
+    all_rows = _sound(place, read, lambda row: _shortened(benchmark, row))
     rows, failed = [], Counter[str]()
-    for source, row in every:
+    for source, row in all_rows:
         column = _fails(benchmark, row)
         if column is None:
             rows.append((source, row))
         else:
             failed[column] += 1
     if not rows:
-        raise DataError(f"{benchmark.name} ({split}): none of {len(every)} rows passes the filter.")
+        raise DataError(f"{place}: none of {len(all_rows)} rows passes the filter.")
     random.Random(_DRAW_SEED).shuffle(rows)
     # A filter by value says what the benchmark is; one for emptiness loses rows.
-    notes = [
-        f"{count:,} of {len(every):,} rows of {split} are left out: {column} is empty"
+    notes += [
+        f"{count:,} of {len(all_rows):,} rows of {split} are left out: {column} is empty"
         for column, count in failed.items()
         if benchmark.filter[column] == NOT_EMPTY
     ]
-    return rows, notes
+    return rows
 
 
-def _sound(place: str, read: Iterable[Read], change: Callable[[dict[str, Any]], dict[str, Any]]) -> list[Row]:
-    """Rows as ``change`` makes them.
-
-    Raises:
-        DataError: there are none, or some are bad (all are named).
-    """
-    rows: list[Row] = []
+def _sound(
+    place: str, read: Iterable[Read], change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> list[SourcedRow]:
+    """Rows as ``change`` makes them; bad ones are all named."""
+    rows: list[SourcedRow] = []
     bad: list[str] = []
     for source, row, problem in read:
         if problem is None and not isinstance(row, Mapping):
@@ -191,16 +188,6 @@ def _own_file(benchmark: Benchmark, folder: Path, split: str) -> Iterable[Read]:
     )
 
 
-def _mirror_file(benchmark: Benchmark, mirrors: Path, split: str) -> Iterable[Read]:
-    file = mirrors / (benchmark.mirror or "") / f"{split}.jsonl"
-    if not file.exists():
-        raise DataError(
-            f"{benchmark.name}: no file {file}. Put the rows of {benchmark.source} there, one JSON object a "
-            f"line, or leave --data-dir and {DATA_DIR} out to read them from the hub."
-        )
-    return read_file(file)
-
-
 def _hub(benchmark: Benchmark, split: str) -> Iterable[Read]:
     path = str(benchmark.hub)
     folder = user_path(path)
@@ -229,10 +216,9 @@ def _converted(path: str, split: str, benchmark: Benchmark, error: DataError) ->
     signs = ("scripts are no longer supported", "cannot be reached", "Couldn't find cache")
     if benchmark.revision or not any(sign in str(error) for sign in signs):
         return None
+    config = benchmark.config or "default"
     try:
-        rows: Iterable[Any] = datasets.load_dataset(
-            path, data_dir=benchmark.config or "default", split=split, revision=_CONVERTED
-        )
+        rows: Iterable[Any] = datasets.load_dataset(path, data_dir=config, split=split, revision=_CONVERTED)
     except Exception:  # of many types; the first error says more
         return None
     return rows
@@ -241,18 +227,12 @@ def _converted(path: str, split: str, benchmark: Benchmark, error: DataError) ->
 def mirror_notes(mirrors: Path, folder: str) -> list[str]:
     """What the mirrors' ``README.md`` says of one folder in its column "differs from the hub?".
 
-    Args:
-        mirrors: The folder of mirrors.
-        folder: Name of one of them.
-
-    Returns:
-        Nothing if it has no such table, or says "no".
+    Nothing if it has no such table, or says "no".
     """
     readme = mirrors / "README.md"
-    if not readme.is_file():
-        return []
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     column = None
-    for line in readme.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in text.splitlines():
         if not line.lstrip().startswith("|"):
             column = None  # the table has ended
             continue
@@ -260,8 +240,7 @@ def mirror_notes(mirrors: Path, folder: str) -> list[str]:
         if cells[0].lower() == "folder":
             column = next((i for i, cell in enumerate(cells) if cell.lower().startswith("differs")), None)
         elif column is not None and cells[0].strip("`") == folder and len(cells) > column:
-            said = re.sub(r"[*`]", "", cells[column])
-            said = re.sub(r"^yes:\s*|\s*\(see below\)", "", said)
+            said = re.sub(r"^yes:\s*|\s*\(see below\)", "", re.sub(r"[*`]", "", cells[column]))
             same = said.lower().rstrip(".") in ("", "no")
             return [] if same else [f"the mirror differs from the hub: {said}"]
     return []
@@ -282,33 +261,22 @@ def _fails(benchmark: Benchmark, row: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _shortened(benchmark: Benchmark) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    def shorten(row: dict[str, Any]) -> dict[str, Any]:
-        for column in benchmark.filter:
-            if column not in row:
-                raise DataError(
-                    f"{benchmark.name} filters by the column '{column}'; there are {names_of(list(row))}"
-                )
-        for column, characters in benchmark.shorten.items():
-            text = str(_reach(row, column))
-            if len(text) > characters:
-                row[column] = (text[:characters].rsplit(maxsplit=1) or [""])[0]
-        return row
-
-    return shorten
+def _shortened(benchmark: Benchmark, row: dict[str, Any]) -> dict[str, Any]:
+    for column in benchmark.filter:
+        if column not in row:
+            there = names_of(list(row))
+            raise DataError(f"{benchmark.name} filters by the column '{column}'; there are {there}")
+    for column, characters in benchmark.shorten.items():
+        text = str(_reach(row, column))
+        if len(text) > characters:
+            row[column] = (text[:characters].rsplit(maxsplit=1) or [""])[0]
+    return row
 
 
-def _with_choices(benchmark: Benchmark) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    def add(row: dict[str, Any]) -> dict[str, Any]:
-        assert benchmark.choices is not None
-        lines, label = _choices(benchmark, benchmark.choices, row)
-        return {**row, "choices": lines, "label": label}
-
-    return add
-
-
-def _choices(benchmark: Benchmark, choices: Choices, row: Mapping[str, Any]) -> tuple[str, str]:
-    """The lines of all choices, and the label of the right one."""
+def _with_choices(benchmark: Benchmark, row: dict[str, Any]) -> dict[str, Any]:
+    """A row with the lines of all choices, and the label of the right one."""
+    choices = benchmark.choices
+    assert choices is not None
     if choices.right is not None:
         texts = [str(_reach(row, column)) for column in (choices.right, *choices.wrong)]
         right = 0
@@ -323,14 +291,18 @@ def _choices(benchmark: Benchmark, choices: Choices, row: Mapping[str, Any]) -> 
     order = list(range(len(texts)))
     if choices.shuffle:
         # By the row's own texts, so that a row looks the same wherever it stands in a file.
-        asked = [str(row.get(column)) for column in benchmark.prompt_columns if column != "choices"]
-        random.Random("\n".join([*asked, *texts])).shuffle(order)
+        random.Random("\n".join([*_asked(benchmark, row), *texts])).shuffle(order)
     line = Template.parse(choices.line, "line")
     cells = [
         {"label": label, "choice": texts[place]} for label, place in zip(choices.labels, order, strict=True)
     ]
     lines = "".join(line.render(cell, "choice", None) for cell in cells)
-    return lines, choices.labels[order.index(right)]
+    return {**row, "choices": lines, "label": choices.labels[order.index(right)]}
+
+
+def _asked(benchmark: Benchmark, row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The question of a row, without the choices, which may be in another order."""
+    return tuple(str(row.get(column)) for column in benchmark.prompt_columns if column != "choices")
 
 
 def _reach(row: Mapping[str, Any], column: str) -> Any:
@@ -347,42 +319,42 @@ def _reach(row: Mapping[str, Any], column: str) -> Any:
 
 
 def _pool(
-    benchmark: Benchmark, rows: list[Row], test: list[Row], max_answer_tokens: int | None
-) -> tuple[list[Row], list[str]]:
-    """The first rows whose question is no test row's, and whose answer is not too long."""
+    benchmark: Benchmark,
+    rows: list[SourcedRow],
+    test: list[SourcedRow],
+    max_answer_tokens: int | None,
+    notes: list[str],
+) -> list[SourcedRow]:
+    """The rows whose question is no test row's, and whose answer is not too long."""
     assert benchmark.pool is not None
-    # Without the choices, which may be in another order.
-    columns = [column for column in benchmark.prompt_columns if column != "choices"]
-    tested = {tuple(str(row.get(column)) for column in columns) for _, row in test}
+    tested = {_asked(benchmark, row) for _, row in test}
     limit = max_answer_tokens or benchmark.max_answer_tokens or FREE_TEXT_TOKENS
-    kept, in_test, too_long = [], 0, 0
-    for source, row in rows:
-        if tuple(str(row.get(column)) for column in columns) in tested:
-            in_test += 1
-        elif benchmark.answer is not None and tokens_at_most(_answer(benchmark.answer, row)) > limit:
-            too_long += 1
-        else:
-            kept.append((source, row))
-    reasons = [
-        (in_test, "they repeat a test row"),
-        (too_long, f"their answers can have more than {limit} tokens"),
-    ]
-    notes = [
+    others = [(source, row) for source, row in rows if _asked(benchmark, row) not in tested]
+    kept = others
+    if benchmark.answer is not None:
+        answer = Template.parse(benchmark.answer, "answer")
+        kept = [(source, row) for source, row in others if _tokens_of(answer, row) <= limit]
+    reasons = (
+        (len(rows) - len(others), "they repeat a test row"),
+        (len(others) - len(kept), f"their answers can have more than {limit} tokens"),
+    )
+    left_out = [
         f"{count:,} of {len(rows):,} rows of {benchmark.pool.split} are left out of the pool: {why}"
         for count, why in reasons
         if count
     ]
     if not kept:
-        why = "; ".join(notes) or f"all are test rows. Lower test.rows ({benchmark.test.rows})"
+        why = "; ".join(left_out) or f"all are test rows. Lower test.rows ({benchmark.test.rows})"
         raise DataError(f"{benchmark.name}: no row is left for training: {why}.")
-    return kept[: benchmark.pool.rows], notes
+    notes += left_out
+    return kept
 
 
-def _answer(template: str, row: Mapping[str, Any]) -> str:
+def _tokens_of(answer: Template, row: Mapping[str, Any]) -> int:
     try:
-        return Template.parse(template, "answer").render(row, "answer", None)
+        return tokens_at_most(answer.render(row, "answer", None))
     except BadCell:
-        return ""  # said of the row when it is rendered
+        return 0  # said of the row when it is rendered
 
 
 def tokens_at_most(text: str) -> int:

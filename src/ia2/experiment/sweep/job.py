@@ -189,7 +189,7 @@ def task_of(rows: BenchmarkData, config: AdaptConfig, base: BaseModel, *, ood: b
     # a test row's own free-text answer may be longer than what is generated
     checked = rows.pool if benchmark.kind == "generation" else [*rows.pool, *rows.test]
     every = Examples(checked, name=benchmark.name)
-    return make_task(every, config, base.tokenizer, benchmark.prompt_template, rows.test)
+    return make_task(every, config, base.tokenizer, benchmark.prompt, rows.test)
 
 
 class _Shared:
