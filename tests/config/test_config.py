@@ -46,7 +46,7 @@ def test_a_dumped_configuration_reads_back(tmp_path: Path) -> None:
         ({"align": {"epoch": 3}}, "unknown key 'align.epoch'. Did you mean 'epochs'?"),
         ({"align": {"zzz": 3}, "zzz": 1}, "unknown key 'align.zzz'; unknown key 'zzz'."),
         ({"soft": {"remainder": "drop"}}, "soft: remainder does nothing without top_k"),
-        ({"joint": {"betas": [0.5, 1]}}, "joint.betas: β must lie between 0 and 1"),
+        ({"joint": {"betas": [0.5, 1]}}, "joint.betas.1: β must lie between 0 and 1"),
         ({"sft": {"only_correct": True}}, "sft: only_correct does nothing to fine-tuning on true answers"),
         ({"sft": {"ia2_decay_epochs": 3}}, "sft: ia2_decay_epochs does nothing without ia2_weight"),
         ({"align": {"objective": "attention", "normalise": True}}, "align: normalise does nothing to"),

@@ -8,7 +8,7 @@ by :mod:`ia2.config.reading`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -20,17 +20,17 @@ from ia2.config.sections import (
     MAX_SEEDS,
     SECTIONS,
     AdapterConfig,
+    AdapterName,
     AlignConfig,
     ConstantConfig,
     JointConfig,
+    ObjectiveName,
     Rate,
     Section,
     Seed,
     SftConfig,
     SoftConfig,
     StageSection,
-    adapter_name,
-    objective_name,
     one_of,
 )
 
@@ -41,10 +41,7 @@ FREE_TEXT_TOKENS = 200
 class AdaptConfig(Section):
     """How examples become an adapter."""
 
-    recipe: str = Field(
-        "ia2-sft",
-        description=f"{', '.join(TRAINED)}, or a name under `schedules`.",
-    )
+    recipe: str = Field("ia2-sft", description=f"{', '.join(TRAINED)}, or a name under `schedules`.")
     schedules: dict[str, list[dict[str, Any]]] = Field(
         {},
         description="Recipes of one's own: name → list of stages, each with the key `stage` (align, sft, "
@@ -153,8 +150,7 @@ class AdaptConfig(Section):
         None, ge=1, description="Examples of one forward pass; smaller saves memory."
     )
     targets: Literal["auto", "store", "memory", "online"] = Field(
-        "auto",
-        description="Keep the teacher's activations on disk, in memory, or recompute them each step.",
+        "auto", description="Keep the teacher's activations on disk, in memory, or recompute them each step."
     )
     attention_modules: str | None = Field(
         None, description="Glob over module names, for models whose attention is not recognised."
@@ -166,9 +162,7 @@ class AdaptConfig(Section):
         None, description="Passed on to the model's activation checkpointing."
     )
     checkpoint_every: int = Field(
-        100,
-        ge=1,
-        description="Optimiser steps between checkpoints inside a stage.",
+        100, ge=1, description="Optimiser steps between checkpoints inside a stage."
     )
     report_to: list[str] = Field([], description="Trackers of transformers.Trainer, such as tensorboard.")
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
@@ -186,36 +180,16 @@ class AdaptConfig(Section):
     @property
     def drawn(self) -> dict[str, Any]:
         """What :meth:`ia2.Examples.split` is called with, beside the seed."""
-        return {
-            "num_examples": self.num_examples,
-            "balanced": self.balanced,
-            "dev": self.selection == "dev",
-        }
+        return {"num_examples": self.num_examples, "balanced": self.balanced, "dev": self.selection == "dev"}
 
     @model_validator(mode="after")
     def _possible(self) -> AdaptConfig:
         self._check_schedules()
         if self.recipe != AUTO:
             self._check_recipe(self.recipe, "recipe")
-        self._check_context()
-        self._check_layers()
-        if (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError(REENTRANT)
-        if self.selection == "last" and (
-            len(self.learning_rates or ()) > 1 or len(self.joint.betas or ()) > 1
-        ):
-            raise ValueError(
-                "selection last chooses nothing: give one learning rate and one β, or set selection to folds"
-            )
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}"
-            )
-        if self.targets == "online" and self.permutation_targets == "mean" and self.context_draws > 1:
-            raise ValueError(
-                "targets averaged over several demonstration orders cannot be computed online. Set "
-                "permutation_targets to sample, or targets to store"
-            )
+        for wrong, reason in self._contradictions():
+            if wrong:
+                raise ValueError(reason)
         return self
 
     def _check_recipe(self, recipe: str, place: str) -> None:
@@ -223,14 +197,6 @@ class AdaptConfig(Section):
             one_of(recipe, [*RECIPES, *self.schedules])
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
-
-    def _check_layers(self) -> None:
-        chosen = [str(section.layers) for section in (self.align, self.joint)]
-        if self.targets == "online" and any(layers.strip().startswith("top-") for layers in chosen):
-            raise ValueError(
-                "layers chosen by their shift under ICL need stored targets. Set targets to store or memory, "
-                "or choose the layers by name"
-            )
 
     def _check_schedules(self) -> None:
         for name, stages in self.schedules.items():
@@ -262,48 +228,63 @@ class AdaptConfig(Section):
             problems = [describe(SECTIONS[kind], problem) for problem in error.errors()]
             raise ValueError(f"{where}: {'; '.join(problems)}") from None
 
-    def _check_context(self) -> None:
-        names = ("context_text", "context_file", "context_column", "context_function")
-        for name in names:
+    def _contradictions(self) -> Iterator[tuple[bool, str]]:
+        """Whether two settings contradict each other, and what to say of it."""
+        kinds = ("context_text", "context_file", "context_column", "context_function")
+        for name in kinds:
             # as from a shell variable that is not set; demonstrations are not what was asked for
-            if getattr(self, name) is not None and not getattr(self, name).strip():
-                raise ValueError(f"{name} is empty. Leave it out to show demonstrations")
-        given = [name for name in names if getattr(self, name)]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} are given; one context at a time")
-        if given:
-            idle = [
-                name
-                for name, default in (
-                    ("context_draws", 1),
-                    ("demo_order", "random"),
-                    ("icl_demonstrations", "same"),
-                    ("max_demonstrations", None),
-                )
-                if getattr(self, name) != default
-            ]
-            if idle:
-                raise ValueError(f"{' and '.join(idle)} do nothing beside {given[0]}. Leave them out")
-        if self.thinking and self.chat == "off":
-            raise ValueError("thinking does nothing without chat. Set chat to turns or single")
-        if self.demo_search_orders != 8 and self.demo_order != "search":
-            raise ValueError("demo_search_orders does nothing unless demo_order is search")
-        draws, tries = self.context_draws, self.demo_search_orders
-        if self.demo_order == "nearest" and draws > 1:
-            raise ValueError(
-                f"demo_order nearest gives one order, context_draws is {draws}. Leave it out, or choose "
-                "another order"
-            )
-        if self.demo_order == "search" and draws > tries:
-            raise ValueError(
-                f"context_draws is {draws}, but the search tries {tries} orders. Raise demo_search_orders"
-            )
-
-
-REENTRANT = (
-    "use_reentrant=True is not possible: captured activations would carry no gradient. "
-    "Leave it out, or set it to false"
-)
+            empty = getattr(self, name) is not None and not getattr(self, name).strip()
+            yield empty, f"{name} is empty. Leave it out to show demonstrations"
+        given = [name for name in kinds if getattr(self, name)]
+        yield len(given) > 1, f"{' and '.join(given)} are given; one context at a time"
+        of_demonstrations = ("context_draws", "demo_order", "icl_demonstrations", "max_demonstrations")
+        idle = [n for n in of_demonstrations if getattr(self, n) != AdaptConfig.model_fields[n].default]
+        beside = f"{' and '.join(idle)} do nothing beside {given[0]}. Leave them out" if given else ""
+        yield bool(given and idle), beside
+        yield (
+            self.thinking and self.chat == "off",
+            "thinking does nothing without chat. Set chat to turns or single",
+        )
+        draws, tries, order = self.context_draws, self.demo_search_orders, self.demo_order
+        yield (
+            tries != 8 and order != "search",
+            "demo_search_orders does nothing unless demo_order is search",
+        )
+        yield (
+            order == "nearest" and draws > 1,
+            f"demo_order nearest gives one order, context_draws is {draws}. Leave it out, or choose another "
+            "order",
+        )
+        yield (
+            order == "search" and draws > tries,
+            f"context_draws is {draws}, but the search tries {tries} orders. Raise demo_search_orders",
+        )
+        yield (
+            bool((self.activation_checkpointing_kwargs or {}).get("use_reentrant")),
+            "use_reentrant=True is not possible: captured activations would carry no gradient. Leave it "
+            "out, or set it to false",
+        )
+        several = len(self.learning_rates or ()) > 1 or len(self.joint.betas or ()) > 1
+        yield (
+            self.selection == "last" and several,
+            "selection last chooses nothing: give one learning rate and one β, or set selection to folds",
+        )
+        yield (
+            self.batch_size % (self.micro_batch_size or 1) > 0,
+            f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}",
+        )
+        online = self.targets == "online"
+        layers = [str(section.layers).strip() for section in (self.align, self.joint)]
+        yield (
+            online and any(chosen.startswith("top-") for chosen in layers),
+            "layers chosen by their shift under ICL need stored targets. Set targets to store or memory, "
+            "or choose the layers by name",
+        )
+        yield (
+            online and self.permutation_targets == "mean" and draws > 1,
+            "targets averaged over several demonstration orders cannot be computed online. Set "
+            "permutation_targets to sample, or targets to store",
+        )
 
 
 class ModelOptions(Section):
@@ -330,8 +311,7 @@ class DataOptions(Section):
     """Where rows come from and how they are read."""
 
     data: str | None = Field(
-        None,
-        description="JSONL, CSV or Parquet file, a folder in hub layout, or a hub data set id.",
+        None, description="JSONL, CSV or Parquet file, a folder in hub layout, or a hub data set id."
     )
     test_data: str | None = Field(
         None, min_length=1, description="Labelled rows to evaluate on, read the same way."
@@ -370,10 +350,10 @@ class CompareConfig(AdaptConfig, ModelOptions, DataOptions):
     recipes: list[str] = Field(
         ["base", "icl", "sft", "ia2", "ia2-sft"], min_length=1, description="Recipes to compare."
     )
-    adapters: list[str] = Field(
+    adapters: list[AdapterName] = Field(
         [], description="Adapter types to compare, each with every recipe that trains."
     )
-    objectives: list[str] = Field(
+    objectives: list[ObjectiveName] = Field(
         [], description="Alignment objectives to compare, each with every recipe that aligns."
     )
     seeds: int = Field(
@@ -382,16 +362,6 @@ class CompareConfig(AdaptConfig, ModelOptions, DataOptions):
     folds: int = Field(3, ge=2, description="Cross-fitting folds when no test data is given.")
     max_test: int | None = Field(None, ge=1, description="Evaluate on at most this many test rows.")
     output_dir: str | None = Field(None, description="Folder for results and adapters.")
-
-    @field_validator("objectives")
-    @classmethod
-    def _known_objectives(cls, value: list[str]) -> list[str]:
-        return [objective_name(name) for name in value]
-
-    @field_validator("adapters")
-    @classmethod
-    def _known_adapters(cls, value: list[str]) -> list[str]:
-        return [adapter_name(name) for name in value]
 
     @model_validator(mode="after")
     def _comparable(self) -> CompareConfig:

@@ -21,39 +21,31 @@ def load_config(
     flags: Mapping[str, Any],
     code: Mapping[str, Any] | None = None,
 ) -> Any:
-    """A validated configuration from a YAML file and flags; flags win.
+    """A validated ``kind`` from a YAML file and flags; flags win, and their dotted names reach sections.
 
     Args:
         kind: the configuration class.
         file: YAML file with (some of) its keys, or None.
-        flags: values given on the command line; None means not given. Dotted names reach sections.
+        flags: values given on the command line; None means not given.
         code: what the file may name beside (see :func:`refuse_code`).
 
     Raises:
         DataError: the file is missing.
         ConfigError: it is no mapping, has an unknown key, a value is not allowed, or is code. One line.
     """
-    values: dict[str, Any] = {}
-    if file is not None:
-        values = read_settings(Path(file))
-    for name, value in flags.items():
-        if value is not None:
-            _assign(values, name, value, f"{file}: " if file is not None else "")
-    config: BaseModel = validate(kind, values, str(file) if file is not None else None)
-    if file is not None:
-        refuse_code(config.model_dump(), file, {**flags, **(code or {})})
+    if file is None:
+        return validate(kind, _with_flags({}, flags, ""))
+    values = _with_flags(read_settings(Path(file)), flags, f"{file}: ")
+    config: BaseModel = validate(kind, values, str(file))
+    refuse_code(config.model_dump(), file, {**flags, **(code or {})})
     return config
 
 
 def refuse_code(settings: Mapping[str, Any], file: str | Path, named: Mapping[str, Any]) -> None:
     """Refuse settings by which a file would run code: a file is data, whoever wrote it.
 
-    Code that is not ours runs only when the user names it in this command, or in a call from Python.
-
-    Args:
-        settings: settings as the file has them, where other names than those of code may be.
-        file: the file.
-        named: what the user named in this command: setting → its value, or several.
+    Code that is not ours runs only when the user names it in this command (``named``: setting → its value,
+    or several), or in a call from Python.
 
     Raises:
         ConfigError: a value that is code and was not named; says which flag names it.
@@ -98,11 +90,7 @@ def validate(kind: type[BaseModel], values: Mapping[str, Any], where: str | None
 def read_settings(path: Path, named_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The keys and values of a YAML file, beside those of the file that its ``extends`` names.
 
-    What the file says itself wins; mappings are joined, lists are not.
-
-    Args:
-        path: the file.
-        named_by: files that extend this one.
+    What the file says itself wins; mappings are joined, lists are not. ``named_by``: files that extend it.
 
     Raises:
         DataError: a file is missing.
@@ -149,14 +137,19 @@ def _joined(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     return joined
 
 
-def _assign(values: dict[str, Any], name: str, value: Any, prefix: str) -> None:
-    *sections, leaf = name.split(".")
-    for section in sections:
-        inner = values.setdefault(section, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"{prefix}{section}: expected keys and values, found {type(inner).__name__}.")
-        values = inner
-    values[leaf] = value
+def _with_flags(values: dict[str, Any], flags: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    for name, value in flags.items():
+        if value is None:
+            continue
+        *sections, leaf = name.split(".")
+        inner = values
+        for section in sections:
+            inner = inner.setdefault(section, {})
+            if not isinstance(inner, dict):
+                kind = type(inner).__name__
+                raise ConfigError(f"{prefix}{section}: expected keys and values, found {kind}.")
+        inner[leaf] = value
+    return values
 
 
 def describe(kind: type[BaseModel], problem: Any) -> str:

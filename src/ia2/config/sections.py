@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -29,11 +30,20 @@ MAX_SEEDS = 10_000
 
 Rate = Annotated[float, Field(gt=0)]
 
-Rows = Literal["labelled", "unlabelled", "both"]
+RowKind = Literal["labelled", "unlabelled", "both"]
 """Which rows a stage trains on."""
 
 # Of the joint stage.
 _ANSWER_WEIGHT = 0.3
+
+
+def _share(value: float) -> float:
+    if not 0 < value < 1:
+        raise ValueError("β must lie between 0 and 1; for 0 or 1 take the recipes ia2 and sft")
+    return value
+
+
+Share = Annotated[float, AfterValidator(_share)]
 
 Width = Annotated[int, Field(ge=1, le=2**16)]
 """Of what an adapter adds to a model; more than any layer is wide."""
@@ -83,20 +93,14 @@ def one_of(value: str, known: Sequence[str]) -> str:
     return value
 
 
-def adapter_name(value: str) -> str:
-    """``value``, if it names a type of adapter; else a ValueError."""
-    return one_of(value, ADAPTER_NAMES)
-
-
-def objective_name(value: str) -> str:
-    """``value``, if it names an alignment objective; else a ValueError."""
-    return one_of(value, OBJECTIVE_NAMES)
+AdapterName = Annotated[str, AfterValidator(lambda value: one_of(value, ADAPTER_NAMES))]
+ObjectiveName = Annotated[str, AfterValidator(lambda value: one_of(value, OBJECTIVE_NAMES))]
 
 
 class AdapterConfig(Section):
     """What is trained. A setting left open takes the type's own default (``ia2.adapters.types.ADAPTERS``)."""
 
-    type: str = Field(
+    type: AdapterName = Field(
         "lora",
         description=f"Adapter type: {', '.join(ADAPTER_NAMES)} (every weight), unless `peft` is given.",
     )
@@ -123,11 +127,6 @@ class AdapterConfig(Section):
     peft: dict[str, Any] | None = Field(
         None, description="Any PEFT configuration as it stands in an adapter_config.json."
     )
-
-    @field_validator("type")
-    @classmethod
-    def _known_type(cls, value: str) -> str:
-        return adapter_name(value)
 
 
 class StageConfig(Section):
@@ -157,7 +156,7 @@ class StageConfig(Section):
 class TaughtConfig(Section):
     """What learns from the teacher: the base model with the context in its prompt."""
 
-    rows: Rows | None = Field(
+    rows: RowKind | None = Field(
         None,
         description="What is learnt from the teacher on: unlabelled rows (all training examples are their "
         "context), labelled ones (the others are), or both; by default unlabelled ones, where there are any.",
@@ -187,7 +186,7 @@ class ConstantConfig(TaughtConfig):
 class AlignConfig(TeacherStageConfig):
     """The IA2 stage."""
 
-    objective: str = Field(
+    objective: ObjectiveName = Field(
         "mse",
         description="Alignment objective: mse, kl or cosine of attention outputs; heads (before the output "
         "projection), residual (the residual stream), attention (weights over the query's own tokens).",
@@ -199,11 +198,6 @@ class AlignConfig(TeacherStageConfig):
         description="Layers that are aligned: all, a list (0,5,6), a glob over module names, first-third, "
         "middle-third, last-third, or top-K: the K that change most under ICL.",
     )
-
-    @field_validator("objective")
-    @classmethod
-    def _known_objective(cls, value: str) -> str:
-        return objective_name(value)
 
     @model_validator(mode="after")
     def _scaled(self) -> AlignConfig:
@@ -218,9 +212,8 @@ class AlignConfig(TeacherStageConfig):
 class SftConfig(TeacherStageConfig):
     """The supervised stage."""
 
-    rows: Rows | None = Field(
-        None,
-        description="labelled rows (the default), unlabelled ones with the teacher's answers, or both.",
+    rows: RowKind | None = Field(
+        None, description="labelled rows (the default), unlabelled ones with the teacher's answers, or both."
     )
     answers: Literal["ground_truth", "icl_responses"] = Field(
         "ground_truth", description="Train on the true answers, or on the teacher's own."
@@ -250,7 +243,7 @@ class JointConfig(AlignConfig):
     Alignment is divided by its first value, and so needs no other weight from model to model.
     """
 
-    rows: Rows | None = Field(
+    rows: RowKind | None = Field(
         None,
         description="Rows that are aligned on, unlabelled ones by default, where there are any; "
         "cross-entropy is on labelled rows.",
@@ -260,7 +253,7 @@ class JointConfig(AlignConfig):
         gt=0,
         description="Weight of cross-entropy beside alignment, which is divided by its first value.",
     )
-    betas: list[float] | None = Field(
+    betas: list[Share] | None = Field(
         None,
         min_length=1,
         description="Instead, as the paper: (1 − β)·alignment + β·cross-entropy as they are, for values of β "
@@ -271,13 +264,6 @@ class JointConfig(AlignConfig):
         description="Answers of the cross-entropy: the true ones, or the teacher's (by default with betas, "
         "where both losses are on the same rows).",
     )
-
-    @field_validator("betas")
-    @classmethod
-    def _shares(cls, value: list[float] | None) -> list[float] | None:
-        if value and any(not 0 < beta < 1 for beta in value):
-            raise ValueError("β must lie between 0 and 1; for 0 or 1 take the recipes ia2 and sft")
-        return value
 
     @model_validator(mode="after")
     def _one_weight(self) -> JointConfig:
