@@ -43,10 +43,12 @@ class Stranger:
         self.code = f"open({str(self.marker)!r}, 'w')\n"
         (root / f"{EVIL}.py").write_text(f"{self.code}def run(*_):\n    return 'a'\n")
 
-    def run_with(self, **changes: Any) -> Path:
-        """The run with other settings."""
+    def run_with(self, task_parser: str | None = None, **changes: Any) -> Path:
+        """The run with other settings, or a parser in its task."""
         folder = self._copy(self.run, "run")
         edit_json(folder / "ia2_run.json", lambda facts: facts["config"].update(changes))
+        if task_parser is not None:
+            edit_json(folder / "ia2_run.json", lambda facts: facts["task"].update(parser=task_parser))
         code = bool(changes.get("trust_remote_code"))
         # strangers know how to make an identity fit
         if "model" in changes and (identity := folder_identity(Path(changes["model"]), code=code)):
@@ -55,66 +57,52 @@ class Stranger:
         (folder / "ia2_config.yaml").write_text(yaml.safe_dump({**config, **changes}))
         return folder
 
-    def pickles(self, folder: Path, *names: str) -> None:
+    def pickles(self, folder: Path, *names: str) -> Path:
         for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             torch.save({"weight": Pickled(self.marker)}, folder / name)
-
-    def model_of_a_pickle(self) -> Path:
-        folder = self._copy(self.model, "pickled")
-        (folder / "model.safetensors").unlink()
-        self.pickles(folder, "pytorch_model.bin")
         return folder
 
-    def model_with_code(self, known: bool = False) -> Path:
-        """Of a type that only its own code knows, or one that transformers knows too."""
-        folder = self._copy(self.model, "coded")
-        names = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
-        kind = {} if known else {"model_type": "evil"}
-        edit_json(folder / "config.json", lambda config: config.update(auto_map=names, **kind))
-        (folder / "evil.py").write_text(
-            f"{self.code}from transformers import LlamaConfig, LlamaForCausalLM\n"
-            "class Config(LlamaConfig):\n    model_type = 'evil'\n"
-            "class Model(LlamaForCausalLM):\n    config_class = Config\n"
-        )
-        return folder
+    def pickled_adapter(self) -> Path:
+        folder = self.run_with()
+        (folder / "adapter_model.safetensors").unlink()
+        return self.pickles(folder, "adapter_model.bin", "pytorch_model.bin")
 
-    def model_with_tokenizer_code(self) -> Path:
-        folder = self._copy(self.model, "tokenizer")
-        changes = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
-        edit_json(folder / "tokenizer_config.json", lambda config: config.update(changes))
-        (folder / "evil.py").write_text(f"{self.code}class Evil: pass\n")
-        return folder
+    def model_of(self, name: str, known: bool = False) -> str:
+        """A copy of the model with a trick: ``pickle``, ``code``, ``tokenizer``, ``kernel`` or ``adapter``.
 
-    def model_with_a_kernel(self) -> Path:
-        folder = self._copy(self.model, "kernel")
-        edit_json(folder / "config.json", lambda config: config.update(attn_implementation="evil/kernel"))
-        return folder
-
-    def model_with_an_adapter(self) -> Path:
-        folder = self._copy(self.model, "adapted")
-        config = {
-            "peft_type": "LORA",
-            "base_model_name_or_path": "evil/model",
-            "target_modules": ["q_proj"],
-            "auto_mapping": {"base_model_class": "Evil", "parent_library": EVIL},
-        }
-        (folder / "adapter_config.json").write_text(json.dumps(config))
-        self.pickles(folder, "adapter_model.bin")
-        return folder
-
-    def model_with_template(self, template: str) -> Path:
-        folder = self._copy(self.model, "templated")
-        (folder / "chat_template.jinja").write_text(template)
-        return folder
-
-    def data_script(self) -> Path:
-        """A folder of data with a loading script of its name."""
-        folder = self.root / "scripted"
-        folder.mkdir()
-        (folder / "scripted.py").write_text(self.code)
-        (folder / "dataset_infos.json").write_text("{}")
-        return folder
+        Code is of a type that only itself knows, or (``known``) one that transformers knows too.
+        """
+        folder = self._copy(self.model, f"model-{name}")
+        config = folder / "config.json"
+        if name == "pickle":
+            (folder / "model.safetensors").unlink()
+            self.pickles(folder, "pytorch_model.bin")
+        elif name == "code":
+            names = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+            kind = {} if known else {"model_type": "evil"}
+            edit_json(config, lambda values: values.update(auto_map=names, **kind))
+            (folder / "evil.py").write_text(
+                f"{self.code}from transformers import LlamaConfig, LlamaForCausalLM\n"
+                "class Config(LlamaConfig):\n    model_type = 'evil'\n"
+                "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+            )
+        elif name == "tokenizer":
+            changes = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+            edit_json(folder / "tokenizer_config.json", lambda values: values.update(changes))
+            (folder / "evil.py").write_text(f"{self.code}class Evil: pass\n")
+        elif name == "kernel":
+            edit_json(config, lambda values: values.update(attn_implementation="evil/kernel"))
+        elif name == "adapter":
+            adapter = {
+                "peft_type": "LORA",
+                "base_model_name_or_path": "evil/model",
+                "target_modules": ["q_proj"],
+                "auto_mapping": {"base_model_class": "Evil", "parent_library": EVIL},
+            }
+            (folder / "adapter_config.json").write_text(json.dumps(adapter))
+            self.pickles(folder, "adapter_model.bin")
+        return str(folder)
 
     def _copy(self, folder: Path, name: str) -> Path:
         return Path(shutil.copytree(folder, self.root / name))

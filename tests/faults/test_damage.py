@@ -1,8 +1,8 @@
 """Damaged files of a run: none is believed, none is a traceback, and what is said names the file and helps.
 
 Every file of a finished and of a half-finished run is missing once, and damaged once in one of three ways,
-taken in turn; then the commands that read the run are started. Each must end well, with just what the
-undamaged run gives, or with one line.
+taken in turn; then a command that reads the run is started. It must end with just what the undamaged run
+gives, or with one line.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.command_line import Ran, run, write_rows
-from tiny_icl.tasks import sample_task
+from conftest import TASK, Ia2
+from helpers.command_line import Ran, write_rows
 
 from ia2.training.best_weights import BestWeights
 from ia2.utils.manifest import MANIFEST
 
-TASK = sample_task(0, num_classes=3)
-_SHORT = ("--align-epochs", 8, "--sft-epochs", 8, "--checkpoint-every", 5, "--sft-patience", 99)
+WAYS_OUT = ("Delete ", "Remove ", "Run ", "the same command", "Choose ", "Give ")
+SHORT = ("--align-epochs", 8, "--sft-epochs", 8, "--checkpoint-every", 5, "--sft-patience", 99)
 
 
 def _flip(path: Path) -> None:
@@ -40,7 +40,6 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "half": _halve,
     "empty": lambda path: path.write_bytes(b""),
 }
-MISSING: dict[str, Callable[[Path], object]] = {"missing": lambda path: path.unlink()}
 
 
 class Runs:
@@ -50,9 +49,9 @@ class Runs:
         self.folder, self.model = folder, model
         self.rows = write_rows(folder / "rows.jsonl", TASK.examples(12, seed=0))
 
-    def train(self, out: Path) -> list[str | Path]:
-        arguments = ["train", "--model", self.model, "--data", self.rows, "--output-dir", out, "--quiet"]
-        return [*arguments, "--recipe", "ia2-sft", *map(str, _SHORT)]
+    def train(self, out: Path) -> list[str]:
+        arguments = ["train", "--model", self.model, "--data", self.rows, "--output-dir", out, *SHORT]
+        return list(map(str, [*arguments, "--recipe", "ia2-sft"]))
 
     @property
     def last(self) -> Path:
@@ -60,19 +59,22 @@ class Runs:
         found = (self.folder / "begun").glob("sft/.*/checkpoint-*")
         return max(found, key=lambda p: int(p.name.split("-")[1])).relative_to(self.folder / "begun")
 
-    def copies(self, name: str, below: str = ".") -> Iterator[tuple[str, str, Path]]:
+    def copy(self, name: str, to: str) -> Path:
+        return Path(shutil.copytree(self.folder / name, self.folder / to))
+
+    def damaged(self, name: str, below: str = ".", deep: bool = True) -> Iterator[tuple[str, str, Path]]:
         """Each file of a run, what was done to it, and a copy of the run in which it is so."""
         whole = self.folder / name
-        found = [p for p in sorted((whole / below).rglob("*")) if p.is_file() and p.stat().st_size]
+        files = (whole / below).rglob("*") if deep else whole.glob("*")
+        found = [p.relative_to(whole) for p in sorted(files) if p.is_file() and p.stat().st_size]
         assert len(found) > 6
-        for number, file in enumerate(p.relative_to(whole) for p in found):
-            damages = [list(DAMAGES.items())[number % len(DAMAGES)], *MISSING.items()]
-            for damage, apply in damages:
-                with tempfile.TemporaryDirectory(prefix=f"{name}-{number}-", dir=self.folder) as scratch:
-                    copy = Path(scratch) / name
-                    shutil.copytree(whole, copy)
+        for number, file in enumerate(found):
+            damage = list(DAMAGES)[number % len(DAMAGES)]
+            for done, apply in ((damage, DAMAGES[damage]), ("missing", Path.unlink)):
+                with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+                    copy = Path(shutil.copytree(whole, Path(scratch) / name))
                     apply(copy / file)
-                    yield str(file), damage, copy
+                    yield str(file), done, copy
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +82,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_icl_model_path: Path) ->
     from ia2.cli import main
 
     runs = Runs(tmp_path_factory.mktemp("runs"), tiny_icl_model_path)
-    main(list(map(str, runs.train(runs.folder / "whole"))))
+    main([*runs.train(runs.folder / "whole"), "--quiet"])
     saves = 0
     save = BestWeights.on_save
 
-    def stopped(self: BestWeights, args: object, state: object, control: object, **rest: object) -> None:
+    def stopped(self: Any, *given: Any, **named: Any) -> None:
         nonlocal saves
-        save(self, args, state, control, **rest)
+        save(self, *given, **named)
         saves += 1
         if saves == 6:  # the second checkpoint of the second stage
             raise KeyboardInterrupt
@@ -94,7 +96,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_icl_model_path: Path) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BestWeights, "on_save", stopped)
         with pytest.raises(SystemExit):
-            main(list(map(str, runs.train(runs.folder / "begun"))))
+            main([*runs.train(runs.folder / "begun"), "--quiet"])
     assert len(list((runs.folder / "begun" / "sft").glob(".*/checkpoint-*/complete.json"))) == 2
     return runs
 
@@ -103,127 +105,71 @@ def _weights(folder: Path) -> bytes:
     return (folder / "adapter_model.safetensors").read_bytes()
 
 
-def _one_line(ran: Ran, folder: Path, case: str) -> str:
-    line = ran.refusal()
-    assert str(folder) in line, f"{case}: no file is named: {line}"
-    ways = ("Delete ", "Remove ", "Run ", "the same command", "Choose ", "Give ")
-    assert any(way in line for way in ways), f"{case}: no way out: {line}"
-    return line
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["whole", "begun"])
-def test_the_same_command_again(runs: Runs, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    expected = _weights(runs.folder / "whole")
+@pytest.mark.parametrize("reader", ["train", "resume", "predict", "doctor", "report"])
+def test_every_file(reader: str, runs: Runs, ia2: Ia2, monkeypatch: pytest.MonkeyPatch) -> None:
+    # drawing takes longer than the reading
+    monkeypatch.setattr("ia2.report.figures.style.matplotlib_is_there", lambda: False)
+
+    def read(folder: Path) -> Ran:
+        if reader in ("train", "resume"):
+            return ia2(*runs.train(folder))
+        if reader == "predict":
+            return ia2("predict", "--adapter", folder, "--data", runs.rows, "--json")
+        output = ["--output", runs.folder / "page.html"] if reader == "report" else []
+        return ia2(reader, folder, *output, "--json")
+
+    whole = runs.folder / "whole"
+    expected = read(whole)
     ends = {"refused": 0, "same": 0}
     # what both have is damaged in one of them; of two checkpoints the last is read
-    for file, damage, copy in runs.copies(name, "." if name == "whole" else str(runs.last)):
-        ran = run(capsys, *runs.train(copy))
-        case = f"{name}/{file}, {damage}: {ran}"
-        assert "Traceback" not in ran.err, case
-        if ran.status:
-            _one_line(ran, copy, case)
-            ends["refused"] += 1
-        else:
-            assert _weights(copy) == expected, case
-            ends["same"] += 1
-    # a damaged checkpoint costs its steps and nothing else
-    assert ends["same"] > 10 and (ends["refused"] > 5) == (name == "whole"), ends
-
-
-@pytest.mark.slow
-def test_predict(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
-    def predict(folder: Path) -> Ran:
-        return run(capsys, "predict", "--adapter", folder, "--data", runs.rows, "--json", "--quiet")
-
-    expected = predict(runs.folder / "whole")
-    assert expected.status == 0 and expected.err == ""
-    ends = {"refused": 0, "same": 0}
-    for file, damage, copy in runs.copies("whole"):
-        if "/" in file:
-            continue  # stages and targets are not read
-        ran = predict(copy)
+    name, below = ("begun", str(runs.last)) if reader == "resume" else ("whole", ".")
+    for file, damage, copy in runs.damaged(name, below, deep=reader != "predict"):
+        ran = read(copy)
         case = f"{file}, {damage}: {ran}"
         assert "Traceback" not in ran.err, case
         if ran.status:
-            _one_line(ran, copy, case)
-            ends["refused"] += 1
-        else:
-            assert ran.out == expected.out, case
-            assert file != "adapter_model.safetensors"
-            if file == MANIFEST and damage == "missing":
-                assert "cannot be checked" in ran.err
-            ends["same"] += 1
-    assert min(ends.values()) > 3, ends
+            line = ran.refusal()
+            assert str(copy) in line and any(way in line for way in WAYS_OUT), case
+        elif reader in ("train", "resume"):
+            assert _weights(copy) == _weights(whole), case
+        elif reader == "predict" or damage == "flip":
+            assert ran.out.replace(str(copy), str(whole)) == expected.out, case
+            assert (file, damage) != (MANIFEST, "missing") or "cannot be checked" in ran.err
+        ends["refused" if ran.status else "same"] += 1
+    # a damaged checkpoint costs its steps and nothing else
+    assert ends["same"] > 3 and (ends["refused"] > 3) == (reader != "resume"), ends
 
 
-@pytest.mark.slow
-def test_commands_that_read_results(
-    runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # of what has been read; it takes longer than the reading
-    monkeypatch.setattr("ia2.report.figures.style.matplotlib_is_there", lambda: False)
-
-    def read(command: str, folder: Path) -> Ran:
-        output = ["--output", runs.folder / "page.html"] if command == "report" else []
-        return run(capsys, command, folder, *output, "--json")
-
-    for command in ("doctor", "report"):
-        expected = read(command, runs.folder / "whole")
-        refused = 0
-        for file, damage, copy in runs.copies("whole"):
-            ran = read(command, copy)
-            case = f"{command}: {file}, {damage}: {ran}"
-            assert "Traceback" not in ran.err, case
-            if ran.status == 2:
-                _one_line(ran, copy, case)
-                refused += 1
-            elif damage == "flip":
-                assert ran.out.replace(str(copy), str(runs.folder / "whole")) == expected.out, case
-        assert refused > 5
-
-
-def test_what_is_advised_works(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_advised_works(runs: Runs, ia2: Ia2) -> None:
     """A damaged stage is deleted, as the line says, and the same command makes it anew."""
-    copy = runs.folder / "advised"
-    shutil.copytree(runs.folder / "whole", copy)
+    copy = runs.copy("whole", "advised")
     _flip(next(copy.glob("align/lr-*/adapter_model.safetensors")))
-    line = run(capsys, *runs.train(copy)).refusal()
+    line = ia2(*runs.train(copy)).refusal()
     assert "adapter_model.safetensors: damaged" in line
-    advised = line.partition("Delete ")[2].partition(" and run")[0]
-    shutil.rmtree(advised)
-    assert run(capsys, *runs.train(copy)).status == 0
+    shutil.rmtree(line.partition("Delete ")[2].partition(" and run")[0])
+    assert ia2(*runs.train(copy)).status == 0
     assert _weights(copy) == _weights(runs.folder / "whole")
 
 
-def test_a_damaged_checkpoint_is_passed_over(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
-    copy = runs.folder / "passed"
-    shutil.copytree(runs.folder / "begun", copy)
-    _flip(copy / runs.last / "adapter_state.safetensors")
-    ran = run(capsys, *runs.train(copy))
-    assert ran.status == 0
-    assert "damaged checkpoint is passed over" in ran.err and f"{runs.last.name}/adapter_state" in ran.err
-    assert _weights(copy) == _weights(runs.folder / "whole")
-
-
-def test_a_finished_run_without_its_adapter_is_not_complete(
-    runs: Runs, capsys: pytest.CaptureFixture[str]
-) -> None:
-    copy = runs.folder / "emptied"
-    shutil.copytree(runs.folder / "whole", copy)
-    (copy / "adapter_model.safetensors").write_bytes(b"")
-    predict = ("predict", "--adapter", copy, "--data", runs.rows, "--quiet")
-    assert "Run the same `ia2 train` again" in run(capsys, *predict).refusal()
-    ran = run(capsys, *runs.train(copy))
-    assert ran.status == 0 and "adapter_model.safetensors: damaged" in ran.err
-    assert _weights(copy) == _weights(runs.folder / "whole")
-    assert run(capsys, *predict).status == 0
+def test_a_damaged_checkpoint_or_adapter_is_made_again(runs: Runs, ia2: Ia2) -> None:
+    begun, whole = runs.copy("begun", "passed"), runs.copy("whole", "emptied")
+    _flip(begun / runs.last / "adapter_state.safetensors")
+    (whole / "adapter_model.safetensors").write_bytes(b"")
+    predict = ("predict", "--adapter", whole, "--data", runs.rows)
+    assert "Run the same `ia2 train` again" in ia2(*predict).refusal()
+    for copy, said in (
+        (begun, "damaged checkpoint is passed over"),
+        (whole, "adapter_model.safetensors: damaged"),
+    ):
+        ran = ia2(*runs.train(copy))
+        assert ran.status == 0 and said in ran.err
+        assert _weights(copy) == _weights(runs.folder / "whole")
 
 
 def _edited(runs: Runs, name: str, file: str, change: Callable[[dict[str, Any]], object]) -> Path:
     """The finished run without its manifest, as published ones are, and with another value in a file."""
-    copy = runs.folder / name
-    shutil.copytree(runs.folder / "whole", copy)
+    copy = runs.copy("whole", name)
     value = json.loads((copy / file).read_text())
     change(value)
     (copy / file).write_text(json.dumps(value))
@@ -232,35 +178,31 @@ def _edited(runs: Runs, name: str, file: str, change: Callable[[dict[str, Any]],
 
 
 @pytest.mark.parametrize(
-    ("part", "change"),
+    "changes",
     [
-        ("task", {"labels": ["a", "a", "b"]}),
-        ("task", {"names": ["a"]}),
-        ("task", {"label_ids": [[1], [2], [10**9]]}),
-        ("task", {"label_ids": [[1], [2], [-1]]}),
-        ("data", 3),
+        {"task": {"labels": ["a", "a", "b"]}},
+        {"task": {"names": ["a"]}},
+        {"task": {"label_ids": [[1], [2], [10**9]]}},
+        {"task": {"label_ids": [[1], [2], [-1]]}},
+        {"data": 3},
     ],
+    ids=str,
 )
-def test_a_task_that_cannot_be(
-    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, change: object
-) -> None:
+def test_a_task_that_cannot_be(runs: Runs, tmp_path: Path, ia2: Ia2, changes: dict[str, Any]) -> None:
     def edit(facts: dict[str, Any]) -> None:
-        facts[part] = {**facts[part], **change} if isinstance(change, dict) else change
+        for part, change in changes.items():
+            facts[part] = {**facts[part], **change} if isinstance(change, dict) else change
 
     copy = _edited(runs, tmp_path.name, "ia2_run.json", edit)
-    for command in ("predict", "eval"):
-        ran = run(capsys, command, "--adapter", copy, "--data", runs.rows)
-        *_, line = ran.err.splitlines()
-        assert ran.status == 2 and line.startswith(f"ia2: error: {copy}"), ran
+    ran = ia2("predict", "--adapter", copy, "--data", runs.rows)
+    assert ran.status == 2 and ran.err.splitlines()[-1].startswith(f"ia2: error: {copy}"), ran
 
 
 @pytest.mark.parametrize("value", ["x", None, {}, True, 10**30, [None]])
-def test_results_of_another_form(
-    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: object
-) -> None:
+def test_results_of_another_form(runs: Runs, tmp_path: Path, ia2: Ia2, value: object) -> None:
     """Of a run that cannot be checked; what is shown or refused is no bug."""
     for key in ("dev", "seconds", "learning_rate", "recipe"):
         copy = _edited(runs, f"{tmp_path.name}-{key}", "metrics.json", lambda m: m.update({key: value}))  # noqa: B023
-        for command in (["doctor"], ["report"], ["report", "--latex"]):
-            ran = run(capsys, command[0], copy, *command[1:])
+        for command in (["doctor", copy], ["report", copy, "--latex"]):
+            ran = ia2(*command)
             assert ran.status == 0 or str(copy) in ran.refusal()

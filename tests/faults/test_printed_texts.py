@@ -8,78 +8,55 @@ import json
 
 import pytest
 
+from ia2.cli.output import print_metrics
 from ia2.experiment.predict import prediction_text
-from ia2.utils.logging import configure, escaped, printable, terminal
+from ia2.utils.logging import configure, escaped, logger, printable, terminal
 
 STEERING = "a\x1b[2Jb\rc\x07d\x9b31me\u202ef\u2066g\u200fh\x7fi\u2028j\udc9bk\x00l\x85"
 BARE = "a[2Jbcd31mefghijkl"
+FORMULAS = ["=1+1", "+cmd|' /C calc'!A0", "-1+1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "＝1", "-", '="a"']
 
 
-def test_printable_and_escaped() -> None:
+def test_printable_and_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     assert printable(STEERING) == BARE
     assert printable("línea\n\tتجربة 👩‍🔬") == "línea\n\tتجربة 👩‍🔬"
     document = escaped(json.dumps({STEERING: [STEERING]}, ensure_ascii=False, indent=1))
     assert printable(document) == document
     assert json.loads(document) == {STEERING: [STEERING]}
-
-
-def test_log_lines_steer_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    from ia2.utils.logging import configure, logger
-
     configure()
     logger.warning("%s: %s", "row 1", STEERING)
     print(STEERING)
-    captured = capsys.readouterr()
-    assert captured.err == f"row 1: {BARE}\n"
-    assert captured.out == f"{BARE}\n"
+    assert capsys.readouterr() == (f"{BARE}\n", f"row 1: {BARE}\n")
 
 
-def test_tables_and_bars_show_markup_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_show_markup_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     from rich.table import Table
-
-    from ia2.cli.output import print_metrics
 
     table = Table(title=f"[/] {STEERING} :smile:")
     table.add_column("[red]label[/red]")
-    table.add_row("[/]")
     table.add_row(f"[link=https://evil.example]{STEERING}")
     terminal(width=100).print(table)
     interval = {"value": 0.5, "low": None, "high": None}
     found = dict.fromkeys(("accuracy", "ece", "ece_equal_width", "brier", "nll"), interval)
     print_metrics({"recipe": "[/] [blink]", "test": {"n": 1, "labels": found}})
     out = capsys.readouterr().out
-    assert "[/]" in out and "[red]label[/red]" in out and "[blink]" in out and ":smile:" in out
-    assert f"[link=https://evil.example]{BARE}" in out
+    for text in ("[/]", "[red]label[/red]", "[blink]", ":smile:", f"[link=https://evil.example]{BARE}"):
+        assert text in out
     assert printable(out) == out
 
 
-# ------------------------------------------------------------------------------------------- tables
-
-FORMULAS = ["=1+1", "+cmd|' /C calc'!A0", "-1+1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "＝1", "-", '="a"']
-
-
-def test_csv_holds_no_formula() -> None:
-    rows = [
-        {"source": "a.csv:1", "query": text, "label": text, "confidence": 0.5, "labels": {text: -0.5}}
-        for text in FORMULAS[:1]
-    ]
-    rows += [{"source": text, "query": text, "label": text, "confidence": 0.5} for text in FORMULAS]
-    written = list(csv.reader(io.StringIO(prediction_text(rows, ".csv"), newline="")))
+def test_csv_holds_no_formula_and_jsonl_is_exact() -> None:
+    rows = [{"source": text, "query": text, "label": text, "confidence": 0.5} for text in FORMULAS]
+    first = {**rows[0], "labels": {FORMULAS[0]: -0.5}}
+    written = list(csv.reader(io.StringIO(prediction_text([first, *rows], ".csv"), newline="")))
     assert written[0] == ["source", "query", "label", "confidence", "p(=1+1)"]
-    for cells, text in zip(written[2:], FORMULAS, strict=True):
-        assert cells[:4] == [f"'{text}"] * 3 + ["0.5"]
     assert written[1][3:] == ["0.5", "-0.5"]
-
-
-def test_csv_keeps_what_is_no_formula() -> None:
+    assert [cells[:4] for cells in written[2:]] == [[f"'{text}"] * 3 + ["0.5"] for text in FORMULAS]
+    # what is no formula stays
     texts = ["-1", "+2.5", "-.5e-3", " =1", "a=1", "'=1", "", "é"]
-    rows = [{"query": text, "label": -1, "confidence": -0.5} for text in texts]
-    written = list(csv.DictReader(io.StringIO(prediction_text(rows, ".csv"), newline="")))
-    assert [cells["query"] for cells in written] == texts
-    assert {cells["label"] for cells in written} == {"-1"}
-
-
-def test_jsonl_is_exact() -> None:
+    plain = prediction_text([{"query": text, "label": -1} for text in texts], ".csv")
+    read = list(csv.DictReader(io.StringIO(plain, newline="")))
+    assert [cells["query"] for cells in read] == texts and {cells["label"] for cells in read} == {"-1"}
     rows = [{"query": text, "label": text} for text in [*FORMULAS, STEERING]]
     assert [json.loads(line) for line in prediction_text(rows, ".jsonl").split("\n")[:-1]] == rows
 

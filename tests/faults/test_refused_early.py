@@ -1,77 +1,47 @@
-"""What cannot work in the end is refused before anything is trained, in one line."""
+"""Adapters that cannot work, and rows that one leaves no room for, are refused before anything is trained."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
+from conftest import Ia2
 from helpers.adapting import INPUTS, disturb, logits
-from helpers.command_line import run
-from helpers.families import FAMILIES
-from helpers.sweeping import grid_of, write_files, write_grid
+from helpers.benches import base_of, word_examples
+from helpers.command_line import names, tree, write_rows
+from helpers.families import FAMILIES, build, llama
+from helpers.sweeping import swept, write_files
 from peft import PeftModel
 
 from ia2.adapters.checks import check_adapter
 from ia2.adapters.types import peft_config
 from ia2.adapters.weights import attach, base_weights, detach, save_adapter
+from ia2.config import AdaptConfig, CompareConfig, CurveConfig, ProbeConfig
 from ia2.config.sections import AdapterConfig
+from ia2.data.examples import Example, Examples
+from ia2.experiment.adapt import adapt
+from ia2.experiment.compare import compare
+from ia2.experiment.curve import curve
+from ia2.experiment.probe import probe
 from ia2.models.families import takes_cache
-from ia2.utils.errors import ConfigError, ModelError
+from ia2.models.load import BaseModel
+from ia2.utils.errors import ConfigError, DataError, ModelError
 from ia2.utils.files import read_json
 
-# ------------------------------------------------------------------------- benchmarks of another kind
-
-
-@pytest.mark.parametrize("trained", ["two", "free"])
-@pytest.mark.parametrize("parts", [False, True])
-def test_a_partner_with_answers_of_another_kind(
-    trained: str, parts: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    files = write_files(tmp_path / "files")
-    entry = yaml.safe_load((files / f"{trained}.yaml").read_text())
-    entry["ood"] = [{"two": "free.yaml", "free": "three.yaml"}[trained]]
-    (files / f"{trained}.yaml").write_text(yaml.safe_dump(entry, sort_keys=False))
-    grid = grid_of(files, benchmarks=[str(files / f"{trained}.yaml")], recipes=["icl", "sft"], ood=True)
-    if parts:
-        grid["parts"] = [{"ood": False}, {"seeds": 2}]
-    file = write_grid(tmp_path / "grid.yaml", grid)
-    for more in ([], ["--dry-run"]):
-        said = run(capsys, "sweep", file, "--output-dir", tmp_path / "out", "--quiet", *more).refusal()
-        names = {"two": ("Two", "Free"), "free": ("Free", "Three")}[trained]
-        assert all(name in said for name in names) and "labels" in said and "free text" in said
-        assert "ood: false" in said
-        assert not (tmp_path / "out").exists()
-    # the way out
-    grid = {**grid, "ood": False, "parts": []}
-    file = write_grid(tmp_path / "grid.yaml", grid)
-    assert run(capsys, "sweep", file, "--output-dir", tmp_path / "out", "--quiet").status == 0
-
-
-def test_a_partner_with_other_labels_is_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """More labels, of more tokens: what is fitted and measured is the same for all labels."""
-    files = write_files(tmp_path / "files")
-    entry: dict[str, Any] = yaml.safe_load((files / "three.yaml").read_text())
-    entry["verbalisers"] = {"long": {0: " good film", 1: " bad film", 2: " film"}}
-    (files / "three.yaml").write_text(yaml.safe_dump(entry, sort_keys=False))
-    file = write_grid(tmp_path / "grid.yaml", grid_of(files, recipes=["icl", "sft"], ood=True))
-    ran = run(capsys, "sweep", file, "--output-dir", tmp_path / "out", "--quiet")
-    assert (ran.status, ran.err) == (0, "")
-
-
 # ---------------------------------------------------------------------------------------- adapters
+
+LORA: dict[str, Any] = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj", "v_proj"]}
 
 
 @pytest.mark.parametrize(
     "kinds",
     [
         {"layers_block_type": ["mamba", "attention"]},
-        {"layers_block_type": ["recurrent", "attention"]},
         {"layer_types": ["linear_attention", "full_attention"]},
         {"layer_types": ["hybrid_sliding", "full_attention"]},
-        {"layer_types": ["compressed_sparse_attention", "full_attention"]},
     ],
     ids=str,
 )
@@ -87,38 +57,27 @@ def test_prefix_tuning_where_a_layer_keeps_more_than_keys_and_values(
         check_adapter(tiny_llama, AdapterConfig(**adapter))
 
 
-LORA: dict[str, Any] = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj", "v_proj"]}
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({**LORA, "task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'"),
-        ({**LORA, "task_type": "FEATURE_EXTRACTION"}, "task_type is 'FEATURE_EXTRACTION'"),
         ({**LORA, "task_type": "causal_lm"}, "Set it to CAUSAL_LM"),
-        ({**LORA, "task_type": 3}, "task_type is 3"),
         ({**LORA, "peft_type": "LOAR"}, "Did you mean 'LORA'?"),
         ({**LORA, "peft_type": ["LORA"]}, "PEFT has no peft_type ['LORA']"),
-        ({"r": 2}, "needs the key peft_type"),
         ({**LORA, "target_modules": ["q_proj", "v_prj"]}, "no module named 'v_prj'"),
         ({**LORA, "target_modules": "("}, "does not work with"),
         (
             {**LORA, "modules_to_save": ["classifier"]},
-            "adapter.peft.modules_to_save: LlamaForCausalLM has no",
+            "adapter.peft.modules_to_save: Llama",
         ),
         ({**LORA, "r": "a"}, "does not work with LlamaForCausalLM"),
-        ({**LORA, "bias": "zzz"}, "does not work with LlamaForCausalLM"),
-        ({**LORA, "runtime_config": {}}, "does not work with LlamaForCausalLM"),
         ({**LORA, "rr": 2}, "does not take this configuration"),
         ({**LORA, "init_lora_weights": "pissa"}, "changes the base model, which is the teacher"),
-        ({**LORA, "init_lora_weights": "olora"}, "changes the base model, which is the teacher"),
         ({**LORA, "layer_replication": [[0, 1], [0, 2]]}, "layer_replication cannot be taken off"),
         ({"peft_type": "ADAPTION_PROMPT", "adapter_len": 3, "adapter_layers": 1}, "cannot be taken off"),
         ({"peft_type": "ADALORA"}, "does not take this configuration"),
-        ({"peft_type": "MULTITASK_PROMPT_TUNING", "num_virtual_tokens": 3, "num_tasks": 2}, "task_ids"),
         ({"peft_type": "POLY"}, "task_ids"),
         ({"peft_type": "PROMPT_TUNING"}, "num_virtual_tokens must be"),
-        ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 0}, "num_virtual_tokens must be"),
         ({"peft_type": "P_TUNING", "num_virtual_tokens": "3"}, "num_virtual_tokens must be"),
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3, "token_dim": 5}, "does not work with"),
     ],
@@ -127,15 +86,14 @@ LORA: dict[str, Any] = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"
 def test_peft_configurations_that_make_no_adapter(
     given: dict[str, Any], message: str, tiny_llama: Any
 ) -> None:
-    before = tiny_llama(INPUTS).logits
-    names = [name for name, _ in tiny_llama.named_parameters()]
+    before, parameters = logits(tiny_llama), [name for name, _ in tiny_llama.named_parameters()]
     with pytest.raises(ConfigError) as caught:
         check_adapter(tiny_llama, AdapterConfig(peft=given))
     said = str(caught.value)
     assert said.startswith("adapter.peft") and message in said and "\n" not in said
     # the model is as before
-    assert torch.equal(tiny_llama(INPUTS).logits, before)
-    assert names == [name for name, _ in tiny_llama.named_parameters()]
+    assert torch.equal(logits(tiny_llama), before)
+    assert parameters == [name for name, _ in tiny_llama.named_parameters()]
 
 
 def test_an_adapter_that_would_train_the_teacher() -> None:
@@ -150,21 +108,15 @@ def test_an_adapter_that_would_train_the_teacher() -> None:
 
 def test_a_configuration_as_it_stands_in_a_file(tmp_path: Path, tiny_llama: Any) -> None:
     """Of a finished adapter of another base: what it says of them is no setting."""
-    of_file = {
-        "inference_mode": True,
-        "base_model_name_or_path": "somebody/else",
-        "revision": "abc",
-        "peft_version": "0.1",
-        "auto_mapping": {"base_model_class": "x"},
-    }
-    config = AdapterConfig(peft={**LORA, **of_file, "task_type": "CAUSAL_LM"})
+    of_file = {"inference_mode": True, "base_model_name_or_path": "somebody/else", "revision": "abc"}
+    of_file |= {"peft_version": "0.1", "auto_mapping": {"base_model_class": "x"}, "task_type": "CAUSAL_LM"}
+    config = AdapterConfig(peft={**LORA, **of_file})
     check_adapter(tiny_llama, config)
     adapted = attach(tiny_llama, peft_config(tiny_llama, config), 0)
     disturb(adapted)
     save_adapter(adapted, tmp_path)
     written = read_json(tmp_path / "adapter_config.json")
     assert written["base_model_name_or_path"] != "somebody/else" and written["revision"] is None
-    assert written["task_type"] == "CAUSAL_LM"
     expected = logits(adapted)
     loaded = PeftModel.from_pretrained(detach(adapted), str(tmp_path))
     assert torch.allclose(logits(loaded), expected, atol=1e-6)
@@ -173,8 +125,7 @@ def test_a_configuration_as_it_stands_in_a_file(tmp_path: Path, tiny_llama: Any)
 @pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["mlp", "lm_head"]], ids=str)
 def test_trained_copies_of_whole_modules_are_taken_off(saved: list[str], tiny_llama: Any) -> None:
     """They would stay in the base model, which is the teacher of the next adapter."""
-    before = logits(tiny_llama)
-    names = [name for name, _ in tiny_llama.named_parameters()]
+    before, parameters = logits(tiny_llama), [name for name, _ in tiny_llama.named_parameters()]
     config = AdapterConfig(peft={**LORA, "modules_to_save": saved})
     check_adapter(tiny_llama, config)
     adapted = attach(tiny_llama, peft_config(tiny_llama, config), 0)
@@ -183,5 +134,110 @@ def test_trained_copies_of_whole_modules_are_taken_off(saved: list[str], tiny_ll
     with base_weights(adapted):
         assert torch.equal(logits(adapted), before)
     base = detach(adapted)
-    assert torch.equal(logits(base), before)
-    assert names == [name for name, _ in base.named_parameters()]
+    assert torch.equal(base(INPUTS).logits, before)
+    assert parameters == [name for name, _ in base.named_parameters()]
+
+
+# ---------------------------------------------------------------------------------- virtual tokens
+
+LONG = Example("good " * 73 + "\nLabel:", " positive", "the long row")  # 75 tokens; 16 more are too many
+SHORT, TEST = word_examples(14), word_examples(4, seed=5)
+BRIEF: dict[str, Any] = {name: {"epochs": 1} for name in ("align", "sft", "joint", "soft")}
+BRIEF["max_context_tokens"] = 90
+ADAPTERS: list[dict[str, Any]] = [{"type": kind} for kind in ("prompt", "prefix", "p-tuning")]
+ADAPTERS.append({"peft": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 16}})
+
+
+@pytest.fixture
+def base(word_tokenizer: Any) -> BaseModel:
+    return base_of(build(llama().config, seed=3), word_tokenizer)
+
+
+def with_long(rows: Examples) -> Examples:
+    return Examples([*rows, LONG], name=rows.name)
+
+
+def compared(base: BaseModel, rows: Examples, test: Examples, **changes: Any) -> None:
+    config = CompareConfig(**{**BRIEF, "recipes": ["base", "sft"], "seeds": 1, **changes})
+    compare(base, rows, config, test=test, output_dir="out")
+
+
+def cross_fitted(base: BaseModel, rows: Examples, test: Examples, **changes: Any) -> None:
+    config = CompareConfig(**{**BRIEF, "recipes": ["base", "sft"], "seeds": 2, "folds": 2, **changes})
+    compare(base, Examples([*rows, *test]), config, output_dir="out")
+
+
+def adapted(base: BaseModel, rows: Examples, test: Examples, **changes: Any) -> None:
+    adapt(base, rows, AdaptConfig(**BRIEF, recipe="sft", **changes), test=test, output_dir="out")
+
+
+def drawn(base: BaseModel, rows: Examples, test: Examples, **changes: Any) -> None:
+    """A row that only the largest size draws is refused before the smallest is trained."""
+    draws = [rows.split(num_examples=2, seed=seed, balanced=True) for seed in range(20)]
+    seed = next(s for s, d in enumerate(draws) if LONG not in [*d.train, *d.dev])
+    config = CurveConfig(**BRIEF, sizes=[2, 10], recipes=["sft"], seeds=1, seed=seed, **changes)
+    curve(base, rows, config, test=test, output_dir="out")
+
+
+def probed(base: BaseModel, rows: Examples, test: Examples, **changes: Any) -> None:
+    probe(base, Examples([*rows, *test]), ProbeConfig(**BRIEF, **changes))
+
+
+@pytest.mark.parametrize("way", [compared, cross_fitted, adapted, drawn, probed])
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
+def test_rows_that_an_adapter_leaves_no_room_for(
+    adapter: dict[str, Any], way: Any, base: BaseModel, fits: list[str], here: Path
+) -> None:
+    for rows, test in ((with_long(SHORT), TEST), (SHORT, with_long(TEST))):
+        if (way, test) == (drawn, TEST) or way is not drawn:
+            with pytest.raises(DataError) as caught:
+                way(base, rows, test, adapter=adapter)
+            names(
+                str(caught.value), "the long row: the prompt has ", "16 taken by the adapter's virtual tokens"
+            )
+    assert fits == [] and not (here / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adapters": ["lora", "prefix"], "recipes": ["base", "icl", "ia2+sft"]},
+        {"adapters": ["p-tuning"], "recipes": ["soft-sft"]},
+        {"recipes": ["mine"], "schedules": {"mine": [{"stage": "sft"}]}, "adapter": {"type": "prompt"}},
+    ],
+    ids=str,
+)
+def test_any_arm_of_a_comparison(
+    changes: dict[str, Any], base: BaseModel, fits: list[str], here: Path
+) -> None:
+    with pytest.raises(DataError, match=r"the long row: .* virtual tokens"):
+        compared(base, SHORT, with_long(TEST), **changes)
+    assert fits == []
+    # the same rows fit other adapters
+    compared(base, SHORT, with_long(TEST), adapters=["lora"])
+    assert len(fits) == 1
+
+
+@pytest.mark.parametrize("problem", ["virtual tokens", "window"])
+def test_sweep(problem: str, tmp_path: Path, fits: list[str]) -> None:
+    """Out-of-distribution rows too, and those that are too long for any adapter."""
+    files = write_files(tmp_path / "files")
+    file = files / "three" / "test.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[2]["text"] = "good " * (95 if problem == "window" else 69)
+    write_rows(file, rows)
+    settings: dict[str, Any] = {**BRIEF, "adapter.type": "lora" if problem == "window" else "prompt"}
+    (failure,) = swept(files, tmp_path / "out", recipes=["sft"], ood=True, settings=settings).failed
+    assert "test.jsonl:3: the prompt has " in failure["error"] and fits == []
+    assert ("virtual tokens" in failure["error"]) == (problem != "window")
+
+
+def test_what_uses_the_adapter(train: Ia2, ia2: Ia2, here: Path) -> None:
+    """Once it is trained: predictions, evaluation and analysis of other rows."""
+    write_rows(here / "long.jsonl", [("a0 z1", " L1"), ("z0 " * 498, " L1")])
+    assert train("--recipe", "sft", "--adapter-type", "prompt").status == 0
+    before = tree(here / "out")
+    for command in ("predict --adapter", "eval --adapter", "analyze"):
+        line = ia2(*command.split(), "out", "--data", "long.jsonl").refusal()
+        names(line, "long.jsonl:2: the prompt has ", "virtual tokens")
+    assert tree(here / "out") == before

@@ -28,11 +28,7 @@ class Ran:
     @property
     def json(self) -> Any:
         """Standard output, which must be one JSON document without NaN."""
-
-        def refuse(name: str) -> Any:
-            raise AssertionError(f"{name} is not JSON")
-
-        return json.loads(self.out, parse_constant=refuse)
+        return strict(self.out)
 
     def refusal(self) -> str:
         """The one line of a user's mistake."""
@@ -43,6 +39,15 @@ class Ran:
         assert lines[0].startswith("ia2: error: "), self
         assert "Traceback" not in self.err
         return lines[0].removeprefix("ia2: error: ")
+
+
+def strict(text: str) -> Any:
+    """JSON as the standard has it: without NaN and Infinity."""
+
+    def refuse(name: str) -> Any:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def names(line: str, *parts: str) -> None:
