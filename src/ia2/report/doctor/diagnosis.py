@@ -1,4 +1,4 @@
-"""What is wrong with a run: its facts, judged by every rule of :mod:`ia2.report.doctor.rules`."""
+"""What is wrong with a run: its facts, judged by every rule."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ia2.experiment.run_folder import find_runs
+from ia2.report.doctor import result_rules, training_rules
+from ia2.report.doctor.findings import CannotTell, Finding, Severity
 from ia2.report.doctor.reading import Facts, read_facts
-from ia2.report.doctor.rules import RULES, CannotTell, Finding, Severity
 from ia2.utils.errors import RunFolderError
 from ia2.utils.files import finite
+
+RULES = {rule.__name__.replace("_", "-"): rule for rule in (*training_rules.RULES, *result_rules.RULES)}
+"""Every rule by its id, in the order in which findings of one severity are shown."""
 
 SEVERITIES: tuple[Severity, ...] = ("problem", "warning", "note")
 

@@ -1,7 +1,4 @@
-"""The facts of a run of ``ia2 train`` or ``ia2 compare``, finished or running, from its JSON files; no model.
-
-Where the data file is still in its place and unchanged, as fingerprints tell, its rows are drawn again.
-"""
+"""The facts of a run of ``ia2 train`` or ``ia2 compare``, finished or running, from its JSON files."""
 
 from __future__ import annotations
 
@@ -18,25 +15,23 @@ from ia2.config import AdaptConfig, CompareConfig, TrainConfig
 from ia2.config.reading import validate
 from ia2.config.recipes import RECIPES
 from ia2.data.examples import Examples, FewShotSplit, RowFormat
-from ia2.experiment.methods import arms
+from ia2.experiment.methods import Arm, arms
 from ia2.experiment.rounds import draws, place_of, places
 from ia2.experiment.run_folder import read_run_file, settings_of
 from ia2.training.stages import PlannedStage, plan, stage_place
-from ia2.utils.errors import DataError, RunFolderError, UserError
+from ia2.utils.errors import RunFolderError, UserError
 from ia2.utils.files import read_json, read_lines, understood
 from ia2.utils.manifest import RUN_FILE
 from ia2.utils.user_files import user_path
 
-Rows = list[tuple[str, str]]
-"""Prompt and answer of each row."""
+Rows = list[tuple[str, str]]  # prompt and answer
 
 
 @dataclass
 class StageFacts:
-    """One training stage at one rate (and β) in one round, finished or begun.
+    """One training stage at one rate (and β) in one round, in a folder of the run; losses are (step, loss).
 
-    ``place`` is its folder in the run. The rate of its own settings, if any, counts instead of the recipe's
-    (``tried``). ``chosen`` is None while no recipe of it has chosen. Losses are (step, loss) as logged.
+    A rate of its own settings counts instead of the recipe's, ``tried``.
     """
 
     recipes: list[str]
@@ -45,7 +40,7 @@ class StageFacts:
     place: str
     tried: float
     own_rate: float | None
-    chosen: bool | None
+    chosen: bool | None  # None while none of its recipes has chosen
     finished: bool
     train: list[tuple[int, float]]
     dev: list[tuple[int, float]]
@@ -67,14 +62,15 @@ class StageFacts:
 class AnswerFacts:
     """One recipe's answers in one round, to ``n`` rows of ``test`` or, without such, of ``dev``.
 
-    By scope (``vocabulary``, ``labels``, ``answer``): whether each is right, ``[n]``, and means of metrics.
-    ``rows`` are the predictions; ``asim`` is of the first queries, or one number of a training run.
+    ``correct``, ``[n]``, and its mean are where only answers compete: ``scope`` is ``labels``, or ``answer``
+    of free text. ``rows`` are the predictions; ``asim`` is of the first queries, or one number of all.
     """
 
     part: str
     n: int
-    correct: dict[str, np.ndarray]
-    means: dict[str, dict[str, float]]
+    scope: str
+    accuracy: float | None
+    correct: np.ndarray | None
     rows: list[dict[str, Any]]
     asim: np.ndarray | None
     rate: float | None
@@ -85,8 +81,7 @@ class AnswerFacts:
 class RoundFacts:
     """A training set, of a seed or a fold of one, and what came of it; a training run has exactly one.
 
-    ``answers`` are by recipe, ``teacher`` is the text of its answer to each training row; ``train`` and
-    ``dev`` are None where the rows could not be drawn again.
+    ``answers`` are by recipe, ``teacher`` has its answer to each training row; rows are None where unknown.
     """
 
     seed: int
@@ -143,150 +138,90 @@ class Facts:
 
 
 def read_facts(folder: Path, part: str = "") -> Facts:
-    """All that a run folder tells.
-
-    Args:
-        folder: holds ``ia2_run.json``, or just ``compare.json``.
-        part: ``seed-0`` or ``seed-0/fold-1``: only these rounds of a comparison.
+    """All that a run folder tells; of a ``part`` such as ``seed-0/fold-1``, what these rounds of it tell.
 
     Raises:
         RunFolderError: a file has been damaged, or the folder is of another kind.
     """
     with understood(folder):
         run = read_run_file(folder) if (folder / RUN_FILE).is_file() else None
-        if run is None or run.get("kind") == "compare":
-            return _comparison(folder, run, part)
-        if run.get("kind") == "train":
-            return _training(folder, run)
-        kind = run.get("kind")
-        raise RunFolderError(f"{folder}: a run of another kind ({kind}) than train or compare.")
+        kind = "compare" if run is None else run.get("kind")
+        if kind not in _RESULTS:
+            raise RunFolderError(f"{folder}: a run of another kind ({kind}) than train or compare.")
+        file = folder / _RESULTS[kind]
+        summary: dict[str, Any] = read_json(file) if file.is_file() else {}
+        if run is None and not ("recipes" in summary and "design" in summary):
+            raise RunFolderError(f"{file}: no results of `ia2 compare`.")
+        return _facts(folder, part, kind, run, summary)
 
 
-def _training(folder: Path, run: Mapping[str, Any]) -> Facts:
-    config = settings_of(TrainConfig, folder, run)
-    metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
-    task = run.get("task") or {}
-    planned = plan(config.recipe, config)
-    recipe = _recipe(config.recipe, config.recipe, "", planned, config, {})
-    split, no_rows = _split(config, run["data"])
-    answers = None if metrics is None else _own_answers(folder, metrics)
-    chosen = {} if metrics is None else {recipe.name: (metrics["learning_rate"], metrics.get("beta"))}
-    only = RoundFacts(
-        config.seed,
-        "",
-        _stages(folder, folder, [(recipe, planned)], chosen, alone=True),
-        {} if answers is None else {recipe.name: answers},
-        _teacher(folder),
-        *_pairs(split),
-    )
-    missing = []
-    if metrics is None:
-        done = {stage.kind for stage in only.stages if stage.finished}
-        missing = [f"stage {kind}" for kind in recipe.stages if kind not in done]
-        missing.append("metrics.json (written last)")
-    return Facts(
-        folder,
-        "train",
-        missing,
-        [recipe],
-        [only],
-        _labelled(task.get("kind"), config, [only]),
-        list(task.get("labels") or config.labels or ()),
-        [len(ids) for ids in task.get("label_ids") or ()],
-        task["max_answer_tokens"] == 1 if task else None,
-        _num_dev(metrics or {}, only),
-        {},
-        no_rows,
-        _advice(task),
-    )
+_RESULTS = {"train": "metrics.json", "compare": "compare.json"}
 
 
-def _own_answers(folder: Path, metrics: Mapping[str, Any]) -> AnswerFacts | None:
-    part = next((name for name in ("test", "dev") if name in metrics), None)
-    if part is None:
-        return None
-    file = folder / "predictions.jsonl"
-    rows = read_lines(file) if file.is_file() else []
-    means = {
-        scope: {name: float(found["value"]) for name, found in of.items() if found["value"] is not None}
-        for scope, of in metrics[part].items()
-        if scope in ("vocabulary", "labels", "answer")
-    }
-    # the file has what competes alone: a label of the set, or a whole answer
-    scope = "labels" if "labels" in means else "answer"
-    correct = {scope: np.array([float(bool(row["correct"])) for row in rows])} if rows else {}
-    similarity = metrics.get("similarity_to_icl")
-    asim = np.array([similarity["asim"]]) if similarity else None
-    return AnswerFacts(
-        part,
-        len(rows) or metrics[part]["n"],
-        correct,
-        means,
-        rows,
-        asim,
-        metrics["learning_rate"],
-        metrics.get("beta"),
-    )
-
-
-def _comparison(folder: Path, run: Mapping[str, Any] | None, part: str) -> Facts:
-    file = folder / "compare.json"
-    summary: dict[str, Any] = read_json(file) if file.is_file() else {}
-    if run is None and not ("recipes" in summary and "design" in summary):
-        raise RunFolderError(f"{file}: no results of `ia2 compare`.")
-    config = _compare_config(folder, run, summary)
+def _facts(
+    folder: Path, part: str, kind: str, run: Mapping[str, Any] | None, summary: dict[str, Any]
+) -> Facts:
+    design = dict(summary.get("design", {}))
     # a part is judged by its own files: the summary is of the whole run
     entries = {} if part else summary.get("recipes", {})
-    planned: list[tuple[RecipeFacts, Sequence[PlannedStage]]] = []
-    for arm in [] if config is None else arms(config):
-        stages = plan(arm.recipe, arm.config)
-        entry = entries.get(arm.name, {})
-        planned.append((_recipe(arm.name, arm.recipe, arm.variant, stages, arm.config, entry), stages))
-    recipes = [recipe for recipe, _ in planned]
+    config: TrainConfig | CompareConfig | None
+    if kind == "train":
+        assert run is not None
+        config = settings_of(TrainConfig, folder, run)
+        compared = [Arm(config.recipe, config.recipe, "", config)]
+        design = dict(run.get("task") or {})
+        if design:
+            design |= {"task": design["kind"], "single_token": design["max_answer_tokens"] == 1}
+    else:
+        config = _compare_config(folder, run, summary)
+        compared = [] if config is None else arms(config)
+    planned = [(arm, plan(arm.recipe, arm.config)) for arm in compared]
+    recipes = [_recipe(arm, stages, entries.get(arm.name, {})) for arm, stages in planned]
     for name, entry in {} if recipes else entries.items():
-        kind, _, variant = name.partition("@")
-        kinds = RECIPES[kind].kinds() if kind in RECIPES else ()
-        recipes.append(RecipeFacts(name, kind, variant, list(kinds), [], 1, entry))
+        recipe, _, variant = name.partition("@")
+        kinds = RECIPES[recipe].kinds() if recipe in RECIPES else ()
+        recipes.append(RecipeFacts(name, recipe, variant, list(kinds), [], 1, entry))
     rounds: list[RoundFacts] = []
     missing: list[str] = []
     no_rows: str | None = "only compare.json is there"
     if run is not None and config is not None:
-        tested = bool(run["data"].get("test"))
-        splits, no_rows = _splits(config, run["data"], tested)
-        for seed, fold in places(config, tested=tested):
-            place = place_of(seed, fold)
+        splits, no_rows = _splits(config, run["data"])
+        for (seed, fold), place in _places(config, bool(run["data"].get("test"))).items():
             if part and not f"{place}/".startswith(f"{part}/"):
                 continue
-            where = folder / place
-            files = {recipe.name: where / "evaluations" / f"{recipe.name}.json" for recipe in recipes}
-            answers = {name: _answers(file) for name, file in files.items() if file.is_file()}
-            chosen = {name: (found.rate, found.beta) for name, found in answers.items()}
-            stages_of = _stages(folder, where, planned, chosen, alone=False)
-            each = RoundFacts(
-                seed, place, stages_of, answers, _teacher(where), *_pairs(splits.get((seed, fold)))
-            )
-            if each.stages or each.answers or each.teacher:
+            answers = _answers(folder / place, compared, summary if kind == "train" else None)
+            stages = _stages(folder, place, planned, answers)
+            split = splits.get((seed, fold))
+            parts = () if split is None else (split.train, split.dev)
+            train, dev = [[(e.query, e.answer or "") for e in rows] for rows in parts] or (None, None)
+            each = RoundFacts(seed, place, stages, answers, _teacher(folder / place), train, dev)
+            if kind == "train" or stages or answers or each.teacher:
                 rounds.append(each)
-            done = {*answers, *summary.get("diverged", ())}
-            if lacking := [recipe.name for recipe in recipes if recipe.name not in done]:
-                missing.append(f"{place}: {', '.join(lacking)}")
-        if not summary:
-            missing.append("compare.json (written last)")
-    design = summary.get("design", {})
+            if kind == "train":
+                done = {stage.kind for stage in stages if stage.finished}
+                missing += [] if summary else [f"stage {k}" for k in recipes[0].stages if k not in done]
+            else:
+                done = {*answers, *summary.get("diverged", ())}
+                lacking = [arm.name for arm in compared if arm.name not in done]
+                missing += [f"{place}: {', '.join(lacking)}"] if lacking else []
+        missing += [] if summary else [f"{_RESULTS[kind]} (written last)"]
+    num_dev = summary.get("num_dev", design.get("num_dev"))
+    if num_dev is None and rounds and rounds[0].dev is not None:
+        num_dev = len(rounds[0].dev)
     return Facts(
         folder / part if part else folder,
-        "compare",
+        kind,
         missing,
         recipes,
         rounds,
         _labelled(design.get("task"), config, rounds),
         list(design.get("labels") or (config and config.labels) or ()),
-        [],
+        [len(ids) for ids in design.get("label_ids") or ()],
         design.get("single_token"),
-        _num_dev(design, rounds[0] if rounds else None),
+        num_dev,
         {} if part else summary.get("differences", {}),
         no_rows,
-        _advice(design),
+        [tuple(each) for each in design["advice"]] if "advice" in design else None,
     )
 
 
@@ -301,63 +236,100 @@ def _compare_config(
         return None  # results outlive the settings that another version had
 
 
-def _recipe(
-    name: str,
-    recipe: str,
-    variant: str,
-    planned: Sequence[PlannedStage],
-    config: AdaptConfig,
-    entry: Mapping[str, Any],
-) -> RecipeFacts:
-    rates = list(config.learning_rates or [default_learning_rate(config.adapter)]) if planned else []
-    betas = max((len(stage.betas) for stage in planned), default=1)
-    return RecipeFacts(
-        name, recipe, variant, [stage.kind for stage in planned], rates, max(1, len(rates)) * betas, entry
+def _recipe(arm: Arm, planned: Sequence[PlannedStage], entry: Mapping[str, Any]) -> RecipeFacts:
+    rates = _rates(arm) if planned else []
+    candidates = max(1, len(rates)) * max((len(stage.betas) for stage in planned), default=1)
+    kinds = [stage.kind for stage in planned]
+    return RecipeFacts(arm.name, arm.recipe, arm.variant, kinds, rates, candidates, entry)
+
+
+def _rates(arm: Arm) -> list[float]:
+    return list(arm.config.learning_rates or [default_learning_rate(arm.config.adapter)])
+
+
+def _places(config: TrainConfig | CompareConfig, tested: bool) -> dict[tuple[int, int | None], str]:
+    if isinstance(config, TrainConfig):
+        return {(config.seed, None): ""}
+    return {each: place_of(*each) for each in places(config, tested=tested)}
+
+
+def _labelled(kind: str | None, config: AdaptConfig | None, rounds: Sequence[RoundFacts]) -> bool | None:
+    for known in (kind, config.task if config is not None else None):
+        if known in ("classification", "generation"):
+            return known == "classification"
+    scopes = {answers.scope for each in rounds for answers in each.answers.values()}
+    if not scopes:
+        return True if config is not None and config.labels else None
+    return "answer" not in scopes
+
+
+def _answers(folder: Path, compared: Sequence[Arm], metrics: dict[str, Any] | None) -> dict[str, AnswerFacts]:
+    """By recipe: those of a round of a comparison or, given its metrics, of a training run."""
+    if metrics is None:
+        files = [folder / "evaluations" / f"{arm.name}.json" for arm in compared]
+        return {file.stem: _compared_answers(file) for file in files if file.is_file()}
+    part = next((name for name in ("test", "dev") if name in metrics), None)
+    if part is None:
+        return {}
+    rows = _read_lines(folder / "predictions.jsonl")
+    scope = "labels" if "labels" in metrics[part] else "answer"
+    similarity = metrics.get("similarity_to_icl")
+    only = AnswerFacts(
+        part,
+        len(rows) or metrics[part]["n"],
+        scope,
+        metrics[part][scope]["accuracy"]["value"],
+        np.array([float(bool(row["correct"])) for row in rows]) if rows else None,
+        rows,
+        np.array([similarity["asim"]]) if similarity else None,
+        metrics["learning_rate"],
+        metrics.get("beta"),
     )
+    return {compared[0].name: only}
 
 
-def _answers(file: Path) -> AnswerFacts:
+def _compared_answers(file: Path) -> AnswerFacts:
     value = read_json(file)
-    rows_file = file.with_name(f"{file.stem}.predictions.jsonl")
-    columns = {
-        scope: {name: np.array(column, float) for name, column in of.items()}
-        for scope, of in value["measured"]["plain"].items()
-    }
+    plain = value["measured"]["plain"]
+    scope = "labels" if "labels" in plain else "answer"
+    correct = np.array(plain[scope]["correct"], float)
     return AnswerFacts(
         "test",
-        len(value["places"]),
-        {scope: of["correct"] for scope, of in columns.items()},
-        {
-            scope: {"accuracy": float(of["correct"].mean()), "nll": float(of["nll"].mean())}
-            for scope, of in columns.items()
-        },
-        read_lines(rows_file) if rows_file.is_file() else [],
+        len(correct),
+        scope,
+        float(correct.mean()),
+        correct,
+        _read_lines(file.with_name(f"{file.stem}.predictions.jsonl")),
         None if value["asim"] is None else np.array(value["asim"]),
         value["learning_rate"],
         value.get("beta"),
     )
 
 
-# ------------------------------------------------------------------------------------------- stages
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    return read_lines(file) if file.is_file() else []
+
+
+def _teacher(folder: Path) -> list[str]:
+    for file in [folder / "teacher" / "train" / "index.json", *folder.glob("teacher/train-*/index.json")]:
+        if file.is_file():
+            return [answer["text"] for answer in read_json(file)["answers"]]
+    return []
 
 
 def _stages(
     run: Path,
-    where: Path,
-    planned: Sequence[tuple[RecipeFacts, Sequence[PlannedStage]]],
-    chosen: Mapping[str, tuple[float | None, float | None]],
-    *,
-    alone: bool,
+    place: str,
+    planned: Sequence[tuple[Arm, Sequence[PlannedStage]]],
+    answers: Mapping[str, AnswerFacts],
 ) -> list[StageFacts]:
     """Stages that have begun; one that several recipes share comes once."""
     found: dict[Path, StageFacts] = {}
-    for recipe, stages in planned:
+    for arm, stages in planned:
         betas: list[float | None] = next((s.betas for s in stages if s.betas != [None]), [None])
-        for count, (rate, beta) in product(range(1, len(stages) + 1), product(recipe.rates, betas)):
-            folder = where / recipe.variant / stage_place(stages[:count], rate, beta, alone=alone)
-            kept = None
-            if recipe.name in chosen:
-                kept = chosen[recipe.name][0] == rate and chosen[recipe.name][1] in (None, beta)
+        for count, (rate, beta) in product(range(1, len(stages) + 1), product(_rates(arm), betas)):
+            # a training run has one recipe, whose stages are simply named
+            folder = run / place / arm.variant / stage_place(stages[:count], rate, beta, alone=not place)
             if folder not in found:
                 result = _stage_result(folder)
                 if result is None:
@@ -377,8 +349,9 @@ def _stages(
                     result.get("diverged_step"),
                 )
             each = found[folder]
-            each.recipes += [recipe.name] if recipe.name not in each.recipes else []
-            each.chosen = each.chosen if kept is None else kept or bool(each.chosen)
+            each.recipes += [arm.name] if arm.name not in each.recipes else []
+            if (mine := answers.get(arm.name)) is not None:
+                each.chosen = bool(each.chosen) or (mine.rate == rate and mine.beta in (None, beta))
     return list(found.values())
 
 
@@ -402,91 +375,27 @@ def _losses(history: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, 
     return [(step, float("nan") if loss is None else float(loss)) for step, loss in pairs]
 
 
-def _teacher(folder: Path) -> list[str]:
-    for file in [folder / "teacher" / "train" / "index.json", *folder.glob("teacher/train-*/index.json")]:
-        if file.is_file():
-            return [answer["text"] for answer in read_json(file)["answers"]]
-    return []
-
-
-# --------------------------------------------------------------------------------------------- rows
-
-
-def _split(config: TrainConfig, data: Mapping[str, str]) -> tuple[FewShotSplit | None, str | None]:
-    """Training and dev rows of a training run; or why they could not be drawn again."""
-    try:
-        split = _examples(config).split(seed=config.seed, **config.drawn)
-        _check_same([split.train.fingerprint, split.dev.fingerprint], [data["train"], data["dev"]], config)
-        return split, None
-    except UserError as error:
-        return None, str(error)
-
-
 def _splits(
-    config: CompareConfig, data: Mapping[str, str], tested: bool
+    config: TrainConfig | CompareConfig, data: Mapping[str, str]
 ) -> tuple[dict[tuple[int, int | None], FewShotSplit], str | None]:
-    """Training and dev rows by seed and fold; or why they could not be drawn again."""
-    try:
-        examples = _examples(config)
-        _check_same([examples.fingerprint], [data["data"]], config)
-        return {(each.seed, each.fold): each.data for each in draws(examples, config, tested=tested)}, None
-    except UserError as error:
-        return {}, str(error)
-
-
-def _examples(config: TrainConfig | CompareConfig) -> Examples:
-    """The rows of the data file, if it is there.
-
-    Raises:
-        DataError: it is not.
-    """
+    """Training and dev rows by seed and fold, drawn again from the data file; or why they cannot be."""
     if not config.data:
-        raise DataError("the rows were given in memory, and no file is named")
+        return {}, "the rows were given in memory, and no file is named"
     path = user_path(config.data)
     # the hub is not asked: this must work offline, and at once
     if not path.exists():
-        raise DataError(f"{path.name} is not there (a relative path counts from where the run was started)")
+        return {}, f"{path.name} is not there (a relative path counts from where the run was started)"
     format = RowFormat(config.prompt_template, config.completion_template, config.label_map)
     options: dict[str, Any] = {"split": config.split, "config": config.data_config, "format": format}
     try:
-        return Examples.load(config.data, labelled=True, **options)
+        examples = Examples.load(config.data, labelled=True, **options)
+        if isinstance(config, TrainConfig):
+            split = examples.split(seed=config.seed, **config.drawn)
+            if (split.train.fingerprint, split.dev.fingerprint) == (data["train"], data["dev"]):
+                return {(config.seed, None): split}, None
+        elif examples.fingerprint == data["data"]:
+            drawn = draws(examples, config, tested=bool(data.get("test")))
+            return {(each.seed, each.fold): each.data for each in drawn}, None
     except UserError as error:
-        # reports are passed on: no folders
-        raise DataError(str(error).replace(config.data, path.name)) from None
-
-
-def _check_same(now: Sequence[str], then: Sequence[str], config: TrainConfig | CompareConfig) -> None:
-    if list(now) != list(then):
-        raise DataError(f"{Path(config.data or '').name} has changed since")
-
-
-def _pairs(split: FewShotSplit | None) -> tuple[Rows | None, Rows | None]:
-    if split is None:
-        return None, None
-    train, dev = ([(e.query, e.answer or "") for e in part] for part in (split.train, split.dev))
-    return train, dev
-
-
-# ------------------------------------------------------------------------------------- small things
-
-
-def _advice(recorded: Mapping[str, Any]) -> list[tuple[str, str, str]] | None:
-    if "advice" not in recorded:
-        return None
-    return [(what, evidence, way_out) for what, evidence, way_out in recorded["advice"]]
-
-
-def _labelled(kind: str | None, config: AdaptConfig | None, rounds: Sequence[RoundFacts]) -> bool | None:
-    for known in (kind, config.task if config is not None else None):
-        if known in ("classification", "generation"):
-            return known == "classification"
-    scopes = {scope for each in rounds for answers in each.answers.values() for scope in answers.means}
-    if not scopes:
-        return True if config is not None and config.labels else None
-    return "answer" not in scopes
-
-
-def _num_dev(known: Mapping[str, Any], first: RoundFacts | None) -> int | None:
-    if known:
-        return int(known["num_dev"])
-    return None if first is None or first.dev is None else len(first.dev)
+        return {}, str(error).replace(config.data, path.name)  # reports are passed on: no folders
+    return {}, f"{path.name} has changed since"
