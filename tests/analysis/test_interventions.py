@@ -281,7 +281,7 @@ def test_no_fraction_of_nothing() -> None:
 
 def test_figures(section: dict[str, Any], tmp_path: Path) -> None:
     kept = json.loads(json.dumps(section))
-    figures = {figure.name: figure for figure in causal_figures(kept, "tiny")}
+    figures = {figure.name: figure for figure in causal_figures(kept)}
     assert list(figures) == [
         "causal-heads",
         "causal-layers",
@@ -316,7 +316,7 @@ def test_figures_of_odd_sections(case: str, tmp_path: Path) -> None:
         for values in run.values.values():
             del values["heads"]
     section = summarise([] if case == "nothing" else [run], of)
-    figures = causal_figures(finite(section) if case == "null" else section, "made up")  # type: ignore[arg-type]
+    figures = causal_figures(finite(section) if case == "null" else section)  # type: ignore[arg-type]
     names = {"no heads": ["causal-layers"], "nothing": []}
     assert [figure.name for figure in figures] == names.get(case, ["causal-heads", "causal-layers"])
     for figure in figures:

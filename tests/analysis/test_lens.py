@@ -234,7 +234,7 @@ def numbers(figure: Figure) -> list[dict[str, str]]:
 def test_figure(tmp_path: Path) -> None:
     controls = {"icl-other": SHARES["sft"], "sft+demos": SHARES["icl"], "sft~seed": SHARES["sft"]}
     section = summarise([result({**SHARES, **controls})], LAYERS)
-    [figure] = lens_figures(section, "tiny: words")
+    [figure] = lens_figures(section)
     assert len(figure.panels) == 4
     picture = figure.save(tmp_path / "lens.svg").read_text()
     assert all(f">{name}</text>" in picture for name in (*SHARES, "icl-other"))
@@ -254,12 +254,12 @@ def test_figure(tmp_path: Path) -> None:
 def test_figure_of_little(tmp_path: Path) -> None:
     lone = LensResult({"icl": {"agreement": np.ones((2, 1))}}, {}, "vocabulary")
     section = summarise([lone], [0])
-    [figure] = lens_figures(section, "")
+    [figure] = lens_figures(section)
     assert len(figure.panels) == 1
     assert "one label for every query" not in figure.caption
     figure.save(tmp_path / "lens.svg")
     section["views"][0]["agreement_by_layer"] = {"value": [None], "low": [None], "high": [None]}
-    [figure] = lens_figures(section, "")
+    [figure] = lens_figures(section)
     figure.save(tmp_path / "lens.svg")
     assert numbers(figure)[0]["icl"] == "–"
-    assert lens_figures({**section, "views": []}, "") == []
+    assert lens_figures({**section, "views": []}) == []

@@ -144,9 +144,9 @@ def test_summary_over_trials() -> None:
 def test_figures(tmp_path: Path) -> None:
     trial = {site: metered(examples(9, 0), examples(9, 1), site=site) for site in ("neurons", "residual")}
     section = finite(summarise([trial], range(LAYERS)))
-    neurons, shift = neuron_figures(section, "tiny: 9 queries")  # type: ignore[arg-type]
+    neurons, shift = neuron_figures(section)  # type: ignore[arg-type]
     for figure in (neurons, shift):
-        assert "tiny: 9 queries" in figure.save(tmp_path / f"{figure.name}.svg").read_text()
+        assert "<svg" in figure.save(tmp_path / f"{figure.name}.svg").read_text()
     counts, width = section["neurons"]["views"]["sft"]["significant"], section["neurons"]["width"]  # type: ignore[index]
     assert f"| 2 | {counts[2] / width:.1%} |" in markdown(neurons.numbers)
     common = section["residual"]["views"]["sft"]["common_shift"]  # type: ignore[index]
@@ -175,9 +175,9 @@ def test_figures_of_little(tmp_path: Path) -> None:
     ours, icl = examples(1, 0, (1, 8)), examples(1, 1, (1, 8))
     views = ("icl-other", "sft", "sft+demos", "ia2+sft~seed", "mine@dora")
     section = finite(summarise([{"residual": metered(ours, icl, site="residual", views=views)}], [0]))
-    (figure,) = neuron_figures(section, "x")  # type: ignore[arg-type]
+    (figure,) = neuron_figures(section)  # type: ignore[arg-type]
     text = figure.save(tmp_path / "shift.svg").read_text()
     # adapters' controls are in the numbers only
     assert all((view in text) == (view not in ("sft+demos", "ia2+sft~seed")) for view in views)
     assert "| 0 | – | – | – | – | – |" in markdown(figure.numbers)
-    assert neuron_figures({}, "x") == []
+    assert neuron_figures({}) == []

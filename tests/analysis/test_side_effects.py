@@ -211,7 +211,7 @@ def test_a_summary_of_what_is_not_everywhere() -> None:
 def test_figures(tmp_path: Path) -> None:
     trials = [{"base": made(0), "sft": made(5 + n, 0.1), "ia2-sft": made(9 + n, 0.2)} for n in range(2)]
     section = json.loads(json.dumps(summarise(trials)))
-    figures = {figure.name: figure for figure in effect_figures(section, "tiny: 2 seeds")}
+    figures = {figure.name: figure for figure in effect_figures(section)}
     assert list(figures) == ["perplexity", "benchmarks", "diversity", "wordings"]
     for figure in figures.values():
         assert figure.save(tmp_path / f"{figure.name}.svg").stat().st_size > 1000
@@ -230,17 +230,17 @@ def test_figures(tmp_path: Path) -> None:
 
 
 def test_figures_of_little(tmp_path: Path) -> None:
-    assert effect_figures(summarise([{"base": {}}]), "nothing") == []
+    assert effect_figures(summarise([{"base": {}}])) == []
     base = made(0, texts=1, queries=1)
     alone = summarise([{"base": base}])
-    names = [figure.name for figure in effect_figures(alone, "base only")]
+    names = [figure.name for figure in effect_figures(alone)]
     assert names == ["benchmarks", "diversity", "wordings"]
     # e³ times the perplexity: a logarithmic axis
     worse = summarise([{"base": base, "sft": made(1, 3.0, texts=1, queries=1)}])
-    effect_figures(worse, "worse")[0].save(tmp_path / "worse.svg")
+    effect_figures(worse)[0].save(tmp_path / "worse.svg")
     alone["benchmarks"]["Own"]["scopes"]["labels"]["views"]["base"]["accuracy"] |= {
         "value": None,
         "low": None,
     }
-    for figure in effect_figures(alone, "base only"):
+    for figure in effect_figures(alone):
         figure.save(tmp_path / f"{figure.name}.svg")

@@ -304,7 +304,7 @@ def test_names_of_other_families(name: str) -> None:
 
 
 def test_figures(section: dict[str, Any], tmp_path: Path) -> None:
-    figures = {figure.name: figure for figure in weight_figures(section, "tiny: 3 seeds")}
+    figures = {figure.name: figure for figure in weight_figures(section)}
     assert list(figures) == ["overlap", "overlap-layers", "updates"]
     for figure in figures.values():
         assert figure.save(tmp_path / f"{figure.name}.svg").stat().st_size > 1000
@@ -321,10 +321,10 @@ def test_figures(section: dict[str, Any], tmp_path: Path) -> None:
 
 def test_figures_of_little(tmp_path: Path) -> None:
     one = overlaps([made("sft", 0)])
-    assert [figure.name for figure in weight_figures(one, "one arm")] == ["updates"]
+    assert [figure.name for figure in weight_figures(one)] == ["updates"]
     zero = overlaps([made("ia2", 0, by=0.0), made("sft", 0)])
     # through JSON, where what is missing is null
     for section in (one, zero, json.loads(json.dumps(finite(zero)))):
-        for figure in weight_figures(section, "little"):
+        for figure in weight_figures(section):
             figure.save(tmp_path / "a.svg")
-    assert weight_figures(overlaps([]), "nothing") == []
+    assert weight_figures(overlaps([])) == []

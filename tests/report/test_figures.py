@@ -175,7 +175,7 @@ def drawn(given: dict[str, Any], folder: Path) -> dict[str, tuple[list[dict[str,
             numbers(figure),
             figure.save(folder / f"{figure.name}.svg").read_text(),
         )
-        for figure in activation_figures(given, "tiny: words")
+        for figure in activation_figures(given)
     }
 
 
@@ -208,7 +208,7 @@ def test_little_and_missing_numbers(missing: float | None, tmp_path: Path) -> No
     ) == [
         "sft − base"  # with one adapter there is the base model to compare with
     ]
-    assert activation_figures({"layers": [], "views": [], "differences": []}, "") == []
+    assert activation_figures({"layers": [], "views": [], "differences": []}) == []
     given = section()
     for end in ("value", "low", "high"):
         given["views"][2]["asim_by_layer"][end][2] = missing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ia2.report.figures.style import Figure, numbers_table
@@ -39,8 +40,8 @@ def analysis_figures(result: Mapping[str, Any]) -> list[Figure]:
         "effects": effect_figures,
     }
     heading = analysis_heading(result)
-    made = (make(result[name], heading) for name, make in makers.items() if result.get(name))
-    return [figure for figures in made for figure in figures]
+    made = (make(result[name]) for name, make in makers.items() if result.get(name))
+    return [replace(figure, heading=heading) for figures in made for figure in figures]
 
 
 # ---------------------------------------------------------------------------------------- sentences

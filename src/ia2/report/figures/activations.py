@@ -15,10 +15,6 @@ from ia2.utils.wording import estimate
 
 Json = Mapping[str, Any]
 
-_BROKEN = {
-    "with demonstrations": "dashed, the trained model that is given the demonstrations too",
-    "other seed": "dash-dotted, the same recipe with another seed's examples, looked at with these",
-}
 # A range beyond which a linear axis would press most layers onto the bottom.
 _LOG_FROM = 20
 # Tokens up to which each has a marker.
@@ -36,26 +32,21 @@ _LENS = {
 }
 
 
-def activation_figures(section: Json, heading: str) -> list[Figure]:
-    """By layer, beside controls, differences by layer, variance unexplained; by token for free text.
-
-    Args:
-        section: ``activations`` of ``analysis.json``.
-        heading: what the figures are of.
-    """
+def activation_figures(section: Json) -> list[Figure]:
+    """By layer, beside controls, differences by layer, variance unexplained; by token for free text."""
     views = {view["name"]: view for view in section["views"]}
     drawn = {name: view for name, view in views.items() if view["kind"] != "control"}
     if not drawn:
         return []
     shown = {**drawn, **{name: views[name] for name in (OTHER, MEAN) if name in views}}
-    found = (
-        _layers(section, shown, heading),
-        _controls(section, views, heading),
-        _differences(section, views, heading),
-        _unexplained(section, shown, heading),
-        _tokens(shown, drawn, heading),
-    )
-    return [figure for figure in found if figure is not None]
+    found = [_layers(section, shown)]
+    if any(view["kind"] == "control" and view["of"] in views for view in views.values()):
+        found.append(_controls(section, views, drawn))
+    if pairs := _chosen(section, views):
+        found.append(_differences(section, pairs, drawn))
+    found.append(_unexplained(section, shown))
+    longest = max(len(view["asim_by_token"]["value"]) for view in drawn.values())
+    return [*found, _tokens(shown, longest)] if longest > 1 else found
 
 
 def _styled(views: Mapping[str, Json], key: str) -> dict[str, Json]:
@@ -63,92 +54,55 @@ def _styled(views: Mapping[str, Json], key: str) -> dict[str, Json]:
     return {name: {**view[key], "style": styles[name]} for name, view in views.items() if key in view}
 
 
-def _layers(section: Json, shown: Mapping[str, Json], heading: str) -> Figure:
+def _layers(section: Json, shown: Mapping[str, Json]) -> Figure:
     centred = _styled(shown, "centred_by_layer")
     panels = [Lines("as it is" if centred else "", _styled(shown, "asim_by_layer"), "asim to ICL")]
-    caption = (
-        "Mean cosine between self-attention outputs and those of the base model with demonstrations, where "
-        "the answer is; bands are 95% intervals over queries and seeds. The base model's line is what there "
-        "is without any training."
-    )
-    if OTHER in shown:
-        caption += " icl-other is ICL with other demonstrations: as near as the task alone brings one."
-    if MEAN in shown:
-        caption += (
-            " icl-mean is one constant, the mean of ICL's activations over the training examples: what lies "
-            "no higher need not have anything to do with the query."
-        )
+    parts = ["caption", *(name for name in (OTHER, MEAN) if name in shown)]
     if centred:
         panels.append(Lines("mean taken off", centred, "centred cosine"))
-        caption += " On the right that mean is taken off both sides, which leaves what differs by query."
-    title = "Similarity of attention outputs to ICL by layer"
-    return line_figure(
-        *("activations-layers", title, heading, caption, section["layers"], panels),
-        rows="panel" if centred else "",
-        numbers="asim to ICL by layer [95%]",
-        columns=2,
-        width=5.0,
-        height=3.8,
-    )
+        parts.append("centred")
+    rows = "panel" if centred else ""
+    return line_figure("activations-layers", section["layers"], panels, rows=rows, parts=parts, columns=2)
 
 
-def _controls(section: Json, views: Mapping[str, Json], heading: str) -> Figure | None:
+def _controls(section: Json, views: Mapping[str, Json], drawn: Iterable[str]) -> Figure:
     """A panel an adapter with controls of its own."""
+    styles = view_styles(drawn)
     own: dict[str, dict[str, Json]] = {}
-    styles = view_styles(name for name, view in views.items() if view["kind"] != "control")
     for view in views.values():
-        if view["kind"] == "control" and view["of"] in views:
-            line = {**view["asim_by_layer"], "style": styles[view["control"]]}
-            own.setdefault(view["of"], {})[view["control"]] = line
-    if not own:
-        return None
-    panels = []
-    for name, controls in own.items():
-        itself = {**views[name]["asim_by_layer"], "style": styles[name], "legend": False}
-        panels.append(Lines(name, {"itself": itself, **controls}, "asim to ICL"))
-    kinds = dict.fromkeys(kind for controls in own.values() for kind in controls)
-    caption = "Solid, in its colour: the trained model without demonstrations; "
-    caption += "; ".join(_BROKEN[kind] for kind in kinds if kind in _BROKEN) + "."
-    if "other seed" in kinds:
-        caption += (
-            " Where another seed's adapter is as near, it was not these very examples that brought it there."
-        )
-    title = "Similarity to ICL beside controls"
+        name, kind = view["of"], view["control"]
+        if view["kind"] == "control" and name in views:
+            itself = {**views[name]["asim_by_layer"], "style": styles[name], "legend": False}
+            lines = own.setdefault(name, {"itself": itself})
+            lines[kind] = {**view["asim_by_layer"], "style": styles[kind]}
+    kinds = dict.fromkeys(kind for lines in own.values() for kind in lines if kind != "itself")
     return line_figure(
-        *("activations-controls", title, heading, caption, section["layers"], panels),
+        "activations-controls",
+        section["layers"],
+        [Lines(name, lines, "asim to ICL") for name, lines in own.items()],
         rows="condition",
-        numbers="asim to ICL by layer [95%]",
         one_scale=True,
+        size=(3.6, 3.1),
+        parts=["caption", *kinds],
     )
 
 
-def _differences(section: Json, views: Mapping[str, Json], heading: str) -> Figure | None:
-    pairs = {f"{pair['a']} − {pair['b']}": pair for pair in _chosen(section, views)}
-    if not pairs:
-        return None
-    styles = view_styles(name for name, view in views.items() if view["kind"] != "control")
-    overall = [f"{title}: {estimate(pair['asim'], signed=True)}" for title, pair in pairs.items()]
-    panels = [
-        Lines(
-            title,
-            {"difference": {**pair["asim_by_layer"], "style": styles[pair["a"]], "legend": False}},
-            "difference in asim",
-            {0: {"linestyle": "--"}},
-        )
-        for title, pair in pairs.items()
-    ]
+def _differences(section: Json, pairs: Iterable[Json], drawn: Iterable[str]) -> Figure:
+    styles, panels, overall = view_styles(drawn), [], []
+    for pair in pairs:
+        title = f"{pair['a']} − {pair['b']}"
+        line = {**pair["asim_by_layer"], "style": styles[pair["a"]], "legend": False}
+        panels.append(Lines(title, {"difference": line}, "difference in asim", {0: {"linestyle": "--"}}))
+        overall.append(f"{title}: {estimate(pair['asim'], signed=True)}")
     return line_figure(
         "activations-differences",
-        "Differences in similarity to ICL by layer",
-        heading,
-        "Difference in asim, paired by query; bands are 95% intervals, and where one is wholly above 0 the "
-        f"first of the two is nearer to ICL. Over all layers: {'; '.join(overall)}.",
         section["layers"],
         panels,
         rows="pair",
-        numbers="Difference in asim by layer [95%]",
         signed=True,
         one_scale=True,
+        size=(3.6, 3.1),
+        overall="; ".join(overall),
     )
 
 
@@ -159,46 +113,25 @@ def _chosen(section: Json, views: Mapping[str, Json]) -> list[Json]:
         return len({METHOD, RIVAL} - {pair["a"].partition("@")[0], pair["b"].partition("@")[0]})
 
     for other in ("adapter", "base"):
-        found = [
-            pair
-            for pair in section["differences"]
-            if (views[pair["a"]]["kind"], views[pair["b"]]["kind"]) == ("adapter", other)
-        ]
+        kinds = ("adapter", other)
+        found = [p for p in section["differences"] if (views[p["a"]]["kind"], views[p["b"]]["kind"]) == kinds]
         if found:
             return sorted(found, key=rank)[:_MAX_PAIRS]
     return []
 
 
-def _unexplained(section: Json, shown: Mapping[str, Json], heading: str) -> Figure:
+def _unexplained(section: Json, shown: Mapping[str, Json]) -> Figure:
     styles, key = view_styles(shown), "variance_unexplained_by_layer"
     series = {name: {"value": view[key], "style": styles[name]} for name, view in shown.items()}
-    finish = partial(plain_log, which="y") if _wide(view[key] for view in shown.values()) else None
-    return line_figure(
-        "activations-unexplained",
-        "Variance of ICL's activations that is not matched",
-        heading,
-        "Squared distance to ICL's attention outputs over their variance: 0 is a perfect match, and 1 "
-        "(the thin line) is what their mean over the queries scores. Unlike the cosine it counts sizes too.",
-        section["layers"],
-        [Lines("", series, "variance unexplained", {1: {}}, finish)],
-        numbers="Fraction of variance unexplained by layer",
-        form=".3g",
-        width=5.0,
-        height=3.8,
-    )
-
-
-def _wide(parts: Iterable[Any]) -> bool:
-    """Whether positive numbers span so much that they need a logarithmic axis."""
-    values = np.concatenate([array(part) for part in parts])
+    values = np.concatenate([array(view[key]) for view in shown.values()])
     known = values[np.isfinite(values)]
-    return bool(known.size and known.min() > 0 and known.max() / known.min() > _LOG_FROM)
+    wide = bool(known.size and known.min() > 0 and known.max() / known.min() > _LOG_FROM)
+    finish = partial(plain_log, which="y") if wide else None
+    panel = Lines("", series, "variance unexplained", {1: {}}, finish)
+    return line_figure("activations-unexplained", section["layers"], [panel], form=".3g")
 
 
-def _tokens(shown: Mapping[str, Json], drawn: Mapping[str, Json], heading: str) -> Figure | None:
-    longest = max(len(view["asim_by_token"]["value"]) for view in drawn.values())
-    if longest < 2:
-        return None
+def _tokens(shown: Mapping[str, Json], longest: int) -> Figure:
     x, styles = range(1, longest + 1), view_styles(shown)
     count = max((view["asim_by_token"]["count"] for view in shown.values()), key=len)
     series: dict[str, Json] = {"answers": {"value": count, "form": ".0f", "hidden": True}}
@@ -206,33 +139,13 @@ def _tokens(shown: Mapping[str, Json], drawn: Mapping[str, Json], heading: str) 
         value = view["asim_by_token"]["value"][:longest]
         style = {**styles[name], **({"marker": None} if longest > _MARKED else {})}
         series[name] = {"x": x[: len(value)], "value": value, "style": style}
-    return line_figure(
-        "activations-tokens",
-        "Similarity to ICL by token of the answer",
-        heading,
-        "Mean over layers and queries. Fewer answers reach the later tokens, as the table says.",
-        x,
-        [Lines("", series, "asim to ICL")],
-        xlabel="token of the answer",
-        width=5.0,
-        height=3.8,
-    )
+    panel = Lines("", series, "asim to ICL")
+    return line_figure("activations-tokens", x, [panel], xlabel="token of the answer")
 
 
-def lens_figures(section: Json, heading: str) -> list[Figure]:
-    """Agreement with ICL, accuracy, log-probability and divergence by layer, through the logit lens.
-
-    Args:
-        section: ``lens`` of ``analysis.json``.
-        heading: what the figures are of.
-    """
-    # the controls of adapters would hide the models of interest
-    views = {
-        name: view
-        for view in section["views"]
-        if (name := view["name"]) == OTHER
-        or not (name.endswith(("+demos", "~seed")) or name.startswith("icl-"))
-    }
+def lens_figures(section: Json) -> list[Figure]:
+    """Agreement with ICL, accuracy, log-probability and divergence by layer, through the logit lens."""
+    views = {view["name"]: view for view in section["views"] if _is_of_interest(view["name"])}
     if not views:
         return []
     panels = []
@@ -244,31 +157,24 @@ def lens_figures(section: Json, heading: str) -> list[Figure]:
         rings = partial(_rings, section, views) if measure == "agreement" else None
         if series:
             panels.append(Lines(title, series, unit, chance, rings))
-    over = "the label set" if section["over"] == "labels" else "the vocabulary"
-    shows = [
-        f"{name} {'nowhere' if view['shows_at'] is None else view['shows_at']}"
-        for name, view in views.items()
-    ]
-    caption = (
-        "What the model would answer if its residual stream went to its last norm and unembedding after each "
-        f"layer. Log-probabilities are over {over}; bands are 95% intervals over queries and seeds. A ring "
-        "marks the first layer at which the task shows: agreement above chance and above the base model's, "
-        f"there and at the next two layers ({', '.join(shows)}). "
+    shows = [f"{n} {'nowhere' if v['shows_at'] is None else v['shows_at']}" for n, v in views.items()]
+    figure = line_figure(
+        "lens",
+        section["layers"],
+        panels,
+        rows="measure",
+        size=(4.2, 3.2),
+        columns=2,
+        parts=["caption", *(["chance"] if section["chance"] else [])],
+        over="the label set" if section["over"] == "labels" else "the vocabulary",
+        shows=", ".join(shows),
     )
-    if section["chance"]:
-        caption += "The dashed grey line is what one label for every query reaches at best. "
-    caption += "Early layers write in another basis than the last: what the lens does not show may be there."
-    title = "Logit lens: where the task shows"
-    return [
-        line_figure(
-            *("lens", title, heading, caption, section["layers"], panels),
-            rows="measure",
-            numbers="Logit lens by layer [95%]",
-            columns=2,
-            width=4.2,
-            height=3.2,
-        )
-    ]
+    return [figure]
+
+
+def _is_of_interest(name: str) -> bool:
+    """The controls of adapters would hide the models."""
+    return name == OTHER or not (name.endswith(("+demos", "~seed")) or name.startswith("icl-"))
 
 
 def _rings(section: Json, views: Mapping[str, Json], axis: Any) -> None:

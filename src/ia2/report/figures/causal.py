@@ -9,7 +9,7 @@ import numpy as np
 
 from ia2.report.figures.lines import Lines, array, line_figure, number
 from ia2.report.figures.marks import head_map
-from ia2.report.figures.style import COLOURS, Figure, Panel, numbers_table
+from ia2.report.figures.style import COLOURS, Figure, Panel, make_figure
 from ia2.utils.wording import estimate
 
 Json = Mapping[str, Any]
@@ -33,21 +33,27 @@ _PATCHED: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 
-def causal_figures(section: Json, heading: str) -> list[Figure]:
-    """Layer × head maps and lines by layer, for ICL into each target and the reverse.
-
-    Args:
-        section: ``causal`` of ``analysis.json``.
-        heading: what the figures are of.
-    """
+def causal_figures(section: Json) -> list[Figure]:
+    """Layer × head maps and lines by layer, for ICL into each target and the reverse."""
     found = []
-    for direction in _DIRECTIONS:
-        targets = section.get(direction) or {}
-        with_heads = {name: target for name, target in targets.items() if "heads" in target}
-        if with_heads:
-            found.append(_causal_maps(section, direction, with_heads, heading))
+    for direction, (fraction, verb, ending) in _DIRECTIONS.items():
+        targets, layers = section.get(direction) or {}, section["layers"]
+        values = {
+            "verb": verb,
+            "fraction": fraction,
+            "queries": section["queries"],
+            "trials": section["trials"],
+        }
+        texts: dict[str, Any] = {"parts": [direction, "caption"], **values}
+        mapped = {name: target for name, target in targets.items() if "heads" in target}
+        if mapped:
+            panels, rows = _maps(mapped, layers, fraction), _rows(mapped, layers, fraction)
+            texts |= {"level": LEVEL, "min_fraction": MIN_FRACTION}
+            found.append(make_figure(f"causal-heads{ending}", panels, rows, text="causal-heads", **texts))
         if any("layers" in target for target in targets.values()):
-            found.append(_causal_layers(section, direction, targets, heading))
+            lines = [_lines(name, target, fraction) for name, target in targets.items()]
+            texts |= {"text": "causal-layers", "rows": "model", "size": (4.2, 3.4), "columns": 2}
+            found.append(line_figure(f"causal-layers{ending}", layers, lines, **texts))
     return found
 
 
@@ -64,94 +70,40 @@ def _axis_label(key: str) -> str:
 
 def _interval(values: Json, place: tuple[int, ...], keys: Sequence[str]) -> str:
     value, low, high = (float(array(values[key])[place]) for key in keys)
-    return estimate({"value": value if np.isfinite(value) else None, "low": low, "high": high})
+    return estimate({"value": value, "low": low, "high": high})
 
 
-def _explained(section: Json, direction: str) -> str:
-    meaning = (
-        "The activations that the base model has with demonstrations are put into each model's run without, "
-        "one at a time, where the answer is. A recovered fraction of 1 means that this alone makes the "
-        "answer of ICL as likely as demonstrations do, 0 that nothing changes."
-        if direction == "targets"
-        else "The reverse: each model's activations without demonstrations are put into the base model's run "
-        "with them. A broken fraction of 1 means that this alone takes away all that demonstrations bring."
-    )
-    count = f"{section['queries']} queries, {section['trials']} training sets"
-    return f"{meaning} {count}. Parts do not add up to the whole."
+def _maps(targets: Mapping[str, Json], layers: Sequence[int], fraction: str) -> Iterator[Panel]:
+    """One scale for the fractions of all targets."""
+    fractions = np.concatenate([array(target["heads"][fraction]).ravel() for target in targets.values()])
+    for name, target in targets.items():
+        key, _, _ = _shown_keys(target, fraction)
+        values = array(target["heads"][key])
+        scale = np.abs(values.ravel() if key == "change" else fractions)
+        limit = max(float(np.nanmax(scale, initial=0.0)), 0.05)
+        certain = array(target["heads"]["q"]) < LEVEL
+        title = f"{name}: {int(certain.sum())} of {values.size} heads marked"
+        yield head_map(values, limit, certain, layers, _axis_label(key), title)
 
 
-def _causal_maps(section: Json, direction: str, targets: Mapping[str, Json], heading: str) -> Figure:
-    fraction, verb, ending = _DIRECTIONS[direction]
-    all_values = np.concatenate([array(target["heads"][fraction]).ravel() for target in targets.values()])
-    known = np.abs(all_values[np.isfinite(all_values)])
-    columns = ["model", "ICL − model, log p", "head", f"{fraction} [95%]", "change [95%], nats", "q"]
-    return Figure(
-        f"causal-heads{ending}",
-        f"What each head {verb}",
-        heading,
-        f"{_explained(section, direction)} A dot marks a head that changes the answer's log-probability by "
-        f"more than {MIN_FRACTION:.0%} of the difference between the two runs, at a false-discovery rate of "
-        f"{LEVEL:g} over all heads. Where a model is about as sure of the answer as ICL is, there is no "
-        "fraction, and colour is the change itself.",
-        # one scale for the fractions of all targets
-        tuple(_causal_map(n, t, section["layers"], fraction, known) for n, t in targets.items()),
-        numbers_table(
-            "causal heads",
-            f"The {_LISTED} heads of each model with the largest changes",
-            [*columns, "another query"],
-            [row for n, t in targets.items() for row in _causal_rows(n, t, section["layers"], fraction)],
-        ),
-    )
+def _rows(targets: Mapping[str, Json], layers: Sequence[int], fraction: str) -> Iterator[dict[str, str]]:
+    for name, target in targets.items():
+        heads, other = target["heads"], target["control"].get("other", {}).get("heads")
+        change = array(heads["change"])
+        for flat in np.argsort(-np.abs(change), axis=None)[:_LISTED]:
+            place = layer, head = tuple(int(i) for i in np.unravel_index(flat, change.shape))
+            yield {
+                "model": name,
+                "ICL − model, log p": f"{estimate(target['gap'], signed=True)} nats",
+                "head": f"layer {layers[layer]}, head {head}",
+                f"{fraction} [95%]": _interval(heads, place, (fraction, "low", "high")),
+                "change [95%], nats": _interval(heads, place, ("change", "change_low", "change_high")),
+                "q": number(heads["q"][layer][head], ".2g"),
+                "another query": number(None if other is None else other[fraction][layer][head]),
+            }
 
 
-def _causal_map(name: str, target: Json, layers: Sequence[int], fraction: str, known: np.ndarray) -> Panel:
-    key, _, _ = _shown_keys(target, fraction)
-    values = array(target["heads"][key])
-    if key == "change":
-        known = np.abs(values[np.isfinite(values)])
-    limit = max(float(known.max()), 0.05) if known.size else 1.0
-    certain = array(target["heads"]["q"]) < LEVEL
-    title = f"{name}: {int(certain.sum())} of {values.size} heads marked"
-    return head_map(values, limit, certain, layers, _axis_label(key), title)
-
-
-def _causal_rows(name: str, target: Json, layers: Sequence[int], fraction: str) -> Iterator[list[str]]:
-    heads, other = target["heads"], target["control"].get("other", {}).get("heads")
-    change = array(heads["change"])
-    for flat in np.argsort(-np.abs(change), axis=None)[:_LISTED]:
-        place = layer, head = tuple(int(i) for i in np.unravel_index(flat, change.shape))
-        yield [
-            name,
-            f"{estimate(target['gap'], signed=True)} nats",
-            f"layer {layers[layer]}, head {head}",
-            _interval(heads, place, (fraction, "low", "high")),
-            _interval(heads, place, ("change", "change_low", "change_high")),
-            number(heads["q"][layer][head], ".2g"),
-            number(None if other is None else other[fraction][layer][head]),
-        ]
-
-
-def _causal_layers(section: Json, direction: str, targets: Mapping[str, Json], heading: str) -> Figure:
-    fraction, verb, ending = _DIRECTIONS[direction]
-    return line_figure(
-        f"causal-layers{ending}",
-        f"What each layer {verb}",
-        heading,
-        f"{_explained(section, direction)} Bands are 95% intervals. Broken and dotted lines are controls: "
-        "the layer's attention output on another query, from ICL or from the patched run itself; where they "
-        "leave the picture, the table has them. The residual stream after a layer holds all that came "
-        "before; after the last layer it is the other run itself.",
-        section["layers"],
-        [_causal_lines(name, target, fraction) for name, target in targets.items()],
-        rows="model",
-        numbers=f"{fraction.capitalize()} fraction by layer",
-        columns=2,
-        width=4.2,
-        height=3.4,
-    )
-
-
-def _causal_lines(name: str, target: Json, fraction: str) -> Lines:
+def _lines(name: str, target: Json, fraction: str) -> Lines:
     keys = key, low, high = _shown_keys(target, fraction)
     series: dict[str, Any] = {}
     reach = [-0.6, 1.1]

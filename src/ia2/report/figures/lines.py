@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ia2.report.figures.style import FAINT, INK, Figure, Panel, arm_styles, numbers_table
+from ia2.report.figures.style import FAINT, INK, Figure, Panel, arm_styles, make_figure
+from ia2.utils.format import Row
 from ia2.utils.wording import MISSING, estimate
 
 OTHER, MEAN = "icl-other", "icl-mean"
@@ -51,67 +52,53 @@ class Lines:
 
 def line_figure(
     name: str,
-    title: str,
-    heading: str,
-    caption: str,
     x: Sequence[int],
     panels: Sequence[Lines],
     *,
     rows: str = "",
     xlabel: str = "layer",
-    numbers: str = "",
     form: str = ".3f",
     signed: bool = False,
     one_scale: bool = False,
-    columns: int = 3,
-    width: float = 3.6,
-    height: float = 3.1,
+    size: tuple[float, float] = (5.0, 3.8),
+    **texts: Any,
 ) -> Figure:
     """Panels of lines and their numbers: a row a panel and place, a column a line.
 
     Args:
-        name, title, heading, caption: of the figure.
+        name: of the figure.
         x: layers, or what else the axis counts.
         panels: in order.
         rows: what the panels are, for the numbers; empty for a single one.
         xlabel: of the axis.
-        numbers: title of the numbers, by default the figure's.
         form: of numbers without an interval.
         signed: intervals are of differences.
         one_scale: panels are to be compared.
-        columns: panels side by side.
-        width, height: of a panel, inches.
+        size: of a panel, inches.
+        texts: for :func:`make_figure`.
     """
     shown = [{n: s for n, s in panel.series.items() if not s.get("hidden")} for panel in panels]
     limits = _limits([s for series in shown for s in series.values()]) if one_scale else None
-    drawn = tuple(
+    drawn = [
         Panel(
             _drawing(x, panel, series, xlabel, limits),
             any(s.get("legend", True) for s in series.values()),
-            width,
-            height,
+            *size,
         )
         for panel, series in zip(panels, shown, strict=True)
         if series
-    )
+    ]
     names = list(dict.fromkeys(name for panel in panels for name in panel.series))
-    cells = []
+    numbers: list[Row] = []
     for panel in panels:
-        first = [panel.label or panel.title] if rows else []
+        first = {rows: panel.label or panel.title} if rows else {}
         for place in x:
-            row = [
-                _cell(panel.series[n], x, place, form, signed) if n in panel.series else MISSING
-                for n in names
-            ]
-            cells.append([*first, str(place), *row])
+            cells = {n: _cell(panel.series.get(n), x, place, form, signed) for n in names}
+            numbers.append({**first, xlabel: str(place), **cells})
         if any("whole" in series for series in panel.series.values()):
-            cells.append(
-                [*first, "all at once", *(panel.series.get(n, {}).get("whole", MISSING) for n in names)]
-            )
-    heads = [*([rows] if rows else []), xlabel, *names]
-    return Figure(
-        name, title, heading, caption, drawn, numbers_table(name, numbers or title, heads, cells), columns
-    )
+            cells = {n: panel.series.get(n, {}).get("whole", MISSING) for n in names}
+            numbers.append({**first, xlabel: "all at once", **cells})
+    return make_figure(name, drawn, numbers, **texts)
 
 
 def _drawing(
@@ -151,9 +138,9 @@ def _draw_line(axis: Any, x: Sequence[int], series: Series, label: str) -> None:
         axis.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
 
 
-def _cell(series: Series, x: Sequence[int], place: int, form: str, signed: bool) -> str:
-    places = list(series.get("x", x))
-    if place not in places or places.index(place) >= len(series["value"]):
+def _cell(series: Series | None, x: Sequence[int], place: int, form: str, signed: bool) -> str:
+    places = list(series.get("x", x)) if series else []
+    if series is None or place not in places or places.index(place) >= len(series["value"]):
         return MISSING
     i = places.index(place)
     if "low" not in series:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -13,11 +14,12 @@ from ia2.evaluation.calibration import ece_equal_mass, reliability_bins
 from ia2.evaluation.tables import MEASURES, intervals_of, scope_of
 from ia2.report.figures.lines import Lines, line_figure
 from ia2.report.figures.marks import bars
-from ia2.report.figures.style import FAINT, Figure, Panel, arm_styles, drawable, numbers_table, plain_log
+from ia2.report.figures.style import FAINT, Figure, Panel, arm_styles, drawable, make_figure, plain_log
 from ia2.report.results import Run
 from ia2.utils.wording import MISSING, estimate
 
 Json = Mapping[str, Any]
+Draw = Callable[[Any], None]
 
 _DRAWN = {"accuracy": "accuracy (higher is better)", "nll": "NLL (lower is better)"}
 """The numbers of the figures have the other measures too."""
@@ -30,37 +32,30 @@ def try_summary_figure(summary: Json, folder: Path) -> Path | None:
     if not drawable():
         return None
     figure = _sizes(summary) if "curves" in summary else _results(summary)
-    return figure.save(folder / f"{figure.name}.svg")
+    return replace(figure, heading=_heading(summary)).save(folder / f"{figure.name}.svg")
 
 
 def run_figures(run: Run) -> list[Figure]:
     """Every figure that a run has something for."""
+    found: list[Figure | None] = []
     if run.kind == "curve":
-        return [_sizes(run.summary)]
-    compared = run.kind == "compare"
-    found = (
-        _results(run.summary) if compared else None,
-        _reliability(run),
-        _layers(run) if compared else None,
-        _similarity(run) if compared else None,
-        cost_figure(run.summary) if compared else None,
-        _training(run),
-    )
-    return [figure for figure in found if figure is not None]
+        found = [_sizes(run.summary)]
+    elif run.kind == "train":
+        found = [_reliability(run), _training(run)]
+    else:
+        found = [_results(run.summary), _reliability(run), _layers(run), _similarity(run)]
+        found += [cost_figure(run.summary), _training(run)]
+    return [replace(figure, heading=_heading(run.summary)) for figure in found if figure is not None]
 
 
-def _heading(run: Run) -> str:
-    if run.kind == "compare":
-        return _heading_of(run.summary)
-    return f"{run.summary['model']}: {run.summary['num_train']} examples"
-
-
-def _heading_of(summary: Json) -> str:
+def _heading(summary: Json) -> str:
+    if "curves" in summary:
+        return f"{summary['model']}: {summary['title']}"
+    if "design" not in summary:
+        return f"{summary['model']}: {summary['num_train']} examples"
     design = summary["design"]
-    return (
-        f"{summary['model']}: {design['num_train']} examples, {design['num_test']} test rows, "
-        f"{intervals_of(summary)}"
-    )
+    counts = f"{design['num_train']} examples, {design['num_test']} test rows"
+    return f"{summary['model']}: {counts}, {intervals_of(summary)}"
 
 
 # ----------------------------------------------------------------------------------- results, N, cost
@@ -75,20 +70,13 @@ def _results(summary: Json) -> Figure:
     }
     values["activation similarity to ICL"] = {n: e["asim"] for n, e in entries.items() if "asim" in e}
     styles = arm_styles(list(entries))
-    rows = [[name, *(estimate(found.get(name)) for found in values.values())] for name in entries]
-    return Figure(
-        "compare",
-        "Accuracy, NLL and similarity to ICL",
-        _heading_of(summary),
-        "Bars are means over draws; lines are 95% t-intervals over draws, of which one draw has none. "
-        "Accuracy and NLL are among the labels, where there are labels.",
-        tuple(
-            bars(found, styles, title, 0.05 if "NLL" in title else 1.0)
-            for title, found in values.items()
-            if found
-        ),
-        numbers_table("compare", "Accuracy, NLL and similarity to ICL by recipe", ["recipe", *values], rows),
-    )
+    panels = [
+        bars(found, styles, title, 0.05 if "NLL" in title else 1.0)
+        for title, found in values.items()
+        if found
+    ]
+    rows = [{"recipe": n, **{title: estimate(of.get(n)) for title, of in values.items()}} for n in entries]
+    return make_figure("compare", panels, rows)
 
 
 def _sizes(summary: Json) -> Figure:
@@ -116,19 +104,8 @@ def _sizes(summary: Json) -> Figure:
                 series[name] = {**ends, "style": style, "hidden": hidden}
         if series:
             panels.append(Lines(_DRAWN.get(measure, title), series, finish=axes, label=title))
-    caption = (
-        f"Lines are means over draws; bands: {intervals_of(summary)}. Among the labels, if there are any."
-    )
-    title = "Accuracy and NLL over the number of training examples"
-    return line_figure(
-        *("curve", title, f"{summary['model']}: {summary['title']}", caption, sizes, panels),
-        rows="measure",
-        xlabel="training examples N",
-        numbers="Results by recipe and N",
-        columns=2,
-        width=4.3,
-        height=3.4,
-    )
+    options: dict[str, Any] = {"rows": "measure", "xlabel": "training examples N", "size": (4.3, 3.4)}
+    return line_figure("curve", sizes, panels, **options, columns=2, intervals=intervals_of(summary))
 
 
 def cost_figure(summary: Json) -> Figure | None:
@@ -140,26 +117,15 @@ def cost_figure(summary: Json) -> Figure | None:
         if entry.get("tokens_per_query") is not None
         and None not in (entry["metrics"][scope][measure]["value"] for measure in _DRAWN)
     }
-    if len(points) < 2:
-        return None
     rows = [
-        [name, f"{tokens:.1f}", *(estimate(metrics[measure]) for measure in _DRAWN)]
+        {"recipe": name, "tokens per query": f"{tokens:.1f}", **{m: estimate(metrics[m]) for m in _DRAWN}}
         for name, (tokens, metrics) in points.items()
     ]
-    return Figure(
-        "cost",
-        "What a query costs, and what it buys",
-        _heading_of(summary),
-        "Tokens read for one query, on average: in-context learning reads its demonstrations again with "
-        "every query. Points of the same cost stand side by side. The dashed line joins what nothing cheaper "
-        "reaches.",
-        tuple(Panel(_costs(points, m, title), True, 4.3, 3.4) for m, title in _DRAWN.items()),
-        numbers_table("cost", "Tokens per query and results", ["recipe", "tokens per query", *_DRAWN], rows),
-        columns=2,
-    )
+    panels = [Panel(_costs(points, measure, title), True, 4.3, 3.4) for measure, title in _DRAWN.items()]
+    return make_figure("cost", panels, rows, columns=2) if len(points) > 1 else None
 
 
-def _costs(points: Mapping[str, Any], measure: str, title: str) -> Callable[[Any], None]:
+def _costs(points: Mapping[str, Any], measure: str, title: str) -> Draw:
     styles = arm_styles(list(points))
 
     def draw(axis: Any) -> None:
@@ -176,8 +142,8 @@ def _costs(points: Mapping[str, Any], measure: str, title: str) -> Callable[[Any
             axis.plot(shown, at["value"], linestyle="none", markersize=6, label=name, **styles[name])
         plain_log(axis, "x", base=2)
         axis.margins(x=0.12)
-        axis.set_xlabel("tokens per query")
         axis.set_ylim(bottom=0)
+        axis.set_xlabel("tokens per query")
         axis.set_title(title, fontsize=10)
 
     return draw
@@ -199,29 +165,22 @@ def frontier(points: Iterable[tuple[float, float]], *, higher: bool) -> list[tup
 def _reliability(run: Run) -> Figure | None:
     """Accuracy by confidence of each arm, its bins with intervals; None where no rows were kept."""
     bins = {arm: list(_bins(found)) for arm, found in run.evaluations.items()}
-    if not bins:
-        return None
     styles = arm_styles(list(bins))
-    rows = [
-        [arm, str(count), f"{x:.3f}", estimate({"value": y, "low": low, "high": high})]
+    panels = [
+        Panel(_diagram(of, f"{arm}: ECE {_ece(run, arm):.3f}", styles[arm]), width=2.9, height=2.9)
         for arm, of in bins.items()
-        for count, x, y, low, high in of
     ]
-    return Figure(
-        "reliability",
-        "Reliability: is it right as often as it is confident?",
-        _heading(run),
-        f"{_BINS} bins of equal mass over the rows of all seeds; below the diagonal a model is "
-        "overconfident. Intervals are Wilson's, 95%, with each test row counted once, however many seeds "
-        "answered it.",
-        tuple(
-            Panel(_diagram(of, f"{arm}: ECE {_ece(run, arm):.3f}", styles[arm]), width=2.9, height=2.9)
-            for arm, of in bins.items()
-        ),
-        numbers_table(
-            "reliability", "Bins by recipe", ["recipe", "rows", "mean confidence", "share right [95%]"], rows
-        ),
-    )
+    rows = [
+        {
+            "recipe": arm,
+            "rows": str(found["count"]),
+            "mean confidence": f"{found['confidence']:.3f}",
+            "share right [95%]": estimate(found),
+        }
+        for arm, of in bins.items()
+        for found in of
+    ]
+    return make_figure("reliability", panels, rows, bins=_BINS) if bins else None
 
 
 def _ece(run: Run, arm: str) -> float:
@@ -230,8 +189,8 @@ def _ece(run: Run, arm: str) -> float:
     return float(np.mean([ece_equal_mass(e["confidence"], e["correct"]) for e in run.evaluations[arm]]))
 
 
-def _bins(evaluations: Sequence[Json]) -> Iterator[tuple[int, float, float, float, float]]:
-    """Count, mean confidence, share right and its interval, of each bin."""
+def _bins(evaluations: Sequence[Json]) -> Iterator[dict[str, float]]:
+    """``count``, mean ``confidence``, share right (``value``) and its interval of each bin."""
     confidence, correct, places = (
         np.concatenate([np.asarray(e[key], dtype=float) for e in evaluations])
         for key in ("confidence", "correct", "places")
@@ -242,7 +201,8 @@ def _bins(evaluations: Sequence[Json]) -> Iterator[tuple[int, float, float, floa
     for count, x, y in zip(made.count, made.confidence, made.accuracy, strict=True):
         distinct = len(np.unique(places[order[start : start + count]]))
         start += count
-        yield int(count), float(x), float(y), *wilson(float(y), distinct)
+        low, high = wilson(float(y), distinct)
+        yield {"count": int(count), "confidence": float(x), "value": float(y), "low": low, "high": high}
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
@@ -253,18 +213,14 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def _diagram(
-    bins: Sequence[tuple[int, float, float, float, float]], title: str, style: Json
-) -> Callable[[Any], None]:
+def _diagram(bins: Sequence[Json], title: str, style: Json) -> Draw:
     def draw(axis: Any) -> None:
         axis.plot([0, 1], [0, 1], color=FAINT, linewidth=0.8, linestyle="--")
-        for _, x, _, low, high in bins:
-            axis.plot([x, x], [low, high], color=style["color"], linewidth=1.5)
-        axis.plot([b[1] for b in bins], [b[2] for b in bins], markersize=5, linewidth=1, **style)
-        axis.set_xlim(-0.03, 1.03)
-        axis.set_ylim(-0.03, 1.03)
-        axis.set_xlabel("confidence")
-        axis.set_ylabel("share right")
+        x = [found["confidence"] for found in bins]
+        for place, found in zip(x, bins, strict=True):
+            axis.plot([place, place], [found["low"], found["high"]], color=style["color"], linewidth=1.5)
+        axis.plot(x, [found["value"] for found in bins], markersize=5, linewidth=1, **style)
+        axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="confidence", ylabel="share right")
         axis.set_title(title, fontsize=10)
 
     return draw
@@ -286,33 +242,20 @@ def _layers(run: Run) -> Figure | None:
         if len(seeds) > 1:
             line |= {"low": np.min(seeds, axis=0), "high": np.max(seeds, axis=0)}
         series[name] = line
-    note = "Bands reach from the lowest to the highest seed. " if run.evaluations else ""
-    return line_figure(
-        "layers",
-        "Similarity to ICL by layer",
-        _heading(run),
-        "Mean cosine between self-attention outputs and those of the base model with demonstrations, where "
-        f"the answer is. {note}The base model's line is what there is without any training.",
-        max((found["layers"] for found in known.values()), key=len),
-        [Lines("", series, "asim to ICL")],
-        width=5.0,
-        height=3.6,
-    )
+    layers = max((found["layers"] for found in known.values()), key=len)
+    parts = ["caption", *(["bands"] if run.evaluations else [])]
+    return line_figure("layers", layers, [Lines("", series, "asim to ICL")], size=(5.0, 3.6), parts=parts)
 
 
 def _similarity(run: Run) -> Figure | None:
     """Similarity to ICL against accuracy and ECE (the paper's figures 3 and 5), a point a seed and arm."""
     points = _points(run)
-    if not points:
-        return None
-    rows = [[arm, *(f"{value:.3f}" for value in point)] for arm, found in points.items() for point in found]
-    each = "training set" if run.evaluations else "recipe, the mean over seeds"
     styles = arm_styles(run.arms)
 
-    def scatter(column: int, title: str) -> Callable[[Any], None]:
+    def scatter(measure: str, title: str) -> Draw:
         def draw(axis: Any) -> None:
             for arm, found in points.items():
-                x, y = [point[0] for point in found], [point[column] for point in found]
+                x, y = [point["asim"] for point in found], [point[measure] for point in found]
                 axis.scatter(x, y, s=22, alpha=0.8, label=arm, **styles[arm])
             axis.set_xlabel("asim to ICL")
             axis.set_ylim(bottom=0)
@@ -320,38 +263,38 @@ def _similarity(run: Run) -> Figure | None:
 
         return draw
 
-    return Figure(
-        "similarity",
-        "Similarity to ICL against results",
-        _heading(run),
-        f"A point a {each}. Being like ICL inside is no merit in itself: it matters where ICL works.",
-        (
-            Panel(scatter(1, "accuracy (higher is better)"), legend=True),
-            Panel(scatter(2, "ECE (lower is better)"), legend=True),
-        ),
-        numbers_table("similarity", "asim, accuracy and ECE", ["recipe", "asim", "accuracy", "ECE"], rows),
-        columns=2,
-    )
+    rows = [
+        {"recipe": arm, **{name: f"{value:.3f}" for name, value in point.items()}}
+        for arm, found in points.items()
+        for point in found
+    ]
+    titles = {"accuracy": "accuracy (higher is better)", "ECE": "ECE (lower is better)"}
+    panels = [Panel(scatter(measure, title), legend=True) for measure, title in titles.items()]
+    each = "training set" if run.evaluations else "recipe, the mean over seeds"
+    return make_figure("similarity", panels, rows, columns=2, each=each) if points else None
 
 
-def _points(run: Run) -> dict[str, list[tuple[float, ...]]]:
-    """asim, accuracy and ECE by arm."""
-    points: dict[str, list[tuple[float, ...]]] = {}
+def _points(run: Run) -> dict[str, list[dict[str, float]]]:
+    """``asim``, ``accuracy`` and ``ECE`` by arm, a point a seed; where no rows were kept, the means."""
+    points: dict[str, list[dict[str, float]]] = {}
     for arm, evaluations in run.evaluations.items():
         for e in evaluations:
             if e["similarity"]:
                 ece = float(ece_equal_mass(e["confidence"], e["correct"]))
-                point = e["similarity"]["asim"], float(np.mean(e["correct"])), ece
+                point = {
+                    "asim": e["similarity"]["asim"],
+                    "accuracy": float(np.mean(e["correct"])),
+                    "ECE": ece,
+                }
                 points.setdefault(arm, []).append(point)
     if run.evaluations:
         return points
     scope = scope_of(run.summary)
     for arm, entry in run.summary["recipes"].items():
         metrics = entry["metrics"][scope]
-        point = tuple(
-            found.get("value") for found in (entry.get("asim", {}), metrics["accuracy"], metrics["ece"])
-        )
-        if None not in point:
+        found = {"asim": entry.get("asim", {}), "accuracy": metrics["accuracy"], "ECE": metrics["ece"]}
+        point = {name: of.get("value") for name, of in found.items()}
+        if None not in point.values():
             points[arm] = [point]
     return points
 
@@ -362,34 +305,23 @@ def _points(run: Run) -> dict[str, list[tuple[float, ...]]]:
 def _training(run: Run) -> Figure | None:
     """Training and dev loss of each chain of stages, a line a seed; None where nothing was kept."""
     chosen = _best(run.stages)
-    if not chosen:
-        return None
     by_name: dict[str, list[Json]] = {}
     for stage in chosen:
         by_name.setdefault(stage["name"], []).append(stage)
-    columns = [
-        "stage",
-        "training set",
-        "rate",
-        "steps",
-        "kept step",
-        "dev loss",
-        "training loss, first to last",
-    ]
     rows = [
-        [s["name"], s["where"] or MISSING, s["rate"], str(s["steps"]), str(s["best_step"]), *_losses(s)]
+        {
+            "stage": s["name"],
+            "training set": s["where"] or MISSING,
+            "rate": s["rate"],
+            "steps": str(s["steps"]),
+            "kept step": str(s["best_step"]),
+            "dev loss": _dev_loss(s),
+            "training loss, first to last": _first_to_last(s),
+        }
         for s in [*chosen, *(s for s in run.stages if s.get("diverged") and s not in chosen)]
     ]
-    return Figure(
-        "training",
-        "Training",
-        _heading(run),
-        "Loss over optimiser steps: thin lines on the training rows, thick ones on the dev rows, a pair for "
-        "each training set; of several learning rates the one with the lowest dev loss. Dots are the steps "
-        "that were kept. An alignment's loss is a distance of activations, another unit than the others'.",
-        tuple(Panel(_loss_lines(name, stages)) for name, stages in by_name.items()),
-        numbers_table("training", "Stages", columns, rows),
-    )
+    panels = [Panel(_loss_lines(name, stages)) for name, stages in by_name.items()]
+    return make_figure("training", panels, rows) if chosen else None
 
 
 def _best(stages: Sequence[Json]) -> list[Json]:
@@ -404,20 +336,22 @@ def _best(stages: Sequence[Json]) -> list[Json]:
     return list(found.values())
 
 
+def _dev_loss(stage: Json) -> str:
+    if stage.get("dev_loss") is None:
+        return "diverged" if stage.get("diverged") else MISSING
+    return f"{stage['dev_loss']:.4g}"
+
+
+def _first_to_last(stage: Json) -> str:
+    losses = [loss for _, loss in _history(stage, "loss")]
+    return f"{losses[0]:.4g} to {losses[-1]:.4g}" if losses else MISSING
+
+
 def _history(stage: Json, name: str) -> list[tuple[float, float]]:
     return [(h["step"], h[name]) for h in stage["history"] if h.get(name) is not None and "step" in h]
 
 
-def _losses(stage: Json) -> tuple[str, str]:
-    """Dev loss, and the training loss at the beginning and the end."""
-    losses = [loss for _, loss in _history(stage, "loss")]
-    ends = f"{losses[0]:.4g} to {losses[-1]:.4g}" if losses else MISSING
-    if stage.get("dev_loss") is None:
-        return "diverged" if stage.get("diverged") else MISSING, ends
-    return f"{stage['dev_loss']:.4g}", ends
-
-
-def _loss_lines(name: str, stages: Sequence[Json]) -> Callable[[Any], None]:
+def _loss_lines(name: str, stages: Sequence[Json]) -> Draw:
     def draw(axis: Any) -> None:
         colours = arm_styles(["sft", "ia2"])
         lowest = float("inf")
@@ -434,8 +368,7 @@ def _loss_lines(name: str, stages: Sequence[Json]) -> Callable[[Any], None]:
                     axis.plot(stage["best_step"], at, marker="o", markersize=4, color=colour)
         if 0 < lowest < float("inf"):
             plain_log(axis, "y")
-        axis.set_xlabel("step")
-        axis.set_ylabel("loss")
+        axis.set(xlabel="step", ylabel="loss")
         axis.set_title(name, fontsize=10)
 
     return draw

@@ -7,16 +7,19 @@ that a narrow screen has them one below the other, at full size.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from ia2.config.recipes import RECIPES
 from ia2.utils.files import write_bytes
-from ia2.utils.format import Column, Entry, Table
+from ia2.utils.format import Column, Entry, Row, Table, fill
 from ia2.utils.logging import logger
 
 # Okabe and Ito's palette, told apart by readers with any colour vision; an olive of Paul Tol's stands for its
@@ -59,16 +62,10 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class Figure:
-    """Panels, what they show, and the same in numbers.
+    """Panels, what they show, and the same in numbers, the text alternative.
 
-    Attributes:
-        name: of its file, without ending.
-        title: what it shows.
-        heading: what it is of: model, data, seeds.
-        caption: how to read it; sentences.
-        panels: in order.
-        numbers: its text alternative.
-        columns: panels side by side in a file.
+    The heading says what it is of (model, data, seeds), the caption how to read it; a file has ``columns``
+    panels side by side.
     """
 
     name: str
@@ -109,8 +106,44 @@ class Figure:
         return found
 
 
+def make_figure(
+    name: str,
+    panels: Iterable[Panel],
+    rows: Iterable[Row],
+    *,
+    parts: Iterable[str] = ("caption",),
+    text: str = "",
+    columns: int = 3,
+    **values: Any,
+) -> Figure:
+    """A figure with the texts of ``texts.yaml``, without a heading yet.
+
+    Args:
+        name: of its file.
+        panels: in order.
+        rows: its numbers.
+        parts: of its caption.
+        text: entry of the texts, by default the name.
+        columns: panels side by side.
+        values: what is filled into the texts.
+    """
+    texts = _texts()[text or name]
+    title = texts["title"].format(**values)
+    caption = " ".join(texts[part] for part in parts).format(**values)
+    numbers = fill(name, f"{texts.get('numbers', title)}.".format(**values), rows)
+    return Figure(name, title, "", caption, tuple(panels), numbers, columns)
+
+
+@cache
+def _texts() -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = yaml.safe_load(
+        Path(__file__).with_name("texts.yaml").read_text("utf-8")
+    )
+    return found
+
+
 def numbers_table(name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A figure's numbers; the first column names the row."""
+    """A table of texts; the first column names the row."""
     entries = tuple(tuple(map(Entry, row)) for row in rows)
     return Table(name, f"{title}.", tuple(map(Column, columns)), entries)
 
