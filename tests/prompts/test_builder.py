@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerFast
 from ia2.data.examples import Example
 from ia2.models.tokens import encode_prompt
 from ia2.prompts.builder import PromptBuilder
-from ia2.prompts.own_context import load_context_function
 from ia2.utils.errors import ConfigError, DataError
 from ia2.utils.files import digest
 
@@ -308,5 +307,5 @@ def test_function_by_its_import_path(
         (".relative:f", "cannot import '.relative'"),
     ):
         with pytest.raises(ConfigError) as caught:
-            load_context_function(spec)
+            builder(word_tokenizer, rows(2), context_function=spec)
         assert f"context_function '{spec}'" in str(caught.value) and told in str(caught.value)

@@ -8,12 +8,12 @@ evaluated, so ``\frac{1}{2}`` is not 0.5. The LaTeX rules follow Hendrycks et al
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ia2.utils.errors import ConfigError, suggest
+from ia2.utils.imports import load_function
 
 Parser = Callable[[str], "str | None"]
 
@@ -141,28 +141,12 @@ def load_parser(spec: str) -> Parser:
     """
     if spec in PARSERS:
         return PARSERS[spec]
-    known = ", ".join(PARSERS)
-    module_name, colon, function_name = spec.partition(":")
-    if not colon or not module_name or not function_name:
+    if ":" not in spec:
         raise ConfigError(
             f"Unknown answer parser '{spec}'.{suggest(spec, list(PARSERS))} "
-            f"Known: {known}, or an import path 'package.module:function'."
+            f"Known: {', '.join(PARSERS)}, or an import path 'package.module:function'."
         )
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, TypeError, ValueError) as error:
-        # TypeError and ValueError: a relative or empty module name.
-        raise ConfigError(
-            f"Answer parser '{spec}': cannot import '{module_name}' ({error}). Install it, or put "
-            f"its folder on PYTHONPATH. Built in: {known}."
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        others = [name for name, value in vars(module).items() if callable(value) and name[0] != "_"]
-        raise ConfigError(
-            f"Answer parser '{spec}': '{module_name}' has no function '{function_name}'."
-            f"{suggest(function_name, others)}"
-        )
+    function = load_function(spec, "Answer parser")
 
     def parse(text: str) -> str | None:
         answer: Any = function(text)

@@ -19,9 +19,10 @@ from ia2.models.tokens import Ids
 from ia2.prompts.context import Context, Contexts, bare_lengths
 from ia2.prompts.demonstrations import Draw
 from ia2.prompts.format import PromptFormat
-from ia2.prompts.own_context import ContextFunction, context_text, load_context_function, own_contexts
+from ia2.prompts.own_context import ContextFunction, context_text, own_contexts
 from ia2.prompts.ranking import embed_queries, search_orders
 from ia2.utils.errors import DataError
+from ia2.utils.imports import load_function
 
 T = TypeVar("T")
 
@@ -58,7 +59,7 @@ class PromptBuilder:
         self.format = PromptFormat(base.tokenizer, config.separator, config.chat, config.thinking)
         self._text, self._function = context_text(config), function
         if config.context_function:
-            self._function = load_context_function(config.context_function)
+            self._function = load_function(config.context_function, "context_function")
         self._known: dict[tuple[object, ...], Contexts] = {}
 
     @property

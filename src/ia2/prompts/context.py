@@ -252,17 +252,13 @@ class Contexts:
 
     def _checked(self, source: Sequence[Context]) -> Dropped:
         """Refuse contexts that do not fit; of a row's own demonstrations whole ones are dropped instead."""
-        texts = (
-            (self.format.prompt_text(context.demonstrations, query, context.text), query.source)
-            for query, context in zip(self.queries, source, strict=True)
-        )
         dropped = []
-        for i in np.flatnonzero(self.format.lengths(texts) > self._budget).tolist():
+        for i, context in enumerate(source):
             ids, missing = self._fitted(i, 0)
-            dropped.append(missing)
+            dropped += [missing] if missing else []
             if len(ids) > self._budget:
-                one = source[i].demonstrations
-                what = "no demonstration of the row fits: it is" if one else "the context is"
+                own = context.demonstrations
+                what = "no demonstration of the row fits: it is" if own else "the context is"
                 raise DataError(
                     f"{self.queries[i].source}: {what} too long: with the prompt it has {len(ids)} tokens; "
                     f"the context window holds {self.window}, of which {self.reserve} are kept for the "

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import traceback
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ia2.config import AdaptConfig
 from ia2.data.examples import Example
 from ia2.data.rows import bad_rows
 from ia2.prompts.context import Context
-from ia2.utils.errors import ConfigError, DataError, UserError, suggest
+from ia2.utils.errors import DataError, UserError, suggest
+from ia2.utils.imports import failure
 from ia2.utils.user_files import read_text
 from ia2.utils.wording import type_name
 
@@ -39,33 +37,6 @@ def context_text(config: AdaptConfig) -> str | None:
     if not text.strip():
         raise DataError(f"context_file: {config.context_file} is empty. Give a file with text in it.")
     return text
-
-
-def load_context_function(spec: str) -> ContextFunction:
-    """A function by its import path ``package.module:function``.
-
-    Raises:
-        ConfigError: the path is none, the module does not import, or it has no such function.
-    """
-    setting = f"context_function '{spec}'"
-    module_name, _, function_name = spec.partition(":")
-    if not module_name or not function_name:
-        raise ConfigError(f"{setting} is no import path such as package.module:function.")
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{setting}: cannot import '{module_name}' ({error}). Install it, or put its folder on "
-            "PYTHONPATH."
-        ) from error
-    except Exception as error:
-        raise ConfigError(f"{setting}: importing '{module_name}' fails with {_failure(error)}") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        near = suggest(function_name, known)
-        raise ConfigError(f"{setting}: '{module_name}' has no function '{function_name}'.{near}")
-    return function  # type: ignore[no-any-return]
 
 
 def own_contexts(
@@ -110,17 +81,8 @@ def _of_function(function: ContextFunction, example: Example, others: Sequence[E
     except UserError:
         raise
     except Exception as error:
-        raise DataError(f"{example.source}: {what} fails with {_failure(error)}") from error
+        raise DataError(f"{example.source}: {what} fails with {failure(error)}") from error
     return read_context(value, example.source, what)
-
-
-def _failure(error: Exception) -> str:
-    """An error of the user's own code, with its line there."""
-    message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    if isinstance(error, SyntaxError):  # it names file and line itself
-        return message
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{message} ({Path(frame.filename).name}, line {frame.lineno})"
 
 
 def read_context(value: Any, source: str, what: str = "the context") -> Context:

@@ -10,10 +10,14 @@ import importlib
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from ia2.utils.errors import ConfigError, suggest
 
 _BNB = "bitsandbytes"
 _DYNAMO = "torch._dynamo"
@@ -213,3 +217,46 @@ class _Masks(_WhenUsed):
     def TransformGetItemToIndex(self, *args: Any) -> Any:
         _give_way()
         return importlib.import_module(_MASKS).TransformGetItemToIndex(*args)
+
+
+def load_function(spec: str, setting: str) -> Any:
+    """A function that the user names by its import path ``package.module:function``.
+
+    Args:
+        spec: the path.
+        setting: which names it, for messages.
+
+    Raises:
+        ConfigError: the path is none, the module does not import, or it has no such function.
+    """
+    module_name, _, function_name = spec.partition(":")
+    if not module_name or not function_name:
+        raise ConfigError(f"{setting} '{spec}' is no import path such as package.module:function.")
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, TypeError, ValueError) as error:  # the last two: a relative or an empty name
+        raise ConfigError(
+            f"{setting} '{spec}': cannot import '{module_name}' ({error}). Install it, or put its folder on "
+            "PYTHONPATH."
+        ) from error
+    except Exception as error:
+        raise ConfigError(
+            f"{setting} '{spec}': importing '{module_name}' fails with {failure(error)}"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        known = [name for name, value in vars(module).items() if callable(value) and name[0] != "_"]
+        raise ConfigError(
+            f"{setting} '{spec}': '{module_name}' has no function '{function_name}'."
+            f"{suggest(function_name, known)}"
+        )
+    return function
+
+
+def failure(error: Exception) -> str:
+    """An error of the user's own code in one line, with its line there."""
+    message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if isinstance(error, SyntaxError):  # it names file and line itself
+        return message
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{message} ({Path(frame.filename).name}, line {frame.lineno})"
