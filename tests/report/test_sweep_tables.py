@@ -463,7 +463,7 @@ def test_figures_of_little(tmp_path: Path) -> None:
     ]
     figure = next(f for f in sweep_figures(report_of(tmp_path / "c", cells)) if f.name == "sizes-demo")
     figure.save(tmp_path / "x.svg")
-    assert {row[0].text for row in figure.numbers.rows} == {"SST2 (words)"}
+    assert {row[0].text for row in figure.numbers.rows} == {"SST2 (words), accuracy", "SST2 (words), nll"}
 
 
 # -------------------------------------------------------------------------------------- the command

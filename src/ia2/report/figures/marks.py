@@ -75,7 +75,7 @@ def dots(
         axis.set_ylim(max(len(known), 1) - 0.5, -0.5)
         if unchanged is None:
             axis.set_xlim(0, max(1.05 * axis.get_xlim()[1], 1e-3))
-        elif max((found["value"] for found in known.values()), default=0) > _LARGE * unchanged:
+        elif unchanged and max((f["value"] for f in known.values()), default=0) > _LARGE * unchanged:
             plain_log(axis, "x")
         axis.set_title(title, fontsize=10)
 

@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ia2.config.recipes import METHOD, RECIPES
-from ia2.report.figures.style import (
-    COLOURS,
-    FAINT,
-    NO_MATPLOTLIB,
-    Figure,
-    Panel,
-    matplotlib_is_there,
-    numbers_table,
-    recipe_style,
-)
-from ia2.report.sweep.cells import TITLES, Place, Report
+from ia2.report.figures.lines import Lines, line_figure
+from ia2.report.figures.marks import dots
+from ia2.report.figures.style import COLOURS, Figure, Panel, drawable, numbers_table, recipe_style
+from ia2.report.sweep.cells import TITLES, Report
 from ia2.report.sweep.selection import SweepTask
-from ia2.utils.logging import logger
-from ia2.utils.statistics import Interval, bounded, paired_test, t_interval
+from ia2.utils.statistics import bounded, paired_test, t_interval
 from ia2.utils.wording import estimate
 
 # Among the labels, where there are labels.
 _MEASURES = {"accuracy": "accuracy (higher is better)", "nll": "NLL (lower is better)"}
-
-Curves = dict[str, dict[int, Interval]]
-"""Recipe → N → interval."""
+_OVER = "over benchmarks"
 
 
 def try_figures(report: Report, folder: Path) -> list[Path]:
     """Draw what there is something for; say how to get matplotlib if it is not there."""
-    if not matplotlib_is_there():
-        logger.info("No figures: %s", NO_MATPLOTLIB)
-        return []
-    return [figure.save(folder / f"{figure.name}.svg") for figure in sweep_figures(report)]
+    figures = sweep_figures(report) if drawable() else []
+    return [figure.save(folder / f"{figure.name}.svg") for figure in figures]
 
 
 def sweep_figures(report: Report) -> list[Figure]:
@@ -54,142 +42,102 @@ def _name(task: SweepTask) -> str:
     return f"{task.benchmark} ({task.verbaliser})" if task.verbaliser else task.benchmark
 
 
-# ---------------------------------------------------------------------------------------------- over N
+def _measures(report: Report, task: SweepTask) -> Sequence[str]:
+    return list(_MEASURES) if report.labelled(task) else ["accuracy"]
 
 
 def _sizes(report: Report, model: str) -> Figure | None:
-    panels, rows = [], []
+    panels: list[Lines] = []
+    shown: set[int] = set()
+
+    def finish(axis: Any) -> None:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sorted(shown), [str(size) for size in sorted(shown)])
+        axis.minorticks_off()
+        axis.set_ylim(bottom=0)
+
     for task in report.tasks:
-        runs = {(r, n): report.plain(task, n, r) for r in RECIPES for n in report.sizes}
+        by_recipe = {r: {n: report.plain(task, n, r) for n in report.sizes} for r in RECIPES}
         # the base model, which has no N, stands at each that others have
-        sizes = [n for n in report.sizes if any(runs[r, n] and runs[r, n].num_examples for r in RECIPES)]  # type: ignore[union-attr]
-        if task.model != model or len(sizes) < 2:
-            continue
-        for measure, title in _MEASURES.items():
-            curves: Curves = {}
-            for (recipe, n), each in runs.items() if measure == "accuracy" or report.labelled(task) else ():
-                values = list(each.values(task.benchmark, measure).values()) if each and n in sizes else []
-                if values:
-                    curves.setdefault(recipe, {})[n] = bounded(t_interval(values), measure)
-            draw = _draw_curves(sizes, f"{_name(task)}: {title}", curves)
-            panels.append(Panel(draw, legend=bool(curves), width=4.3, height=2.7))
-            rows += [
-                [_name(task), TITLES.get(recipe, recipe), measure, str(n), estimate(interval.to_dict())]
-                for recipe, points in curves.items()
-                for n, interval in points.items()
-            ]
+        sizes = {
+            n for by_size in by_recipe.values() for n, each in by_size.items() if each and each.num_examples
+        }
+        for measure in _measures(report, task) if task.model == model and len(sizes) > 1 else ():
+            series = {}
+            for recipe, by_size in by_recipe.items():
+                values = {n: each.values(task.benchmark, measure) for n, each in by_size.items() if each}
+                points = {
+                    n: bounded(t_interval(list(of.values())), measure).to_dict()
+                    for n, of in values.items()
+                    if of and n in sizes
+                }
+                ends = {end: [point[end] for point in points.values()] for end in ("value", "low", "high")}
+                style = {"markersize": 4, "linewidth": 1.5, **recipe_style(recipe)}
+                if points:
+                    series[TITLES.get(recipe, recipe)] = {"x": list(points), **ends, "style": style}
+            title = f"{_name(task)}: {_MEASURES[measure]}"
+            shown |= sizes
+            panels.append(Lines(title, series, finish=finish, label=f"{_name(task)}, {measure}"))
     if not panels:
         return None
-    return Figure(
+    return line_figure(
         _file_name("sizes", model),
         f"Accuracy and NLL over N, {model}",
         f"{model}, means with 95% t-intervals over draws",
         "Plain recipes, among the labels; lines are means over draws, bands 95% t-intervals over draws, of "
         "which one draw has none.",
-        tuple(panels),
-        numbers_table("sizes", "Values by N", ["benchmark", "recipe", "measure", "N", "value [95%]"], rows),
+        sorted(shown),
+        panels,
+        rows="benchmark, measure",
+        xlabel="training examples N",
+        numbers="Values by N",
         columns=2,
+        width=4.3,
+        height=2.7,
     )
 
 
-def _draw_curves(sizes: list[int], title: str, curves: Curves) -> Callable[[Any], None]:
-    def draw(axis: Any) -> None:
-        if not curves:
-            axis.set_axis_off()
-            return
-        for recipe, points in curves.items():
-            style, at = recipe_style(recipe), list(points)
-            axis.plot(
-                at,
-                [i.value for i in points.values()],
-                markersize=4,
-                label=TITLES.get(recipe, recipe),
-                **style,
-            )
-            ends = [i.low for i in points.values()], [i.high for i in points.values()]
-            axis.fill_between(at, *ends, color=style["color"], alpha=0.12, linewidth=0)
-            if len(at) == 1:  # a band needs two
-                axis.vlines(at, *ends, color=style["color"], alpha=0.5)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(sizes, [str(size) for size in sizes])
-        axis.minorticks_off()
-        axis.set_ylim(bottom=0)
-        axis.set_xlabel("training examples N")
-        axis.set_title(title, fontsize=10)
-
-    return draw
-
-
-# ----------------------------------------------------------------------------------------- differences
-
-
 def _differences(report: Report, model: str) -> Figure | None:
-    places = report.places(own=True, model=model)
     panels, rows = [], []
-    for measure in _MEASURES:
-        lines = _forest(report, places, measure)
+    places = report.places(own=True, model=model)
+    for measure, title in _MEASURES.items():
+        lines = {
+            f"{_name(place.task)}, N = {place.size}": t_interval(values).to_dict()
+            for place in places
+            for values in report.pooled([place], measure)[0].values()
+        }
         if lines:
-            panels.append((lines, measure))
-            rows += [[name, measure, estimate(i.to_dict(), signed=True)] for name, i in lines.items()]
+            lines[_OVER] = paired_test(report.pooled(places, measure)[0]).whole.to_dict()
+            styles = {name: {"color": COLOURS[0], "marker": "s"} for name in lines}
+            styles[_OVER] = {"color": COLOURS[5], "marker": "D"}
+            panels.append(dots(lines, styles, title.replace(" (", " difference ("), 0.0, width=4.6))
+            rows += [[name, measure, estimate(found, signed=True)] for name, found in lines.items()]
     if not panels:
         return None
-    # the means over benchmarks come last
-    rows.sort(key=lambda row: row[0] == _OVER)
-    height = 1.2 + 0.28 * max(len(lines) for lines, _ in panels)
     return Figure(
         _file_name("differences", model),
         f"{TITLES[METHOD]} less SFT, {model}",
         f"{model}: {TITLES[METHOD]} − SFT, paired, 95% t-intervals",
         "Squares: a benchmark and N, over draws; one draw has no interval. Diamond: the mean over "
         "benchmarks, its interval over benchmarks. Right of zero is better in accuracy, left of it in NLL.",
-        tuple(Panel(_draw_forest(*panel), width=4.6, height=height) for panel in panels),
+        tuple(panels),
         numbers_table("differences", "Differences", ["evaluation", "measure", "difference [95%]"], rows),
         columns=2,
     )
 
 
-_OVER = "over benchmarks"
-
-
-def _forest(report: Report, places: list[Place], measure: str) -> dict[str, Interval]:
-    """The difference at each place and, last, over benchmarks; empty without any."""
-    lines = {}
-    for place in places:
-        for values in report.pooled([place], measure)[0].values():
-            lines[f"{_name(place.task)}, N = {place.size}"] = t_interval(values)
-    return {**lines, _OVER: paired_test(report.pooled(places, measure)[0]).whole} if lines else {}
-
-
-def _draw_forest(lines: dict[str, Interval], measure: str) -> Callable[[Any], None]:
-    def draw(axis: Any) -> None:
-        for place, (name, found) in enumerate(lines.items()):
-            colour, marker, size = (COLOURS[5], "D", 6) if name == _OVER else (COLOURS[0], "s", 4)
-            axis.plot([found.low, found.high], [place, place], color=colour, linewidth=1.5)
-            axis.plot(found.value, place, marker=marker, markersize=size, color=colour)
-        axis.set_yticks(range(len(lines)), list(lines))
-        axis.set_ylim(len(lines) - 0.4, -0.6)
-        axis.axvline(0, color=FAINT, linewidth=0.8, zorder=0)
-        axis.set_title(_MEASURES[measure].replace(" (", " difference ("), fontsize=10)
-
-    return draw
-
-
-# ------------------------------------------------------------------------------------------ similarity
-
-
 def _similarity(report: Report, model: str) -> Figure | None:
     points: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for task in report.tasks:
-        for size in report.sizes if task.model == model else ():
-            for recipe in RECIPES:
-                # an icl record's similarity is the base model's: the null baseline, no point of its own
-                runs = report.plain(task, size, recipe) if recipe not in ("base", "icl") else None
-                for measure in _MEASURES if report.labelled(task) else ["accuracy"]:
-                    for seed, value in runs.values(task.benchmark, measure).items() if runs else ():
-                        similarity = runs.cells[seed].similarity or {} if runs else {}
-                        if similarity.get("asim") is not None:
-                            of = points.setdefault(measure, {}).setdefault(recipe, [])
-                            of.append((similarity["asim"], value))
+        of_task = {(n, r): report.plain(task, n, r) for n in report.sizes for r in RECIPES}
+        for (_, recipe), runs in of_task.items() if task.model == model else ():
+            # an icl record's similarity is the base model's: the null baseline, no point of its own
+            for measure in _measures(report, task) if runs and recipe not in ("base", "icl") else ():
+                for seed, value in runs.values(task.benchmark, measure).items() if runs else ():
+                    similarity = runs.cells[seed].similarity or {} if runs else {}
+                    if similarity.get("asim") is not None:
+                        of = points.setdefault(measure, {}).setdefault(recipe, [])
+                        of.append((similarity["asim"], value))
     if not points:
         return None
     rows = [
@@ -205,7 +153,7 @@ def _similarity(report: Report, model: str) -> Figure | None:
         "A point a run of a plain recipe. Being like ICL inside is no merit in itself: it matters where "
         "ICL works.",
         tuple(
-            Panel(_draw_points(by_recipe, measure), legend=True, width=4.3, height=3.4)
+            Panel(_scatter(by_recipe, measure), legend=True, width=4.3, height=3.4)
             for measure, by_recipe in points.items()
         ),
         numbers_table("similarity", "Runs", ["recipe", "measure", "asim", "value"], rows),
@@ -213,7 +161,7 @@ def _similarity(report: Report, model: str) -> Figure | None:
     )
 
 
-def _draw_points(by_recipe: dict[str, list[tuple[float, float]]], measure: str) -> Callable[[Any], None]:
+def _scatter(by_recipe: dict[str, list[tuple[float, float]]], measure: str) -> Callable[[Any], None]:
     def draw(axis: Any) -> None:
         for recipe, found in by_recipe.items():
             x, y = zip(*found, strict=True)
