@@ -7,11 +7,11 @@ half of the (benchmark, seed) pairs, and what is claimed is measured on the othe
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ia2.config.recipes import METHOD
 from ia2.experiment.sweep.records import MEASURES
-from ia2.report.sweep.cells import TITLES, Report
+from ia2.report.sweep.cells import TITLES, Place, Report
 from ia2.report.sweep.notes import about
 from ia2.report.sweep.selection import ChosenRuns, differences
 from ia2.utils.format import Column, Entry, Row, Table, fill, interval_entry
@@ -23,13 +23,8 @@ _TESTED = [measure for measure in MEASURES if measure != "ece_vocabulary"]
 # -------------------------------------------------------------------------------------------- tests
 
 
-class _Test(NamedTuple):
-    """One test of a table: its first columns, measure, result and runs."""
-
-    lead: dict[Column | str, Entry | str]
-    measure: str
-    result: PairedTest
-    runs: list[ChosenRuns]
+Case = tuple[dict[str, str], Sequence[Place], tuple[str, str] | None]
+"""First columns of a row, where to compare, and what: labels of two recipes, or IA2 → SFT and SFT."""
 
 
 def significance_table(report: Report) -> Table:
@@ -38,36 +33,27 @@ def significance_table(report: Report) -> Table:
     Pairs are of (trained on, evaluated on, seed), out of distribution too, as in the paper; what was trained
     on is one benchmark, since its evaluations share their training examples.
     """
-    tests = []
+    cases: list[Case] = []
     for size in report.sizes:
         for labelled, kind in ((True, "labels"), (False, "free text")):
             places = [p for p in report.places(size=size) if report.labelled(p.task) == labelled]
-            for measure in _TESTED:
-                pairs, used = report.pooled(places, measure)
-                if pairs:
-                    tests.append(_Test({"N": str(size), "answers": kind}, measure, paired_test(pairs), used))
+            cases.append(({"N": str(size), "answers": kind}, places, None))
     title = (
         f"Table 8 of the paper, from these cells: {TITLES[METHOD]} less SFT, tested over benchmarks and "
         f"seeds{report.where_words}, {', '.join(report.models)}."
     )
-    return _tests_table(report, "8", title, tests, "on their own test rows and out of distribution")
+    return _tests_table(report, "8", title, cases, "on their own test rows and out of distribution")
 
 
 def pairs_table(report: Report) -> Table:
     """The method against every other recipe and variant, by model and N."""
-    tests = []
+    cases: list[Case] = []
     for model in report.models:
         for size in report.sizes:
             places = report.places(own=True, model=model, size=size)
-            for labels in _rivals(report):
-                for measure in _TESTED:
-                    pairs, used = report.pooled(places, measure, labels)
-                    if pairs:
-                        pair = f"{' − '.join(labels)}{_unlike(*used[-2:])}"
-                        lead: dict[Column | str, Entry | str] = {"model": model, "N": str(size), "pair": pair}
-                        tests.append(_Test(lead, measure, paired_test(pairs), used))
+            cases += [({"model": model, "N": str(size)}, places, labels) for labels in _rivals(report)]
     title = f"Differences between recipes, over benchmarks and seeds{report.where_words}."
-    return _tests_table(report, "tests", title, tests, "own test rows, no OOD evaluations")
+    return _tests_table(report, "tests", title, cases, "own test rows, no OOD evaluations")
 
 
 def _rivals(report: Report) -> Iterator[tuple[str, str]]:
@@ -88,13 +74,21 @@ def _unlike(first: ChosenRuns, second: ChosenRuns) -> str:
     return f" ({first.answers} answers against {second.answers} answers)"
 
 
-def _tests_table(report: Report, name: str, title: str, tests: Sequence[_Test], evaluated: str) -> Table:
+def _tests_table(report: Report, name: str, title: str, cases: Sequence[Case], evaluated: str) -> Table:
+    tests: list[tuple[dict[str, str], str, PairedTest]] = []
+    used: list[ChosenRuns] = []
+    for lead, places, labels in cases:
+        for measure in _TESTED:
+            pairs, compared = report.pooled(places, measure, labels)
+            if pairs:
+                pair = {"pair": f"{' − '.join(labels)}{_unlike(*compared[-2:])}"} if labels else {}
+                tests.append(({**lead, **pair}, measure, paired_test(pairs)))
+                used += compared
     corrected = zip(
-        *(holm([getattr(t.result, p) for t in tests]) for p in ("p_t", "p_wilcoxon", "p_cluster")),
+        *(holm([getattr(test, p) for *_, test in tests]) for p in ("p_t", "p_wilcoxon", "p_cluster")),
         strict=True,
     )
-    rows = [_tests_row(test, *p_values) for test, p_values in zip(tests, corrected, strict=True)]
-    used = [runs for test in tests for runs in test.runs]
+    rows = [_tests_row(*test, *p_values) for test, p_values in zip(tests, corrected, strict=True)]
     benchmarks = ", ".join(dict.fromkeys(runs.task.benchmark for runs in used))
     notes = [
         *about(used, report.select),
@@ -109,13 +103,15 @@ def _tests_table(report: Report, name: str, title: str, tests: Sequence[_Test], 
     return fill(name, title, rows, notes)
 
 
-def _tests_row(test: _Test, p_t: float, p_wilcoxon: float, p_cluster: float) -> Row:
-    over, whole, found = "pairs:", "benchmarks:", test.result
-    percent = test.measure.startswith("accuracy")  # the other measures are errors, of which less is better
+def _tests_row(
+    lead: dict[str, str], measure: str, found: PairedTest, p_t: float, p_wilcoxon: float, p_cluster: float
+) -> Row:
+    over, whole = "pairs:", "benchmarks:"
+    percent = measure.startswith("accuracy")  # the other measures are errors, of which less is better
     mean = estimate({"value": found.mean, "low": None, "high": None}, signed=True, percent=percent)
     return {
-        **test.lead,
-        "measure": MEASURES[test.measure],
+        **lead,
+        "measure": MEASURES[measure],
         Column("n", over): str(found.pairs),
         Column("difference", over): Entry(mean, value={"mean": found.mean}),
         Column("t", over): MISSING if found.t != found.t else f"{found.t:.2f}".replace("-", "−"),
@@ -187,7 +183,7 @@ def variants_table(report: Report) -> Table:
             best = max(better, key=better.__getitem__, default=None)
             for label, pair in found.items():
                 name = Entry(label.removeprefix(f"{METHOD}@"), "best" if label == best else "")
-                row: dict[Column | str, Entry | str] = {"model": model, "N": str(size), "variant": name}
+                row: dict[Any, Entry | str] = {"model": model, "N": str(size), "variant": name}
                 for group, half in zip(("selection:", "confirmation:"), pair, strict=True):
                     accuracy, nll = (half.accuracy, half.nll) if half else (None, None)
                     row[Column("pairs", group)] = str(half.pairs) if half else MISSING

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ia2.experiment.sweep.records import OVERHEAD
 from ia2.report.sweep.cells import TITLES, Place, Report
@@ -132,7 +133,7 @@ def threshold_table(report: Report) -> Table:
         if len(found) < 2:
             continue
         used += [runs for pair in pairs.values() for runs in pair]
-        row: dict[Column | str, Entry | str] = {"model": task.model, "benchmark": task.source}
+        row: dict[Any, Entry | str] = {"model": task.model, "benchmark": task.source}
         for size in report.sizes:
             entry = Entry(MISSING)
             if size in found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from ia2.report.sweep.cells import TITLES, Place, Report
 from ia2.report.sweep.comparisons import significance_table
 from ia2.report.sweep.notes import about, grouped
 from ia2.report.sweep.own_tables import headroom
-from ia2.report.sweep.selection import ChosenRuns, SweepTask, differences
+from ia2.report.sweep.selection import ChosenRuns, differences
 from ia2.utils.errors import ConfigError
 from ia2.utils.format import Column, Entry, Mark, Row, Table, fill, interval_entry, mean_entry, mean_sd
 from ia2.utils.statistics import t_interval
@@ -133,69 +133,55 @@ class _Line(NamedTuple):
 
 
 def _contents(report: Report, paper: PaperTable) -> Iterator[list[_Line]]:
-    """The lines of each table to print."""
-    for tasks in _groups(report, paper):
-        for sizes in _sizes(report, paper, tasks):
-            lines = _lines(report, paper, tasks, sizes)
-            if report.where_icl_works:
-                lines = [line for line in lines if report.works(line.place)]
-            ablates = paper.by != "adapter" or len({line.adapter for line in lines}) > 1
-            there = {recipe for line in lines for recipe, runs in line.runs.items() if runs}
-            # not only recipes that it shares with others
-            if ablates and paper.needs in ("", *there) and there & {METHOD, PLAIN}:
-                yield lines
-
-
-def _groups(report: Report, paper: PaperTable) -> list[list[SweepTask]]:
-    """The tasks of each table to print: those of the paper's models together, others by model."""
+    """The lines of each table to print: the paper's models together, others by model; its N, or each."""
     models = {row.source: row.model for row in paper.rows}
-    groups: dict[str, list[SweepTask]] = {}
-    for task in report.tasks:
-        if paper.kind not in ("labels", "free") or report.labelled(task) == (paper.kind == "labels"):
-            # SciQr on the 3B model and SST2 on the 1B one are rows of one table in the paper
-            own = task.model in models.values() and models.get(task.benchmark, task.model) == task.model
-            groups.setdefault("" if own else task.model, []).append(task)
-    place_of = _place_in(list(models))
-    return [sorted(tasks, key=lambda task: place_of(task.benchmark)) for tasks in groups.values()]
+    groups: dict[str, list[_Line]] = {}
+    for line in _lines(report, paper):
+        task = line.place.task
+        # SciQr on the 3B model and SST2 on the 1B one are rows of one table in the paper
+        own = task.model in models.values() and models.get(task.benchmark, task.model) == task.model
+        groups.setdefault("" if own else task.model, []).append(line)
+    for lines in groups.values():
+        there = {line.place.size for line in lines}
+        asked = there & {row.num_examples for row in paper.rows}
+        sizes = [{size} for size in sorted(asked or there)]
+        if paper.by:
+            sizes = [there] if paper.by == "size" else [asked] if asked else sizes
+        for of in sizes:
+            table = [line for line in lines if line.place.size in of]
+            ablates = paper.by != "adapter" or len({line.adapter for line in table}) > 1
+            recipes = {recipe for line in table for recipe, runs in line.runs.items() if runs}
+            # not only recipes that it shares with others
+            if ablates and paper.needs in ("", *recipes) and recipes & {METHOD, PLAIN}:
+                yield table
 
 
-def _sizes(report: Report, paper: PaperTable, tasks: Sequence[SweepTask]) -> list[list[int]]:
-    """The N of each table to print: the paper's, or each there is."""
-    there = sorted({r.num_examples for r in report.runs if r.task in tasks and r.num_examples is not None})
-    if paper.by == "size":
-        return [there]
-    asked = sorted({row.num_examples for row in paper.rows if row.num_examples in there})
-    if asked and paper.by == "adapter":
-        return [asked]
-    return [[size] for size in asked or there]
-
-
-def _lines(
-    report: Report, paper: PaperTable, tasks: Sequence[SweepTask], sizes: Sequence[int]
-) -> list[_Line]:
+def _lines(report: Report, paper: PaperTable) -> list[_Line]:
     """Those with a trained recipe; what the paper does not have comes behind what it has."""
-    adapters = {""}
-    if paper.by == "adapter":
-        trained = [r for r in report.runs if r.task in tasks and is_trained(r.recipe)]
-        adapters = {runs.rank_and_modules for runs in trained if runs.adapter == paper.adapter}
-    place_of = _place_in([(row.source, row.dataset) for row in paper.rows])
     lines = []
-    for adapter in sorted(adapters, key=lambda name: (name != "r8 qko", name)):
-        asked = {"adapter": paper.adapter, "answers": paper.answers, "rank_and_modules": adapter}
-        for task in tasks:
-            for dataset in sorted(report.datasets(task), key=lambda name: place_of((task.benchmark, name))):
-                if not paper.ood and dataset != task.benchmark:
-                    continue
-                for size in sizes:
-                    runs = {recipe: report.plain(task, size, recipe, **asked) for recipe in paper.recipes}
-                    if any(each is not None and is_trained(recipe) for recipe, each in runs.items()):
-                        lines.append(_Line(Place(task, dataset, size), adapter, runs))
-    return lines
+    for place in report.places(own=not paper.ood):
+        task, _, size = place
+        if paper.kind in ("labels", "free") and report.labelled(task) != (paper.kind == "labels"):
+            continue
+        adapters = {""}
+        if paper.by == "adapter":
+            adapters = {r.rank_and_modules for r in report.of(task, size) if r.adapter == paper.adapter}
+        for adapter in adapters:
+            asked = {"adapter": paper.adapter, "answers": paper.answers, "rank_and_modules": adapter}
+            runs = {recipe: report.plain(task, size, recipe, **asked) for recipe in paper.recipes}
+            if any(each is not None and is_trained(recipe) for recipe, each in runs.items()):
+                lines.append(_Line(place, adapter, runs))
+    rows = [(row.source, row.dataset) for row in paper.rows]
+    sources = [source for source, _ in rows]
 
+    def order(line: _Line) -> tuple[Any, ...]:
+        task, dataset, size = line.place
+        source = sources.index(task.benchmark) if task.benchmark in sources else len(rows)
+        row = (task.benchmark, dataset)
+        places = source, report.tasks.index(task), rows.index(row) if row in rows else len(rows)
+        return line.adapter != "r8 qko", line.adapter, *places, size
 
-def _place_in(order: Sequence[object]) -> Callable[[object], int]:
-    """The place of a thing in an order; things that are not in it come last."""
-    return lambda thing: order.index(thing) if thing in order else len(order)
+    return sorted(lines, key=order)
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -236,7 +222,7 @@ def _table(report: Report, number: int, paper: PaperTable, lines: Sequence[_Line
     return fill(str(number), title, rows, _notes(report, paper, lines, beside, labelled))
 
 
-def _means(report: Report, line: _Line, measures: Mapping[str, str]) -> dict[Column | str, Entry | str]:
+def _means(report: Report, line: _Line, measures: Mapping[str, str]) -> dict[Any, Entry | str]:
     """The mean of each recipe and measure, the best trained recipes of each measure set off."""
     task, dataset, size = line.place
     expected = report.expected_seeds(task, size)
@@ -269,7 +255,7 @@ def ranked(entries: Sequence[Entry], *, higher: bool) -> list[Entry]:
 
 def _gaps(
     report: Report, paper: PaperTable, line: _Line, measures: Mapping[str, str]
-) -> dict[Column | str, Entry | str]:
+) -> dict[Any, Entry | str]:
     """Paired differences of the method to SFT and, in a table of gaps, to ICL."""
 
     def less(rival: str, measure: str) -> Entry:
@@ -281,7 +267,7 @@ def _gaps(
         percent = measure.startswith("accuracy")
         return interval_entry(interval, signed=True, percent=percent, seeds=sorted(found))
 
-    gaps: dict[Column | str, Entry | str] = {}
+    gaps: dict[Any, Entry | str] = {}
     if paper.kind == "gaps":
         gaps[Column("acc [95%]", f"{TITLES[METHOD]} − ICL")] = less("icl", "accuracy")
     for measure, title in measures.items():
@@ -294,9 +280,9 @@ def _measured(report: Report, line: _Line, measure: str) -> bool:
     return measure in _OF_TEXT or report.labelled(line.place.task)
 
 
-def _figures(figures: Figures, labelled: bool) -> dict[Column | str, Entry | str]:
+def _figures(figures: Figures, labelled: bool) -> dict[Any, Entry | str]:
     """The paper's numbers: its accuracies of labels are over the vocabulary."""
-    found: dict[Column | str, Entry | str] = {}
+    found: dict[Any, Entry | str] = {}
     for recipe, (accuracy, sd, *ece) in figures.items():
         measure = "accuracy_vocabulary" if ece and labelled else "accuracy"
         assert accuracy is not None
