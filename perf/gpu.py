@@ -40,7 +40,7 @@ from ia2.models.generation import generate_answers
 from ia2.teacher.targets import TargetStore, TeacherAnswer
 from ia2.training.dataset import AnswerDataset, AnswerRow
 from ia2.training.losses import AnswerLoss
-from ia2.training.trainer import AlignTrainer, ExampleTrainer, _disable_checkpointing
+from ia2.training.trainer import AlignTrainer, ExampleTrainer, checkpoint_activations
 from ia2.utils.distributed import is_first, process_state
 from ia2.utils.files import write_json
 from ia2.utils.manifest import begin
@@ -160,7 +160,7 @@ class Bench:
 
             took, peak = self.seconds(once, repeat), self.peak(once)
             if recompute:
-                _disable_checkpointing(self.model)
+                checkpoint_activations(self.model, None)
             for parameter in getattr(trainer, "_pathless", ()):
                 parameter.requires_grad_(True)
         fed = [(self.ids(self.query + self.answer - 1, i), self.answer) for i in range(self.rows)]

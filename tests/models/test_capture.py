@@ -19,7 +19,7 @@ from ia2.adapters.modules import attention_projections
 from ia2.adapters.weights import base_weights
 from ia2.models.capture import SITES, ActivationCapture, eager_attention, find_attention_modules
 from ia2.models.tokens import pad_rows
-from ia2.training.trainer import _disable_checkpointing, _enable_checkpointing
+from ia2.training.trainer import checkpoint_activations
 from ia2.utils.errors import ModelError
 
 
@@ -107,7 +107,7 @@ def test_gradients_survive_checkpointing(name: str, site: str) -> None:
         no_dropout(model)
         model.train()  # transformers checkpoints in training mode only
         if checkpointing:
-            _enable_checkpointing(model, {})
+            checkpoint_activations(model, {})
         passes = []
         first = next(iter(find_attention_modules(model).values()))[1]
         first.register_forward_hook(lambda *_, passes=passes: passes.append(1))
@@ -123,7 +123,7 @@ def test_gradients_survive_checkpointing(name: str, site: str) -> None:
             # the recomputation went through the hooks; nothing of it may stay
             assert capture._stored == {}
         if checkpointing:
-            _disable_checkpointing(model)
+            checkpoint_activations(model, None)
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
         recomputed.append(len(passes))
     plain, checkpointed = gradients

@@ -32,7 +32,8 @@ from ia2.teacher.targets import pack_soft
 from ia2.training.constant import ConstantTrainer
 from ia2.training.losses import AlignmentLoss, AnswerLoss, JointLoss
 from ia2.training.objectives import OBJECTIVES
-from ia2.training.stages import PlannedStage, StageJob, plan, stage_loss
+from ia2.training.run_stage import StageJob, stage_loss
+from ia2.training.stages import PlannedStage, plan
 from ia2.utils.errors import ConfigError, DataError
 
 ROWS = icl_examples(12, task=1, num_classes=2)

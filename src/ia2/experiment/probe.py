@@ -350,7 +350,7 @@ def _training_seconds(bench: Workbench) -> tuple[float, float]:
 
     rows, nothing = bench.sft_rows()
     count = min(bench.config.batch_size, len(rows))
-    order = rows.longest_first()[:count]
+    order = rows.longest_first[:count]
     with tempfile.TemporaryDirectory(prefix="ia2-probe-") as scratch:
         trainer = ExampleTrainer(
             bench.model,

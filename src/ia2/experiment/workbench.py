@@ -47,16 +47,8 @@ from ia2.teacher.layer_choice import choose_layers
 from ia2.teacher.targets import OnlineTargets, TargetStore, TeacherAnswer
 from ia2.teacher.teacher import ANSWERS, span
 from ia2.training.objectives import OBJECTIVES
-from ia2.training.stages import (
-    PlannedStage,
-    StageJob,
-    StageResult,
-    TrainedRecipe,
-    finished_stage,
-    plan,
-    run_stage,
-    stage_place,
-)
+from ia2.training.run_stage import StageJob, check_trackers, finished_stage, run_stage
+from ia2.training.stages import PlannedStage, StageResult, TrainedRecipe, plan, stage_place
 from ia2.utils.distributed import gathered, share
 from ia2.utils.errors import ConfigError, DataError, DivergedError
 from ia2.utils.files import digest
@@ -256,8 +248,6 @@ class Workbench:
         stages = [stage for recipe in recipes for stage in plan(recipe, self.config)]
         virtual = 0
         if stages:
-            from ia2.training.trainer import check_trackers
-
             check_trackers(self.config.report_to)
             virtual = check_adapter(
                 self.base.model,

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import load_file, save_file
+
 from ia2.adapters.weights import adapter_state, load_adapter_state
 from ia2.utils.distributed import wait
 from ia2.utils.errors import RunFolderError
@@ -92,8 +94,6 @@ class BestWeights(TrainerCallback):
         wait()  # each process has written a file of its own
         if not state.is_world_process_zero:
             return
-        from safetensors.torch import save_file
-
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.state_dict is not None:
             save_file(self.state_dict, folder / _BEST)
@@ -111,8 +111,6 @@ class BestWeights(TrainerCallback):
             if len(self.trainer.eval_dataset):
                 self.trainer.evaluate()
             return
-        from safetensors.torch import load_file
-
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         progress = read_json(folder / _COMPLETE)
         self.loss = float("nan") if progress["loss"] is None else progress["loss"]

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -92,6 +93,7 @@ class AnswerDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         """The row at this place."""
         return self.make(self.indices[place], permutation)
 
+    @cached_property
     def longest_first(self) -> list[int]:
         """Places of all rows, by the length of their queries."""
         return sorted(range(len(self)), key=lambda place: -len(self.row(place).query))

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from ia2.adapters.weights import adapter_state, load_adapter_state
 from ia2.config import AdaptConfig
@@ -45,26 +46,11 @@ _LOOK_AT = 64
 _WEIGHTS = "adapter_state.safetensors"
 
 
-def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that transformers does not know, or whose package is not installed.
-
-    Raises:
-        ConfigError: there is one.
-    """
-    from transformers.integrations import get_available_reporting_integrations
-
-    known = ["all", "none", *get_available_reporting_integrations()]
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"report_to: '{name}' is not installed. There are {', '.join(known)}.")
-
-
 class ExampleTrainer(Trainer):
     """A Trainer whose unit is the example, and whose loss is given.
 
-    Adam with a constant rate, no weight decay, no clipping, a fresh optimiser in each stage; dev loss
-    every few steps and at each epoch's end; stops early and restores the best weights (METHOD: paper
-    hyper-parameters).
+    Adam with a constant rate, no weight decay, no clipping, a fresh optimiser in each stage; stops early and
+    restores the best weights (METHOD: paper hyper-parameters).
 
     Args:
         model: a PEFT model.
@@ -104,7 +90,6 @@ class ExampleTrainer(Trainer):
         self._began = time.perf_counter()
         self.loss, self.stage, self.config = loss, stage or StageConfig(), config or AdaptConfig()
         self.output_dir, self.progress = output_dir, progress or Progress()
-        self._orders: dict[int, tuple[AnswerDataset, list[int]]] = {}
         self._loss_is_finite: torch.Tensor | None = None  # of this process, since the last step
         collator = Collator(pad_id(tokenizer), alike=shards_model())
         device = next(model.parameters()).device
@@ -130,7 +115,7 @@ class ExampleTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True
         if self.config.activation_checkpointing:
-            _enable_checkpointing(self.model, self.config.activation_checkpointing_kwargs or {})
+            checkpoint_activations(self.model, self.config.activation_checkpointing_kwargs or {})
 
     @property
     def seconds(self) -> float:
@@ -173,8 +158,6 @@ class ExampleTrainer(Trainer):
         # nn.DataParallel would replicate the hooked modules; several GPUs are for `accelerate launch`
         arguments._n_gpu = min(arguments.n_gpu, 1)
         return arguments
-
-    # ------------------------------------------------------------------------------------ the loss
 
     def compute_loss(  # type: ignore[override]
         self,
@@ -231,8 +214,6 @@ class ExampleTrainer(Trainer):
             len(dataset.beside) if dataset.beside is not None else 0,
         )
 
-    # -------------------------------------------------------------------------------- evaluation
-
     def evaluate(  # type: ignore[override]
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -255,12 +236,10 @@ class ExampleTrainer(Trainer):
 
     def _dev_loss(self, dataset: AnswerDataset) -> float:
         # without dev rows of one kind the other is what is left to go by
-        terms = [
-            weight * self.mean_loss(loss, rows)
-            for weight, loss, rows in self.loss.dev_terms(dataset)
-            if len(rows)
-        ]
-        return sum(terms) if terms else float("nan")
+        # without dev rows of one kind the other is what is left to go by
+        terms = [term for term in self.loss.dev_terms(dataset) if len(term[2])]
+        losses = [weight * self.mean_loss(loss, rows) for weight, loss, rows in terms]
+        return sum(losses) if losses else float("nan")
 
     def mean_loss(self, loss: Loss, dataset: AnswerDataset) -> float:
         """Mean of a loss over all rows, with every target that they have."""
@@ -270,14 +249,8 @@ class ExampleTrainer(Trainer):
         return total / len(dataset)
 
     def batches(self, dataset: AnswerDataset) -> Iterator[dict[str, Any]]:
-        """All rows with every target that they have, the longest first, for passes without gradient.
-
-        The model is in evaluation mode meanwhile.
-        """
-        if id(dataset) not in self._orders:
-            self._orders[id(dataset)] = dataset, dataset.longest_first()  # kept, so that no other gets its id
-        _, order = self._orders[id(dataset)]
-        size = self.config.micro_batch_size or _EVAL_ROWS
+        """All rows with every target that they have, the longest first, for passes without gradient."""
+        order, size = dataset.longest_first, self.config.micro_batch_size or _EVAL_ROWS
         training = self.model.training
         self.model.eval()
         try:
@@ -289,20 +262,14 @@ class ExampleTrainer(Trainer):
         finally:
             self.model.train(training)
 
-    # ------------------------------------------------------------------------------- checkpoints
-
     # Our own file rather than PEFT's: that keeps what p-tuning's encoder computes, not the encoder.
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        from safetensors.torch import save_file
-
         folder = Path(output_dir or self.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(adapter_state(self.model), folder / _WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        from safetensors.torch import load_file
-
         load_adapter_state(self.model, load_file(Path(resume_from_checkpoint) / _WEIGHTS))
 
     def fit(self) -> float:
@@ -311,8 +278,7 @@ class ExampleTrainer(Trainer):
         Leaves the model with the weights that the settings ask for and no checkpoint behind.
 
         Returns:
-            The best dev loss; NaN without dev rows, and where training diverged (``best.diverged``), which
-            leaves weights that are of no use.
+            The best dev loss; NaN without dev rows, and where training diverged (``best.diverged``).
         """
         self.loss.begin(self)
         if root_of(self.output_dir / "any") is None and self.is_world_process_zero():
@@ -331,7 +297,7 @@ class ExampleTrainer(Trainer):
         self.best.restore(self.model)
         self.model.eval()
         if self.config.activation_checkpointing:
-            _disable_checkpointing(self.model)
+            checkpoint_activations(self.model, None)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             for leftover in self.output_dir.glob("checkpoint-*"):
@@ -377,25 +343,20 @@ class AlignTrainer(ExampleTrainer):
         if train_dataset.targets is None:
             raise ConfigError("alignment needs targets; the training rows have none.")
         loss = AlignmentLoss(model, align, train_dataset.targets, config.attention_modules)
-        datasets = (train_dataset, eval_dataset)
-        super().__init__(model, loss, *datasets, tokenizer, stage=align, config=config, **options)
+        super().__init__(
+            model, loss, train_dataset, eval_dataset, tokenizer, stage=align, config=config, **options
+        )
         self._pathless = self._freeze_pathless()
 
     def _freeze_pathless(self) -> list[torch.nn.Parameter]:
-        """Freeze adapter weights that L_IA2 does not reach, such as those behind the last attention.
-
-        They would have no gradient, on which DDP fails. Found by one backward pass over a short training
-        row, so any adapter and any choice of layers is covered.
-        """
+        """Freeze adapter weights that have no gradient of L_IA2, on which DDP fails: found by one pass."""
         dataset = self.train_dataset
         trainable = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         shortest = min(range(min(len(dataset), _LOOK_AT)), key=lambda i: len(dataset.row(i).query))
         batch = self._prepare_inputs(self.data_collator([dataset[shortest]]))
         self.model.to(self.args.device)
-        with (
-            torch.random.fork_rng(devices=range(torch.cuda.device_count())),
-            row_attention(self.model),
-        ):
+        devices = range(torch.cuda.device_count())
+        with torch.random.fork_rng(devices=devices), row_attention(self.model):
             loss = self.loss(self.model, batch).sum()
             if loss.requires_grad:  # else not one weight is on the way
                 loss.backward()
@@ -409,11 +370,8 @@ class AlignTrainer(ExampleTrainer):
             )
         if without:
             logger.info(
-                "Alignment: %d of %d trained tensors lie behind the last aligned activation and are frozen "
-                "in this stage (%s …).",
-                len(without),
-                len(trainable),
-                without[0][0],
+                f"Alignment: {len(without)} of {len(trainable)} trained tensors lie behind the last aligned "
+                f"activation and are frozen in this stage ({without[0][0]} …)."
             )
         for _, parameter in without:
             parameter.requires_grad_(False)
@@ -428,18 +386,13 @@ class AlignTrainer(ExampleTrainer):
                 parameter.requires_grad_(True)
 
 
-def _enable_checkpointing(model: Any, options: dict[str, Any]) -> None:
-    """Non-reentrant activation checkpointing, under the name that this transformers knows."""
+def checkpoint_activations(model: Any, options: Mapping[str, Any] | None) -> None:
+    """Switch activation checkpointing on, never reentrant, or off (``options`` None)."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    options = {**options, "use_reentrant": False}
-    enable = getattr(inner, "activation_checkpointing_enable", None)
-    if enable is not None:
-        enable(activation_checkpointing_kwargs=options)
+    # as this transformers calls it
+    name = "activation" if hasattr(inner, "activation_checkpointing_enable") else "gradient"
+    if options is None:
+        getattr(inner, f"{name}_checkpointing_disable")()
     else:
-        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
-def _disable_checkpointing(model: Any) -> None:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    disable = getattr(inner, "activation_checkpointing_disable", None)
-    (disable or inner.gradient_checkpointing_disable)()
+        arguments = {f"{name}_checkpointing_kwargs": {**options, "use_reentrant": False}}
+        getattr(inner, f"{name}_checkpointing_enable")(**arguments)
