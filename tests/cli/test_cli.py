@@ -11,130 +11,84 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
-from helpers.command_line import Ran, run, run_apart, tree, write_rows
-from tiny_icl.tasks import sample_task
+from helpers.command_line import TASK, Ran, run, run_apart, tree, write_rows
 
 import ia2
-from ia2.cli.options import gather_lists, list_flags, with_settings
+from ia2.cli.options import gather_lists, list_flags, settings_of, with_settings
 from ia2.config import AdaptConfig, CompareConfig, CurveConfig, ProbeConfig, TrainConfig
-from ia2.config.sections import SECTIONS
-
-TASK = sample_task(0, num_classes=3)
-
-
-# ---------------------------------------------------------------------------------------- imports
 
 HEAVY = ("torch", "transformers", "datasets", "peft", "scipy", "matplotlib", "pandas")
+WORDS = dict(zip(TASK.answers, ("billing_issue", "refund", "other"), strict=True))
 
 
-def loaded_after(code: str) -> tuple[list[str], float]:
-    """Heavy packages that ``code`` imports, and the seconds it takes."""
+@pytest.mark.parametrize(
+    ("code", "limit"),  # generous: 0.1 s and 0.5 s on an idle machine
+    [
+        ("import ia2", 0.5),
+        *((f"from ia2.cli import main; main({given})", 5) for given in (["--help"], ["train", "--help"])),
+    ],
+)
+def test_starting_is_quick(code: str, limit: float) -> None:
     script = (
         "import sys, time, json\nbegan = time.perf_counter()\n"
-        f"try:\n    {code}\nexcept SystemExit:\n    pass\n"
-        "seconds = time.perf_counter() - began\n"
+        f"try:\n    {code}\nexcept SystemExit:\n    pass\nseconds = time.perf_counter() - began\n"
         f"found = [name for name in {HEAVY!r} if name in sys.modules]\n"
         "print(json.dumps([found, seconds]), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     found, seconds = json.loads(done.stderr.splitlines()[-1])
-    return found, seconds
-
-
-def test_importing_is_quick() -> None:
-    found, seconds = loaded_after("import ia2")
-    assert found == []
-    assert seconds < 0.3
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
-def test_help_is_quick(arguments: list[str]) -> None:
-    found, seconds = loaded_after(f"from ia2.cli import main; main({arguments!r})")
-    assert found == []
-    assert seconds < 5  # generous: 0.5 s on an idle machine
+    assert found == [] and seconds < limit
 
 
 def test_public_names() -> None:
-    for name in ia2.__all__:
-        assert getattr(ia2, name) is not None
     assert dir(ia2) == sorted(ia2.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = ia2.nothing
-
-
-def test_public_names_are_known_to_type_checkers() -> None:
+    # and they are known to type checkers
     source = Path(ia2.__file__).read_text(encoding="utf-8").split("if TYPE_CHECKING:")[1].split("def ")[0]
     for name, module in ia2._PUBLIC.items():
+        assert getattr(ia2, name) is getattr(importlib.import_module(module), name)
         assert f"from {module} import" in source
         assert name in source.replace(",", " ").replace("(", " ").split(), name
-        assert hasattr(importlib.import_module(module), name)
 
 
-# ---------------------------------------------------------------------------------------- options
-
-
-def options_of(kind: type[AdaptConfig], leave_out: tuple[str, ...] = ()) -> list[str]:
-    flags = []
-    for name, field in kind.model_fields.items():
-        if name in leave_out:
-            continue
-        inner = field.annotation.model_fields if name in ("adapter", *SECTIONS) else None  # type: ignore[union-attr]
-        names = [name] if inner is None else [f"{name}_{leaf}" for leaf in inner]
-        flags += ["--" + n.replace("_", "-") for n in names]
-    return flags
-
+# ----------------------------------------------------------------------------------------- options
 
 NOT_PROBED = ("recipe", "unlabelled", "max_unlabelled", "unlabelled_split", "selection")
-OPTIONS = {
-    "train": [*options_of(TrainConfig), "--config", "--json", "--quiet", "--overwrite"],
-    "compare": [*options_of(CompareConfig, ("recipe",)), "--config", "--json", "--quiet", "--overwrite"],
-    "curve": [*options_of(CurveConfig, ("recipe", "num_examples", "folds")), "--config", "--json", "--quiet"],
-    "probe": [*options_of(ProbeConfig, NOT_PROBED), "--config", "--json", "--quiet"],
-    "eval": ["--adapter", "--data", "--split", "--output", "--device", "--json", "--quiet"],
-    "predict": ["--adapter", "--data", "--split", "--output", "--device", "--json", "--quiet"],
-    "demo": ["--output-dir", "--model", "--seeds", "--json", "--quiet", "--overwrite"],
-    "env": ["--json"],
+OPTIONS: dict[str, tuple[type[AdaptConfig] | None, tuple[str, ...], list[str]]] = {
+    "train": (TrainConfig, (), ["--config", "--json", "--quiet", "--overwrite"]),
+    "compare": (CompareConfig, ("recipe",), ["--config", "--json", "--quiet", "--overwrite"]),
+    "curve": (CurveConfig, ("recipe", "num_examples", "folds"), ["--config", "--json", "--quiet"]),
+    "probe": (ProbeConfig, NOT_PROBED, ["--config", "--json", "--quiet"]),
+    "eval": (None, (), ["--adapter", "--data", "--split", "--output", "--device", "--json", "--quiet"]),
+    "predict": (None, (), ["--adapter", "--data", "--split", "--output", "--device", "--json", "--quiet"]),
+    "demo": (None, (), ["--output-dir", "--model", "--seeds", "--json", "--quiet", "--overwrite"]),
+    "env": (None, (), ["--json"]),
 }
 
 
 @pytest.mark.parametrize("command", OPTIONS)
-def test_help_names_every_option(
-    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_help_names_every_option(command: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setenv("TERMINAL_WIDTH", "300")
     ran = run(capsys, command, "--help")
-    assert ran.status == 0
-    words = ran.out.replace(",", " ").split()
-    for option in OPTIONS[command]:
-        assert option in words, option
+    assert (ran.status, ran.err) == (0, "")
+    kind, left_out, others = OPTIONS[command]
+    flags = [setting.flag for setting in settings_of(kind, left_out).values()] if kind else []
+    assert {*flags, *others} <= set(ran.out.replace(",", " ").split())
 
 
-def test_lists_may_be_written_with_spaces() -> None:
-    flags = list_flags(TrainConfig, CompareConfig, ProbeConfig)
-    assert flags == {
-        "--learning-rates",
-        "--recipes",
-        "--adapters",
-        "--objectives",
-        "--labels",
-        "--report-to",
-        "--adapter-target-modules",
-        "--align-layers",
-        "--joint-layers",
-        "--joint-betas",
-    }
-    given = ["train", "--learning-rates", "1e-4", "3e-4", "1e-3", "--seed", "1", "--report-to"]
-    assert gather_lists(given, flags) == [
-        "train", "--learning-rates", "1e-4,3e-4,1e-3", "--seed", "1", "--report-to"
-    ]  # fmt: skip
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version") == Ran(0, f"{ia2.__version__}\n", "")
+    for arguments in ([], ["train", "-h"]):
+        ran = run(capsys, *arguments)
+        assert (ran.status, ran.err) == (0, "") and "Usage" in ran.out
 
 
 def read(kind: type[AdaptConfig], *arguments: str) -> Any:
     """What a command with the settings of ``kind`` would be given."""
-    import typer
-
     app, given = typer.Typer(), []
 
     @with_settings(kind)
@@ -146,50 +100,49 @@ def read(kind: type[AdaptConfig], *arguments: str) -> Any:
     return given[0]
 
 
+RATES = [1e-4, 3e-4, 1e-3]
+LABELS = {"0": "negative", "1": "positive"}
+
+
 @pytest.mark.parametrize(
-    "written",
-    [["1e-4", "3e-4", "1e-3"], ["1e-4,3e-4,1e-3"], ["1e-4, 3e-4", "1e-3"], ["[1e-4, 3e-4, 1e-3]"]],
+    ("arguments", "expected"),
+    [
+        (["--learning-rates", "1e-4", "3e-4", "1e-3", "--seed", "2"], {"learning_rates": RATES, "seed": 2}),
+        (["--learning-rates", "1e-4,3e-4,1e-3"], {"learning_rates": RATES}),
+        (["--learning-rates", "1e-4, 3e-4", "1e-3"], {"learning_rates": RATES}),
+        (["--learning-rates", "[1e-4, 3e-4, 1e-3]"], {"learning_rates": RATES}),
+        (["--label-map", "0=negative,1=positive"], {"label_map": LABELS}),
+        (["--label-map", ' {"0": "negative", "1": "positive"}'], {"label_map": LABELS}),
+        (["--prompt-template", r"Text: {text}\nLabel:"], {"prompt_template": "Text: {text}\nLabel:"}),
+        (["--completion-template", r"\t{label}"], {"completion_template": "\t{label}"}),
+        (["--separator", r"\n---\n"], {"separator": "\n---\n"}),
+        (["--no-balanced"], {"balanced": False}),
+        (["--no-align-restore-best"], {"align.restore_best": False, "sft.restore_best": True}),
+        (["--align-objective", "cosine"], {"align.objective": "cosine", "align.layers": "all"}),
+        (["--adapter-peft", '{"peft_type": "IA3"}'], {"adapter.peft": {"peft_type": "IA3"}}),
+        (
+            ["--adapter-target-modules", "q_proj", "k_proj", "--balanced"],
+            {"adapter.target_modules": ["q_proj", "k_proj"], "balanced": True},
+        ),
+        # flags win over the file, whose YAML has escapes of its own
+        (
+            ["--config", "s.yaml", "--no-balanced", "--align-epochs", "4"],
+            {"balanced": False, "seed": 5, "align.epochs": 4, "prompt_template": "a {b}\\n"},
+        ),
+    ],
+    ids=str,
 )
-def test_learning_rates(written: list[str]) -> None:
-    config = read(TrainConfig, "--learning-rates", *written, "--seed", "2")
-    assert (config.learning_rates, config.seed) == ([1e-4, 3e-4, 1e-3], 2)
-
-
-@pytest.mark.parametrize("written", ["0=negative,1=positive", ' {"0": "negative", "1": "positive"}'])
-def test_label_map(written: str) -> None:
-    assert read(TrainConfig, "--label-map", written).label_map == {"0": "negative", "1": "positive"}
-
-
-def test_templates_and_separator_are_unescaped() -> None:
-    config = read(
-        TrainConfig, "--prompt-template", r"Text: {text}\nLabel:", "--completion-template", r"\t{label}",
-        "--separator", r"\n---\n",
-    )  # fmt: skip
-    assert config.prompt_template == "Text: {text}\nLabel:"
-    assert config.completion_template == "\t{label}"
-    assert config.separator == "\n---\n"
-
-
-def test_switches_sections_and_mappings() -> None:
-    config = read(
-        TrainConfig, "--balanced", "--no-align-restore-best", "--align-objective", "cosine",
-        "--adapter-peft", '{"peft_type": "IA3"}', "--adapter-target-modules", "q_proj", "k_proj",
-    )  # fmt: skip
-    assert config.balanced is True
-    assert config.align.restore_best is False
-    assert config.sft.restore_best is True
-    assert config.align.objective == "cosine"
-    assert config.adapter.peft == {"peft_type": "IA3"}
-    assert config.adapter.target_modules == ["q_proj", "k_proj"]
-
-
-def test_flags_win_over_the_file(tmp_path: Path) -> None:
-    (tmp_path / "s.yaml").write_text(
-        "balanced: true\nseed: 5\nalign: {epochs: 3}\nprompt_template: 'a {b}\\n'\n"
-    )
-    config = read(TrainConfig, "--config", str(tmp_path / "s.yaml"), "--no-balanced", "--align-epochs", "4")
-    assert (config.balanced, config.seed, config.align.epochs) == (False, 5, 4)
-    assert config.prompt_template == "a {b}\\n"  # YAML has escapes of its own
+def test_options_become_settings(
+    arguments: list[str], expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("s.yaml").write_text("balanced: true\nseed: 5\nalign: {epochs: 3}\nprompt_template: 'a {b}\\n'\n")
+    config = read(TrainConfig, *arguments)
+    for name, value in expected.items():
+        found: Any = config
+        for part in name.split("."):
+            found = getattr(found, part)
+        assert found == value, name
 
 
 def test_env(capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,52 +153,38 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
     assert "transformers: " in run(capsys, "env").out
 
 
-def test_an_interrupt_is_one_line(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_interrupt_is_one_line(capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def interrupted(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ia2.experiment.adapt.load_examples", interrupted)
+    monkeypatch.setattr("ia2.data.examples.Examples.load", interrupted)
     ran = run(capsys, "train", "--data", "rows.jsonl", "--output-dir", tmp_path / "out")
     assert (ran.status, ran.out) == (130, "")
     assert ran.err == "\nia2: interrupted; start the same command again to continue.\n"
 
 
-# ------------------------------------------------------------------------------------- end to end
+# -------------------------------------------------------------------------------------- end to end
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory, tiny_icl_model_path: Path) -> Path:
     """A folder with a run: raw labels, a template, a label map, one text of two tokens."""
     folder = tmp_path_factory.mktemp("work")
-    words = dict(zip(TASK.answers, ("billing_issue", "refund", "other"), strict=True))
     texts = {"billing_issue": " L1 L2", "refund": " L3", "other": " L4"}
-
-    def rows(n: int, seed: int) -> list[dict[str, Any]]:
-        return [{"id": i, "text": q, "label": words[a]} for i, (q, a) in enumerate(TASK.examples(n, seed))]
-
-    write_rows(folder / "train.jsonl", rows(24, 0))
-    write_rows(folder / "test.jsonl", rows(9, 1))
+    for name, count, seed in (("train", 24, 0), ("test", 9, 1)):
+        pairs = enumerate(TASK.examples(count, seed))
+        write_rows(folder / f"{name}.jsonl", [{"id": i, "text": q, "label": WORDS[a]} for i, (q, a) in pairs])
     with (folder / "new.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["id", "text"], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows(5, 2))
+        csv.writer(file).writerows(
+            [["id", "text"], *([i, q] for i, (q, _) in enumerate(TASK.examples(5, 2)))]
+        )
     settings = {"prompt_template": "{text}", "completion_template": "{label}", "label_map": texts}
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
-    options = {
-        "--config": folder / "settings.yaml",
-        "--model": tiny_icl_model_path,
-        "--data": folder / "train.jsonl",
-        "--test-data": folder / "test.jsonl",
-        "--output-dir": folder / "out",
-        "--learning-rates": "1e-2",
-        "--align-epochs": 4,
-        "--sft-epochs": 25,
-        "--sft-patience": 12,
-    }
-    arguments = ["train", *(part for option in options.items() for part in option)]
-    ran = run_apart(*arguments)
+    arguments = ["--config", folder / "settings.yaml", "--model", tiny_icl_model_path]
+    arguments += ["--data", folder / "train.jsonl", "--test-data", folder / "test.jsonl"]
+    arguments += ["--output-dir", folder / "out", "--learning-rates", "1e-2"]
+    arguments += ["--align-epochs", 4, "--sft-epochs", 25, "--sft-patience", 12]
+    ran = run_apart("train", *arguments)
     assert ran.status == 0, ran.err
     (folder / "train.out").write_text(ran.out)
     (folder / "train.err").write_text(ran.err)
@@ -253,22 +192,18 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny_icl_model_path: Path) ->
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: Any) -> Ran:
-    ran = run(capsys, *arguments)
-    assert ran.status == 0, ran.err
+    ran = run(capsys, *arguments, "--quiet")
+    assert (ran.status, ran.err) == (0, "")
     return ran
 
 
-def test_train_prints_results_and_logs_apart(work: Path) -> None:
+def test_train(work: Path, tiny_icl_model_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
     out, err = (work / "train.out").read_text(), (work / "train.err").read_text()
-    assert "among the labels" in out
-    assert "asim to ICL" in out
-    assert "ia2 predict --adapter" in out
-    assert "Task: 3 labels" in err
-    assert "Stage align" in err
-    assert "Warning" not in err
-
-
-def test_train_leaves_what_other_tools_load(work: Path) -> None:
+    assert all(text in out for text in ("among the labels", "asim to ICL", "ia2 predict --adapter"))
+    assert "Task: 3 labels" in err and "Stage align" in err and "Warning" not in err
     files = set(tree(work / "out"))
     assert {
         "adapter_config.json", "adapter_model.safetensors", "README.md", "metrics.json", "predictions.jsonl",
@@ -276,87 +211,67 @@ def test_train_leaves_what_other_tools_load(work: Path) -> None:
     } <= files  # fmt: skip
     assert not [name for name in files if name.startswith(".") or "checkpoint-" in name]
     metrics = json.loads((work / "out" / "metrics.json").read_text())
-    assert metrics["test"]["n"] == 9
+    assert metrics["test"]["n"] == len((work / "out" / "predictions.jsonl").read_text().splitlines()) == 9
     assert metrics["test"]["labels"]["accuracy"]["value"] > 0.6  # chance is 0.33
-    assert len((work / "out" / "predictions.jsonl").read_text().splitlines()) == 9
-
-
-def test_the_adapter_loads_with_peft(work: Path, tiny_icl_model_path: Path) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
+    # other tools load it
     base = AutoModelForCausalLM.from_pretrained(tiny_icl_model_path)
     model = PeftModel.from_pretrained(base, str(work / "out"))
     assert any(bool(p.abs().sum() > 0) for n, p in model.named_parameters() if "lora_B" in n)
 
 
-def test_predict_rows(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ran = command(capsys, "predict", "--adapter", work / "out", "--data", work / "new.csv", "--quiet")
-    assert ran.err == ""
-    rows = [json.loads(line) for line in ran.out.splitlines()]
-    assert len(rows) == 5
-    assert (
-        rows
-        == command(capsys, "predict", "--adapter", work / "out", "--data", work / "new.csv", "--json").json
-    )
-    words = dict(zip(TASK.answers, ("billing_issue", "refund", "other"), strict=True))
-    gold = [words[answer] for _, answer in TASK.examples(5, 2)]
+def test_predict(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["predict", "--adapter", work / "out", "--data", work / "new.csv"]
+    rows = command(capsys, *common, "--json").json
+    assert [json.loads(line) for line in command(capsys, *common).out.splitlines()] == rows
+    gold = [WORDS[answer] for _, answer in TASK.examples(5, 2)]
     assert sum(row["label"] == truth for row, truth in zip(rows, gold, strict=True)) >= 4
     for row in rows:
-        assert set(row["labels"]) == {"billing_issue", "refund", "other"}
+        assert set(row["labels"]) == set(WORDS.values()) and row["source"].startswith("new.csv:")
         assert sum(row["labels"].values()) == pytest.approx(1)
         assert row["confidence"] == max(row["labels"].values()) == row["labels"][row["label"]]
-        assert row["source"].startswith("new.csv:")
-
-
-def test_predict_into_files(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    common = ["predict", "--adapter", work / "out", "--data", work / "new.csv", "--quiet"]
     assert "5 predictions" in command(capsys, *common, "--output", tmp_path / "p.csv").out
     found = command(capsys, *common, "--output", tmp_path / "p.jsonl", "--json").json
     assert found == {"rows": 5, "output": str(tmp_path / "p.jsonl")}
-    lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
-    with (tmp_path / "p.csv").open(newline="") as file:
-        table = list(csv.DictReader(file))
-    assert [row["label"] for row in table] == [row["label"] for row in lines]
-    for flat, row in zip(table, lines, strict=True):
-        assert float(flat["confidence"]) == row["confidence"]
+    assert [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()] == rows
+    for flat, row in zip(csv.DictReader((tmp_path / "p.csv").open(newline="")), rows, strict=True):
+        assert (flat["label"], float(flat["confidence"])) == (row["label"], row["confidence"])
         assert {k[2:-1]: float(v) for k, v in flat.items() if k.startswith("p(")} == row["labels"]
 
 
 def test_eval_agrees_with_train(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["eval", "--adapter", work / "out", "--data", work / "test.jsonl"]
-    found = command(capsys, *common, "--json", "--quiet", "--output", tmp_path / "p.jsonl").json
+    found = command(capsys, *common, "--json", "--output", tmp_path / "p.jsonl").json
     metrics = json.loads((work / "out" / "metrics.json").read_text())
-    assert found["test"]["n"] == 9
     for scope in ("labels", "vocabulary"):
         for name, value in found["test"][scope].items():
             assert value["value"] == pytest.approx(metrics["test"][scope][name]["value"], abs=1e-5), name
     assert found["test"]["scaled"]["labels"]["temperature"] == metrics["temperatures"]["labels"]
-    rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
-    assert [row["gold"] for row in rows[:1]] == [
-        json.loads((work / "test.jsonl").read_text().splitlines()[0])["label"]
-    ]
+    gold = [json.loads(line)["gold"] for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert gold == [json.loads(line)["label"] for line in (work / "test.jsonl").read_text().splitlines()]
     assert "accuracy" in command(capsys, *common).out
 
 
-def test_probe(
-    work: Path, tiny_icl_model_path: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_probe_and_compare(tiny_icl_model_path: Path, capsys: Any, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", TASK.examples(20, 3))
-    common = ["probe", "--model", tiny_icl_model_path, "--data", rows, "--quiet"]
-    assert command(capsys, *common, "--json").json["verdict"] == "likely to help"
-    assert "Verdict: likely to help." in command(capsys, *common).out
-
-
-def test_compare(tiny_icl_model_path: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "rows.jsonl", TASK.examples(12, 3))
-    common = ["compare", "--model", tiny_icl_model_path, "--data", rows, "--quiet", "--seeds", 1,
-              "--recipes", "base", "icl", "--output-dir", tmp_path / "out"]  # fmt: skip
-    ran = command(capsys, *common, "--json")
-    assert ran.err == ""
-    assert set(ran.json["recipes"]) == {"base", "icl"}
-    assert ran.json == json.loads((tmp_path / "out" / "compare.json").read_text())
-    shown = command(capsys, *common).out
-    assert "Results: " in shown
-    assert "compare.svg" in shown
+    common = ["--model", tiny_icl_model_path, "--data", rows]
+    assert command(capsys, "probe", *common, "--json").json["verdict"] == "likely to help"
+    assert "Verdict: likely to help." in command(capsys, "probe", *common).out
+    options = ["--seeds", 1, "--recipes", "base", "icl", "--output-dir", tmp_path / "out"]
+    found = command(capsys, "compare", *common, *options, "--json").json
+    assert set(found["recipes"]) == {"base", "icl"}
+    assert found == json.loads((tmp_path / "out" / "compare.json").read_text())
+    shown = command(capsys, "compare", *common, *options).out
+    assert "Results: " in shown and "compare.svg" in shown
     assert (tmp_path / "out" / "compare.svg").is_file()
+
+
+def test_configurations_of_a_folder(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, count in (("one", 4), ("two", 6)):
+        (tmp_path / "many" / name).mkdir(parents=True)
+        rows = [{"text": q, "label": WORDS[a]} for q, a in TASK.examples(count, 0)]
+        write_rows(tmp_path / "many" / name / "test.jsonl", rows)
+    for name in ("predict", "eval"):
+        given = [name, "--adapter", work / "out", "--data", tmp_path / "many", "--json", "--split", "test"]
+        assert "'one', 'two'" in run(capsys, *given, "--quiet").refusal()
+        found = command(capsys, *given, "--data-config", "two").json
+        assert (len(found) if name == "predict" else found["test"]["n"]) == 6

@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from helpers.command_line import write_rows
+from helpers.command_line import TASK, write_rows
 from helpers.finished_runs import write_comparison
 from helpers.sweeping import grid_of, write_files, write_grid
-from tiny_icl.tasks import sample_task
-
-TASK = sample_task(0, num_classes=3)
 
 ROWS = {
     "cut": '{"prompt": "a0 a1", "completion": " L1"}\n{"prompt": "a0 a',

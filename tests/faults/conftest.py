@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.command_line import Ran, run, write_rows
-from tiny_icl.tasks import sample_task
-
-TASK = sample_task(0, num_classes=3)
-
-Ia2 = Callable[..., Ran]
+from helpers.command_line import TASK, Ia2, Ran, run, write_rows
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TASK, Ia2
-from helpers.command_line import names, write_rows
+from helpers.command_line import TASK, Ia2, names, write_rows
 from helpers.example_rows import jsonl, refuse, said
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Ia2
-from helpers.command_line import Ran, names, run_apart
+from helpers.command_line import Ia2, Ran, names, run_apart
 from helpers.finished_runs import write_comparison
 
 from ia2.cli import boundary, main

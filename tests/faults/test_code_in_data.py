@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import TASK, Ia2
-from helpers.command_line import Ran, names, write_rows
+from helpers.command_line import TASK, Ia2, Ran, names, write_rows
 from strangers import EVIL, FUNCTION, Stranger
 
 from ia2.config import TrainConfig

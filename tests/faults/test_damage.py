@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TASK, Ia2
-from helpers.command_line import Ran, write_rows
+from helpers.command_line import TASK, Ia2, Ran, write_rows
 
 from ia2.training.best_weights import BestWeights
 from ia2.utils.manifest import MANIFEST

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import Ia2
 from helpers.benches import base_of, bench_of, icl_examples, trainer_of, word_examples, wordy_model
-from helpers.command_line import Ran, names, strict, tree
+from helpers.command_line import Ia2, Ran, names, strict, tree
 from helpers.sweeping import records, swept
 from helpers.words import make_word_tokenizer
 from safetensors.torch import load_file, save_file

@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TASK, Ia2
 from helpers.benches import word_examples
-from helpers.command_line import listed, names, run, tree, write_rows
+from helpers.command_line import TASK, Ia2, listed, names, run, tree, write_rows
 from helpers.families import llama
 from helpers.gguf_files import write_gguf
 from helpers.words import make_word_tokenizer

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TASK, Ia2
-from helpers.command_line import Ran, names, write_rows
+from helpers.command_line import TASK, Ia2, Ran, names, write_rows
 
 from ia2.cli.options import gather_lists, settings_of
 from ia2.config import AdaptConfig, TrainConfig

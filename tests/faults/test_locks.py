@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Ia2
-from helpers.command_line import names
+from helpers.command_line import Ia2, names
 
 from ia2.utils.errors import RunFolderError
 from ia2.utils.locks import LOCK, only_one

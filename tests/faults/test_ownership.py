@@ -7,8 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import TASK, Ia2
-from helpers.command_line import names, tree, write_rows
+from helpers.command_line import TASK, Ia2, names, tree, write_rows
 from helpers.sweeping import swept
 
 from ia2.utils.errors import RunFolderError

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from bad_files import MODELS, ROWS, UNREADABLE, YAML, write_world
-from conftest import Ia2
-from helpers.command_line import names, tree
+from helpers.command_line import Ia2, names, tree
 from helpers.sweeping import write_grid
 
 LONG = "n" * 300  # names of files end at 255 bytes

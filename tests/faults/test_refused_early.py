@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ia2
 from helpers.adapting import INPUTS, disturb, logits
 from helpers.benches import base_of, word_examples
-from helpers.command_line import names, tree, write_rows
+from helpers.command_line import Ia2, names, tree, write_rows
 from helpers.families import FAMILIES, build, llama
 from helpers.sweeping import swept, write_files
 from peft import PeftModel

@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_icl.tasks import sample_task
 
 from ia2.utils.locks import LOCK
 from ia2.utils.manifest import MANIFEST
@@ -39,6 +40,10 @@ class Ran:
         assert lines[0].startswith("ia2: error: "), self
         assert "Traceback" not in self.err
         return lines[0].removeprefix("ia2: error: ")
+
+
+Ia2 = Callable[..., Ran]
+TASK = sample_task(0, num_classes=3)
 
 
 def strict(text: str) -> Any:
