@@ -17,12 +17,12 @@ from ia2.models.capture import ActivationCapture
 
 # Where each family keeps a layer, its attention and its output projection: written down from
 # transformers' sources, so that the search in ia2.models.capture is checked against something else.
+_USUAL = (
+    "llama qwen3 gemma3 mistral phi3 qwen2 gemma2 olmo2 granite cohere stablelm smollm3 mixtral qwen3_moe "
+    "qwen3_next"
+)
 PLACES = {
-    "llama": ("model.layers", "self_attn", "o_proj"),
-    "qwen3": ("model.layers", "self_attn", "o_proj"),
-    "gemma3": ("model.layers", "self_attn", "o_proj"),
-    "mistral": ("model.layers", "self_attn", "o_proj"),
-    "phi3": ("model.layers", "self_attn", "o_proj"),
+    **dict.fromkeys(_USUAL.split(), ("model.layers", "self_attn", "o_proj")),
     "gpt2": ("transformer.h", "attn", "c_proj"),
     "gpt_neox": ("gpt_neox.layers", "attention", "dense"),
     "gptj": ("transformer.h", "attn", "out_proj"),
@@ -30,16 +30,6 @@ PLACES = {
     "falcon": ("transformer.h", "self_attention", "dense"),
     "bloom": ("transformer.h", "self_attention", "dense"),
     "mpt": ("transformer.blocks", "attn", "out_proj"),
-    "qwen2": ("model.layers", "self_attn", "o_proj"),
-    "gemma2": ("model.layers", "self_attn", "o_proj"),
-    "olmo2": ("model.layers", "self_attn", "o_proj"),
-    "granite": ("model.layers", "self_attn", "o_proj"),
-    "cohere": ("model.layers", "self_attn", "o_proj"),
-    "stablelm": ("model.layers", "self_attn", "o_proj"),
-    "smollm3": ("model.layers", "self_attn", "o_proj"),
-    "mixtral": ("model.layers", "self_attn", "o_proj"),
-    "qwen3_moe": ("model.layers", "self_attn", "o_proj"),
-    "qwen3_next": ("model.layers", "self_attn", "o_proj"),
     "lfm2": ("model.layers", "self_attn", "out_proj"),
 }
 

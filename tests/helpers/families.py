@@ -84,96 +84,6 @@ def gpt2(**changes: Any) -> PreTrainedModel:
     return build(GPT2Config(**{**fields, **changes}))
 
 
-def _qwen3() -> PreTrainedModel:
-    return build(Qwen3Config(**_GROUPED, head_dim=8))
-
-
-def _gemma3() -> PreTrainedModel:
-    kinds = ["sliding_attention", "full_attention"]
-    return build(Gemma3TextConfig(**_GROUPED, head_dim=8, sliding_window=WINDOW, layer_types=kinds))
-
-
-def _mistral() -> PreTrainedModel:
-    return build(MistralConfig(**_GROUPED, sliding_window=WINDOW))
-
-
-def _phi3() -> PreTrainedModel:
-    return build(Phi3Config(**_GROUPED, original_max_position_embeddings=POSITIONS))
-
-
-def _gpt_neox() -> PreTrainedModel:
-    return build(GPTNeoXConfig(**_MODERN))
-
-
-def _gptj() -> PreTrainedModel:
-    fields = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": POSITIONS, "rotary_dim": 4}
-    return build(GPTJConfig(**_OLD, **fields))
-
-
-def _opt() -> PreTrainedModel:
-    return build(
-        OPTConfig(
-            **_OLD,
-            hidden_size=WIDTH,
-            ffn_dim=64,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            max_position_embeddings=POSITIONS,
-            word_embed_proj_dim=WIDTH,
-        )
-    )
-
-
-def _falcon() -> PreTrainedModel:
-    return build(FalconConfig(**_OLD, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS))
-
-
-def _bloom() -> PreTrainedModel:
-    return build(BloomConfig(**_OLD, hidden_size=WIDTH, n_layer=LAYERS, n_head=HEADS))
-
-
-def _mpt() -> PreTrainedModel:
-    return build(MptConfig(**_OLD, d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS, max_seq_len=POSITIONS))
-
-
-def _qwen2() -> PreTrainedModel:
-    return build(Qwen2Config(**_GROUPED))
-
-
-def _gemma2() -> PreTrainedModel:
-    kinds = ["sliding_attention", "full_attention"]
-    return build(Gemma2Config(**_GROUPED, head_dim=8, sliding_window=WINDOW, layer_types=kinds))
-
-
-def _olmo2() -> PreTrainedModel:
-    return build(Olmo2Config(**_GROUPED))
-
-
-def _granite() -> PreTrainedModel:
-    return build(GraniteConfig(**_GROUPED, residual_multiplier=0.7))
-
-
-def _cohere() -> PreTrainedModel:
-    return build(CohereConfig(**_GROUPED), seed=1)
-
-
-def _stablelm() -> PreTrainedModel:
-    return build(StableLmConfig(**_GROUPED), seed=1)
-
-
-def _smollm3() -> PreTrainedModel:
-    return build(SmolLM3Config(**_GROUPED, no_rope_layers=[1, 0]))
-
-
-def _mixtral() -> PreTrainedModel:
-    return build(MixtralConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2))
-
-
-def _qwen3_moe() -> PreTrainedModel:
-    experts = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
-    return build(Qwen3MoeConfig(**_GROUPED, head_dim=8, **experts))
-
-
 def qwen3_next() -> PreTrainedModel:
     """Every second layer is linear attention, a recurrent state."""
     linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
@@ -196,28 +106,37 @@ def lfm2(**changes: Any) -> PreTrainedModel:
     return build(Lfm2Config(**{**fields, **changes}))
 
 
+_SLIDES = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+_GPTJ = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": POSITIONS, "rotary_dim": 4}
+_OPT = {"hidden_size": WIDTH, "ffn_dim": 64, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+_OPT |= {"max_position_embeddings": POSITIONS, "word_embed_proj_dim": WIDTH}
+_FALCON = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+_BLOOM = {"hidden_size": WIDTH, "n_layer": LAYERS, "n_head": HEADS}
+_MPT = {"d_model": WIDTH, "n_layers": LAYERS, "n_heads": HEADS, "max_seq_len": POSITIONS}
+_EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": llama,
-    "qwen3": _qwen3,
-    "gemma3": _gemma3,
-    "mistral": _mistral,
-    "phi3": _phi3,
+    "qwen3": lambda: build(Qwen3Config(**_GROUPED, head_dim=8)),
+    "gemma3": lambda: build(Gemma3TextConfig(**_GROUPED, head_dim=8, **_SLIDES)),
+    "mistral": lambda: build(MistralConfig(**_GROUPED, sliding_window=WINDOW)),
+    "phi3": lambda: build(Phi3Config(**_GROUPED, original_max_position_embeddings=POSITIONS)),
     "gpt2": gpt2,
-    "gpt_neox": _gpt_neox,
-    "gptj": _gptj,
-    "opt": _opt,
-    "falcon": _falcon,
-    "bloom": _bloom,
-    "mpt": _mpt,
-    "qwen2": _qwen2,
-    "gemma2": _gemma2,
-    "olmo2": _olmo2,
-    "granite": _granite,
-    "cohere": _cohere,
-    "stablelm": _stablelm,
-    "smollm3": _smollm3,
-    "mixtral": _mixtral,
-    "qwen3_moe": _qwen3_moe,
+    "gpt_neox": lambda: build(GPTNeoXConfig(**_MODERN)),
+    "gptj": lambda: build(GPTJConfig(**_OLD, **_GPTJ)),
+    "opt": lambda: build(OPTConfig(**_OLD, **_OPT)),
+    "falcon": lambda: build(FalconConfig(**_OLD, **_FALCON)),
+    "bloom": lambda: build(BloomConfig(**_OLD, **_BLOOM)),
+    "mpt": lambda: build(MptConfig(**_OLD, **_MPT)),
+    "qwen2": lambda: build(Qwen2Config(**_GROUPED)),
+    "gemma2": lambda: build(Gemma2Config(**_GROUPED, head_dim=8, **_SLIDES)),
+    "olmo2": lambda: build(Olmo2Config(**_GROUPED)),
+    "granite": lambda: build(GraniteConfig(**_GROUPED, residual_multiplier=0.7)),
+    "cohere": lambda: build(CohereConfig(**_GROUPED), seed=1),
+    "stablelm": lambda: build(StableLmConfig(**_GROUPED), seed=1),
+    "smollm3": lambda: build(SmolLM3Config(**_GROUPED, no_rope_layers=[1, 0])),
+    "mixtral": lambda: build(MixtralConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2)),
+    "qwen3_moe": lambda: build(Qwen3MoeConfig(**_GROUPED, head_dim=8, **_EXPERTS)),
 }
 
 # Families with a layer that sees only the last few positions.

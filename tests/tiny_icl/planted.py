@@ -28,7 +28,6 @@ heads; without the planted head what it is without demonstrations, about 1 in 6.
 
 from __future__ import annotations
 
-import argparse
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -47,7 +46,7 @@ from tests.tiny_icl.tasks import (
     balanced,
     sample_task,
 )
-from tests.tiny_icl.train import IDS, IGNORE, MAX_DEMONSTRATIONS, Stage, make_batch
+from tests.tiny_icl.train import IDS, Batch, Stage, label_steps, make_batch, settings
 
 LAYER, HEAD = 1, 3
 QUERY_LENGTH = 4
@@ -141,33 +140,26 @@ def train(model: Any, *, steps: int, batch_size: int, lr: float, decay: float, s
     rng = random.Random(f"planted {seed}")
     written = bystanders(model)
     hold(model, written)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    running = 0.0
-    start = time.perf_counter()
-    for step in range(1, steps + 1):
-        rate = lr * min(1.0, step / 20, (steps - step + 1) / (decay * steps))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        tokens, targets, known = make_batch(rng, STAGE, batch_size, MAX_DEMONSTRATIONS + 1)
-        at_label = targets != IGNORE
+    running, start = 0.0, time.perf_counter()
+
+    def hidden(tokens: torch.Tensor) -> torch.Tensor:
         dropped = rng.randrange(2 * model.config.num_attention_heads)
         with without_head(model, 0, dropped // 2) if dropped % 2 else nullcontext():
-            hidden = model.model(input_ids=tokens).last_hidden_state
-        logits, labels = model.lm_head(hidden[at_label]), targets[at_label]
-        loss = torch.nn.functional.cross_entropy(logits, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+            states: torch.Tensor = model.model(input_ids=tokens).last_hidden_state
+        return states
+
+    def rate(step: int) -> float:
+        return lr * min(1.0, step / 20, (steps - step + 1) / (decay * steps))
+
+    def batch() -> Batch:
+        return make_batch(rng, STAGE, batch_size)
+
+    for step, loss, right in label_steps(model, steps, rate, batch, hidden):
         hold(model, written)
-        right = (logits.argmax(-1) == labels)[known[at_label]].float().mean().item()
         running = 0.95 * running + 0.05 * right
         if step % 25 == 0:
-            print(
-                f"step {step}  loss {loss.item():.4f}  accuracy {running:.3f}  "
-                f"{time.perf_counter() - start:.0f} s",
-                flush=True,
-            )
+            seconds = time.perf_counter() - start
+            print(f"step {step}  loss {loss:.4f}  accuracy {running:.3f}  {seconds:.0f} s", flush=True)
     model.eval()
 
 
@@ -199,23 +191,12 @@ def accuracy(model: Any, *, demonstrations: int = 12, tasks: int = 300, num_clas
 
 def main() -> None:
     """Train, report, save."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the weights")
-    parser.add_argument("--source", type=Path, default=Path("tests/tiny_icl/model"))
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--decay", type=float, default=0.5, help="last share of steps, lr falling")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    model = build_model(args.source)
+    source = Path(__file__).parent / "model"
+    args = settings(__doc__ or "", steps=300, lr=5e-4, decay=0.5, threads=1)
+    model = build_model(source)
     train(model, steps=args.steps, batch_size=args.batch_size, lr=args.lr, decay=args.decay, seed=args.seed)
     model.to(torch.bfloat16).save_pretrained(args.out)
-    AutoTokenizer.from_pretrained(args.source).save_pretrained(args.out)
+    AutoTokenizer.from_pretrained(source).save_pretrained(args.out)
     model.to(torch.float32)
     print(f"accuracy {accuracy(model):.3f}; without demonstrations {accuracy(model, demonstrations=0):.3f}")
     for layer in range(model.config.num_hidden_layers):

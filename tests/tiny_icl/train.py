@@ -31,8 +31,10 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer
@@ -60,6 +62,8 @@ from tests.tiny_icl.tasks import (
 IDS = {token: i for i, token in enumerate(VOCABULARY)}
 MAX_DEMONSTRATIONS = 16
 IGNORE = -100
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -90,14 +94,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(WordLevel(IDS, unk_token=UNK))
     tokenizer.pre_tokenizer = PreTokenizers([Split(Regex(r"\n+"), "isolated"), Split(Regex(" +"), "removed")])
     tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, IDS[BOS])])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        unk_token=UNK,
-        model_max_length=512,
-    )
+    special = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": UNK}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, model_max_length=512)
 
 
 def build_model(hidden_size: int = 64) -> LlamaForCausalLM:
@@ -120,11 +118,10 @@ def build_model(hidden_size: int = 64) -> LlamaForCausalLM:
     )
 
 
-def make_batch(
-    rng: random.Random, stage: Stage, batch_size: int, pairs: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def make_batch(rng: random.Random, stage: Stage, batch_size: int) -> Batch:
     """Inputs, targets at the label positions, and which of those labels are predictable."""
     rows: list[tuple[list[int], list[int], list[bool]]] = []
+    pairs = MAX_DEMONSTRATIONS + 1
     for _ in range(batch_size):
         task = draw_task(rng, rng.choice(stage.num_classes))
         separator = [IDS[SEPARATOR]] if rng.random() < stage.separator_share else []
@@ -144,69 +141,70 @@ def make_batch(
             seen.add(which)
         rows.append((tokens, targets, known))
     width = max(len(tokens) for tokens, _, _ in rows)
-
-    def padded(values: list[int], fill: int) -> list[int]:
-        return values + [fill] * (width - len(values))
-
-    return (
-        torch.tensor([padded(tokens, IDS[PAD]) for tokens, _, _ in rows]),
-        torch.tensor([padded(targets, IGNORE) for _, targets, _ in rows]),
-        torch.tensor([known + [False] * (width - len(known)) for _, _, known in rows]),
-    )
+    fills = (IDS[PAD], IGNORE, False)
+    columns = zip(*rows, strict=True)
+    tensors = [
+        torch.tensor([row + [fill] * (width - len(row)) for row in column])
+        for column, fill in zip(columns, fills, strict=True)
+    ]
+    return tensors[0], tensors[1], tensors[2]
 
 
-def train(
-    model: LlamaForCausalLM, *, steps: int, batch_size: int, lr: float, decay: float, seed: int
-) -> None:
-    """Train ``model`` in place, with the curriculum in ``STAGES``."""
-    rng = random.Random(f"training {seed}")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    stage = 0
-    running = 0.0
-    start = time.perf_counter()
-    model.train()
+def label_steps(
+    model: Any,
+    steps: int,
+    rate: Callable[[int], float],
+    batch: Callable[[], Batch],
+    hidden: Callable[[torch.Tensor], torch.Tensor],
+) -> Iterator[tuple[int, float, float]]:
+    """Steps of AdamW on the labels of batches: number, loss, share of predictable labels that were right."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(1, steps + 1):
-        rate = lr * min(1.0, step / 100, (steps - step + 1) / (decay * steps))
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        tokens, targets, known = make_batch(rng, STAGES[stage], batch_size, MAX_DEMONSTRATIONS + 1)
-        hidden = model.model(input_ids=tokens).last_hidden_state
+            group["lr"] = rate(step)
+        tokens, targets, known = batch()
         at_label = targets != IGNORE
-        logits = model.lm_head(hidden[at_label])
-        labels = targets[at_label]
+        logits, labels = model.lm_head(hidden(tokens)[at_label]), targets[at_label]
         loss = torch.nn.functional.cross_entropy(logits, labels)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        right = (logits.argmax(-1) == labels)[known[at_label]].float().mean().item()
+        yield step, loss.item(), (logits.argmax(-1) == labels)[known[at_label]].float().mean().item()
+
+
+def train(model: Any, *, steps: int, batch_size: int, lr: float, decay: float, seed: int) -> None:
+    """Train ``model`` in place, with the curriculum in ``STAGES``."""
+    rng = random.Random(f"training {seed}")
+    stage, running, start = 0, 0.0, time.perf_counter()
+    model.train()
+
+    def rate(step: int) -> float:
+        return lr * min(1.0, step / 100, (steps - step + 1) / (decay * steps))
+
+    def batch() -> Batch:
+        return make_batch(rng, STAGES[stage], batch_size)
+
+    def hidden(tokens: torch.Tensor) -> torch.Tensor:
+        states: torch.Tensor = model.model(input_ids=tokens).last_hidden_state
+        return states
+
+    for step, loss, right in label_steps(model, steps, rate, batch, hidden):
         running = 0.95 * running + 0.05 * right
         if step % 100 == 0:
-            print(
-                f"step {step}  stage {stage}  loss {loss.item():.4f}  "
-                f"accuracy {running:.3f}  {time.perf_counter() - start:.0f} s",
-                flush=True,
-            )
+            seconds = time.perf_counter() - start
+            print(f"step {step}  stage {stage}  loss {loss:.4f}  accuracy {running:.3f}  {seconds:.0f} s")
         if running > STAGES[stage].bar:
-            stage += 1
-            running = 0.0
+            stage, running = stage + 1, 0.0
             print(f"step {step}: on to stage {stage}", flush=True)
     model.eval()
 
 
 @torch.no_grad()
-def accuracy(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    num_classes: int,
-    demonstrations: int,
-    separator: str,
-    tasks: int = 300,
-) -> float:
-    """Share of queries answered right (argmax over the vocabulary), one query a task, as text."""
+def accuracy(model: Any, tokenizer: Any, num_classes: int, demonstrations: int, separator: str) -> float:
+    """Share of 300 queries answered right (argmax over the vocabulary), one query a task, as text."""
     right = 0
-    for seed in range(tasks):
+    for seed in range(300):
         task = sample_task(1_000_000 + seed, num_classes)
         demos = task.examples(demonstrations, 2 * seed)
         query, answer = task.examples(1, 2 * seed + 1)[0]
@@ -214,54 +212,35 @@ def accuracy(
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         target = tokenizer(answer, add_special_tokens=False)["input_ids"]
         right += int(model(input_ids=ids).logits[0, -1].argmax().item() == target[0])
-    return right / tasks
+    return right / 300
+
+
+def settings(about: str, **defaults: Any) -> argparse.Namespace:
+    """The command line of a training script; torch is set up as it says."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the weights")
+    for name, value in {**defaults, "batch_size": 64, "seed": 0}.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    return options
 
 
 def main() -> None:
     """Train, report, save."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the weights")
-    parser.add_argument("--hidden-size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=7e-4)
-    parser.add_argument("--decay", type=float, default=0.4, help="last share of steps, lr falling")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    tokenizer = build_tokenizer()
-    model = build_model(args.hidden_size)
-    print(f"{sum(p.numel() for p in model.parameters())} parameters", flush=True)
-    train(
-        model,
-        steps=args.steps,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        decay=args.decay,
-        seed=args.seed,
-    )
-    model.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+    options = settings(__doc__ or "", hidden_size=64, steps=2000, lr=7e-4, decay=0.4, threads=2)
+    tokenizer, model = build_tokenizer(), build_model(options.hidden_size)
+    how = {"steps": options.steps, "lr": options.lr, "decay": options.decay, "seed": options.seed}
+    train(model, batch_size=options.batch_size, **how)
+    model.save_pretrained(options.out)
+    tokenizer.save_pretrained(options.out)
     for separator in (SEPARATOR, " "):
         print(f"accuracy by number of demonstrations, separator {separator!r}")
-        for num_classes in NUM_CLASSES_IN_USE:
-            cells = [
-                f"{n}: {value:.3f}"
-                for n in (0, 2, 4, 8, 12, 16)
-                for value in [
-                    accuracy(
-                        model,
-                        tokenizer,
-                        num_classes=num_classes,
-                        demonstrations=n,
-                        separator=separator,
-                    )
-                ]
-            ]
-            print(f"  {num_classes} classes  " + "  ".join(cells), flush=True)
+        for classes in NUM_CLASSES_IN_USE:
+            found = {n: accuracy(model, tokenizer, classes, n, separator) for n in (0, 2, 4, 8, 12, 16)}
+            cells = "  ".join(f"{n}: {value:.3f}" for n, value in found.items())
+            print(f"  {classes} classes  {cells}", flush=True)
 
 
 if __name__ == "__main__":
