@@ -152,7 +152,7 @@ TABLE: dict[str, tuple[list[str], dict[str, tuple[str, ...]]]] = {
             "--learning-rates nan": ("learning_rates.0",),
             "--learning-rates 1e400": ("learning_rates", "inf"),
             "--align-temperature 0": ("align.temperature",),
-            "--joint-betas nan": ("joint.betas: ", "(at [0])",),
+            "--joint-betas nan": ("joint.betas",),
             "--batch-size 9223372036854775808": ("batch_size",),
             "--seed 4294967296": ("seed",),
             "--sft-patience 0": ("sft.patience",),
