@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -91,8 +89,7 @@ def test_extremes(tmp_path: Path) -> None:
 def test_a_curve_of_an_older_version(tmp_path: Path) -> None:
     """Only the accuracy over the vocabulary was kept: it is what is drawn."""
     write_curve(tmp_path / "run")
-    run = read_run(tmp_path / "run")
-    [figure] = run_figures(run)
+    [figure] = run_figures(read_run(tmp_path / "run"))
     assert figure.save(tmp_path / "curve.svg").stat().st_size > 1000
     assert numbers(figure)[0]["measure"] == "accuracy over the vocabulary"
 
@@ -110,9 +107,14 @@ def test_without_matplotlib(
 # ----------------------------------------------------------------------------------------- analyses
 
 
-def test_every_section_of_an_analysis_is_shown(tmp_path: Path) -> None:
-    """The committed analysis: all figures, sentences and tables."""
-    result = read_json(RESULTS / "analysis.json")
+@pytest.fixture
+def result() -> dict[str, Any]:
+    """The committed analysis."""
+    found: dict[str, Any] = read_json(RESULTS / "analysis.json")
+    return found
+
+
+def test_every_section_of_an_analysis_is_shown(result: dict[str, Any]) -> None:
     result["effects"] = read_json(RESULTS / "effects" / "analysis.json")["effects"]  # on one seed
     figures = {figure.name: figure for figure in analysis_figures(result)}
     assert list(figures) == [
@@ -126,110 +128,66 @@ def test_every_section_of_an_analysis_is_shown(tmp_path: Path) -> None:
         assert [line for line in sentences if words in line], words
     views = {view["name"]: view for view in result["activations"]["views"]}
     assert [row[0] for row in analysis_tables(result)[0].texts()[1]] == list(views)
-    [row] = [
-        row
-        for row in numbers(figures["activations-controls"])
-        if row["condition"] == "ia2" and row["layer"] == "7"
-    ]
+    rows = numbers(figures["activations-controls"])
+    [row] = [row for row in rows if (row["condition"], row["layer"]) == ("ia2", "7")]
     assert row["other seed"].startswith(f"{views['ia2~seed']['asim_by_layer']['value'][7]:.3f} [")
     # controls of adapters have a figure of their own, and the method comes first
-    assert not any("~" in name or "+" in name for name in figures["activations-layers"].numbers.texts()[0])
-    assert numbers(figures["activations-differences"])[0]["pair"] == "ia2-sft − sft"
-
-
-def around(values: Any, width: float = 0.02) -> dict[str, list[Any]]:
-    values = np.asarray(values, dtype=float)
-    return {"value": list(values), "low": list(values - width), "high": list(values + width)}
-
-
-def section(layers: int = 4, tokens: int = 1, arms: Sequence[str] = ("sft", "ia2-sft")) -> dict[str, Any]:
-    """A made section ``activations``."""
-    views = []
-    for place, name in enumerate(("icl-other", "base", *arms)):
-        kind = "control" if name == "icl-other" else "base" if name == "base" else "adapter"
-        views.append(
-            {
-                "name": name, "kind": kind, "control": "", "of": "icl" if kind == "control" else "",
-                "asim_by_layer": around(0.3 + place / 10 + 0.1 * np.sin(np.arange(layers))),
-                "variance_unexplained_by_layer": [0.1 + i / 10 for i in range(layers)],
-                "asim_by_token": {"value": [0.5] * tokens, "count": list(range(40, 40 - tokens, -1))},
-            }
-        )  # fmt: skip
-    pairs = [(arm, "base") for arm in arms] + ([("ia2-sft", "sft")] if len(arms) == 2 else [])
-    differences = [
-        {
-            "a": a,
-            "b": b,
-            "asim": {"value": 0.2, "low": 0.1, "high": 0.3},
-            "asim_by_layer": around([0.2] * layers),
-        }
-        for a, b in pairs
-    ]
-    return {"layers": list(range(2, 2 + layers)), "views": views, "differences": differences}
-
-
-def drawn(given: dict[str, Any], folder: Path) -> dict[str, tuple[list[dict[str, str]], str]]:
-    """Numbers and SVG by name."""
-    return {
-        figure.name.removeprefix("activations-"): (
-            numbers(figure),
-            figure.save(folder / f"{figure.name}.svg").read_text(),
-        )
-        for figure in activation_figures(given)
-    }
-
-
-def test_numbers_of_activations(tmp_path: Path) -> None:
-    given = section(tokens=5)
-    base = given["views"][1]["asim_by_token"]
-    base["value"], base["count"] = base["value"][:3], base["count"][:3]
-    found = drawn(given, tmp_path)
-    assert list(found) == ["layers", "differences", "unexplained", "tokens"]
-    rows, picture = found["layers"]
-    for place, row in enumerate(rows):
-        assert row["layer"] == str(2 + place)
-        for view in given["views"]:
-            value, low, high = (view["asim_by_layer"][end][place] for end in ("value", "low", "high"))
-            assert row[view["name"]] == f"{value:.3f} [{low:.3f}, {high:.3f}]"
-            assert f">{view['name']}</text>" in picture
-    assert {row["pair"]: row["difference"] for row in found["differences"][0]} == {
-        "ia2-sft − sft": "+0.200 [+0.180, +0.220]"
-    }
-    tokens = found["tokens"][0]
-    assert [row["answers"] for row in tokens] == ["40", "39", "38", "37", "36"]
-    assert [row["base"] for row in tokens] == ["0.500", "0.500", "0.500", "–", "–"]
+    columns, rows_of_layers = figures["activations-layers"].numbers.texts()
+    assert not any("~" in name or "+" in name for name in columns)
+    value, low, high = (views["sft"]["centred_by_layer"][end][3] for end in ("value", "low", "high"))
+    row = dict(zip(columns, rows_of_layers[30 + 3], strict=True))
+    assert (row["panel"], row["layer"]) == ("mean taken off", "3")
+    assert row["sft"].replace("−", "-") == f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    pairs = dict.fromkeys(row["pair"] for row in numbers(figures["activations-differences"]))
+    assert list(pairs) == ["ia2-sft − sft", "ia2 − sft", "ia2-sft − ia2"]
 
 
 @pytest.mark.parametrize("missing", [None, math.nan])
-def test_little_and_missing_numbers(missing: float | None, tmp_path: Path) -> None:
-    assert "differences" not in drawn(section(arms=[]), tmp_path)
-    assert list(
-        {row["pair"] for row in drawn(section(layers=1, arms=["sft"]), tmp_path)["differences"][0]}
-    ) == [
-        "sft − base"  # with one adapter there is the base model to compare with
-    ]
-    assert activation_figures({"layers": [], "views": [], "differences": []}) == []
-    given = section()
+def test_missing_numbers_and_answers_of_several_tokens(
+    result: dict[str, Any], missing: float | None, tmp_path: Path
+) -> None:
+    section = result["activations"]
+    views = {view["name"]: view for view in section["views"]}
+    for view in views.values():
+        view["asim_by_token"] = {"value": [0.5] * 5, "count": [40, 39, 38, 37, 36]}
+        view.pop("centred_by_layer", None)
+    views["base"]["asim_by_token"] = {"value": [0.4] * 3, "count": [40, 39, 38]}
     for end in ("value", "low", "high"):
-        given["views"][2]["asim_by_layer"][end][2] = missing
-    given["views"][2]["variance_unexplained_by_layer"][2] = missing
-    found = drawn(given, tmp_path)
-    assert found["layers"][0][2]["sft"] == found["unexplained"][0][2]["sft"] == "–"
+        views["sft"]["asim_by_layer"][end][2] = missing
+    views["sft"]["variance_unexplained_by_layer"][2] = missing
+    figures = {figure.name.removeprefix("activations-"): figure for figure in activation_figures(section)}
+    for figure in figures.values():
+        assert len(figure.pictures()) == len(figure.panels)
+        figure.save(tmp_path / "figure.svg")
+    assert numbers(figures["layers"])[2]["sft"] == numbers(figures["unexplained"])[2]["sft"] == "–"
+    tokens = numbers(figures["tokens"])
+    assert [row["answers"] for row in tokens] == ["40", "39", "38", "37", "36"]
+    assert [row["base"] for row in tokens] == ["0.400", "0.400", "0.400", "–", "–"]
+
+
+def test_one_layer_and_one_adapter(result: dict[str, Any], tmp_path: Path) -> None:
+    section = result["activations"]
+    section["layers"] = [4]
+    section["views"] = [view for view in section["views"] if view["name"] in ("base", "sft")]
+    section["differences"] = [d for d in section["differences"] if (d["a"], d["b"]) == ("sft", "base")]
+    for found in (*section["views"], *section["differences"]):
+        found["asim_by_layer"] = {end: part[:1] for end, part in found["asim_by_layer"].items()}
+    for view, values in zip(section["views"], ([0.01], [9.0]), strict=True):
+        view["variance_unexplained_by_layer"] = values
+        view.pop("centred_by_layer", None)
+    figures = activation_figures(section)
+    pictures = {figure.name: figure.save(tmp_path / "figure.svg").read_text() for figure in figures}
+    # the base model is what one adapter is compared with; without controls they have no figure
+    names = ("layers", "differences", "unexplained")
+    assert list(pictures) == [f"activations-{name}" for name in names]
+    # the numbers of a logarithmic axis are written out
+    assert ">0.02</text>" in pictures["activations-unexplained"]
+    assert activation_figures({"layers": [], "views": [], "differences": []}) == []
 
 
 def test_colours_are_the_recipes() -> None:
     styles = view_styles(["ia2-sft", "icl-other", "sft"])
     assert (styles["sft"], styles["ia2-sft"]) == (recipe_style("sft"), recipe_style("ia2-sft"))
-    # two variants of a recipe cannot have its one colour, whether or not ICL itself is drawn
+    # two variants of a recipe cannot have its one colour
     twice = view_styles(["base", "ia2-sft", "ia2-sft@dora"])
     assert twice["ia2-sft"]["color"] != twice["ia2-sft@dora"]["color"]
-    assert twice == view_styles(["icl", "base", "ia2-sft", "ia2-sft@dora"])
-
-
-@pytest.mark.parametrize(("values", "is_log"), [([0.1, 0.2, 0.3], False), ([0.01, 0.5, 9.0], True)])
-def test_a_wide_range_has_a_logarithmic_axis(values: list[float], is_log: bool, tmp_path: Path) -> None:
-    given = section(layers=3)
-    for view in given["views"]:
-        view["variance_unexplained_by_layer"] = values
-    # the numbers of such an axis are written out
-    assert bool(re.search(">0.02</text>", drawn(given, tmp_path)["unexplained"][1])) == is_log

@@ -17,11 +17,7 @@ from ia2.utils.format import ENDINGS, FORMATS, Table
 
 
 def sort_folders(folders: Sequence[Path], about_sweeps: Mapping[str, bool]) -> tuple[list[Run], list[Path]]:
-    """Runs, read, and the folders of sweeps.
-
-    Args:
-        folders: as given.
-        about_sweeps: options that only sweeps have, and whether each was given.
+    """Runs, read, and the folders of sweeps; the options about sweeps say whether each was given.
 
     Raises:
         RunFolderError: a folder holds no run, or an unfinished or damaged one.
@@ -36,11 +32,7 @@ def sort_folders(folders: Sequence[Path], about_sweeps: Mapping[str, bool]) -> t
 
 
 def check_output(output: Path, folders: Sequence[Path]) -> Path:
-    """The file, if it can be one.
-
-    Args:
-        output: the page.
-        folders: that are read for it; they hold no pages but ours.
+    """The file, if it can be one; the folders that are read for it hold no pages but ours.
 
     Raises:
         ConfigError: it is a folder, or a file of a run that is no report.

@@ -37,14 +37,7 @@ class PageSection:
     """One run, analysis or sweep on the page.
 
     Attributes:
-        title: heading.
-        kind: in words.
-        verdict: sentences.
         about: what was run, sentences.
-        tables: the results.
-        figures: to be drawn.
-        environment: term and value.
-        settings: name and value of every setting given.
         recipes: name and description of each.
         more: further tables, folded away.
         notes: what could not be shown and why.

@@ -55,12 +55,7 @@ def comparison_verdict(summary: Mapping[str, Any]) -> list[str]:
 
 
 def curve_verdict(summary: Mapping[str, Any], parts: Mapping[int, Mapping[str, Any]]) -> list[str]:
-    """Two sentences on a curve: the N at which the method is better, worse or neither.
-
-    Args:
-        summary: what ``curve.json`` holds.
-        parts: ``compare.json`` of each N.
-    """
+    """Two sentences on a curve, from its comparisons by N: where the method is better, worse or neither."""
     against_sft = {int(size): found for size, found in summary["differences"].items() if found}
     against_icl = {size: found for size, part in parts.items() if (found := _difference(part, TEACHER)[1])}
     return [_over_sizes(RIVAL, against_sft), _over_sizes(TEACHER, against_icl)]

@@ -33,13 +33,8 @@ More keys: ``x``, where it has places of its own; ``style``; ``legend`` and ``ba
 class Lines:
     """One panel of lines; it is drawn unless all of them are hidden.
 
-    Attributes:
-        title: above it.
-        series: the lines, by name.
-        ylabel: of the axis.
-        rules: heights of horizontal lines, and their style.
-        finish: what else is drawn, or limits of the axes.
-        label: of its rows in the numbers, by default its title.
+    ``rules`` are heights of horizontal lines with their style, ``finish`` draws more or sets limits,
+    ``label`` names its rows in the numbers (by default the title does).
     """
 
     title: str
@@ -65,17 +60,9 @@ def line_figure(
 ) -> Figure:
     """Panels of lines and their numbers: a row a panel and place, a column a line.
 
-    Args:
-        name: of the figure.
-        x: layers, or what else the axis counts.
-        panels: in order.
-        rows: what the panels are, for the numbers; empty for a single one.
-        xlabel: of the axis.
-        form: of numbers without an interval.
-        signed: intervals are of differences.
-        one_scale: panels are to be compared.
-        size: of a panel, inches.
-        texts: for :func:`make_figure`.
+    ``rows`` says what the panels are (empty for a single one), ``form`` how numbers without an interval are
+    written; intervals may be of differences (``signed``), panels may be to be compared (``one_scale``). The
+    ``size`` of a panel is in inches; ``texts`` go to :func:`make_figure`.
     """
     shown = [{n: s for n, s in panel.series.items() if not s.get("hidden")} for panel in panels]
     limits = _limits([s for series in shown for s in series.values()]) if one_scale else None

@@ -54,15 +54,7 @@ def dots(
     unchanged: float | None = None,
     width: float = 3.6,
 ) -> Panel:
-    """A dot with its interval a condition, one below the other.
-
-    Args:
-        entries: by condition.
-        styles: of each.
-        title: of the panel.
-        unchanged: where nothing has changed, if there is such a value; else the axis begins at zero.
-        width: inches.
-    """
+    """A dot with its interval a condition, one below the other; at ``unchanged`` nothing has changed."""
     known = {name: found for name, found in entries.items() if found["value"] is not None}
 
     def draw(axis: Any) -> None:
@@ -150,13 +142,7 @@ def head_map(
 ) -> Panel:
     """A map of heads by layer, coloured by a signed number, as large as its cells need.
 
-    Args:
-        values: ``[L, H]``; NaN stays empty.
-        limit: end of the colour scale, in both directions.
-        marked: heads with a dot, ``[L, H]`` bool.
-        layers: their indices.
-        label: of the scale.
-        title: of the panel.
+    Values and marks (heads with a dot) are ``[L, H]``, NaN stays empty; the colour scale ends at ± ``limit``.
     """
     rows, columns = values.shape
     places = np.floor((np.nan_to_num(values) + limit) / (2 * limit) * _STEPS)

@@ -118,14 +118,8 @@ def make_figure(
 ) -> Figure:
     """A figure with the texts of ``texts.yaml``, without a heading yet.
 
-    Args:
-        name: of its file.
-        panels: in order.
-        rows: its numbers.
-        parts: of its caption.
-        text: entry of the texts, by default the name.
-        columns: panels side by side.
-        values: what is filled into the texts.
+    ``rows`` are its numbers, ``parts`` those of its caption, ``text`` the entry of the texts (by default the
+    name), ``values`` what is filled in.
     """
     texts = _texts()[text or name]
     title = texts["title"].format(**values)
@@ -185,12 +179,9 @@ def _style(place: int) -> dict[str, Any]:
 def canvas(
     target: Path | BytesIO, rows: int, columns: int, width: float, height: float
 ) -> Iterator[tuple[Any, Any]]:
-    """A white figure, since pages are dark at times, saved when the block ends.
+    """A white figure, since pages are dark at times, saved when the block ends; sizes in inches.
 
-    Args:
-        target: a file, whose ending chooses the format, or a buffer for SVG.
-        rows, columns: of panels.
-        width, height: inches.
+    The target is a file, whose ending chooses the format, or a buffer for SVG.
     """
     import matplotlib
     from matplotlib.figure import Figure as Canvas
