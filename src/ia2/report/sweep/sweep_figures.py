@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ia2.config.recipes import METHOD, RECIPES
 from ia2.report.figures.lines import Lines, line_figure
 from ia2.report.figures.marks import dots
-from ia2.report.figures.style import COLOURS, Figure, Panel, drawable, numbers_table, recipe_style
+from ia2.report.figures.style import COLOURS, Figure, Panel, drawable, make_figure, recipe_style
 from ia2.report.sweep.cells import TITLES, Report
 from ia2.report.sweep.selection import SweepTask
 from ia2.utils.statistics import bounded, paired_test, t_interval
@@ -80,25 +81,23 @@ def _sizes(report: Report, model: str) -> Figure | None:
             panels.append(Lines(title, series, finish=finish, label=f"{_name(task)}, {measure}"))
     if not panels:
         return None
-    return line_figure(
+    figure = line_figure(
         _file_name("sizes", model),
-        f"Accuracy and NLL over N, {model}",
-        f"{model}, means with 95% t-intervals over draws",
-        "Plain recipes, among the labels; lines are means over draws, bands 95% t-intervals over draws, of "
-        "which one draw has none.",
         sorted(shown),
         panels,
+        text="sizes",
         rows="benchmark, measure",
         xlabel="training examples N",
-        numbers="Values by N",
+        size=(4.3, 2.7),
         columns=2,
-        width=4.3,
-        height=2.7,
+        model=model,
     )
+    return replace(figure, heading=f"{model}, means with 95% t-intervals over draws")
 
 
 def _differences(report: Report, model: str) -> Figure | None:
-    panels, rows = [], []
+    panels: list[Panel] = []
+    rows: list[dict[str, str]] = []
     places = report.places(own=True, model=model)
     for measure, title in _MEASURES.items():
         lines = {
@@ -111,19 +110,15 @@ def _differences(report: Report, model: str) -> Figure | None:
             styles = {name: {"color": COLOURS[0], "marker": "s"} for name in lines}
             styles[_OVER] = {"color": COLOURS[5], "marker": "D"}
             panels.append(dots(lines, styles, title.replace(" (", " difference ("), 0.0, width=4.6))
-            rows += [[name, measure, estimate(found, signed=True)] for name, found in lines.items()]
+            rows += [
+                {"evaluation": name, "measure": measure, "difference [95%]": estimate(found, signed=True)}
+                for name, found in lines.items()
+            ]
     if not panels:
         return None
-    return Figure(
-        _file_name("differences", model),
-        f"{TITLES[METHOD]} less SFT, {model}",
-        f"{model}: {TITLES[METHOD]} − SFT, paired, 95% t-intervals",
-        "Squares: a benchmark and N, over draws; one draw has no interval. Diamond: the mean over "
-        "benchmarks, its interval over benchmarks. Right of zero is better in accuracy, left of it in NLL.",
-        tuple(panels),
-        numbers_table("differences", "Differences", ["evaluation", "measure", "difference [95%]"], rows),
-        columns=2,
-    )
+    name = _file_name("differences", model)
+    figure = make_figure(name, panels, rows, text="differences", columns=2, model=model)
+    return replace(figure, heading=f"{model}: {TITLES[METHOD]} − SFT, paired, 95% t-intervals")
 
 
 def _similarity(report: Report, model: str) -> Figure | None:
@@ -141,24 +136,20 @@ def _similarity(report: Report, model: str) -> Figure | None:
     if not points:
         return None
     rows = [
-        [TITLES.get(recipe, recipe), measure, f"{asim:.3f}", f"{value:.3f}"]
+        {
+            "recipe": TITLES.get(recipe, recipe),
+            "measure": measure,
+            "asim": f"{asim:.3f}",
+            "value": f"{value:.3f}",
+        }
         for measure, by_recipe in points.items()
         for recipe, found in by_recipe.items()
         for asim, value in found
     ]
-    return Figure(
-        _file_name("similarity", model),
-        f"Similarity to ICL against results, {model}",
-        f"{model}: one point a run",
-        "A point a run of a plain recipe. Being like ICL inside is no merit in itself: it matters where "
-        "ICL works.",
-        tuple(
-            Panel(_scatter(by_recipe, measure), legend=True, width=4.3, height=3.4)
-            for measure, by_recipe in points.items()
-        ),
-        numbers_table("similarity", "Runs", ["recipe", "measure", "asim", "value"], rows),
-        columns=2,
-    )
+    panels = [Panel(_scatter(by_recipe, measure), True, 4.3, 3.4) for measure, by_recipe in points.items()]
+    name = _file_name("similarity", model)
+    figure = make_figure(name, panels, rows, text="sweep-similarity", columns=2, model=model)
+    return replace(figure, heading=f"{model}: one point a run")
 
 
 def _scatter(by_recipe: dict[str, list[tuple[float, float]]], measure: str) -> Callable[[Any], None]:
