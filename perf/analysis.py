@@ -18,9 +18,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ia2.analysis.analyze import ATTENTION_QUERIES, PARTS, AnalysisSettings, Inside
+from ia2.analysis.analyze import AnalysisSettings
 from ia2.analysis.checkpoints import Found, find_checkpoints
-from ia2.analysis.conditions import ICL, MEAN, Condition, Runner, conditions_of, run_conditions, sites_of
+from ia2.analysis.conditions import ICL, MEAN, Condition, Runner, run_conditions, sites_of
+from ia2.analysis.section import Analysis, Look
+from ia2.analysis.sections import SECTIONS
+from ia2.analysis.sections.heads import ATTENTION_QUERIES
 from ia2.config import CompareConfig
 from ia2.data.benchmarks import load_benchmark
 from ia2.data.examples import Examples
@@ -59,23 +62,21 @@ def plain(runner: Runner, conditions: list[Condition], members: range, answers: 
                 pass
 
 
-def measure(runner: Runner, found: Found, controls: bool, queries: int) -> dict[str, Any]:
+def measure(runner: Runner, others: list[Runner], controls: bool, queries: int) -> dict[str, Any]:
     """Seconds of both sides, over all queries."""
-    conditions = conditions_of(runner.set, found.sets, controls=controls, others=controls)
-    passes = [ICL, *(condition for condition in conditions if condition is not MEAN)]
-    inside = Inside(runner.base, found, AnalysisSettings(controls=controls))
-    answers: list[Any] = []
+    look = Look(Analysis(runner.base, AnalysisSettings(controls=controls), [runner, *others]), runner)
+    passes = [ICL, *(condition for condition in look.conditions if condition is not MEAN)]
     start = time.perf_counter()
-    made = [inside.makers[part](runner, answers) for part in inside.parts]
+    made = [section.accumulate(look) for section in SECTIONS.values() if section.accumulate is not None]
     accumulators = [accumulator for accumulator in made if accumulator is not None]
-    step = runner.block_size(sites_of(accumulators))
     seconds = {"plain": 0.0, "analysis": time.perf_counter() - start}
-    for begin in range(0, queries, step):
-        members = range(begin, min(begin + step, queries))
+    for members in runner.blocks(sites_of(accumulators)):
+        if members.start >= queries:
+            break
         start = time.perf_counter()
-        run_conditions(runner, conditions, accumulators, answers, members)
+        run_conditions(runner, look.conditions, accumulators, look.answers, members)
         middle = time.perf_counter()
-        plain(runner, passes, members, answers[begin:])
+        plain(runner, passes, members, look.answers[members.start :])
         seconds["analysis"] += middle - start
         seconds["plain"] += time.perf_counter() - middle
     start = time.perf_counter()
@@ -104,16 +105,16 @@ def main() -> None:
         checkpoints = adapters(Path(folder), data.pool, queries)
         base = load_base("demo")
         task = make_task(checkpoints.examples, checkpoints.config, base.tokenizer)
-        runner = Runner(base, task, checkpoints.sets[0], Path(folder))
+        runner, *others = [Runner(base, task, each, Path(folder)) for each in checkpoints.sets]
         found: dict[str, Any] = {
-            name: measure(runner, checkpoints, controls, count)
+            name: measure(runner, others, controls, count)
             for (name, controls), count in zip(
                 (("without controls", False), ("with controls", True)), given.queries, strict=True
             )
         }
         runner.close()
     found |= {
-        "parts": [part for part in PARTS if part in ("activations", "lens", "heads", "neurons")],
+        "parts": [name for name, section in SECTIONS.items() if section.accumulate is not None],
         "not counted": f"attention of at most {ATTENTION_QUERIES} queries; weights",
         "machine": machine(),
         "versions": versions(),

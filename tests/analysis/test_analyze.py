@@ -17,10 +17,10 @@ from helpers.benches import icl_base, icl_examples
 from helpers.command_line import run, write_rows
 
 from ia2.analysis import conditions
-from ia2.analysis.activations import ActivationAccumulator, Pool
 from ia2.analysis.analyze import AnalysisSettings, analyze
 from ia2.analysis.checkpoints import find_checkpoints
 from ia2.analysis.conditions import BASE, ICL, OTHER, Condition, Runner, conditions_of, run_conditions
+from ia2.analysis.sections.activations import ActivationAccumulator
 from ia2.config import CompareConfig, TrainConfig
 from ia2.data.examples import Example, Examples
 from ia2.experiment.adapt import adapt
@@ -29,7 +29,7 @@ from ia2.models.load import BaseModel
 from ia2.prompts.task import Task, make_task
 from ia2.report.analysis import analysis_figures, analysis_tables, analysis_verdict
 from ia2.utils.errors import ConfigError, DataError, RunFolderError
-from ia2.utils.files import write_json
+from ia2.utils.files import finite, write_json
 
 BRIEF = {"epochs": 3}
 RECIPES = ["base", "icl", "sft", "ia2", "ia2-sft"]
@@ -81,9 +81,6 @@ def by_name(result: dict[str, Any]) -> dict[str, Any]:
     return {view["name"]: view for view in result["activations"]["views"]}
 
 
-# ----------------------------------------------------------------------------------------- subjects
-
-
 def test_whom_a_comparison_holds(runs: dict[str, Path]) -> None:
     found = find_checkpoints([runs["compare"]])
     assert [(t.seed, t.fold) for t in found.sets] == [(0, None), (1, None)]
@@ -127,16 +124,6 @@ def test_queries_are_drawn_once_and_the_same_for_all(runs: dict[str, Path]) -> N
     assert len({t.places for t in (*few, *again)}) == 1
     whole = find_checkpoints([runs["compare"]]).sets[0].queries
     assert [whole[place] for place in few[0].places] == list(few[0].queries)
-
-
-def test_queries_of_ones_own(runs: dict[str, Path], tmp_path: Path) -> None:
-    data = saved(tmp_path / "own.jsonl", icl_examples(4, seed=33))
-    found = find_checkpoints([runs["compare"]], data=data)
-    assert all(list(t.places) == [0, 1, 2, 3] for t in found.sets)
-    assert found.queries_of == data
-
-
-# -------------------------------------------------------------------------------------------- views
 
 
 @pytest.fixture
@@ -184,21 +171,6 @@ def test_each_view_is_that_model_on_those_prompts(runner: Runner) -> None:
             )
 
 
-def test_the_answer_is_what_icl_says(runner: Runner) -> None:
-    answers, _ = runner.reference([0, 1, 2], ("output",))
-    with torch.no_grad():
-        for prompt, answer in zip(runner.prompts("own", [0, 1, 2]), answers, strict=True):
-            assert answer == (int(runner.base.model(torch.tensor([prompt])).logits[0, -1].argmax()),)
-
-
-def test_other_demonstrations_are_other_rows(runner: Runner) -> None:
-    assert runner.others is not None
-    assert len(runner.others) == 8
-    assert not {e.query for e in runner.others} & {e.query for e in runner.set.data.train}
-    assert runner.prompts("own", [0]) != runner.prompts("other", [0])
-    assert runner.prompts("own", [0])[0][-4:] == runner.prompts("other", [0])[0][-4:]
-
-
 def test_the_mean_over_training_examples_is_of_their_own_contexts(runner: Runner) -> None:
     contexts = runner.teaching.contexts("train")
     found = runner.mean_of_training("output")
@@ -224,7 +196,8 @@ def test_blocks_do_not_matter(runner: Runner, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(conditions, "_MAX_BLOCK", size)
         meter = ActivationAccumulator([0, 1, 2, 3])
         answers: list[Any] = []
-        run_conditions(runner, [OTHER, BASE, Condition("sft", sft)], [meter], answers)
+        for members in runner.blocks(("output",)):
+            run_conditions(runner, [OTHER, BASE, Condition("sft", sft)], [meter], answers, members)
         assert len(answers) == 12
         results.append(meter.finish())
     for other in results[1:]:
@@ -260,9 +233,6 @@ def test_controls(runs: dict[str, Path]) -> None:
     assert {v.kind for v in plain} == {"base", "adapter"}
     assert names["ia2~seed"].kind == names["icl-mean"].kind == "control"
     assert ICL.kind == "base"
-
-
-# ------------------------------------------------------------------------------------------ results
 
 
 @pytest.fixture(scope="module")
@@ -311,6 +281,8 @@ def test_the_report_has_it(
     pytest.importorskip("matplotlib")
     names = [figure.name for figure in analysis_figures(whole)]
     assert len(set(names)) == len(names) > 5
+    for figure in analysis_figures(json.loads(json.dumps(finite(whole)))):
+        assert figure.save(tmp_path / f"{figure.name}.svg").stat().st_size > 3000
     sentences = " ".join(analysis_verdict(whole))
     # two draws: however large the difference, its interval holds zero
     assert "as near to ICL as SFT" in sentences and "difference +0." in sentences
@@ -329,12 +301,12 @@ def test_the_report_has_it(
 def test_the_causal_check_and_side_effects(
     base: BaseModel, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ia2.analysis import side_effects
+    from ia2.analysis.sections import effects
 
     passes: list[Any] = []
-    perplexity = side_effects.perplexity
+    perplexity = effects.perplexity
     monkeypatch.setattr(
-        side_effects, "perplexity", lambda model, *a, **k: passes.append(model) or perplexity(model, *a, **k)
+        effects, "perplexity", lambda model, *a, **k: passes.append(model) or perplexity(model, *a, **k)
     )
     settings = AnalysisSettings(("neurons", "causal", "effects"), causal_queries=4)
     result = analyze([runs["compare"]], settings, base=base, max_queries=6, adapters=["sft"])
@@ -387,18 +359,6 @@ def test_free_text(base: BaseModel, tiny_icl_model_path: Path, tmp_path: Path) -
     assert len(view["asim_by_token"]["value"]) == len(counts) <= 3
     assert result["task"] == "generation"
     assert analysis_verdict(result)[0].startswith("asim to ICL: IA2 ")
-
-
-def test_pools_join_folds_in_the_order_of_the_data() -> None:
-    pool = Pool([0, 0, 1, 1], [[2, 0], [1], [0, 1], [2]])
-    arrays = [np.array([20.0, 0.0]), np.array([10.0]), np.array([0.5, 10.5]), np.array([20.5])]
-    found = pool.runs(arrays)
-    np.testing.assert_array_equal(found, [[0, 10, 20], [0.5, 10.5, 20.5]])
-    found = pool.runs([arrays[0], None, arrays[2], arrays[3]])
-    assert [len(r) for r in found] == [2, 3]
-
-
-# ------------------------------------------------------------------------------------------ command
 
 
 def test_the_command(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -461,7 +421,8 @@ def test_other_models_are_refused(runs: dict[str, Path], tmp_path: Path) -> None
     facts = json.loads((other / "ia2_run.json").read_text())
     facts["config"]["model"] = "owner/other"
     write_json(other / "ia2_run.json", facts)
-    assert "sft@other" in find_checkpoints([runs["sft"], other]).names  # another name of the same content
+    names = [c.name for c in find_checkpoints([runs["sft"], other]).sets[0].checkpoints]
+    assert "sft@other" in names  # another name of the same content
     facts["data"]["model"]["weights"] = "another digest"
     write_json(other / "ia2_run.json", facts)
     with pytest.raises(ConfigError, match=r"model is 'owner/other', .*; these differ: weights\."):
@@ -479,5 +440,5 @@ def test_a_missing_adapter_is_told(
     for folder in bare.glob("seed-*/sft"):
         shutil.rmtree(folder)
     found = find_checkpoints([bare])
-    assert found.names == ["ia2", "ia2-sft"]
+    assert [c.name for c in found.sets[0].checkpoints] == ["ia2", "ia2-sft"]
     assert "sft has no weights there" in caplog.text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,23 +11,11 @@ from helpers.families import llama
 from scipy.spatial.distance import jensenshannon
 from test_unembedding import FEW, streams
 
-from ia2.analysis import lens as module
 from ia2.analysis import unembedding
-from ia2.analysis.lens import LabelTokens, LensAccumulator, LensResult, divergence, summarise
+from ia2.analysis.sections import lens as module
+from ia2.analysis.sections.lens import LensAccumulator, LensResult, divergence, summarise
 from ia2.analysis.unembedding import Lens
-from ia2.report.figures.activations import lens_figures
-from ia2.report.figures.style import Figure
 from ia2.utils.errors import ModelError
-
-# ------------------------------------------------------------------------------------------- measures
-
-
-def test_label_tokens() -> None:
-    assert LabelTokens.of([(4,), (7,)]) == LabelTokens((), (4, 7), (0, 1))
-    # told apart by their second tokens; two share it
-    assert LabelTokens.of([(4, 1), (4, 2, 3), (4, 2, 5)]) == LabelTokens((4,), (1, 2), (0, 1, 1))
-    assert LabelTokens.of([]) is None
-    assert LabelTokens.of([(4,), (4, 2)]) is None  # one begins the other
 
 
 def test_divergence_is_that_of_scipy() -> None:
@@ -152,23 +139,6 @@ def test_labels_that_begin_alike() -> None:
     assert found.chance["agreement"] == 3 / 5
     with pytest.raises(ModelError, match="begins as the labels do"):
         fed(LensAccumulator(model, [(1, 2)] * 6, [(50, 9), (50, 5)]), model, count=2)
-    with pytest.raises(ValueError, match="its answer 2 ids"):
-        fed(LensAccumulator(model, [(9, 9)] * 6, LABELS), model)
-
-
-def test_memory_is_that_of_a_block() -> None:
-    model = llama()
-    accumulator = LensAccumulator(model, [(9,)] * 12, LABELS)
-    stream = {"residual": streams(model)[0][:, -1:]}
-    for block in range(3):
-        for view in ("icl", "base", "sft"):
-            for index in range(4 * block, 4 * block + 4):
-                accumulator.add(view, index, stream, stream, None)
-        assert len(accumulator._references) == 4
-    assert accumulator.finish().conditions["sft"]["agreement"].shape == (12, 2)
-
-
-# ------------------------------------------------------------------------------------------- summary
 
 
 def result(views: dict[str, list[float]], n: int = 200, seed: int = 0) -> LensResult:
@@ -212,54 +182,3 @@ def test_summary_says_where_the_task_shows() -> None:
         assert (value <= high + 1e-9).all()
     assert icl["log_probability_by_layer"]["value"] == pytest.approx(np.log(SHARES["icl"]))
     assert icl["agreement_by_layer"]["high"][0] - icl["agreement_by_layer"]["low"][0] > 0.05
-
-
-def test_view_of_some_trials_only() -> None:
-    section = summarise(
-        [result(SHARES), result({"base": SHARES["base"], "icl": SHARES["icl"]}, seed=1)], LAYERS
-    )
-    assert {view["name"]: view["n"] for view in section["views"]} == {
-        "icl": 400, "base": 400, "sft": 200, "ia2": 200
-    }  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------- figures
-
-
-def numbers(figure: Figure) -> list[dict[str, str]]:
-    names = [column.title for column in figure.numbers.columns]
-    return [dict(zip(names, (e.text for e in row), strict=True)) for row in figure.numbers.rows]
-
-
-def test_figure(tmp_path: Path) -> None:
-    controls = {"icl-other": SHARES["sft"], "sft+demos": SHARES["icl"], "sft~seed": SHARES["sft"]}
-    section = summarise([result({**SHARES, **controls})], LAYERS)
-    [figure] = lens_figures(section)
-    assert len(figure.panels) == 4
-    picture = figure.save(tmp_path / "lens.svg").read_text()
-    assert all(f">{name}</text>" in picture for name in (*SHARES, "icl-other"))
-    assert not any(f">{name}</text>" in picture for name in ("sft+demos", "sft~seed"))
-    assert len(figure.pictures()) == 4
-    rows = numbers(figure)
-    assert len(rows) == 5 * 6 and "icl 5," in figure.caption
-    agreement = [row for row in rows if row["measure"] == "agreement with ICL's answer"]
-    assert [row["layer"] for row in agreement] == ["3", "4", "5", "6", "7", "8"]
-    found = section["views"][0]["agreement_by_layer"]
-    value, low, high = (found[name][1] for name in ("value", "low", "high"))
-    assert agreement[1]["icl"] == f"{value:.3f} [{low:.3f}, {high:.3f}]"
-    of = [row for row in rows if row["measure"] == "log-probability of ICL's answer"]
-    assert of[1]["icl"].startswith("−0.693")
-
-
-def test_figure_of_little(tmp_path: Path) -> None:
-    lone = LensResult({"icl": {"agreement": np.ones((2, 1))}}, {}, "vocabulary")
-    section = summarise([lone], [0])
-    [figure] = lens_figures(section)
-    assert len(figure.panels) == 1
-    assert "one label for every query" not in figure.caption
-    figure.save(tmp_path / "lens.svg")
-    section["views"][0]["agreement_by_layer"] = {"value": [None], "low": [None], "high": [None]}
-    [figure] = lens_figures(section)
-    figure.save(tmp_path / "lens.svg")
-    assert numbers(figure)[0]["icl"] == "–"
-    assert lens_figures({**section, "views": []}) == []

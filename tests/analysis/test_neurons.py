@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import random
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +11,9 @@ import torch
 from helpers.families import llama
 from scipy import stats
 
-from ia2.analysis.neurons import NeuronAccumulator, shift_tokens, summarise
+from ia2.analysis.sections.neurons import NeuronAccumulator, shift_tokens
 from ia2.analysis.unembedding import Lens
 from ia2.evaluation.effect_sizes import Difference
-from ia2.report.figures.components import neuron_figures
-from ia2.utils.files import finite
-from ia2.utils.format import markdown
 
 LAYERS, WIDTH = 3, 20
 
@@ -108,51 +103,6 @@ def test_the_common_shift_is_unbiased(strength: float) -> None:
     assert np.mean(shares) == pytest.approx(strength**2 / (1 + strength**2), abs=0.01)
 
 
-def test_summary_over_trials() -> None:
-    strong = torch.zeros(LAYERS, 1, WIDTH)
-    strong[1, 0, 4], strong[2, 0, 9] = 5.0, -4.0
-    trials = []
-    for seed in range(3):
-        icl, noise = examples(12, 2 * seed), examples(12, 2 * seed + 1)
-        ours = [a + b + strong for a, b in zip(icl, noise, strict=True)]
-        trials.append(metered(ours, icl, views=("icl-other", "sft")))
-    section = summarise([{"neurons": trial} for trial in trials], range(LAYERS), top=4)
-    json.dumps(section, allow_nan=False)
-    assert list(section) == ["neurons"] and section["neurons"]["trials"] == 3
-    found = section["neurons"]["views"]["sft"]
-    effects = [t["sft"].effects for t in trials]
-    assert found["n"] == [12, 12, 12]
-    assert [(t["layer"], t["index"]) for t in found["top"][:2]] == [(1, 4), (2, 9)]
-    assert len(found["top"]) == 4
-    first, second = found["top"][:2]
-    assert first["effect"] == pytest.approx(np.mean([e.d_z[1, 4] for e in effects]), rel=1e-3)
-    assert first["shift"] == pytest.approx(5, abs=0.5) and second["shift"] == pytest.approx(-4, abs=0.5)
-    assert first["significant"] == 3
-    counts = np.mean([e.significant.sum(1) for e in effects], axis=0)
-    assert found["significant"] == pytest.approx(counts, rel=1e-3)
-    assert found["share_significant"] == pytest.approx(counts.sum() / LAYERS / WIDTH, rel=1e-3)
-    assert found["effect_quantiles"]["1"][1] == pytest.approx(first["effect"], rel=1e-3)
-    assert found["stability"]["k"] == 4
-    assert found["stability"]["jaccard"] > found["stability"]["jaccard_by_chance"]
-    low, high = found["common_shift_range"]
-    assert all(a <= b <= c for a, b, c in zip(low, found["common_shift"], high, strict=True))
-
-
-# ------------------------------------------------------------------------------------------- figures
-
-
-def test_figures(tmp_path: Path) -> None:
-    trial = {site: metered(examples(9, 0), examples(9, 1), site=site) for site in ("neurons", "residual")}
-    section = finite(summarise([trial], range(LAYERS)))
-    neurons, shift = neuron_figures(section)  # type: ignore[arg-type]
-    for figure in (neurons, shift):
-        assert "<svg" in figure.save(tmp_path / f"{figure.name}.svg").read_text()
-    counts, width = section["neurons"]["views"]["sft"]["significant"], section["neurons"]["width"]  # type: ignore[index]
-    assert f"| 2 | {counts[2] / width:.1%} |" in markdown(neurons.numbers)
-    common = section["residual"]["views"]["sft"]["common_shift"]  # type: ignore[index]
-    assert f"| 1 | {common[1]:.3f} |" in markdown(shift.numbers).replace("−", "-")
-
-
 def test_tokens_of_a_shift(word_tokenizer: Any) -> None:
     """At half of the depth, three quarters and the end; the strongest first, by the lens's own scores."""
     model = llama()
@@ -168,16 +118,3 @@ def test_tokens_of_a_shift(word_tokenizer: Any) -> None:
         "score": pytest.approx(scores[best], rel=1e-3),
     }
     assert found[0]["suppressed"][0]["id"] == int(scores.argmin())
-
-
-def test_figures_of_little(tmp_path: Path) -> None:
-    """One layer and one example; a family without neurons of its own."""
-    ours, icl = examples(1, 0, (1, 8)), examples(1, 1, (1, 8))
-    views = ("icl-other", "sft", "sft+demos", "ia2+sft~seed", "mine@dora")
-    section = finite(summarise([{"residual": metered(ours, icl, site="residual", views=views)}], [0]))
-    (figure,) = neuron_figures(section)  # type: ignore[arg-type]
-    text = figure.save(tmp_path / "shift.svg").read_text()
-    # adapters' controls are in the numbers only
-    assert all((view in text) == (view not in ("sft+demos", "ia2+sft~seed")) for view in views)
-    assert "| 0 | – | – | – | – | – |" in markdown(figure.numbers)
-    assert neuron_figures({}) == []

@@ -12,15 +12,14 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from helpers.adapting import disturb, lora
-from helpers.families import FAMILIES, llama
+from helpers.adapting import disturb
+from helpers.families import llama
 
 from ia2.adapters.types import ADAPTERS, peft_config
 from ia2.adapters.weights import adapter_state, attach, detach, read_adapter_state, save_adapter
-from ia2.analysis.subspaces import MEASURES, effective_rank, low_rank, overlap
-from ia2.analysis.weights import AdapterWeights, over_seeds, overlaps, place
+from ia2.analysis.sections.weights import AdapterWeights, over_seeds, overlaps, place
+from ia2.analysis.subspaces import MEASURES, low_rank, overlap
 from ia2.config.sections import AdapterConfig
-from ia2.report.figures.components import weight_figures
 from ia2.utils.files import finite
 
 RNG = np.random.default_rng(0)
@@ -36,9 +35,6 @@ def dense(a: np.ndarray, b: np.ndarray, scale: float) -> tuple[np.ndarray, np.nd
     u, s, vt = np.linalg.svd(scale * b @ a)
     r = len(a)
     return u[:, :r], s[:r], vt[:r].T
-
-
-# ----------------------------------------------------------------------------------------- subspaces
 
 
 @pytest.mark.parametrize("rank", [1, 4, 24])
@@ -73,20 +69,6 @@ def test_an_overlap_as_dense_decompositions_have_it(ranks: tuple[int, int]) -> N
     np.testing.assert_allclose(found_angles, angles, atol=1e-5)
 
 
-def test_equal_and_orthogonal_updates() -> None:
-    a, b = factors(3)
-    one = low_rank(a, b, 1.0)
-    values, _, angles = overlap(one, low_rank(a, b, 7.0))
-    np.testing.assert_allclose(values, 1, rtol=1e-9)
-    np.testing.assert_allclose(angles, 0, atol=1e-5)
-    assert overlap(one, low_rank(a, -b, 1.0))[0][-1] == pytest.approx(-1)
-    others = np.linalg.svd(b)[0][:, 3:6]
-    values, _, angles = overlap(one, low_rank(a, others, 1.0))
-    np.testing.assert_allclose(values[[0, 1, 3, 4]], 0, atol=1e-9)
-    assert values[2] == pytest.approx(1)
-    np.testing.assert_allclose(angles, 90)
-
-
 @pytest.mark.parametrize("ranks", [(3, 3), (2, 6)])
 def test_random_subspaces_have_the_random_baseline(ranks: tuple[int, int]) -> None:
     found = [overlap(*(low_rank(*factors(rank), 1.0) for rank in ranks)) for _ in range(400)]
@@ -106,16 +88,6 @@ def test_directions_that_are_only_rounding_are_none() -> None:
     assert np.isnan(values).all() and not angles.size
 
 
-def test_effective_rank() -> None:
-    assert effective_rank([3, 3, 3, 3]) == pytest.approx(4)
-    assert effective_rank([5, 0, 0]) == pytest.approx(1)
-    assert effective_rank([2, 1]) == pytest.approx(math.exp(-2 / 3 * math.log(2 / 3) - math.log(1 / 3) / 3))
-    assert math.isnan(effective_rank([0.0]))
-
-
-# --------------------------------------------------------------------------------------- the section
-
-
 def made(name: str, seed: int, model: Any = None, by: float = 0.1, **settings: Any) -> AdapterWeights:
     """An adapter on a tiny Llama whose B is random (its values depend on arm and seed)."""
     config = AdapterConfig(**{"rank": 2, "alpha": 2, **settings})
@@ -131,20 +103,6 @@ def made(name: str, seed: int, model: Any = None, by: float = 0.1, **settings: A
 def section() -> dict[str, Any]:
     arms = [made(name, seed) for seed in (0, 1, 2) for name in ("sft", "ia2", "ia2-sft")]
     return overlaps(arms, dict(llama().named_parameters()))
-
-
-def test_pairs_are_of_one_training_set_or_of_one_arm(section: dict[str, Any]) -> None:
-    assert [(p["kind"], p["label"]) for p in section["pairs"]] == [
-        ("seeds", "sft"),
-        ("recipes", "sft – ia2"),
-        ("recipes", "sft – ia2-sft"),
-        ("seeds", "ia2"),
-        ("recipes", "ia2 – ia2-sft"),
-        ("seeds", "ia2-sft"),
-    ]
-    assert all(p["overlap"]["b"]["n"] == 3 for p in section["pairs"])
-    assert section["skipped"] == []
-    assert len(section["adapters"]) == 9 and all(a["zero"] == [] for a in section["adapters"])
 
 
 def test_the_section_against_dense_matrices(section: dict[str, Any]) -> None:
@@ -249,26 +207,6 @@ def test_full_fine_tuning() -> None:
     detach(full)
 
 
-def test_untrained_and_other_modules() -> None:
-    nothing = made("ia2", 0, by=0.0)
-    other = made("sft@wide", 0, rank=4, target_modules=["q_proj", "down_proj"])
-    section = overlaps([nothing, other])
-    adapter = section["adapters"][0]
-    assert sorted(place(name) for name in adapter["zero"]) == [
-        (layer, f"self_attn.{kind}_proj") for layer in (0, 1) for kind in "koq"
-    ]
-    assert adapter["norm"] == 0 and section["adapters"][1]["ranks"] == [4]
-    [pair] = section["pairs"]
-    assert math.isnan(pair["overlap"]["b"]["value"]) and pair["angles"] == []
-    assert math.isnan(section["updates"]["ia2"]["effective_rank"]["value"])
-    assert math.isnan(section["updates"]["ia2"]["relative_norm"]["value"])  # no base weights given
-    # arms of different ranks: of q_proj, which both have
-    section = overlaps([made("sft", 0), other])
-    known = ~np.isnan(section["pairs"][0]["by_module"]["b"])
-    assert [section["modules"]["kinds"][n] for n in np.flatnonzero(known)] == ["self_attn.q_proj"] * 2
-    assert section["pairs"][0]["random"]["b"] == pytest.approx(4 / 32)
-
-
 def test_folds_are_averaged_before_seeds() -> None:
     values = over_seeds([1.0, 3.0, 10.0], [0, 0, 1])
     assert (values["value"], values["low"], values["high"], values["n"]) == (6, 2, 10, 2)
@@ -281,50 +219,3 @@ def test_folds_are_averaged_before_seeds() -> None:
     )
     assert over_seeds([1.0, 2.0, 3.0, 4.0, 5.0], range(5), interval=False)["high"] == 5
     assert over_seeds([math.nan], [0])["n"] == 0
-
-
-def test_an_adapter_is_given_once() -> None:
-    with pytest.raises(ValueError, match="one adapter of each arm"):
-        overlaps([made("sft", 0), made("sft", 0)])
-
-
-@pytest.mark.parametrize("name", ["gpt2", "phi3", "mixtral", "opt", "bloom", "mpt"])
-def test_names_of_other_families(name: str) -> None:
-    model = lora(FAMILIES[name]().requires_grad_(False))
-    disturb(model)
-    config = AdapterConfig(rank=2, alpha=2)
-    base = dict(FAMILIES[name]().named_parameters())
-    section = overlaps([AdapterWeights("sft", "sft", 0, None, config, adapter_state(model))], base)
-    assert set(section["modules"]["layers"]) == {0, 1}
-    assert len(set(section["modules"]["kinds"])) == len(section["modules"]["names"]) / 2
-    assert section["updates"]["sft"]["relative_norm"]["value"] > 0
-
-
-# ------------------------------------------------------------------------------------------- figures
-
-
-def test_figures(section: dict[str, Any], tmp_path: Path) -> None:
-    figures = {figure.name: figure for figure in weight_figures(section)}
-    assert list(figures) == ["overlap", "overlap-layers", "updates"]
-    for figure in figures.values():
-        assert figure.save(tmp_path / f"{figure.name}.svg").stat().st_size > 1000
-        assert all(b"<svg" in picture.svg for picture in figure.pictures())
-    pair = next(p for p in section["pairs"] if p["label"] == "ia2 – ia2-sft")
-    row = next(r for r in figures["overlap"].numbers.rows if r[0].text == "ia2 – ia2-sft")
-    assert row[1].text.startswith(f"{pair['overlap']['b']['value']:.3f}")
-    assert f"{pair['random']['b']:.3f}" in [entry.text for entry in row]
-    table = figures["updates"].numbers
-    assert table.rows[1][1].text == "1"
-    shown = section["updates"]["sft"]["by_layer"]["relative_norm"][1]["value"]
-    assert table.rows[1][2].text.startswith(f"{shown:.3f}")
-
-
-def test_figures_of_little(tmp_path: Path) -> None:
-    one = overlaps([made("sft", 0)])
-    assert [figure.name for figure in weight_figures(one)] == ["updates"]
-    zero = overlaps([made("ia2", 0, by=0.0), made("sft", 0)])
-    # through JSON, where what is missing is null
-    for section in (one, zero, json.loads(json.dumps(finite(zero)))):
-        for figure in weight_figures(section):
-            figure.save(tmp_path / "a.svg")
-    assert weight_figures(overlaps([])) == []

@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 
 import ia2
 from ia2.adapters.types import ADAPTERS, AdapterType
+from ia2.analysis import sections as analyses
+from ia2.analysis.section import AnalysisSection
 from ia2.cli import options
 from ia2.cli.options import with_settings
 from ia2.config import AdaptConfig, CompareConfig, TrainConfig
@@ -148,6 +150,47 @@ def test_an_adapter_is_one_entry(values: str, learner: BaseModel, tmp_path: Path
     assert all("v_proj" in name for name in trained.state)
     assert {min(weights.shape) for weights in trained.state.values()} == {3}
     assert any("lora_B" in name and bool(weights.any()) for name, weights in trained.state.items())
+
+
+# ---------------------------------------------------------------------------------------- analyses
+
+
+class NormAccumulator:
+    """The norm of attention outputs by condition, and nothing else."""
+
+    sites = ("output",)
+
+    def __init__(self) -> None:
+        self.norms: dict[str, list[float]] = {}
+
+    def add(self, condition: str, index: int, found: Any, icl: Any, other: Any) -> None:
+        self.norms.setdefault(condition, []).append(float(found["output"].norm()))
+
+    def finish(self) -> dict[str, list[float]]:
+        return self.norms
+
+
+def test_an_analysis_is_one_entry(
+    tiny_icl_model_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [(row.query, row.answer or "") for row in ROWS])
+    common = ("--quiet", "--json", "--output-dir", tmp_path / "out")
+    trained = run(
+        capsys, "train", "--model", tiny_icl_model_path, "--data", rows, "--test-data", rows,
+        "--recipe", "sft", "--sft-epochs", "1", "--num-examples", "6", *common,
+    )  # fmt: skip
+    assert trained.status == 0, trained.err
+    norms = AnalysisSection(
+        "norms", lambda results, analysis: {"n": len(results), **results[0]}, lambda look: NormAccumulator()
+    )
+    monkeypatch.setitem(analyses.SECTIONS, "norms", norms)
+    ran = run(capsys, "analyze", tmp_path / "out", "--parts", "norms", *common)
+    assert ran.status == 0, ran.err
+    assert ran.json["norms"]["n"] == 1 and len(ran.json["norms"]["icl"]) == len(ROWS)
+    assert ran.json["norms"]["icl"] != ran.json["norms"]["sft"]
 
 
 # --------------------------------------------------------------------- all of them, as a user does

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ia2.analysis import activations, heads, lens, neurons
 from ia2.analysis.checkpoints import Found, find_checkpoints
-from ia2.analysis.conditions import ICL, Accumulator, Condition, Runner, conditions_of, run_conditions
-from ia2.analysis.interventions import Interventions
-from ia2.analysis.side_effects import SideEffects
-from ia2.analysis.unembedding import Lens
+from ia2.analysis.conditions import Runner, run_conditions, sites_of
+from ia2.analysis.section import Analysis, AnalysisSection, Look
+from ia2.analysis.sections import SECTIONS
 from ia2.experiment.run_folder import ANALYSIS_FILE, machine, versions
-from ia2.models.capture import find_attention_modules
-from ia2.models.sites import has_site
-from ia2.models.tokens import Ids
 from ia2.prompts.task import Task, make_task
-from ia2.utils.errors import ConfigError, ModelError, suggest
+from ia2.utils.errors import ConfigError, suggest
 from ia2.utils.files import finite, json_text, write_text
-from ia2.utils.logging import logger
 from ia2.utils.manifest import begin
 
 if TYPE_CHECKING:
@@ -31,21 +25,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 
-PARTS = {
-    "activations": "similarity to ICL by layer and token, with controls",
-    "weights": "subspaces and sizes of the updates",
-    "lens": "logit lens: where the task shows, by layer",
-    "heads": "which attention heads differ from ICL, and what they attend to",
-    "neurons": "which neurons and residual directions differ from ICL",
-    "causal": "whose activations, put into another run, change the answer (minutes an adapter)",
-    "effects": "side effects: forgetting, diversity, sensitivity to wording (minutes an adapter)",
-}
-"""What can be analysed, in the order of a report."""
-
-DEFAULT_PARTS = ("activations", "weights", "lens", "heads", "neurons")
-
-# Queries whose attention is looked at: eager attention is slow, and means over heads settle soon.
-ATTENTION_QUERIES = 48
+DEFAULT_PARTS = tuple(name for name, section in SECTIONS.items() if section.default)
 
 
 @dataclass(frozen=True)
@@ -53,7 +33,7 @@ class AnalysisSettings:
     """How an analysis is made.
 
     Attributes:
-        parts: some of :data:`PARTS`.
+        parts: some of :data:`SECTIONS`.
         controls: whether controls are run, which is most of the passes.
         causal_queries: queries of each training set that the causal check is made on.
         text: file of plain text, for forgetting; None takes the packaged one.
@@ -72,12 +52,12 @@ class AnalysisSettings:
     code: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        choose = f" Choose some of {', '.join(SECTIONS)}."
         if not self.parts:
-            raise ConfigError(f"parts: none are named. Choose some of {', '.join(PARTS)}.")
+            raise ConfigError(f"parts: none are named.{choose}")
         for part in self.parts:
-            if part not in PARTS:
-                way_out = suggest(part, list(PARTS)) or f" Choose some of {', '.join(PARTS)}."
-                raise ConfigError(f"parts: there is no '{part}'.{way_out}")
+            if part not in SECTIONS:
+                raise ConfigError(f"parts: there is no '{part}'.{suggest(part, list(SECTIONS)) or choose}")
         if self.causal_queries < 2:
             raise ConfigError("causal_queries: at least two are needed.")
         if (self.text or self.benchmarks) and "effects" not in self.parts:
@@ -136,18 +116,12 @@ def analyze(
     config = found.config if device is None else found.config.model_copy(update={"device": device})
     base = load_base_of_run(found.sets[0].place, config, found.identity, base)
     task = make_task(found.examples, config, base.tokenizer, config.prompt_template)
-    seconds: dict[str, float] = {}
     result = _facts(found, task, settings, folders)
     with tempfile.TemporaryDirectory(prefix="ia2-") as scratch:
         begin(Path(scratch))
         runners = [Runner(base, task, each, Path(scratch)) for each in found.sets]
-        for runner in runners:
-            runner.check(settings.controls)
-        result |= _run(runners, found, settings, seconds)
-    if "weights" in settings.parts:
-        with _timed(seconds, "weights"):
-            result["weights"] = _weights(found, base)
-    result |= {"seconds": seconds, "machine": machine(), "versions": versions()}
+        result |= _sections(Analysis(base, settings, runners))
+    result |= {"machine": machine(), "versions": versions()}
     if output_dir is not None:
         # one line: it is for programs, and would be 100,000 lines
         text = json_text(_short(finite(result)), separators=(",", ":"))
@@ -155,157 +129,54 @@ def analyze(
     return result
 
 
-def _run(
-    runners: Sequence[Runner], found: Found, settings: AnalysisSettings, seconds: dict[str, float]
-) -> dict[str, Any]:
-    """Everything that runs the model, one training set after the other."""
-    inside = Inside(runners[0].base, found, settings)
-    again: dict[str, Interventions | SideEffects] = {}
-    if "causal" in settings.parts:
-        again["causal"] = Interventions(settings.causal_queries, settings.controls)
-    if "effects" in settings.parts:
-        again["effects"] = SideEffects(
-            runners,
-            settings.text,
-            settings.benchmarks,
-            settings.data_dir,
-            parsers=settings.code.get("parser") or (),
-        )
-    for runner in runners:
+def _sections(analysis: Analysis) -> dict[str, Any]:
+    """All sections, and the seconds they took; one training set after the other."""
+    sections = {name: s for name, s in SECTIONS.items() if name in analysis.settings.parts}
+    seconds: dict[str, float] = {}
+    for runner in analysis.runners:
+        runner.check(analysis.settings.controls)
+    for name, section in sections.items():
+        if section.prepare is not None:
+            analysis.prepared[name] = section.prepare(analysis)
+    results: dict[str, list[Any]] = {}
+    for runner in analysis.runners:
+        look = Look(analysis, runner)
         try:
             with _timed(seconds, "views"):
-                results = inside.add(runner)
-            for name, part in again.items():
-                with _timed(seconds, name):
-                    part.add(runner, results)
+                _shared_passes(look, sections)
+            for name, section in sections.items():
+                if section.measure is not None:
+                    with _timed(seconds, name):
+                        look.results[name] = section.measure(look)
         finally:
             runner.close()
-    return inside.sections() | {name: part.section() for name, part in again.items()}
+        for name, found in look.results.items():
+            results.setdefault(name, []).append(found)
+    made: dict[str, Any] = {}
+    for name, section in sections.items():
+        if name in results:
+            with _timed(seconds, name):
+                made[name] = section.summarise(results[name], analysis)
+    return made | {"seconds": seconds}
 
 
-class Inside:
-    """The analyses that are made while conditions run: each is run once, whatever looks at it.
-
-    Args:
-        base: the model.
-        found: all training sets.
-        settings: which parts; those that are made otherwise are passed over.
-    """
-
-    def __init__(self, base: BaseModel, found: Found, settings: AnalysisSettings) -> None:
-        self.base, self.found, self.controls = base, found, settings.controls
-        pattern = found.sets[0].config.attention_modules
-        self.layers = list(find_attention_modules(base.model, pattern))
-        self.num_heads = base.model.config.get_text_config().num_attention_heads
-        self.makers: dict[str, Callable[[Runner, list[Ids]], Accumulator | None]] = {
-            "activations": self._activations,
-            "lens": self._lens,
-            "heads": self._heads,
-            "neurons": self._neurons,
-        }
-        self.parts = [part for part in self.makers if part in settings.parts]
-        self._conditions: list[list[Condition]] = []
-        self._results: dict[str, list[Any]] = {}
-        self._attention: list[dict[str, Any]] = []
-
-    def add(self, runner: Runner) -> dict[str, Any]:
-        """One training set; gives what its accumulators found."""
-        if not self.parts:
-            return {}
-        if self.controls and runner.others is None:
-            logger.info("%s: too few other labelled rows for ICL with other demonstrations.", runner.set)
-        others = self.controls and runner.others is not None
-        conditions = conditions_of(runner.set, self.found.sets, controls=self.controls, others=others)
-        answers: list[Ids] = []
-        made = {part: self.makers[part](runner, answers) for part in self.parts}
-        accumulators = {part: accumulator for part, accumulator in made.items() if accumulator is not None}
-        run_conditions(runner, conditions, list(accumulators.values()), answers)
-        results = {part: accumulator.finish() for part, accumulator in accumulators.items()}
-        for part, result in results.items():
-            self._results.setdefault(part, []).append(result)
-        self._conditions.append(conditions)
-        if "heads" in self.parts:
-            self._attention.append(_attention(runner, conditions, answers))
-        return results
-
-    def _activations(self, runner: Runner, answers: list[Ids]) -> Accumulator:
-        mean = runner.mean_of_training("output") if self.controls else None
-        return activations.ActivationAccumulator(self.layers, mean)
-
-    def _lens(self, runner: Runner, answers: list[Ids]) -> Accumulator | None:
-        try:
-            return lens.LensAccumulator(
-                self.base.model, answers, runner.task.label_ids, runner.gold(), runner.pattern
-            )
-        except ModelError as error:
-            logger.warning("%s The lens is left out.", error)
-            return None
-
-    def _heads(self, runner: Runner, answers: list[Ids]) -> Accumulator:
-        return heads.HeadAccumulator(self.num_heads)
-
-    def _neurons(self, runner: Runner, answers: list[Ids]) -> Accumulator:
-        if has_site(self.base.model, "neurons", runner.pattern):
-            return neurons.NeuronAccumulator()
-        logger.info("No dense MLPs in this model: no neurons, only the residual stream.")
-        return neurons.NeuronAccumulator(("residual",))
-
-    def sections(self) -> dict[str, Any]:
-        """Of all training sets together, by name."""
-        sets, results = self.found.sets, self._results
-        pool = activations.Pool([each.seed for each in sets], [each.places for each in sets])
-        summaries = {
-            "activations": lambda found: activations.summarise(found, pool, self._conditions),
-            "lens": lambda found: lens.summarise(found, self.layers),
-            "heads": lambda found: heads.summarise(found, self.layers, self.num_heads, self._attention),
-            "neurons": self._neurons_section,
-        }
-        return {part: summaries[part](found) for part, found in results.items()}
-
-    def _neurons_section(self, found: Sequence[Any]) -> dict[str, Any]:
-        section = neurons.summarise(found, self.layers)
-        residual = [each["residual"] for each in found]
-        tokens = neurons.shift_tokens(Lens.of(self.base.model), self.base.tokenizer, residual, self.layers)
-        for condition, named in tokens.items():
-            section["residual"]["views"][condition]["tokens"] = named
-        return section
-
-
-def _attention(runner: Runner, conditions: Sequence[Condition], answers: Sequence[Ids]) -> dict[str, Any]:
-    """What attention goes to, of the conditions that have demonstrations."""
-    members = range(min(ATTENTION_QUERIES, len(answers)))
-    shown = [ICL, *(c for c in conditions if c.context == "own" and c.checkpoint is not None)]
-    found = {}
-    for condition in shown:
-        with runner.showing(condition.checkpoint) as model:
-            found[condition.name] = heads.attention_mass(
-                model,
-                runner.base.tokenizer,
-                runner.prompts("own", members),
-                [answers[i] for i in members],
-                runner.query_lengths(members),
-                pattern=runner.pattern,
-                description=f"{runner.set}: attention of {condition.name}",
-            )
-    return found
-
-
-def _weights(found: Found, base: BaseModel) -> dict[str, Any]:
-    from ia2.adapters.weights import read_adapter_state
-    from ia2.analysis.weights import AdapterWeights, overlaps
-
-    adapters = [
-        AdapterWeights(c.name, c.recipe, c.seed, each.fold, c.config.adapter, read_adapter_state(c.weights))
-        for each in found.sets
-        for c in each.checkpoints
-    ]
-    return overlaps(adapters, dict(base.model.named_parameters()))
+def _shared_passes(look: Look, sections: Mapping[str, AnalysisSection]) -> None:
+    """Each condition is run once, whatever looks at it."""
+    made = {name: s.accumulate(look) for name, s in sections.items() if s.accumulate is not None}
+    accumulators = {name: accumulator for name, accumulator in made.items() if accumulator is not None}
+    if not accumulators:
+        return
+    feeding = list(accumulators.values())
+    for members in look.runner.blocks(sites_of(feeding)):
+        run_conditions(look.runner, look.conditions, feeding, look.answers, members)
+    look.results |= {name: accumulator.finish() for name, accumulator in accumulators.items()}
 
 
 def _facts(
     found: Found, task: Task, settings: AnalysisSettings, folders: Sequence[str | Path]
 ) -> dict[str, Any]:
     first = found.sets[0]
+    checkpoints = [checkpoint for each in found.sets for checkpoint in each.checkpoints]
     return {
         "format": FORMAT,
         # names alone: a path says more about a machine than a report should
@@ -323,8 +194,8 @@ def _facts(
         "task": task.kind,
         "labels": list(task.names),
         "single_token": task.single_token,
-        "subjects": found.names,
-        "recipes": {c.name: c.recipe for each in found.sets for c in each.checkpoints},
+        "subjects": list(dict.fromkeys(c.name for c in checkpoints)),
+        "recipes": {c.name: c.recipe for c in checkpoints},
     }
 
 

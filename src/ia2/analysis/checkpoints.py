@@ -114,11 +114,6 @@ class Found:
     sets: tuple[TrainingSet, ...]
     queries_of: str
 
-    @property
-    def names(self) -> list[str]:
-        """Of all checkpoints, each once, in order."""
-        return list(dict.fromkeys(checkpoint.name for each in self.sets for checkpoint in each.checkpoints))
-
 
 def find_checkpoints(
     folders: Sequence[Path],

@@ -1,9 +1,7 @@
 """Conditions: a model in some state, on prompts with or without demonstrations, run over the queries.
 
 Every condition is teacher-forced on the base model's own answer with its demonstrations, ``Ŷ`` (METHOD:
-measures), and read at answer positions only. Queries go by in blocks, all conditions of a block one after the
-other, so that memory does not grow with their number; what is made of the activations is the business of
-*accumulators*.
+measures), and read at answer positions only. Queries go by in blocks, so that memory does not grow with them.
 """
 
 from __future__ import annotations
@@ -53,7 +51,7 @@ _MAX_BLOCK = 256
 
 @dataclass(frozen=True)
 class Condition:
-    """What is looked at.
+    """A model and its prompts.
 
     Attributes:
         name: ``icl``, ``base``, a checkpoint's name; controls ``icl-other``, ``NAME+demos``, ``NAME~seed``.
@@ -84,68 +82,59 @@ OTHER = Condition("icl-other", context="other", control="other demonstrations", 
 
 
 def conditions_of(
-    training_set: TrainingSet, every: Sequence[TrainingSet], *, controls: bool, others: bool
+    training_set: TrainingSet, sets: Sequence[TrainingSet], *, controls: bool, others: bool
 ) -> list[Condition]:
-    """The conditions of one training set, beside ICL.
-
-    Args:
-        training_set: whose.
-        every: all training sets, among which checkpoints of another seed are looked for.
-        controls: beside the base model and the checkpoints, what these are to be compared with.
-        others: whether there are other demonstrations.
-    """
-    found = [BASE, *(Condition(c.name, c) for c in training_set.checkpoints)]
+    """The conditions of one of the training sets, beside ICL; ``others``: there are other demonstrations."""
+    plain = [BASE, *(Condition(c.name, c) for c in training_set.checkpoints)]
     if not controls:
-        return found
-    found = [*([OTHER] if others else []), MEAN, *found]
+        return plain
+    conditions = [*([OTHER] if others else []), MEAN, *plain]
     for c in training_set.checkpoints:
-        found.append(Condition(f"{c.name}+demos", c, "own", "with demonstrations", c.name))
-        if twin := _other_seed(c, training_set, every):
-            found.append(Condition(f"{c.name}~seed", twin, "none", "other seed", c.name))
-    return found
+        conditions.append(Condition(f"{c.name}+demos", c, "own", "with demonstrations", c.name))
+        if twin := _other_seed(c, training_set, sets):
+            conditions.append(Condition(f"{c.name}~seed", twin, "none", "other seed", c.name))
+    return conditions
 
 
 def _other_seed(
-    checkpoint: Checkpoint, training_set: TrainingSet, every: Sequence[TrainingSet]
+    checkpoint: Checkpoint, training_set: TrainingSet, sets: Sequence[TrainingSet]
 ) -> Checkpoint | None:
     """The same recipe of another seed; of several the one that has seen fewest of the queries in training."""
     asked = {row.query for row in training_set.queries}
-    found = [
-        (sum(row.query in asked for row in other.data.train), (other.seed - training_set.seed) % 2**32, n)
-        for n, other in enumerate(every)
-        if other.seed != training_set.seed and any(c.name == checkpoint.name for c in other.checkpoints)
+    twins = [
+        (sum(row.query in asked for row in other.data.train), (other.seed - training_set.seed) % 2**32, n, c)
+        for n, other in enumerate(sets)
+        for c in other.checkpoints
+        if other.seed != training_set.seed and c.name == checkpoint.name
     ]
-    if not found:
-        return None
-    return next(c for c in every[min(found)[2]].checkpoints if c.name == checkpoint.name)
+    return min(twins, key=lambda twin: twin[:3])[3] if twins else None
 
 
-def by_condition(found: Sequence[Mapping[str, T]]) -> dict[str, list[T]]:
+def by_condition(results: Sequence[Mapping[str, T]]) -> dict[str, list[T]]:
     """What each training set has of every condition; one may be missing in some.
 
     >>> by_condition([{"base": 1, "sft": 2}, {"base": 3}])
     {'base': [1, 3], 'sft': [2]}
     """
-    names = dict.fromkeys(name for each in found for name in each)
-    return {name: [each[name] for each in found if name in each] for name in names}
+    names = dict.fromkeys(name for each in results for name in each)
+    return {name: [each[name] for each in results if name in each] for name in names}
 
 
 class Accumulator(Protocol):
-    """Makes something of activations; see :func:`run_conditions`.
-
-    Attributes:
-        sites: what it reads of each layer (see :mod:`ia2.models.sites`).
-    """
+    """Makes something of the activations of one training set; ``sites`` is what it reads of each layer."""
 
     sites: tuple[str, ...]
 
     def add(
         self, condition: str, index: int, found: Activations, icl: Activations, other: Activations | None
     ) -> None:
-        """One query in one condition, beside ICL and, where it was run, ICL with other demonstrations."""
+        """One query in one condition, beside ICL and, where it was run, ICL with other demonstrations.
+
+        ICL itself comes first, with itself as the reference; ``icl-mean`` is the accumulator's to make.
+        """
 
     def finish(self) -> Any:
-        """What it is of one training set."""
+        """What it is of the training set."""
 
 
 class Runner:
@@ -156,12 +145,12 @@ class Runner:
         self.teaching = TeacherCache(base, training_set.data, task, training_set.config, folder)
         self.pattern = training_set.config.attention_modules
         self._on = ""
-        self.others, prompts = training_set.other_demonstrations(), self.teaching.prompts
-        self._other = (
-            None
-            if self.others is None
-            else PromptBuilder(base, prompts.reserve, prompts.window, self.others, training_set.config)
-        )
+        self.others = training_set.other_demonstrations()
+        own = self.teaching.prompts
+        self._builders = {"own": own}
+        if self.others is not None:
+            settings = training_set.config
+            self._builders["other"] = PromptBuilder(base, own.reserve, own.window, self.others, settings)
 
     # ----------------------------------------------------------------------------------- models
 
@@ -195,20 +184,16 @@ class Runner:
 
     # ---------------------------------------------------------------------------------- prompts
 
-    def prompts(self, context: str = "none", members: Sequence[int] | None = None) -> list[Ids]:
-        """Prompt ids of the queries (or of some), ``X`` or ``I ∘ X``."""
-        queries = self.set.queries
-        members = range(len(queries)) if members is None else members
+    def prompts(self, context: str, members: Sequence[int]) -> list[Ids]:
+        """Prompt ids of some queries, ``X`` or ``I ∘ X``."""
         if context == "none":
-            bare = self.teaching.prompts.query_prompts(queries)
+            bare = self.teaching.prompts.query_prompts(self.set.queries)
             return [bare[i] for i in members]
         contexts = self._contexts(context)
         return [contexts.context_ids(i) for i in members]
 
     def _contexts(self, context: str) -> Any:
-        prompts = self.teaching.prompts if context == "own" else self._other
-        assert prompts is not None
-        return prompts.pool_contexts(self.set.queries)
+        return self._builders[context].pool_contexts(self.set.queries)
 
     def query_lengths(self, members: Sequence[int]) -> list[int]:
         """Ids at the end of each query that are the same with and without demonstrations."""
@@ -226,9 +211,8 @@ class Runner:
         """Refuse prompts that do not fit and labels that are none, before anything is run."""
         self.gold()
         self.check_bare(self.set.queries, self.teaching.prompts.reserve)
-        self._contexts("own").prepare()
-        if controls and self.others is not None:
-            self._contexts("other").prepare()
+        for context in self._builders if controls else ("own",):
+            self._contexts(context).prepare()
 
     def check_bare(self, rows: Sequence[Example], reserve: int) -> None:
         """Refuse rows that the virtual tokens of an adapter leave no room for."""
@@ -243,7 +227,7 @@ class Runner:
         condition: Condition,
         pairs: Sequence[tuple[Ids, Ids]],
         sites: Sequence[str],
-        what: str,
+        description: str,
         logits: bool = False,
     ) -> Iterator[tuple[AnswerOutput, dict[str, torch.Tensor]]]:
         with self.showing(condition.checkpoint) as model, SiteCapture(model, sites, self.pattern) as capture:
@@ -255,14 +239,12 @@ class Runner:
                     "adapter's virtual tokens leave of the context window. Leave the controls out "
                     "(--no-controls)."
                 )
-            for output in answer_pass(
-                model,
-                self.base.tokenizer,
-                pairs,
-                capture=capture,
-                logits=logits,
-                description=f"{self.set}: {what}",
-            ):
+            description = f"{self.set}: {description}"
+            tokenizer = self.base.tokenizer
+            passes = answer_pass(
+                model, tokenizer, pairs, capture=capture, logits=logits, description=description
+            )
+            for output in passes:
                 assert output.activations is not None
                 yield output, capture.split(output.activations)
 
@@ -274,23 +256,18 @@ class Runner:
         sites: Sequence[str],
         on_logits: Callable[[int, Any], None] | None = None,
     ) -> list[dict[str, torch.Tensor]]:
-        """One pass of one condition over some queries: site → ``[L, G, w]`` of each.
+        """One pass of a condition over some queries, forced on ``answers``: site → ``[L, G, w]`` of each.
 
-        Args:
-            condition: model and context.
-            members: the queries.
-            answers: what they are forced on.
-            sites: what is read.
-            on_logits: called with each member's place and ``[G, V]`` float32.
+        ``on_logits`` is called with each member's place and ``[G, V]`` float32.
         """
-        found: list[Any] = [None] * len(members)
+        activations: list[Any] = [None] * len(members)
         pairs = list(zip(self.prompts(condition.context, members), answers, strict=True))
         wanted = on_logits is not None
-        for output, activations in self._pass(condition, pairs, sites, condition.name, wanted):
-            found[output.index] = activations
+        for output, at_sites in self._pass(condition, pairs, sites, condition.name, wanted):
+            activations[output.index] = at_sites
             if on_logits is not None:
                 on_logits(output.index, output.logits)
-        return found
+        return activations
 
     def reference(
         self, members: Sequence[int], sites: Sequence[str]
@@ -333,7 +310,7 @@ class Runner:
             total = total + activations[site].double().sum(1)
         return total / sum(len(answer) for _, answer in pairs)  # type: ignore[no-any-return]
 
-    def block_size(self, sites: Sequence[str]) -> int:
+    def blocks(self, sites: Sequence[str]) -> Iterator[range]:
         """Queries whose activations are held at once."""
         config = self.base.model.config.get_text_config()
         width = config.hidden_size
@@ -341,7 +318,10 @@ class Runner:
         floats = sum(inner if site == "neurons" else width for site in sites)
         size = next(iter(self.base.model.parameters())).element_size()
         each = int(config.num_hidden_layers) * self.task.max_answer_tokens * floats * size
-        return max(1, min(_MAX_BLOCK, _BLOCK_BYTES // max(each, 1)))
+        count, step = len(self.set.queries), max(1, min(_MAX_BLOCK, _BLOCK_BYTES // max(each, 1)))
+        for start in range(0, count, step):
+            yield range(start, min(start + step, count))
+            give_back_memory()
 
 
 def run_conditions(
@@ -349,37 +329,28 @@ def run_conditions(
     conditions: Sequence[Condition],
     accumulators: Sequence[Accumulator],
     answers: list[Ids],
-    members: range | None = None,
+    members: Sequence[int],
 ) -> None:
-    """Every condition over all queries; each accumulator is given every query of every condition once.
-
-    Accumulators are told of ``icl`` itself too, with itself as the reference; ``icl-mean`` is theirs to make.
+    """Every condition over a block of queries; accumulators are given every query of every condition once.
 
     Args:
         runner: of the training set.
         conditions: in order; ``icl`` is always run, as the reference, and ``icl-other`` where it is there.
         accumulators: what is made of the activations.
-        answers: the base model's answers with demonstrations are added to it, those of a query before
-            accumulators hear of it.
-        members: one block of the queries; None takes all, block by block.
+        answers: the base model's answers with demonstrations are added to it, before accumulators hear of
+            their queries.
+        members: the block.
     """
     sites = sites_of(accumulators)
-    if members is None:
-        count, step = len(runner.set.queries), runner.block_size(sites)
-        for start in range(0, count, step):
-            block = range(start, min(start + step, count))
-            run_conditions(runner, conditions, accumulators, answers, block)
-            give_back_memory()
-        return
     forced, icl = runner.reference(members, sites)
     answers += forced
     other = runner.run(OTHER, members, forced, sites) if OTHER in conditions else None
 
-    def hand_on(condition: Condition, found: Sequence[Activations]) -> None:
-        for place, activations in enumerate(found):
+    def hand_on(condition: Condition, activations: Sequence[Activations]) -> None:
+        for place, index in enumerate(members):
             beside = None if other is None else other[place]
             for accumulator in accumulators:
-                accumulator.add(condition.name, members[place], activations, icl[place], beside)
+                accumulator.add(condition.name, index, activations[place], icl[place], beside)
 
     hand_on(ICL, icl)
     if other is not None:

@@ -2,15 +2,13 @@
 
 An update is ``ΔW = scale · B A`` with ``B`` ``[d_out, r]`` and ``A`` ``[r, d_in]``. Its singular vectors come
 from QR decompositions of ``B`` and ``Aᵀ`` and an SVD of the small core between them, so nothing of size
-d × d is ever made. Overlap as in the paper's figure 4 (METHOD section 4); effective rank as Roy and Vetterli
-(2007) define it.
+d × d is ever made. Overlap as in the paper's figure 4 (METHOD section 4).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +30,7 @@ MEASURES = {
 _NOISE = float(np.finfo(np.float32).eps)
 
 
-@dataclass(frozen=True)
-class LowRank:
+class LowRank(NamedTuple):
     """Singular vectors of one module's update; directions within rounding of zero are left out.
 
     Attributes:
@@ -61,9 +58,7 @@ def low_rank(a: Any, b: Any, scale: float) -> LowRank:
 
 
 def effective_rank(sizes: Any) -> float:
-    """``exp(entropy of s / Σs)`` of singular values ``[k]``: k if all are equal, 1 if one is alone.
-
-    NaN without any. Source: Roy and Vetterli 2007, definition 1.
+    """``exp(entropy of s / Σs)`` of singular values ``[k]`` (Roy and Vetterli 2007); NaN without any.
 
     >>> round(effective_rank([3, 3, 3, 3]), 6), round(effective_rank([5, 0, 0]), 6)
     (4.0, 1.0)
@@ -80,8 +75,8 @@ def overlap(x: LowRank, y: LowRank) -> tuple[Floats, Floats, Floats]:
     """Compare two updates of one module.
 
     Adapters of different ranks k1 and k2 are compared by all their directions; sums of squared cosines are
-    divided by the smaller rank, so that 1 still means that one subspace holds the other. Random subspaces
-    then have max(k1, k2)/d. An update that is zero has no subspace: all is NaN.
+    divided by the smaller rank, so that 1 still means that one subspace holds the other. An update that is
+    zero has no subspace: all is NaN.
 
     Returns:
         Overlap by :data:`MEASURES`, ``[5]``; what random subspaces of the same ranks and singular values have

@@ -66,14 +66,14 @@ def analyze(
     from ia2.cli.output import print_json, start
 
     start(quiet, folders=[output_dir, figures])
-    from ia2.analysis.analyze import DEFAULT_PARTS, PARTS, AnalysisSettings
+    from ia2.analysis.analyze import DEFAULT_PARTS, SECTIONS, AnalysisSettings
     from ia2.analysis.analyze import analyze as run
     from ia2.experiment.run_folder import ANALYSIS_FILE
     from ia2.report.analysis import analysis_figures, analysis_tables, analysis_verdict
     from ia2.report.figures.style import drawable
     from ia2.utils.format import markdown
 
-    chosen = DEFAULT_PARTS if parts is None else tuple(PARTS) if parts == "all" else tuple(listed(parts))
+    chosen = DEFAULT_PARTS if parts is None else tuple(SECTIONS) if parts == "all" else tuple(listed(parts))
     folder = output_dir or folders[0]
     code = named_code(trust_remote_code, parser, context_function)
     result = run(

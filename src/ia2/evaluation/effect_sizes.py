@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -28,8 +27,7 @@ _RESAMPLES = 2000
 LARGEST = 1000.0
 
 
-@dataclass(frozen=True)
-class Effects:
+class Effects(NamedTuple):
     """Paired differences at many places, all of one shape; NaN with fewer than two examples.
 
     Attributes:
@@ -48,8 +46,7 @@ class Effects:
         return np.nan_to_num(self.q, nan=1.0) < LEVEL
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
     """How one condition differs from ICL at every place of every layer, in one training set.
 
     Attributes:
@@ -66,15 +63,10 @@ class Difference:
 
 
 def effects(mean: np.ndarray, sd: np.ndarray, n: int, *, one_sided: bool = False) -> Effects:
-    """Effects of paired differences, by place.
+    """Effects of ``n`` paired differences by place, from their mean and standard deviation (with n − 1).
 
-    With ``n`` differences this is ``scipy.stats.ttest_rel`` (or ``ttest_1samp`` against zero). A place where
-    nothing ever differs has d_z 0 and p 1; NaN does not count among the places.
-
-    Args:
-        mean, sd: of the differences, with n − 1 in the denominator.
-        n: number of differences.
-        one_sided: whether only positive differences count, where no others can be meant.
+    The test is ``scipy.stats.ttest_1samp`` against zero; ``one_sided``: only positive differences count. A
+    place where nothing ever differs has d_z 0 and p 1; NaN does not count among the places.
     """
     from scipy import stats
 
@@ -121,10 +113,8 @@ class ShiftTest:
     one half of the examples, drawn by a hash of their index, gives the direction of the mean; the vectors of
     the other half are projected on it and t tested. Given the direction these are independent draws of mean
     zero under the null, whatever the number of dimensions. The test is one-sided: a real shift shows as a
-    positive mean.
-
-    The spread of projections on a direction that is known only at the end needs the second half's outer
-    products, ``[L, H, d, d]`` in float32; no vector of any example is kept, and the order does not matter.
+    positive mean. The spread of projections on a direction that is known only at the end needs the second
+    half's outer products, ``[L, H, d, d]`` in float32; no vector of any example is kept.
     """
 
     def __init__(self) -> None:
@@ -199,6 +189,7 @@ class CrossedRows:
         if np.prod(np.quantile(drawn, [0.025, 0.975])) > 0 and abs(self.gap.mean()) >= MIN_GAP:
             value = _ratio(flat, self.gap)
             low, high = np.quantile((self.weights @ flat) / drawn[:, None], [0.025, 0.975], axis=0)
+        sets = [self.owner == t for t in range(self.owner.max() + 1)]
         numbers = {
             fraction: value,
             "low": low,
@@ -208,7 +199,6 @@ class CrossedRows:
             "change_high": change_high,
             "q": self._q(flat, least),
         }
-        sets = [self.owner == t for t in range(self.owner.max() + 1)]
         by_set = np.stack([_ratio(flat[rows], self.gap[rows]) for rows in sets])
         return {
             **{name: values.reshape(shape).tolist() for name, values in numbers.items()},
@@ -271,12 +261,7 @@ def rank_agreement(maps: Sequence[np.ndarray]) -> float:
 
 
 def stability(rankings: Sequence[np.ndarray], k: int) -> dict[str, Any]:
-    """Whether training sets find the same places: Jaccard's index of their top k, beside what chance gives.
-
-    Args:
-        rankings: of each, all of one shape; the largest values count.
-        k: at most half of the places are taken.
-    """
+    """Whether training sets find the same places: Jaccard's index of their top k (at most half of all)."""
     from scipy.stats import hypergeom
 
     total = int(np.size(rankings[0]))

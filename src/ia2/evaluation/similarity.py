@@ -24,8 +24,10 @@ class Similarity:
     Attributes:
         layers: layer indices, ``[L]``.
         asim, l2: cosine and Euclidean distance, mean over an example's answer tokens, ``[n, L]``.
-        distance: squared distance, summed over an example's answer tokens, ``[n, L]``.
-        variance: the reference's summed squared deviation from its mean, ``[L]``.
+        unexplained: n times an example's share in the fraction of variance unexplained, ``[n, L]``, so that
+            the fraction is the mean: the summed squared distance over the summed squared deviation of the
+            reference from its mean. 0 is a perfect match; the mean of the reference scores 1. NaN where the
+            reference does not vary.
         asim_by_token: cosine by place in the answer, mean over the examples that are so long, ``[G, L]``.
         tokens: how many those are, ``[G]``.
     """
@@ -33,32 +35,18 @@ class Similarity:
     layers: list[int]
     asim: np.ndarray
     l2: np.ndarray
-    distance: np.ndarray
-    variance: np.ndarray
+    unexplained: np.ndarray
     asim_by_token: np.ndarray
     tokens: np.ndarray
 
-    @property
-    def unexplained(self) -> np.ndarray:
-        """Fraction of the reference's variance that is not matched, ``[L]``.
-
-        The summed squared distance over the summed squared deviation of the reference from its mean. 0 is a
-        perfect match; the mean of the reference scores 1. NaN where the reference does not vary.
-        """
-        found: np.ndarray = self.distance.sum(0) / np.where(self.variance > 0, self.variance, np.nan)
-        return found
-
     def to_dict(self) -> dict[str, Any]:
         """Means over examples, overall and by layer."""
+        measures = {"asim": self.asim, "l2": self.l2, "variance_unexplained": self.unexplained}
         return {
             "n": len(self.asim),
             "layers": self.layers,
-            "asim": float(self.asim.mean()),
-            "l2": float(self.l2.mean()),
-            "variance_unexplained": float(np.mean(self.unexplained)),
-            "asim_by_layer": self.asim.mean(0).tolist(),
-            "l2_by_layer": self.l2.mean(0).tolist(),
-            "variance_unexplained_by_layer": self.unexplained.tolist(),
+            **{name: float(np.mean(values.mean(0))) for name, values in measures.items()},
+            **{f"{name}_by_layer": values.mean(0).tolist() for name, values in measures.items()},
         }
 
 
@@ -97,16 +85,17 @@ class SimilarityMeter:
     def join(self) -> SimilarityMeter:
         """What all processes of a launch have added; all of them must ask for it."""
         mine = self._rows, self._sum, self._squares, self._by_token, self._tokens
-        found = SimilarityMeter(self.layers)
+        whole = SimilarityMeter(self.layers)
         for rows, total, squares, by_token, tokens in gathered(mine):
-            found._rows |= rows
-            found._sum, found._squares = found._sum + total, found._squares + squares
-            found._count(by_token, tokens)
-        return found
+            whole._rows |= rows
+            whole._sum, whole._squares = whole._sum + total, whole._squares + squares
+            whole._count(by_token, tokens)
+        return whole
 
     def finish(self) -> Similarity:
         """All examples have been added."""
         asim, l2, distance = np.stack([self._rows[i] for i in sorted(self._rows)], axis=1)
         variance = self._squares - (self._sum**2).sum(-1) / self._tokens.sum()
+        unexplained = len(asim) * distance / np.where(variance > 0, variance, np.nan)
         by_token = self._by_token / self._tokens[:, None]
-        return Similarity(self.layers, asim, l2, distance, variance, by_token, self._tokens)
+        return Similarity(self.layers, asim, l2, unexplained, by_token, self._tokens)

@@ -181,7 +181,7 @@ def _rows_mask(model: Any, lengths: Sequence[int], positions: torch.Tensor) -> A
     rows = torch.tensor(lengths, device=positions.device)
     row = torch.repeat_interleave(torch.arange(len(rows), device=positions.device), rows)
     visible = (row[:, None] == row) & (positions[:, None] >= positions)
-    return _mask(model, visible, positions, positions)
+    return layer_mask(model, visible, positions, positions)
 
 
 @contextmanager
@@ -256,7 +256,7 @@ def _window(model: Any) -> int | None:
     return int(model.config.get_text_config().sliding_window)
 
 
-def _mask(model: Any, visible: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> Any:
+def layer_mask(model: Any, visible: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> Any:
     """``visible`` ``[T, K]`` as the model's layers take it: a mask, or one for each kind of layer."""
     import torch
 
@@ -543,7 +543,7 @@ def _run(
             own[:, here : here + len(node.ids)] = torch.ones(
                 len(node.ids), len(node.ids), dtype=torch.bool, device=device
             ).tril()
-        options["attention_mask"] = _mask(model, visible, queries, keys)
+        options["attention_mask"] = layer_mask(model, visible, queries, keys)
     batch = Batch(
         torch.tensor([ids]),
         None,

@@ -15,7 +15,7 @@ from ia2.utils.wording import estimate
 Json = Mapping[str, Any]
 
 LEVEL = 0.05
-# Of the difference between the two runs: what counts as a change (ia2.analysis.interventions).
+# Of the difference between the two runs: what counts as a change (ia2.analysis.sections.causal).
 MIN_FRACTION = 0.02
 # Heads in the numbers of a map.
 _LISTED = 10

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,23 +12,17 @@ import numpy as np
 import pytest
 import torch
 from helpers.benches import icl_base
-from helpers.families import ALL, HEADS, llama
+from helpers.families import ALL, HEADS
 from peft import LoraConfig, get_peft_model
-from test_patching import ANSWERS, CONTEXTS, PROMPTS, Ids, plain, random_ids
+from test_patching import CONTEXTS, PROMPTS, Ids, plain, random_ids
 from tiny_icl import planted
 
-from ia2.analysis import interventions
-from ia2.analysis.interventions import MAX_POSITIONS, Patched, Units, intervene, partners, units_of
-from ia2.analysis.patching import Unit
+from ia2.analysis.patching import Part
+from ia2.analysis.sections import causal
+from ia2.analysis.sections.causal import MAX_POSITIONS, Patched, Patches, intervene, partners
 from ia2.models.load import BaseModel
-from ia2.report.figures.causal import causal_figures
-from ia2.utils.errors import DataError
-from ia2.utils.files import finite
 
 PLANTED = (planted.LAYER, planted.HEAD)
-
-
-# ---------------------------------------------------------------------------------- planted mechanism
 
 
 @pytest.fixture(scope="module")
@@ -72,19 +65,7 @@ def sft(base: BaseModel, seed: int = 0, steps: int = 2) -> Any:
     return model.eval()
 
 
-def test_one_head_carries_the_task(planted_base: BaseModel) -> None:
-    """By ablation: without this head the answers are guesses, without any other one they are right."""
-    model = planted_base.model
-    assert planted.accuracy(model, tasks=60) > 0.98
-    for layer in range(4):
-        for head in range(4):
-            with planted.without_head(model, layer, head):
-                accuracy = planted.accuracy(model, tasks=60)
-            right = accuracy < 0.3 if (layer, head) == PLANTED else accuracy > 0.95
-            assert right, (layer, head, accuracy)
-
-
-def checked(models: dict[str, Any], tokenizer: Any, units: Units, *rows: Any, **options: Any) -> Any:
+def checked(models: dict[str, Any], tokenizer: Any, units: Patches, *rows: Any, **options: Any) -> Any:
     return intervene(lambda name: nullcontext(models[name]), list(models), tokenizer, units, *rows, **options)
 
 
@@ -93,15 +74,15 @@ def section(planted_base: BaseModel, queries: Any) -> dict[str, Any]:
     """Two trials, that is two adapters, on the same queries."""
     model = planted_base.model
     some = {
-        "planted head and another": (Unit("heads", 1, (0, 3)),),
-        "other heads": (Unit("heads", 1, (0, 1, 2)),),
+        "planted head and another": (Part("heads", 1, (0, 3)),),
+        "other heads": (Part("heads", 1, (0, 1, 2)),),
     }
-    units = units_of(model, sets=some)
+    units = Patches.of(model, sets=some)
     found = []
     for seed in range(2):
         models = {"base": model, "sft": sft(planted_base, seed)}
         found.append(checked(models, planted_base.tokenizer, units, *queries, seed=seed))
-    return interventions.summarise(units, found)
+    return causal.summarise(units, found)
 
 
 @pytest.mark.parametrize("target", ["base", "sft"])
@@ -143,28 +124,11 @@ def test_controls_recover_nothing(section: dict[str, Any], target: str) -> None:
     assert np.abs(own["layers"]["recovered"][planted.LAYER]) < 0.05
 
 
-def test_what_the_section_holds(section: dict[str, Any]) -> None:
-    assert (section["queries"], section["trials"], section["heads"]) == (16, 2, 4)
-    assert section["sets"] == ["planted head and another", "other heads"]
-    found = section["targets"]["sft"]
-    assert found["gap"]["low"] < found["gap"]["value"] < found["gap"]["high"]
-    assert found["aim"] - found["clean"] == pytest.approx(found["gap"]["value"])
-    assert np.shape(found["heads"]["by_trial"]) == (2, 4, 4) and np.shape(found["all"]["by_trial"]) == (2,)
-    for trial in found["heads"]["by_trial"]:
-        assert np.unravel_index(np.argmax(trial), (4, 4)) == PLANTED
-    last = found["residual"]
-    assert last["recovered"][3] == pytest.approx(1, abs=1e-3)
-    assert last["change"][3] == pytest.approx(found["gap"]["value"], abs=1e-3)
-    # where the runs are exchanged, so are their log-probabilities
-    assert section["reverse"]["sft"]["clean"] == pytest.approx(found["aim"], abs=1e-4)
-    assert section["reverse"]["sft"]["aim"] == pytest.approx(found["clean"], abs=1e-4)
-
-
 def test_long_answers_and_missing_neurons(word_tokenizer: Any) -> None:
     """Controls of queries whose answers are of other lengths; a mixture of experts has no neurons."""
     model = ALL["mixtral"]()
     answers = [random_ids(n, n) for n in (1, 3, MAX_POSITIONS + 4)]
-    units = units_of(model)
+    units = Patches.of(model)
     assert list(units.groups) == ["heads", "layers", "residual", "all"]
     trial = checked({"base": model}, word_tokenizer, units, CONTEXTS, PROMPTS, answers)
     forward, back = trial["targets"]["base"], trial["reverse"]["base"]
@@ -174,9 +138,6 @@ def test_long_answers_and_missing_neurons(word_tokenizer: Any) -> None:
         np.testing.assert_allclose(found.clean, expected, atol=1e-4)
     assert forward.values["other"]["heads"].shape == (3, 2, HEADS)
     np.testing.assert_allclose(forward.values[""]["residual"][:, -1], forward.aim, atol=1e-4)
-
-
-# ----------------------------------------------------------------------------------------- statistics
 
 
 def test_partners_have_other_answers_where_possible() -> None:
@@ -192,18 +153,13 @@ def test_partners_have_other_answers_where_possible() -> None:
     assert partners([(1,), (1,), (1,)]) != [0, 1, 2] and partners(many, 1) != partners(many, 2)
 
 
-def test_one_query_is_refused(word_tokenizer: Any) -> None:
-    with pytest.raises(DataError, match="at least two queries, and there is 1"):
-        checked({}, word_tokenizer, units_of(llama()), CONTEXTS[:1], PROMPTS[:1], ANSWERS[:1])
-
-
-def units(layers: int = 3, heads: int = 8) -> Units:
+def units(layers: int = 3, heads: int = 8) -> Patches:
     groups = {
-        "heads": tuple((Unit("heads", i, (h,)),) for i in range(layers) for h in range(heads)),
-        "layers": tuple((Unit("output", i),) for i in range(layers)),
+        "heads": tuple((Part("heads", i, (h,)),) for i in range(layers) for h in range(heads)),
+        "layers": tuple((Part("output", i),) for i in range(layers)),
         "all": ((),),
     }
-    return Units(list(range(layers)), heads, groups)
+    return Patches(list(range(layers)), heads, groups)
 
 
 def made(gap: float, seed: int, n: int = 40, layers: int = 3, heads: int = 8) -> Patched:
@@ -223,9 +179,9 @@ def made(gap: float, seed: int, n: int = 40, layers: int = 3, heads: int = 8) ->
     return Patched(list(range(n)), clean, aim, {"": patched, "other": other})
 
 
-def summarise(runs: Sequence[Patched], of: Units | None = None) -> dict[str, Any]:
+def summarise(runs: Sequence[Patched], of: Patches | None = None) -> dict[str, Any]:
     """The section of runs of one target."""
-    return interventions.summarise(of or units(), [{"targets": {"sft": run}} for run in runs])
+    return causal.summarise(of or units(), [{"targets": {"sft": run}} for run in runs])
 
 
 def test_fractions_are_ratios_of_means() -> None:
@@ -258,70 +214,3 @@ def test_small_changes_are_no_discoveries() -> None:
     # far beyond it, nearly always
     run.values[""]["layers"] = run.clean[:, None] + noise + 0.5
     assert (np.array(summarise([run])["targets"]["sft"]["layers"]["q"]) < 0.05).all()
-
-
-def test_no_fraction_of_nothing() -> None:
-    found = summarise([made(0.0, 0)])["targets"]["sft"]
-    assert found["gap"]["low"] < 0 < found["gap"]["high"]
-    for group in ("heads", "layers", "all"):
-        assert all(np.isnan(np.array(found[group][key])).all() for key in ("recovered", "low", "high"))
-        keys = ("change", "change_low", "change_high", "q")
-        assert all(np.isfinite(np.array(found[group][key])).all() for key in keys)
-    # certain, but too small to divide by; a change that is always the same has no variance to test with
-    run = made(0.0, 0)
-    run.aim = run.clean + 0.02
-    run.values[""]["layers"] = run.clean[:, None] + np.array([0, 0.5, 5e-4])
-    found = summarise([run])["targets"]["sft"]
-    assert found["gap"]["low"] > 0 and np.isnan(found["layers"]["recovered"]).all()
-    assert found["layers"]["q"][0] == 1 and found["layers"]["q"][2] == 1 and found["layers"]["q"][1] < 1e-9
-
-
-# -------------------------------------------------------------------------------------------- figures
-
-
-def test_figures(section: dict[str, Any], tmp_path: Path) -> None:
-    kept = json.loads(json.dumps(section))
-    figures = {figure.name: figure for figure in causal_figures(kept)}
-    assert list(figures) == [
-        "causal-heads",
-        "causal-layers",
-        "causal-heads-reverse",
-        "causal-layers-reverse",
-    ]
-    for name, figure in figures.items():
-        assert figure.save(tmp_path / f"{name}.svg").stat().st_size > 5000
-        assert len(figure.panels) == 2 and len(figure.pictures()) == 2
-    layer, head = PLANTED
-    found = section["targets"]["base"]["heads"]
-    first = [entry.text for entry in figures["causal-heads"].numbers.rows[0]]
-    assert first[0] == "base" and first[2] == f"layer {layer}, head {head}"
-    assert first[3].startswith(f"{found['recovered'][layer][head]:.3f} [{found['low'][layer][head]:.3f},")
-    by_layer = [entry.text for entry in figures["causal-layers"].numbers.rows[layer]]
-    assert by_layer[:2] == ["base", str(layer)]
-    assert by_layer[2].startswith(f"{section['targets']['base']['layers']['recovered'][layer]:.3f}")
-    assert figures["causal-layers"].numbers.rows[4][1].text == "all at once"
-
-
-@pytest.mark.parametrize("case", ["no fraction", "null", "one layer", "no controls", "no heads", "nothing"])
-def test_figures_of_odd_sections(case: str, tmp_path: Path) -> None:
-    run = made(0.0 if case in ("no fraction", "null") else 2.0, 0)
-    of = units()
-    if case == "one layer":
-        of = Units([0], 1, of.groups)
-        for values in run.values.values():
-            values["heads"], values["layers"] = values["heads"][:, :1, :1], values["layers"][:, :1]
-    if case == "no controls":
-        del run.values["other"]
-    if case == "no heads":
-        for values in run.values.values():
-            del values["heads"]
-    section = summarise([] if case == "nothing" else [run], of)
-    figures = causal_figures(finite(section) if case == "null" else section)  # type: ignore[arg-type]
-    names = {"no heads": ["causal-layers"], "nothing": []}
-    assert [figure.name for figure in figures] == names.get(case, ["causal-heads", "causal-layers"])
-    for figure in figures:
-        assert figure.save(tmp_path / f"{figure.name}.svg").stat().st_size > 3000
-        cells = [entry.text for row in figure.numbers.rows for entry in row]
-        assert not any("nan" in cell for cell in cells)
-        changes = figure.name == "causal-layers" and case in ("no fraction", "null")
-        assert ("sft (change, nats)" in cells) == changes

@@ -1,8 +1,7 @@
-"""Which attention heads carry the difference between in-context learning and another condition.
+"""Which attention heads differ from in-context learning, and what they attend to.
 
-A head is looked at by what it gives to the output projection (site ``heads``), at answer positions. How far
-it is from ICL says little: ICL with *other* demonstrations is some way off as well. So the question is
-which heads are further from ICL than that.
+How far a head is from ICL says little: ICL with *other* demonstrations is some way off as well. So the
+question is which heads are further from ICL than that.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ia2.analysis.conditions import ICL, OTHER, Activations, by_condition
+from ia2.analysis.section import AnalysisSection, Look
 from ia2.evaluation.effect_sizes import (
     LEVEL,
     Difference,
@@ -39,25 +39,27 @@ REGIONS = ("first", "demonstrations", "query")
 """What attention goes to: the first token (the sink), what stands between it and the query, and the query
 with the answer so far."""
 
+# Queries whose attention is looked at: eager attention is slow, and means over heads settle soon.
+ATTENTION_QUERIES = 48
+
 # Bytes of attention weights that are held at once. Beyond, layers are read in several passes.
 _HELD = 2**30
 
+# Heads that are listed, and compared between training sets.
+_TOP = 10
+
 
 class HeadAccumulator:
-    """Differences from ICL by head, collected one example of one condition at a time.
+    """Differences from ICL by head, ``num_heads`` a layer, one example of one condition at a time.
 
     **With a control** (``other`` is given), each example has two distances to ICL: the condition's and that
     of ICL with other demonstrations. Tested is the mean of the *logarithm* of their ratio: distances are
-    skewed, and a query that moves heads much does so in both, so what is comparable over examples is the
-    ratio. d_z above zero: further from ICL than the control.
+    skewed, and a query that moves heads much does so in both. d_z above zero: further than the control.
 
     **Without** (``other`` is None, and for the control itself), tested is whether the mean difference to ICL
     is zero in all directions (:class:`~ia2.evaluation.effect_sizes.ShiftTest`).
 
     But for the sums of the latter only ``[L, H]`` numbers of each example and condition are kept.
-
-    Args:
-        num_heads: H, query heads of a layer; the site's width is ``H·d_head``.
     """
 
     sites: tuple[str, ...] = ("heads",)
@@ -73,11 +75,7 @@ class HeadAccumulator:
     def add(
         self, condition: str, index: int, found: Activations, icl: Activations, other: Activations | None
     ) -> None:
-        """One example of one condition; of ICL itself nothing is kept.
-
-        Raises:
-            ValueError: a width that H does not divide, or a condition with a control for some examples only.
-        """
+        """One example of one condition; of ICL itself nothing is kept."""
         import torch
 
         if condition == ICL.name:
@@ -86,22 +84,16 @@ class HeadAccumulator:
         difference = ours - reference
         if index not in self._energy:
             self._energy[index] = _squared(reference)
+            if other is not None:
+                self._controls[index] = _squared(self._by_head(other) - reference)
         self._distance.setdefault(condition, {})[index] = _squared(difference)
         cosine = torch.nn.functional.cosine_similarity(ours, reference, dim=-1)
         self._cosine[condition] = self._cosine.get(condition, 0.0) + cosine.mean(1).double().numpy()
-        controlled = other is not None and condition != OTHER.name
-        if len(self._distance[condition]) > 1 and controlled == (condition in self._shifts):
-            raise ValueError(f"'{condition}': all of its examples have a control, or none")
-        if not controlled:
+        if other is None or condition == OTHER.name:
             self._shifts.setdefault(condition, ShiftTest()).add(index, difference.mean(1))
-        elif other is not None and index not in self._controls:
-            self._controls[index] = _squared(self._by_head(other) - reference)
 
     def _by_head(self, sites: Activations) -> torch.Tensor:
-        heads = sites["heads"].double()
-        if heads.shape[-1] % self.num_heads:
-            raise ValueError(f"a width of {heads.shape[-1]} is not of {self.num_heads} heads")
-        return heads.unflatten(-1, (self.num_heads, -1))
+        return sites["heads"].double().unflatten(-1, (self.num_heads, -1))
 
     def finish(self) -> dict[str, Difference]:
         """By condition; all examples have been added. Maps ``[L, H]``:
@@ -158,66 +150,54 @@ def _against(distance: np.ndarray, control: np.ndarray) -> Effects:
     return effects(ratios.mean(0), sd, len(ratios))
 
 
-# ------------------------------------------------------------------------------------------- summary
-
-
 def summarise(
-    found: Sequence[Mapping[str, Difference]],
+    results: Sequence[tuple[Mapping[str, Difference], Mapping[str, np.ndarray]]],
     layers: Sequence[int],
     num_heads: int,
-    attention: Sequence[Mapping[str, np.ndarray]] = (),
-    top: int = 10,
 ) -> dict[str, Any]:
-    """The section ``heads`` of ``analysis.json``, over training sets.
+    """The section ``heads``, over training sets: of each the accumulator's result, and attention masses.
 
     Maps are ``[L][H]``: means over training sets, but for ``q`` (the largest), and ``further`` and
     ``closer``, the number of training sets that call the head different, by the sign of d_z.
-
-    Args:
-        found: one a training set; a condition may be missing in some.
-        layers: their indices.
-        num_heads: H.
-        attention: of each training set, condition → :func:`attention_mass`.
-        top: heads that are listed by name, and compared between training sets.
     """
+    views = by_condition([found for found, _ in results])
     section: dict[str, Any] = {
         "layers": list(layers),
         "num_heads": num_heads,
-        "trials": len(found),
+        "trials": len(results),
         "level": LEVEL,
-        "views": {name: _summary(own, layers, top) for name, own in by_condition(found).items()},
+        "views": {name: _of_view(own, layers) for name, own in views.items()},
     }
+    attention = {}
+    for name, own in by_condition([masses for _, masses in results]).items():
+        mean = np.mean([shares.mean(0) for shares in own], axis=0)
+        attention[name] = {"mass": rounded(mean), "by_layer": rounded(mean.mean(1))}
     if attention:
-        means = {
-            name: np.mean([shares.mean(0) for shares in own], axis=0)
-            for name, own in by_condition(attention).items()
-        }
-        section["attention"] = {
-            "regions": list(REGIONS),
-            "views": {
-                name: {"mass": rounded(mean), "by_layer": rounded(mean.mean(1))}
-                for name, mean in means.items()
-            },
-        }
+        section["attention"] = {"regions": list(REGIONS), "views": attention}
     return section
 
 
-def _summary(found: Sequence[Difference], layers: Sequence[int], top: int) -> dict[str, Any]:
+def _of_view(found: Sequence[Difference], layers: Sequence[int]) -> dict[str, Any]:
     maps = {
         "effect": np.mean([d.effects.d_z for d in found], axis=0),
         "q": np.max([d.effects.q for d in found], axis=0),
-        **{
-            name: np.mean([d.maps[name] for d in found], axis=0)
-            for name in ("distance", "cosine", "share_of_layer", "share_of_model")
-        },
     }
+    for name in ("distance", "cosine", "share_of_layer", "share_of_model"):
+        maps[name] = np.mean([d.maps[name] for d in found], axis=0)
     controls = [d.maps["control"] for d in found if "control" in d.maps]
     further, closer = (
         np.sum([(sign * d.effects.d_z > 0) & d.effects.significant for d in found], axis=0)
         for sign in (1, -1)
     )
     shares = [d.maps["share_of_model"] for d in found]
-    places = [divmod(place, maps["effect"].shape[1]) for place in largest(maps["share_of_model"], top)]
+    top = [divmod(place, maps["effect"].shape[1]) for place in largest(maps["share_of_model"], _TOP)]
+    agreement = None
+    if len(found) > 1:
+        agreement = {
+            "spearman_of_effect": rounded(rank_agreement([d.effects.d_z for d in found])),
+            "spearman_of_share": rounded(rank_agreement(shares)),
+            **stability(shares, _TOP),
+        }
     return {
         "test": found[0].test,
         "n": [d.n for d in found],
@@ -229,19 +209,10 @@ def _summary(found: Sequence[Difference], layers: Sequence[int], top: int) -> di
         "closer": closer.tolist(),
         "top": [
             {"layer": layers[i], "head": j, **{name: rounded(values[i, j]) for name, values in maps.items()}}
-            for i, j in places
+            for i, j in top
         ],
-        "stability": None
-        if len(found) < 2
-        else {
-            "spearman_of_effect": rounded(rank_agreement([d.effects.d_z for d in found])),
-            "spearman_of_share": rounded(rank_agreement(shares)),
-            **stability(shares, top),
-        },
+        "stability": agreement,
     }
-
-
-# ----------------------------------------------------------------------------------- attention mass
 
 
 def attention_mass(
@@ -273,40 +244,26 @@ def attention_mass(
         ``[n, L, H, 3]`` float64, mean over an example's answer positions: the parts of :data:`REGIONS`, which
         sum to 1. What goes to tokens that are not the row's own (virtual tokens of prompt tuning, learnt
         sinks) is left out, and the rest made to sum to 1.
-
-    Raises:
-        ModelError: no attention modules, or attention that has no weights to give.
-        ValueError: a query that is longer than its prompt.
     """
     from ia2.models.batching import token_budget
     from ia2.models.capture import ActivationCapture, eager_attention
     from ia2.models.forward import answer_pass
 
-    if any(not 0 <= q <= len(p) for q, p in zip(query_lengths, prompts, strict=True)):
-        raise ValueError("query lengths must be between 0 and the length of the prompt")
     pairs = list(zip(prompts, answers, strict=True))
     spans = [len(fed_ids(*pair)) for pair in pairs]
     layers = ActivationCapture(model, pattern, site="weights").layers
     together, rows = _fitting(model, pairs, len(layers))
     budget = min(token_budget(model), rows * max(spans))
+    settings: Any = {"spans": spans, "logits": False, "description": description, "batch_tokens": budget}
     parts = []
     for start in range(0, len(layers), together):
         some = layers[start : start + together]
-        found: list[Any] = [None] * len(pairs)
+        masses: list[Any] = [None] * len(pairs)
         with eager_attention(model), ActivationCapture(model, pattern, some, "weights") as capture:
-            for output in answer_pass(
-                model,
-                tokenizer,
-                pairs,
-                capture=capture,
-                spans=spans,
-                logits=False,
-                description=description,
-                batch_tokens=budget,
-            ):
+            for output in answer_pass(model, tokenizer, pairs, capture=capture, **settings):
                 i = output.index
-                found[i] = _regions(output.activations, len(prompts[i]) - query_lengths[i])
-        parts.append(np.stack(found))
+                masses[i] = _regions(output.activations, len(prompts[i]) - query_lengths[i])
+        parts.append(np.stack(masses))
     return np.concatenate(parts, axis=1)
 
 
@@ -332,3 +289,31 @@ def _fitting(model: Any, pairs: Sequence[tuple[Ids, Ids]], layers: int) -> tuple
     row = longest * heads * (fed * size + 3 * 4 * answer)
     together = max(1, min(layers, _HELD // row))
     return together, max(1, _HELD // (row * together))
+
+
+def _measure(look: Look) -> tuple[dict[str, Difference], dict[str, np.ndarray]]:
+    """What was accumulated, and what attention goes to where there are demonstrations."""
+    runner = look.runner
+    members = range(min(ATTENTION_QUERIES, len(look.answers)))
+    shown = [ICL, *(c for c in look.conditions if c.context == "own" and c.checkpoint is not None)]
+    masses = {}
+    for condition in shown:
+        with runner.showing(condition.checkpoint) as model:
+            masses[condition.name] = attention_mass(
+                model,
+                runner.base.tokenizer,
+                runner.prompts("own", members),
+                [look.answers[i] for i in members],
+                runner.query_lengths(members),
+                pattern=runner.pattern,
+                description=f"{runner.set}: attention of {condition.name}",
+            )
+    return look.results["heads"], masses
+
+
+SECTION = AnalysisSection(
+    "which attention heads differ from ICL, and what they attend to",
+    lambda results, analysis: summarise(results, analysis.layers, analysis.num_heads),
+    lambda look: HeadAccumulator(look.analysis.num_heads),
+    _measure,
+)

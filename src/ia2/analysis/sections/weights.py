@@ -1,7 +1,4 @@
-"""The section ``weights``: where adapters change the weights, how much, and how far they agree.
-
-Subspaces and their overlap: :mod:`ia2.analysis.subspaces`.
-"""
+"""Where adapters change the weights, how much, and how far they agree."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ia2.analysis.section import Analysis, AnalysisSection, Look
 from ia2.analysis.subspaces import MEASURES, Floats, LowRank, effective_rank, low_rank, overlap
 from ia2.config.sections import AdapterConfig
 from ia2.utils.logging import progress
@@ -25,8 +23,8 @@ if TYPE_CHECKING:
 
 _SIZES = ("norm", "relative_norm", "effective_rank")
 
-# Fewer values than this have their range for an interval.
-MIN_FOR_INTERVAL = 5
+# Fewer seeds than this have their range for an interval.
+_MIN_FOR_INTERVAL = 5
 
 # A full update's singular values are taken up to this many rows or columns, whichever are fewer.
 _DENSE = 768
@@ -99,18 +97,15 @@ class AdapterWeights:
         for name, weight in self.state.items():
             if found := _FACTOR.fullmatch(name.removeprefix("base_model.model.")):
                 parts.setdefault(found["module"], {})[found["part"]] = weight
-        factors = {
-            module: (pair["A"], pair["B"], self._scale(module, len(pair["A"])))
-            for module, pair in parts.items()
+        for module, pair in parts.items():
             # experts in one tensor and convolutions have factors of another shape
-            if len(pair) == 2
-            and pair["A"].ndim == pair["B"].ndim == 2
-            and len(pair["A"]) == pair["B"].shape[1]
-        }
-        if len(factors) < len(parts) or (self.config.peft or {}).get("target_parameters"):
+            plain = len(pair) == 2 and pair["A"].ndim == pair["B"].ndim == 2
+            if plain and len(pair["A"]) == pair["B"].shape[1]:
+                self.factors[module] = pair["A"], pair["B"], self._scale(module, len(pair["A"]))
+        if len(self.factors) < len(parts) or (self.config.peft or {}).get("target_parameters"):
+            self.factors = {}
             return f"{self.kind}: an update that is no product of two matrices"
-        self.factors = factors
-        return "" if factors else f"{self.kind}: no low-rank update of a linear layer in it"
+        return "" if self.factors else f"{self.kind}: no low-rank update of a linear layer in it"
 
     def _scale(self, module: str, rank: int) -> float:
         if self.config.peft is None:
@@ -152,10 +147,7 @@ class AdapterWeights:
 
 
 def place(module: str) -> tuple[int | None, str]:
-    """Layer of a module and its kind.
-
-    The first number in the name is the layer; further ones, of experts, are left out of the kind. A module
-    outside the layers has None and its whole name.
+    """Layer of a module (the first number in its name; None outside the layers) and its kind.
 
     >>> place("model.layers.3.self_attn.q_proj"), place("model.layers.2.mlp.experts.11.w1.weight")
     ((3, 'self_attn.q_proj'), (2, 'mlp.experts.w1'))
@@ -182,26 +174,20 @@ def overlaps(
 
     Pairs are of two kinds: ``recipes``, two arms trained on the same training set; and ``seeds``, one arm
     with two seeds (on the same fold), the baseline of what training sets and initial weights alone do. Of
-    DoRA the low-rank part is compared; its magnitudes are left out. Of full fine-tuning norms are given, and
-    effective ranks where the matrix is small.
+    DoRA the low-rank part is compared. Of full fine-tuning norms are given, and effective ranks where the
+    matrix is small.
 
     Args:
         adapters: of one base model, in the order of the tables; each arm, seed and fold once.
-        base: weights of the base model by name, as ``dict(model.named_parameters())`` gives them without any
-            adapter attached; norms are then also given relative to these. Packed (quantised) ones are passed
-            over.
+        base: weights of the base model by name, no adapter attached; norms are then also given relative to
+            these. Packed (quantised) ones are passed over.
 
     Returns:
         The section: ``measures``; ``adapters``; ``modules`` (``names``, ``layers``, ``kinds``: lists of M);
         ``updates`` by arm (norm, relative norm, effective rank: over seeds, ``by_layer``, ``by_kind``);
         ``pairs`` (by measure: ``overlap`` over seeds, ``random``, ``by_module`` ``[M]``, ``by_layer``,
         ``by_kind``; principal ``angles`` in degrees); ``skipped`` with reasons. Missing values are NaN.
-
-    Raises:
-        ValueError: an arm, seed and fold is there twice.
     """
-    if len({(a.name, a.seed, a.fold) for a in adapters}) < len(adapters):
-        raise ValueError("overlaps takes one adapter of each arm, seed and fold")
     base = base or {}
     reasons = [adapter.read(base) for adapter in adapters]
     kept = [adapter for adapter, reason in zip(adapters, reasons, strict=True) if not reason]
@@ -209,7 +195,7 @@ def overlaps(
     names.sort(key=lambda name: (place(name)[0] is None, place(name)[0] or 0))
     sizes = np.full((len(kept), len(names), 3), np.nan)  # norm, norm of the base weight, effective rank
     pairs = list(_pairs(kept))
-    values = np.full((2, len(pairs), len(names), len(MEASURES)), np.nan)  # found, of random subspaces
+    values = np.full((2, len(pairs), len(names), len(MEASURES)), np.nan)  # measured, of random subspaces
     angles: list[list[Floats]] = [[] for _ in pairs]
     with progress("weights", len(names)) as bar:
         for m, name in enumerate(names):
@@ -338,27 +324,19 @@ def _pair_entry(
 
 
 def over_seeds(values: Sequence[float], seeds: Sequence[Any], *, interval: bool = True) -> dict[str, Any]:
-    """Mean over seeds (folds of one seed are averaged first), and how far seeds differ.
+    """Mean over seeds (folds of one are averaged first), and how far they differ: 95% interval, or range.
 
-    Args:
-        values: one of each adapter or pair.
-        seeds: of each.
-        interval: whether seeds are independent.
-
-    Returns:
-        ``value``, ``low``, ``high``, ``n`` seeds, and what the ends are (``ends``): from
-        :data:`MIN_FOR_INTERVAL` seeds on ``95%``, Student's interval of the mean; otherwise ``range``, the
-        lowest and the highest seed. NaN throughout where nothing is known.
+    Student's interval is taken from five seeds on, if they are independent (``interval``).
     """
     by_seed: dict[Any, list[float]] = {}
     for value, seed in zip(values, seeds, strict=True):
         if not math.isnan(value):
             by_seed.setdefault(seed, []).append(value)
-    means = np.array([np.mean(found) for found in by_seed.values()])
+    means = np.array([np.mean(own) for own in by_seed.values()])
     if not means.size:
         return {"value": math.nan, "low": math.nan, "high": math.nan, "n": 0, "ends": "range"}
     low, high, ends = float(means.min()), float(means.max()), "range"
-    if interval and len(means) >= MIN_FOR_INTERVAL:
+    if interval and len(means) >= _MIN_FOR_INTERVAL:
         student = t_interval(means)
         low, high, ends = float(student.low), float(student.high), "95%"
     return {"value": float(means.mean()), "low": low, "high": high, "n": len(means), "ends": ends}
@@ -373,3 +351,21 @@ def _mean(values: Floats, axis: int | None = None) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Mean of empty slice")
         return np.nanmean(values, axis=axis) if values.size else np.full(values.shape[1:], np.nan)[()]
+
+
+def _adapters(look: Look) -> list[AdapterWeights]:
+    from ia2.adapters.weights import read_adapter_state
+
+    of = look.runner.set
+    return [
+        AdapterWeights(c.name, c.recipe, c.seed, of.fold, c.config.adapter, read_adapter_state(c.weights))
+        for c in of.checkpoints
+    ]
+
+
+def _summarise(results: list[list[AdapterWeights]], analysis: Analysis) -> dict[str, Any]:
+    adapters = [adapter for own in results for adapter in own]
+    return overlaps(adapters, dict(analysis.base.model.named_parameters()))
+
+
+SECTION = AnalysisSection("subspaces and sizes of the updates", _summarise, measure=_adapters)

@@ -12,18 +12,15 @@ import pytest
 import torch
 from helpers.benches import base_of, icl_base, icl_examples, word_examples, wordy_model
 
-from ia2.analysis.side_effects import Rows, accuracy, other_benchmark, summarise, wording_accuracy
+from ia2.analysis.sections.effects import Rows, accuracy, other_benchmark, summarise, wording_accuracy
 from ia2.config import AdaptConfig
 from ia2.data.examples import Example
 from ia2.evaluation.plain_text import DIVERSITY
 from ia2.evaluation.wordings import UNCHANGED, WORDINGS, wordings
 from ia2.prompts.format import PromptFormat
 from ia2.prompts.task import make_task
-from ia2.report.figures.effects import effect_figures
 from ia2.utils.errors import DataError
 from ia2.utils.statistics import t_interval
-
-# ------------------------------------------------------------------------------------------ wordings
 
 
 def rows(*texts: str) -> list[Example]:
@@ -48,20 +45,6 @@ def test_wordings_of_a_template() -> None:
     )
     assert wordings(queries, [" bad", " good"], "Text:{text}\nLabel:") == found
     assert wordings(queries, [" bad", " good"], "Review: {text}\nLabel:") == found  # of other data
-
-
-def test_wordings_touch_only_the_templates_own_words() -> None:
-    queries = rows("Question: Text: what\nAnswer:", "Question: Text: who\nAnswer:")
-    found = wordings(queries, [], "Question: {q}\nAnswer:")
-    assert [examples[1].query for examples in found.values()] == [
-        "Question: Text: who\nAnswer:",
-        "Input: Text: who\nAnswer:",
-        "Question: Text: who\nOutput:",
-        "Question: Text: who\n\nAnswer:",
-        "question: Text: who\nanswer:",
-        "Question:Text: who\nAnswer:",
-        "Answer the following.\nQuestion: Text: who\nAnswer:",
-    ]
 
 
 def test_wordings_of_bare_prompts() -> None:
@@ -128,9 +111,6 @@ def test_another_benchmark(tmp_path: Path, word_tokenizer: Any) -> None:
     assert {scope: values.shape for scope, values in measured.items()} == {"vocabulary": (3,), "labels": (3,)}
 
 
-# ---------------------------------------------------------------------------------------- summaries
-
-
 def made(seed: int, better: float = 0.0, texts: int = 12, queries: int = 30) -> Rows:
     rng = np.random.default_rng(seed)
     tokens = np.arange(texts) + 20.0
@@ -180,18 +160,6 @@ def test_a_summary_of_one_trial() -> None:
     json.dumps(section, allow_nan=False)
 
 
-def test_a_summary_of_several_trials() -> None:
-    trials = [{"base": made(0), "sft": made(10 + seed, 0.1 * seed)} for seed in range(3)]
-    section = summarise(trials)
-    runs = [[t[name]["diversity", "entropy"] for name in ("sft", "base")] for t in trials]
-    expected = t_interval([a.mean() - b.mean() for a, b in runs])
-    found = section["diversity"]["measures"]["entropy"]["views"]["sft"]["difference"]
-    assert found == pytest.approx(expected.to_dict())
-    own = [t["sft"]["wordings", "cue", "labels"] for t in trials]
-    cue = section["wordings"]["scopes"]["labels"]["views"]["sft"]["accuracy"]["cue"]
-    assert cue == pytest.approx(t_interval([rows.mean() for rows in own]).to_dict())
-
-
 def test_a_summary_of_what_is_not_everywhere() -> None:
     base = made(0)
     less = {
@@ -203,44 +171,3 @@ def test_a_summary_of_what_is_not_everywhere() -> None:
     assert set(section["diversity"]["measures"]["leak"]["views"]) == {"base"}
     assert "ratio" not in section["perplexity"]["views"]["ia2"]  # no base in its trial
     assert summarise([{"base": {}}]) == {"views": ["base"], "reference": "base"}
-
-
-# ------------------------------------------------------------------------------------------- figures
-
-
-def test_figures(tmp_path: Path) -> None:
-    trials = [{"base": made(0), "sft": made(5 + n, 0.1), "ia2-sft": made(9 + n, 0.2)} for n in range(2)]
-    section = json.loads(json.dumps(summarise(trials)))
-    figures = {figure.name: figure for figure in effect_figures(section)}
-    assert list(figures) == ["perplexity", "benchmarks", "diversity", "wordings"]
-    for figure in figures.values():
-        assert figure.save(tmp_path / f"{figure.name}.svg").stat().st_size > 1000
-        assert all(b"<svg" in picture.svg for picture in figure.pictures())
-    table = {row[0].text: [entry.text for entry in row] for row in figures["perplexity"].numbers.rows}
-    found = section["perplexity"]["views"]
-    assert table["sft"][2].startswith(f"{found['sft']['ratio']['value']:.3f} [")
-    assert table["base"][2] == "–"
-    table = {row[0].text: [entry.text for entry in row] for row in figures["wordings"].numbers.rows}
-    worded = section["wordings"]["scopes"]["labels"]["views"]["ia2-sft"]
-    assert table["ia2-sft"][1].startswith(f"{worded['accuracy'][UNCHANGED]['value']:.3f} [")
-    assert table["ia2-sft"][-1] == worded["worst"]["wording"]
-    leaks = section["diversity"]["measures"]["leak"]["views"]["sft"]["difference"]["value"]
-    [row] = [r for r in figures["diversity"].numbers.rows if [r[0].text, r[1].text] == ["leak", "sft"]]
-    assert row[3].text.startswith(f"{leaks:+.3f}".replace("-", "−"))
-
-
-def test_figures_of_little(tmp_path: Path) -> None:
-    assert effect_figures(summarise([{"base": {}}])) == []
-    base = made(0, texts=1, queries=1)
-    alone = summarise([{"base": base}])
-    names = [figure.name for figure in effect_figures(alone)]
-    assert names == ["benchmarks", "diversity", "wordings"]
-    # e³ times the perplexity: a logarithmic axis
-    worse = summarise([{"base": base, "sft": made(1, 3.0, texts=1, queries=1)}])
-    effect_figures(worse)[0].save(tmp_path / "worse.svg")
-    alone["benchmarks"]["Own"]["scopes"]["labels"]["views"]["base"]["accuracy"] |= {
-        "value": None,
-        "low": None,
-    }
-    for figure in effect_figures(alone):
-        figure.save(tmp_path / f"{figure.name}.svg")

@@ -1,8 +1,4 @@
-"""Which MLP neurons and which directions of the residual stream differ most from in-context learning.
-
-Of each coordinate (a neuron's activation, or a coordinate of the residual stream) only count, mean and
-spread of its difference to ICL are kept, so memory does not grow with the number of examples.
-"""
+"""Which MLP neurons and which directions of the residual stream differ most from in-context learning."""
 
 from __future__ import annotations
 
@@ -12,14 +8,20 @@ from typing import Any
 import numpy as np
 
 from ia2.analysis.conditions import ICL, Activations, by_condition
+from ia2.analysis.section import Analysis, AnalysisSection, Look
 from ia2.analysis.unembedding import Lens
 from ia2.evaluation.effect_sizes import LEVEL, Difference, Moments, effects, largest, rounded, stability
+from ia2.models.sites import has_site
+from ia2.utils.logging import logger
+
+# Coordinates that are listed, and compared between training sets.
+_TOP = 50
 
 _QUANTILES = (0.5, 0.9, 0.99, 1.0)
 
 
 class NeuronAccumulator:
-    """Differences from ICL by coordinate, collected one example of one condition at a time.
+    """Differences from ICL by coordinate, of which only count, mean and spread are kept.
 
     The example is the unit: its answer tokens are averaged first. What ICL with other demonstrations differs
     by is a condition like any other (``icl-other``), and what the others' numbers are to be held against.
@@ -53,46 +55,36 @@ class NeuronAccumulator:
           example; 0 (or, by chance, a little below): nothing in common. NaN with one example.
         """
         return {
-            site: {condition: _difference(found) for condition, found in moments.items()}
+            site: {condition: _of_moments(own) for condition, own in moments.items()}
             for site, moments in self._moments.items()
         }
 
 
-def _difference(moments: Moments) -> Difference:
+def _of_moments(moments: Moments) -> Difference:
     n, mean, variance = moments.n, moments.mean, moments.variance
     total = (mean**2 + variance * (n - 1) / n).sum(1)
     common = (mean**2 - variance / n).sum(1) / np.where(total > 0, total, np.nan)
     return Difference(n, effects(mean, np.sqrt(variance), n), {"shift": mean, "common_shift": common})
 
 
-# ------------------------------------------------------------------------------------------- summary
-
-
 def summarise(
-    found: Sequence[Mapping[str, Mapping[str, Difference]]], layers: Sequence[int], top: int = 50
+    results: Sequence[Mapping[str, Mapping[str, Difference]]], layers: Sequence[int]
 ) -> dict[str, Any]:
-    """The section ``neurons`` of ``analysis.json``, over training sets, by site.
-
-    Args:
-        found: one a training set.
-        layers: their indices.
-        top: coordinates that are listed, and compared between training sets.
-    """
-    return {site: _site([trial[site] for trial in found], layers, top) for site in found[0]}
-
-
-def _site(found: Sequence[Mapping[str, Difference]], layers: Sequence[int], top: int) -> dict[str, Any]:
-    conditions = by_condition(found)
-    return {
-        "layers": list(layers),
-        "width": next(iter(conditions.values()))[0].maps["shift"].shape[1],
-        "trials": len(found),
-        "level": LEVEL,
-        "views": {name: _summary(own, layers, top) for name, own in conditions.items()},
-    }
+    """The section ``neurons``, over training sets, by site."""
+    section = {}
+    for site in results[0]:
+        views = by_condition([each[site] for each in results])
+        section[site] = {
+            "layers": list(layers),
+            "width": next(iter(views.values()))[0].maps["shift"].shape[1],
+            "trials": len(results),
+            "level": LEVEL,
+            "views": {name: _of_view(own, layers) for name, own in views.items()},
+        }
+    return section
 
 
-def _summary(found: Sequence[Difference], layers: Sequence[int], top: int) -> dict[str, Any]:
+def _of_view(found: Sequence[Difference], layers: Sequence[int]) -> dict[str, Any]:
     significant = np.array([d.effects.significant for d in found])
     counts = significant.sum(2)
     strength = [np.abs(d.effects.d_z) for d in found]
@@ -101,14 +93,13 @@ def _summary(found: Sequence[Difference], layers: Sequence[int], top: int) -> di
     effect = np.mean([d.effects.d_z for d in found], axis=0)
     shift = np.mean([d.maps["shift"] for d in found], axis=0)
     q = np.max([d.effects.q for d in found], axis=0)
+    quantiles = {share: [np.quantile(s, share, axis=1) for s in strength] for share in _QUANTILES}
+    top = [divmod(place, effect.shape[1]) for place in largest(np.abs(effect), _TOP)]
     return {
         "n": [d.n for d in found],
         "significant": rounded(counts.mean(0)),
         "share_significant": rounded(counts.sum(1).mean() / effect.size),
-        "effect_quantiles": {
-            f"{share:g}": rounded(np.mean([np.quantile(s, share, axis=1) for s in strength], axis=0))
-            for share in _QUANTILES
-        },
+        "effect_quantiles": {f"{s:g}": rounded(np.mean(of, axis=0)) for s, of in quantiles.items()},
         "common_shift": rounded(common.mean(0)),
         "common_shift_range": rounded([common.min(0), common.max(0)]),
         "top": [
@@ -120,23 +111,16 @@ def _summary(found: Sequence[Difference], layers: Sequence[int], top: int) -> di
                 "q": rounded(q[i, j]),
                 "significant": int(significant[:, i, j].sum()),
             }
-            for i, j in (divmod(place, effect.shape[1]) for place in largest(np.abs(effect), top))
+            for i, j in top
         ],
-        "stability": stability(strength, top) if len(found) > 1 else None,
+        "stability": stability(strength, _TOP) if len(found) > 1 else None,
     }
 
 
 def shift_tokens(
-    lens: Lens, tokenizer: Any, found: Sequence[Mapping[str, Difference]], layers: Sequence[int], k: int = 8
+    lens: Lens, tokenizer: Any, results: Sequence[Mapping[str, Difference]], layers: Sequence[int], k: int = 8
 ) -> dict[str, list[dict[str, Any]]]:
-    """Tokens that each condition's mean shift of the residual stream promotes and suppresses.
-
-    Args:
-        lens: the base model's, for the whole vocabulary.
-        tokenizer: whose ids are named.
-        found: of each training set, the differences of the site ``residual``.
-        layers: their indices.
-        k: tokens of either kind.
+    """The ``k`` tokens that each condition's mean shift of the residual stream promotes and suppresses.
 
     Returns:
         Condition → for the layers at one half and three quarters of the depth, and the last: its number, and
@@ -153,7 +137,7 @@ def shift_tokens(
         ]
 
     tokens = {}
-    for condition, own in by_condition(found).items():
+    for condition, own in by_condition(results).items():
         shift = np.mean([d.maps["shift"] for d in own], axis=0)
         # unembeddings are padded at times
         scores = lens.promotes(shift[places])[:, : len(tokenizer)]
@@ -162,3 +146,22 @@ def shift_tokens(
             for place, row in zip(places, scores, strict=True)
         ]
     return tokens
+
+
+def _accumulator(look: Look) -> NeuronAccumulator:
+    if has_site(look.runner.base.model, "neurons", look.runner.pattern):
+        return NeuronAccumulator()
+    logger.info("No dense MLPs in this model: no neurons, only the residual stream.")
+    return NeuronAccumulator(("residual",))
+
+
+def _section(results: list[Any], analysis: Analysis) -> dict[str, Any]:
+    section = summarise(results, analysis.layers)
+    base, residual = analysis.base, [each["residual"] for each in results]
+    tokens = shift_tokens(Lens.of(base.model), base.tokenizer, residual, analysis.layers)
+    for condition, named in tokens.items():
+        section["residual"]["views"][condition]["tokens"] = named
+    return section
+
+
+SECTION = AnalysisSection("which neurons and residual directions differ from ICL", _section, _accumulator)

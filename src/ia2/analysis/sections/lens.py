@@ -1,27 +1,24 @@
 """Logit lens: what a model would answer if its residual stream went to the output after each layer.
 
 The lens (nostalgebraist 2020) puts the residual stream behind the model's own last norm and unembedding. How
-early the teacher's answer can be read, under demonstrations and in an adapted model without them, tells
-whether they reach it along the same path.
-
-**What it is not.** The basis of early layers differs from the last one's, and the lens then leans to
-certain tokens (Belrose et al. 2023, section 3). A layer that shows nothing may still hold the answer. Compare
-conditions at one layer rather than layers of one condition, and with ``chance``: the share of the most common
-label, which a lens that says the same for every query can also reach.
+early the teacher's answer can be read tells whether conditions reach it along the same path. Early layers
+have another basis than the last one, and the lens then leans to certain tokens (Belrose et al. 2023): compare
+conditions at one layer rather than layers of one condition, and with ``chance``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ia2.analysis.conditions import BASE, ICL, Activations, by_condition
+from ia2.analysis.section import AnalysisSection, Look
 from ia2.analysis.unembedding import Lens
 from ia2.models.tokens import Ids, common_prefix
 from ia2.utils.errors import ModelError
+from ia2.utils.logging import logger
 from ia2.utils.statistics import mean_interval
 
 if TYPE_CHECKING:
@@ -40,12 +37,8 @@ TOP_TOKENS = 32
 _IN_A_ROW = 3
 
 
-@dataclass(frozen=True)
-class LabelTokens:
-    """One token a label: the first in which the labels differ.
-
-    Labels of several tokens are told apart at the position where not all of them say the same; those that
-    share the token there count as one label.
+class LabelTokens(NamedTuple):
+    """One token a label: the first in which the labels differ; those that share it count as one label.
 
     Attributes:
         prefix: ids that all labels begin with; mostly none.
@@ -74,8 +67,7 @@ class LabelTokens:
         return cls(tuple(label_ids[0][:place]), distinct, tuple(distinct.index(t) for t in tokens))
 
 
-@dataclass
-class LensResult:
+class LensResult(NamedTuple):
     """What the lens has read in one training set.
 
     Attributes:
@@ -92,10 +84,9 @@ class LensResult:
 class LensAccumulator:
     """Reads the residual streams of conditions, one example at a time.
 
-    With labels, one position is read, that of the token in which they differ
-    (:class:`LabelTokens`): the first answer position, where labels are one token. For free text four
-    positions are, spread evenly over the answer, and an example's value is their mean. Measures, each a
-    number a condition, layer and example:
+    With labels, the position of the token in which they differ is read (:class:`LabelTokens`); of free text
+    four, spread evenly over the answer, and an example's value is their mean. Measures, each a number a
+    condition, layer and example:
 
     - ``agreement``: the first label is the teacher's (free text: the first token of the vocabulary is);
     - ``gold``: the first label is the right one;
@@ -106,14 +97,8 @@ class LensAccumulator:
       whose last layer has no attention).
 
     The teacher's label is its answer; where that is none of the labels, the one that its last layer puts
-    first. Examples whose answer does not begin as all labels do are left out.
-
-    All conditions go through one lens, the base model's: what differs is then in the streams, not in what
-    reads them. A last norm or unembedding that was trained too (``full``) is thus not looked at.
-
-    Cost, on the demo model (30 layers, d = 576, V = 49,152; two CPU cores): to read the label tokens takes 1
-    to 4% of the forward pass that is read. Free text of 40 tokens takes 80% of a pass over prompts of 18
-    tokens, 20% with 8 demonstrations.
+    first. Examples whose answer does not begin as all labels do are left out. All conditions go through one
+    lens, the base model's: a norm or unembedding that was trained too (``full``) is not looked at.
 
     Args:
         model: bare or wrapped causal model, its adapter off.
@@ -148,11 +133,11 @@ class LensAccumulator:
         self, condition: str, index: int, found: Activations, icl: Activations, other: Activations | None
     ) -> None:
         """One example of one condition; ICL's comes first."""
-        if condition == ICL.name and self._last != ICL.name:
-            self._references.clear()  # of the block of examples before, whose conditions have all been seen
-        self._last = condition
         if condition == ICL.name:
+            if self._last != ICL.name:
+                self._references.clear()  # of the block before, whose conditions have all been seen
             self._references[index] = self._refer(index, found["residual"])
+        self._last = condition
         reference = self._references[index]
         if reference is None:
             return
@@ -167,18 +152,15 @@ class LensAccumulator:
     def _refer(self, index: int, stream: torch.Tensor) -> dict[str, Any] | None:
         """What others are compared with; None where the answer does not begin as the labels do."""
         answer = self.answers[index]
-        if len(answer) != stream.shape[1]:
-            raise ValueError(f"example {index} has {stream.shape[1]} positions, its answer {len(answer)} ids")
         if self.labels is None:
             spread = np.linspace(0, len(answer) - 1, _POSITIONS).round().astype(int)
             positions = sorted(set(spread.tolist()))
             return _free_text_reference(self.lens, stream[:, positions], positions, answer)
-        prefix = self.labels.prefix
+        prefix, ids = self.labels.prefix, self.labels.ids
         if len(answer) <= len(prefix) or tuple(answer[: len(prefix)]) != prefix:
             return None
         said, positions = answer[len(prefix)], [len(prefix)]
         log_p = self._label_log_p(stream[:, positions])
-        ids = self.labels.ids
         self._teacher[index] = ids.index(said) if said in ids else int(log_p[-1].argmax())
         return {"positions": positions, "log_p": log_p}
 
@@ -278,14 +260,7 @@ def _with_rest(log_p: torch.Tensor) -> torch.Tensor:
 
 
 def divergence(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Jensen-Shannon divergence (Lin 1991) in bits, 0 to 1.
-
-    Args:
-        a, b: log-probabilities in nats, ``[..., C]``; shapes broadcast.
-
-    Returns:
-        ``[...]``, float64.
-    """
+    """Jensen-Shannon divergence (Lin 1991) of log-probabilities ``[..., C]``: bits, 0 to 1, float64."""
     import torch
 
     a, b = torch.broadcast_tensors(a.double(), b.double())
@@ -296,31 +271,45 @@ def divergence(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return ((halves[0] + halves[1]) / (2 * np.log(2))).clamp(0.0, 1.0)
 
 
-# ------------------------------------------------------------------------------------------- summary
-
-
-def summarise(found: Sequence[LensResult], layers: Sequence[int]) -> dict[str, Any]:
-    """The section ``lens``: means by layer, with 95% t-intervals over training sets (of one, over examples).
+def summarise(results: Sequence[LensResult], layers: Sequence[int]) -> dict[str, Any]:
+    """Means by layer, with 95% t-intervals over training sets (of one, over examples).
 
     ``shows_at`` of a condition is the first layer at which the task shows, there and at the next two layers
     (as far as there are any): where the interval of ``agreement`` lies above chance and, for conditions other
     than the base model's, that of the paired difference to the base model's above 0.
     """
-    chance = {name: float(np.mean([each.chance[name] for each in found])) for name in found[0].chance}
-    base = [each.conditions.get(BASE.name) for each in found]
+    chance = {name: float(np.mean([each.chance[name] for each in results])) for name in results[0].chance}
     views = []
-    for name, own in by_condition([each.conditions for each in found]).items():
-        entry: dict[str, Any] = {"name": name, "n": sum(len(m["agreement"]) for m in own), "shows_at": None}
+    for name, own in by_condition([each.conditions for each in results]).items():
         intervals = {measure: mean_interval([m[measure] for m in own]) for measure in own[0]}
         above = intervals["agreement"].low > chance.get("agreement", 0.0)
-        pairs = [
-            (each.conditions[name], b) for each, b in zip(found, base, strict=True) if name in each.conditions
-        ]
-        if name != BASE.name and all(b is not None for _, b in pairs):
-            gain = [m["agreement"] - b["agreement"] for m, b in pairs if b is not None]
-            above = above & (mean_interval(gain).low > 0)
+        beside = [each.conditions for each in results if name in each.conditions]
+        if name != BASE.name and all(BASE.name in each for each in beside):
+            gains = [each[name]["agreement"] - each[BASE.name]["agreement"] for each in beside]
+            above = above & (mean_interval(gains).low > 0)
         runs = (int(place) for place in np.flatnonzero(above) if above[place : place + _IN_A_ROW].all())
-        if (start := next(runs, None)) is not None:
-            entry["shows_at"] = layers[start]
-        views.append(entry | {f"{measure}_by_layer": i.to_dict() for measure, i in intervals.items()})
-    return {"layers": list(layers), "over": found[0].over, "chance": chance, "views": views}
+        start = next(runs, None)
+        view = {
+            "name": name,
+            "n": sum(len(m["agreement"]) for m in own),
+            "shows_at": None if start is None else layers[start],
+        }
+        views.append(view | {f"{measure}_by_layer": i.to_dict() for measure, i in intervals.items()})
+    return {"layers": list(layers), "over": results[0].over, "chance": chance, "views": views}
+
+
+def _accumulator(look: Look) -> LensAccumulator | None:
+    runner = look.runner
+    labels, gold, pattern = runner.task.label_ids, runner.gold(), runner.pattern
+    try:
+        return LensAccumulator(runner.base.model, look.answers, labels, gold, pattern)
+    except ModelError as error:
+        logger.warning("%s The lens is left out.", error)
+        return None
+
+
+SECTION = AnalysisSection(
+    "logit lens: where the task shows, by layer",
+    lambda results, analysis: summarise(results, analysis.layers),
+    _accumulator,
+)
