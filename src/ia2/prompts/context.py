@@ -58,17 +58,9 @@ class Selection:
         sums = np.cumsum(sizes[self._by_size], dtype=np.int64)
         fit = int(np.searchsorted(sums, self.room.max(initial=0), side="right"))
         self.limit = fit if draw.most is None else min(fit, draw.most)
-        self._shared: dict[int, list[int]] = {}
 
     def chosen(self, i: int, k: int) -> list[int]:
         """Indices of the demonstrations of query ``i`` in its context ``k``, as they are shown."""
-        if not self.order.shared:
-            return self._fitting(i, k)
-        if k not in self._shared:
-            self._shared[k] = self._fitting(i, k)
-        return self._shared[k]
-
-    def _fitting(self, i: int, k: int) -> list[int]:
         room = int(self.room[i])
         order = np.array(self.order.candidates(i, k, self.limit), np.int64)
         # one that would not fit even alone keeps no other out
@@ -97,19 +89,16 @@ class Selection:
         total = queries * permutations
         if not total or int(self.sizes.sum(dtype=np.int64)) <= self.room.min():
             return Dropped(0, 0, total, total)
-        seen, weight = [0], queries
-        if not self.order.shared:
-            step = -(-total * permutations // _LOOKED_AT)  # the k-th draw is made after all before it
-            seen, weight = list(range(0, queries, step)), 1
-        missing = [self._wanted(i, k) - len(self.chosen(i, k)) for i in seen for k in range(permutations)]
-        prompts = sum(count > 0 for count in missing)
-        return Dropped(sum(missing) * weight, prompts * weight, len(missing) * weight, total)
-
-    def _wanted(self, i: int, k: int) -> int:
         most = self.others if self.draw.most is None else min(self.draw.most, self.others)
-        if self.draw.most is None or self.limit < most:
-            return most
-        return len(self.order.candidates(i, k, self.limit))  # what is not wanted is not missing
+        step = -(-total * permutations // _LOOKED_AT)  # the k-th draw is made after all before it
+        missing = []
+        for i in range(0, queries, step):
+            for k in range(permutations):
+                wanted = most
+                if self.draw.most is not None and self.limit == most:  # what is not wanted is not missing
+                    wanted = len(self.order.candidates(i, k, most))
+                missing.append(wanted - len(self.chosen(i, k)))
+        return Dropped(sum(missing), sum(count > 0 for count in missing), len(missing), total)
 
 
 class Contexts:
@@ -251,7 +240,7 @@ class Contexts:
         }
 
     def _checked(self, source: Sequence[Context]) -> Dropped:
-        """Refuse contexts that do not fit; of a row's own demonstrations whole ones are dropped instead."""
+        """Refuse own contexts that do not fit; of demonstrations whole ones are dropped instead."""
         dropped = []
         for i, context in enumerate(source):
             ids, missing = self._fitted(i, 0)

@@ -36,12 +36,8 @@ def embed_queries(model: nn.Module, prompt_format: PromptFormat, queries: Sequen
     import torch
 
     prompts = [prompt_format.query_ids(query) for query in queries]
-    logger.info(
-        "demo_order nearest: embedding %d prompts (%d forward rows, %d tokens).",
-        len(prompts),
-        len(prompts),
-        sum(map(len, prompts)),
-    )
+    count, tokens = len(prompts), sum(map(len, prompts))
+    logger.info("demo_order nearest: embedding %d prompts (%d tokens).", count, tokens)
     inner = unwrap(model)
     body = getattr(inner, "base_model", inner)  # without the head over the vocabulary
     body = inner.get_decoder() if body is inner else body
@@ -91,30 +87,20 @@ def search_orders(
     draw = Draw("search", pool, pool, tries, seed, True, most, search=lambda: orders)
     contexts = Contexts(prompt_format, pool, window, reserve, "orders tried", draw)
     prompts = [[contexts.context_ids(i, r) for i in rows] for r in range(tries)]
+    tokenizer = prompt_format.tokenizer
     texts = {i: prompt_format.as_answer(pool[i].answer or "") for i in rows}
-    answers = [encode_answer(prompt_format.tokenizer, text, pool[i].source) for i, text in texts.items()]
-    logger.info(
-        "demo_order search: %d orders on %d of %d examples (%d forward rows, %d tokens).",
-        tries,
-        len(rows),
-        len(pool),
-        tries * len(rows),
-        sum(len(ids) for of_order in prompts for ids in of_order),
-    )
+    answers = [encode_answer(tokenizer, text, pool[i].source) for i, text in texts.items()]
+    cost = f"{tries * len(rows)} forward rows, {sum(len(ids) for own in prompts for ids in own)} tokens"
+    logger.info("demo_order search: %d orders on %d of %d examples (%s).", tries, len(rows), len(pool), cost)
     scores = []
     with base_weights(model):
         for r, of_order in enumerate(prompts, 1):
             pairs = list(zip(of_order, answers, strict=True))
-            found = log_likelihoods(
-                model, prompt_format.tokenizer, pairs, f"demonstration orders ({r}/{tries})"
-            )
+            found = log_likelihoods(model, tokenizer, pairs, f"demonstration orders ({r}/{tries})")
             scores.append(sum(found) / len(found))
     ranks = sorted(range(tries), key=lambda r: -scores[r])
-    logger.info(
-        "demo_order search: mean log-likelihood of an answer %.3f in the best order, %.3f in the worst.",
-        scores[ranks[0]],
-        scores[ranks[-1]],
-    )
+    likelihoods = f"{max(scores):.3f} in the best order, {min(scores):.3f} in the worst"
+    logger.info("demo_order search: mean log-likelihood of an answer %s.", likelihoods)
     return [orders[r] for r in ranks]
 
 

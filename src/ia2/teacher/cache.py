@@ -127,11 +127,8 @@ class TeacherCache:
         """``store``, ``memory`` or ``online``, of all parts; chosen from an estimate where left open."""
         if self.config.targets != "auto":
             return self.config.targets
-        if (site, top_k) not in self._modes:
-            self._modes[site, top_k] = self._estimated_mode(site, top_k)
-        return self._modes[site, top_k]
-
-    def _estimated_mode(self, site: str, top_k: int | None) -> str:
+        if known := self._modes.get((site, top_k)):
+            return known
         needed = self.target_bytes(site, top_k)
         self.folder.mkdir(parents=True, exist_ok=True)
         fits = needed <= shutil.disk_usage(self.folder).free // 4
@@ -147,7 +144,8 @@ class TeacherCache:
             needed / 1e6,
             "kept on disk" if fits else "more than a quarter of the free disk: recomputed each step",
         )
-        return "store" if fits else "online"
+        self._modes[site, top_k] = "store" if fits else "online"
+        return self._modes[site, top_k]
 
     def targets(self, part: str, site: str = "output", top_k: int | None = None) -> OnlineTargets:
         """The teacher's targets of one part; ``site`` and ``top_k`` are those of :class:`Teacher`.
@@ -268,11 +266,8 @@ class TeacherCache:
         Raises:
             ConfigError: targets that are computed online.
         """
-        if part not in self._shifts:
-            self._shifts[part] = self._measured_shift(part)
-        return self._shifts[part]
-
-    def _measured_shift(self, part: str) -> list[float]:
+        if part in self._shifts:
+            return self._shifts[part]
         targets, contexts = self.targets(part), self.contexts(part)
         if targets.online:
             raise ConfigError(
@@ -293,7 +288,8 @@ class TeacherCache:
             ):
                 icl.append(targets.get(output.index))
                 base.append(output.activations)
-        return layer_shift(icl, base)  # type: ignore[arg-type]
+        self._shifts[part] = layer_shift(icl, base)  # type: ignore[arg-type]
+        return self._shifts[part]
 
     # ------------------------------------------------------------------------------- reference
 
