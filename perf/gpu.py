@@ -92,7 +92,8 @@ class Bench:
         for i, row in enumerate(rows):
             size = (self.shape.layers, len(row.answer), self.shape.width)
             found.add(i, 0, torch.randn(size, dtype=torch.bfloat16))
-        return AnswerDataset.of(rows, found.finish([TeacherAnswer(row.answer, "") for row in rows]))
+        found.finish([TeacherAnswer(row.answer, "") for row in rows])
+        return AnswerDataset.of(rows, found)
 
     def trainer(self, kind: str, folder: Path, epochs: int, recompute: bool) -> Any:
         """Of one stage, on batches of all rows."""

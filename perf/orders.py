@@ -88,7 +88,8 @@ def answered(bench: Workbench, data: Examples) -> tuple[RowMeasures, TargetStore
     gold = np.array([task.label_of(example) for example in data])
     measured = measure_labels(scores, gold, [ids[0] for ids in task.label_ids], None)
     answers = [TeacherAnswer((said[i],), decode(bench.tokenizer, [said[i]])) for i in range(len(data))]
-    return measured.plain["labels"], targets.finish(answers)
+    targets.finish(answers)
+    return measured.plain["labels"], targets
 
 
 def apart(one: TargetStore, other: TargetStore) -> float:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
-import types
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -139,59 +137,51 @@ def test_whatever_changes_a_context_changes_the_facts(word_tokenizer: PreTrained
     assert facts(train=[Example(e.query, e.answer, "elsewhere") for e in train]) == facts()
 
 
+# ------------------------------------------------------------------------------------- other kinds
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
         ({"demo_order": "nearest", "context_draws": 2}, r"demo_order nearest.* context_draws is 2"),
         ({"demo_order": "search", "context_draws": 9}, r"context_draws is 9.* 8"),
         ({"context_text": "x", "max_demonstrations": 2}, "max_demonstrations"),
-        ({"context_text": "x", "icl_demonstrations": "fresh"}, "icl_demonstrations"),
         ({"context_text": " "}, "context_text is empty"),
         ({"chat": "turns"}, "chat"),
-        ({"function": lambda e, o: "x", "context_text": "y"}, r"context_text .*one context"),
-        ({"function": lambda e, o: "x", "demo_order": "balanced"}, "demo_order"),
-        ({"function": lambda e, o: "x", "icl_demonstrations": "fresh"}, "icl_demonstrations"),
-        ({"function": lambda e, o: "x", "max_demonstrations": 2}, "max_demonstrations"),
+        ({"function": len, "context_text": "y"}, r"context_text .*one context"),
+        ({"function": len, "demo_order": "balanced"}, "demo_order"),
+        ({"function": len, "icl_demonstrations": "fresh"}, "icl_demonstrations"),
+        ({"context_file": "missing.txt"}, "context_file: missing.txt: no such file"),
+        ({"context_file": "empty.txt"}, "empty.txt is empty"),
+        ({"context_file": "latin.txt"}, "line 1 is not UTF-8 text"),
+        ({"context_function": "textwrap"}, "'textwrap' is no import path such as package.module:function"),
+        ({"context_function": "textwrap:fil"}, "has no function 'fil'. Did you mean 'fill'"),
+        ({"context_function": "no_such_module:f"}, "cannot import 'no_such_module'"),
+        ({"context_function": ".relative:f"}, "cannot import '.relative'"),
     ],
 )
-def test_settings_that_contradict_each_other(
-    settings: dict[str, Any], named: str, word_tokenizer: PreTrainedTokenizerFast
+def test_refused_settings(
+    settings: dict[str, Any],
+    named: str,
+    word_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises((ConfigError, ValidationError), match=named):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_bytes(b" \n")
+    Path("latin.txt").write_bytes(b"ab\xe4c")
+    with pytest.raises((ConfigError, DataError, ValidationError), match=named):
         builder(word_tokenizer, rows(3), **settings)
 
 
-# ------------------------------------------------------------------------------------- other kinds
-
-
 def test_text(word_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    (tmp_path / "context.txt").write_text("the film was good.\n", encoding="utf-8")
     train, dev = rows(3), rows(2, offset=30)
-    prompts = builder(word_tokenizer, train, context_text="the film was good.")
-    for contexts, queries in ((prompts.train_contexts, train), (prompts.pool_contexts(dev, 3), dev)):
-        assert contexts.permutations == 1
-        assert texts(prompts, contexts) == [f"the film was good.\n\n{e.query}" for e in queries]
-    file = tmp_path / "context.txt"
-    file.write_text("the film was good.\n", encoding="utf-8")
-    same = builder(word_tokenizer, train, context_file=str(file))
-    assert digest(same.train_contexts.facts()) == digest(prompts.train_contexts.facts())
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "told"),
-    [
-        ("missing.txt", None, "no such file"),
-        ("empty.txt", b" \n", "is empty"),
-        ("latin.txt", b"ab\xe4c", "line 1 is not UTF-8 text"),
-        ("", None, "is a folder"),
-    ],
-)
-def test_context_files_that_cannot_be_read(
-    name: str, content: bytes | None, told: str, word_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=told):
-        builder(word_tokenizer, rows(3), context_file=str(tmp_path / name))
+    for settings in ({"context_text": "the film was good."}, {"context_file": str(tmp_path / "context.txt")}):
+        prompts = builder(word_tokenizer, train, **settings)  # type: ignore[arg-type]
+        for contexts, queries in ((prompts.train_contexts, train), (prompts.pool_contexts(dev, 3), dev)):
+            assert contexts.permutations == 1
+            assert texts(prompts, contexts) == [f"the film was good.\n\n{e.query}" for e in queries]
 
 
 def with_hints(*values: Any) -> list[Example]:
@@ -223,36 +213,41 @@ def test_columns(word_tokenizer: PreTrainedTokenizerFast) -> None:
         builder(chatty("chatml"), train, context_column="hint").train_contexts  # noqa: B018
 
 
+def broken(example: Example, others: Any) -> Any:
+    raise KeyError("lost")
+
+
 @pytest.mark.parametrize(
     ("value", "told"),
     [
-        (None, "is null. Give a text"),
+        (None, "'hint' is null. Give a text"),
         ("  ", "is empty"),
         ([], "is an empty list"),
         (3, "is an int. Give a text"),
         (["x"], "item 1 is neither a chat message nor a demonstration"),
-        ([{"role": "user"}], "item 1 is neither"),
         ([{"role": "user", "content": 3}], "message 1: content is an int, not text"),
         (
-            [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}],
+            [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": 1}],
             "demonstration 2: completion",
         ),
         ([{"role": "user", "content": "a"}, {"prompt": "a", "completion": "b"}], "mixes chat messages and"),
+        ([Example("a", None, "elsewhere")], r"demonstration 1 \(elsewhere\)"),
     ],
 )
-def test_bad_values_name_the_row(value: Any, told: str, word_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_bad_value_names_the_row(value: Any, told: str, word_tokenizer: PreTrainedTokenizerFast) -> None:
     prompts = builder(word_tokenizer, with_hints("fine", value), context_column="hint")
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match=rf"^reviews.jsonl:2: the context in column .*{told}"):
         prompts.train_contexts  # noqa: B018
-    message = str(caught.value)
-    assert message.startswith("reviews.jsonl:2: the context in column 'hint'") and told in message
-    assert "\n" not in message
 
 
-def test_a_missing_column(word_tokenizer: PreTrainedTokenizerFast) -> None:
-    prompts = builder(word_tokenizer, with_hints("fine", "fine"), context_column="hints")
-    with pytest.raises(DataError, match=r"2 bad rows: reviews.jsonl:1: .*'hints'.*Did you mean 'hint'\?"):
-        prompts.train_contexts  # noqa: B018
+def test_columns_and_functions_that_fail(word_tokenizer: PreTrainedTokenizerFast) -> None:
+    for settings, told in (
+        ({"context_column": "hints"}, r"2 bad rows: reviews.jsonl:1: .*'hints'.*Did you mean 'hint'\?"),
+        ({"function": broken}, r"reviews.jsonl:1: .*KeyError: 'lost' \(test_builder\.py, line \d+\)"),
+        ({"function": lambda e, o: None}, r"reviews.jsonl:1: .*<lambda> is null"),
+    ):
+        with pytest.raises(DataError, match=told):
+            builder(word_tokenizer, with_hints("fine", "fine"), **settings).train_contexts  # type: ignore[arg-type]  # noqa: B018
 
 
 def test_function(word_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -275,37 +270,3 @@ def test_function(word_tokenizer: PreTrainedTokenizerFast) -> None:
     assert texts(prompts, prompts.pool_contexts(dev))[1] == written([train[0]], dev[1])
     texts(prompts, contexts), contexts.facts()
     assert set(calls.values()) == {1}  # asked once: it may be slow, or draw at random
-
-
-def test_function_that_fails(word_tokenizer: PreTrainedTokenizerFast) -> None:
-    def broken(example: Example, others: Any) -> Any:
-        raise KeyError("lost")
-
-    for function, told in (
-        (broken, r"row 0: .*KeyError: 'lost' \(test_builder\.py, line \d+\)"),
-        (lambda e, o: [Example("a", None, "elsewhere")], r"demonstration 1 \(elsewhere\)"),
-        (lambda e, o: None, r"row 0: .*<lambda>"),
-    ):
-        with pytest.raises(DataError, match=told):
-            builder(word_tokenizer, rows(2), function=function).train_contexts  # noqa: B018
-
-
-def test_function_by_its_import_path(
-    word_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module: Any = types.ModuleType("my_contexts")
-    module.hint = lambda example, others: "good food"
-    module.other = 3
-    monkeypatch.setitem(sys.modules, "my_contexts", module)
-    prompts = builder(word_tokenizer, rows(2), context_function="my_contexts:hint")
-    assert texts(prompts, prompts.train_contexts)[1].startswith("good food\n\n")
-    for spec, told in (
-        ("my_contexts", "is no import path such as package.module:function"),
-        ("my_contexts:hit", "has no function 'hit'. Did you mean 'hint'?"),
-        ("my_contexts:other", "has no function 'other'"),
-        ("no_such_module_here:f", "cannot import 'no_such_module_here'"),
-        (".relative:f", "cannot import '.relative'"),
-    ):
-        with pytest.raises(ConfigError) as caught:
-            builder(word_tokenizer, rows(2), context_function=spec)
-        assert f"context_function '{spec}'" in str(caught.value) and told in str(caught.value)

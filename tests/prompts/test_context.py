@@ -27,22 +27,6 @@ def written(demonstrations: Sequence[Example], query: Example) -> str:
     return "".join(f"{demo.query}{demo.answer}{SEPARATOR}" for demo in demonstrations) + query.query
 
 
-def test_leave_one_out(word_tokenizer: PreTrainedTokenizerFast) -> None:
-    examples = rows(5)
-    contexts = leave_one_out(word_tokenizer, examples, 1000, 10, permutations=2, seed=3)
-    assert (len(contexts), contexts.permutations) == (5, 2)
-    for i, query in enumerate(examples):
-        assert decode(word_tokenizer, contexts.query_ids(i)) == query.query
-        for k in range(2):
-            order = contexts.chosen(i, k)
-            assert sorted(order) == [j for j in range(5) if j != i]
-            text = written([examples[j] for j in order], query)
-            assert decode(word_tokenizer, contexts.context_ids(i, k)) == text
-    assert contexts.dropped == (0, 0, 10, 10)
-    alone = leave_one_out(word_tokenizer, examples[:1], 100, 1)
-    assert alone.context_ids(0) == alone.query_ids(0)
-
-
 def test_a_pool_is_the_same_for_every_query(word_tokenizer: PreTrainedTokenizerFast) -> None:
     """So that the long beginning is computed once; what one query lacks, all lack, the farthest first."""
     queries = [*rows(3, offset=50), *rows(1, length=20, offset=60)]
