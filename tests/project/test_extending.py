@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import graphlib
 import json
 import re
 from pathlib import Path
@@ -17,7 +15,6 @@ from helpers.command_line import run, write_rows
 from pydantic import Field
 from typer.testing import CliRunner
 
-import ia2
 from ia2.adapters.types import ADAPTERS, AdapterType
 from ia2.analysis import sections as analyses
 from ia2.analysis.section import AnalysisSection
@@ -292,23 +289,3 @@ def test_a_setting_is_one_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert given == [2, 3]
     with pytest.raises(ConfigError, match="warmth: input should be greater than 0"):
         load_config(Wider, None, {"warmth": 0})
-
-
-# ------------------------------------------------------------------------------------- the modules
-
-
-def test_modules_import_each_other_without_cycles() -> None:
-    root = Path(ia2.__file__).parent
-    files = {
-        ".".join(["ia2", *file.relative_to(root).with_suffix("").parts]).removesuffix(".__init__"): file
-        for file in root.rglob("*.py")
-    }
-    graph: dict[str, set[str]] = {}
-    for name, file in files.items():
-        found = graph.setdefault(name, set())
-        for line in ast.parse(file.read_text(encoding="utf-8")).body:  # not those inside functions
-            if isinstance(line, ast.ImportFrom) and line.module in files:
-                inner = {f"{line.module}.{alias.name}" for alias in line.names}
-                # `from ia2.cli import train` is of a module, `from ia2.config import AdaptConfig` of a name
-                found |= (inner & set(files)) or {line.module}
-    list(graphlib.TopologicalSorter(graph).static_order())
