@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ia2.report.figures.style import Figure, numbers_table
-from ia2.report.verdict import METHOD, RIVAL, arm_title
-from ia2.utils.format import Table
+from ia2.config.recipes import METHOD, PLAIN
+from ia2.report.figures.style import Figure
+from ia2.report.verdict import arm_title
+from ia2.utils.format import Table, fill
 from ia2.utils.statistics import side
 from ia2.utils.wording import MISSING, counted, estimate
 
@@ -70,7 +71,7 @@ def _activations(section: Mapping[str, Any], subjects: Sequence[str]) -> Iterato
     views = {view["name"]: view for view in section["views"]}
     differences = {(d["a"], d["b"]): d["asim"] for d in section["differences"]}
     arms = [name for name in subjects if name in views]
-    method, rival = (next((a for a in arms if a.partition("@")[0] == of), None) for of in (METHOD, RIVAL))
+    method, rival = (next((a for a in arms if a.partition("@")[0] == of), None) for of in (METHOD, PLAIN))
 
     def asim(name: str) -> str:
         return f"{views[name]['asim']['value']:.3f}"
@@ -204,15 +205,18 @@ def analysis_tables(result: Mapping[str, Any]) -> list[Table]:
         "l2": "L2",
     }
     similar = [
-        [view["name"], view["control"] or MISSING, *(estimate(view.get(name)) for name in measures)]
+        {
+            "view": view["name"],
+            "control": view["control"] or MISSING,
+            **{title: estimate(view.get(name)) for name, title in measures.items()},
+        }
         for view in section["views"]
     ]
     differences = [
-        [f"{pair['a']} − {pair['b']}", estimate(pair["asim"], signed=True)] for pair in section["differences"]
+        {"difference": f"{pair['a']} − {pair['b']}", "asim": estimate(pair["asim"], signed=True)}
+        for pair in section["differences"]
     ]
-    title = "Similarity of attention outputs to ICL with 95% intervals"
-    paired = "Differences in asim, paired by query"
     return [
-        numbers_table("views", title, ["view", "control", *measures.values()], similar),
-        numbers_table("view-differences", paired, ["difference", "asim"], differences),
+        fill("views", "Similarity of attention outputs to ICL with 95% intervals.", similar),
+        fill("view-differences", "Differences in asim, paired by query.", differences),
     ]

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ia2.config.recipes import describe
+from ia2.config.recipes import METHOD, describe
 from ia2.evaluation.tables import MEASURES, comparison_notes, comparison_table, unlike
 from ia2.report.analysis import analysis_heading, analysis_tables, analysis_verdict
-from ia2.report.figures.style import Figure, numbers_table
+from ia2.report.figures.style import Figure
 from ia2.report.results import Run
-from ia2.report.verdict import METHOD, verdict
+from ia2.report.verdict import verdict
 from ia2.utils.errors import UserError
 from ia2.utils.files import digest
-from ia2.utils.format import Table
+from ia2.utils.format import Table, fill
 from ia2.utils.logging import muted
 from ia2.utils.wording import estimate, rows_learnt_from
 
@@ -172,16 +172,15 @@ def _examined(folder: Path) -> dict[str, Any]:
 
 def _differences(summary: Mapping[str, Any]) -> list[Table]:
     rows = [
-        [
-            name,
-            *(estimate(found.get(measure), signed=True) for measure in MEASURES),
-            unlike(found).removeprefix("; "),
-        ]
+        {
+            "difference": name,
+            **{title: estimate(found.get(measure), signed=True) for measure, title in MEASURES.items()},
+            "answers": unlike(found).removeprefix("; "),
+        }
         for name, found in {**summary.get("headroom", {}), **summary["differences"]}.items()
     ]
-    title = "Paired differences (accuracy: above zero is better; all others: below)"
-    columns = ["difference", *MEASURES.values(), "answers"]
-    return [numbers_table("differences", title, columns, rows)] if rows else []
+    title = "Paired differences (accuracy: above zero is better; all others: below)."
+    return [fill("differences", title, rows)] if rows else []
 
 
 def _caveats(run: Run) -> Iterator[str]:
@@ -255,16 +254,19 @@ def _choices(arms: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _agreement(arms: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
     """The first arm of the method (else the last arm) against every other."""
     first = next((arm for arm in arms if arm.split("@")[0] == METHOD), arms[-1])
+    columns = {
+        "both right": (True, True),
+        f"only {first} right": (True, False),
+        "only this one right": (False, True),
+        "both wrong": (False, False),
+    }
     found = []
     for other in arms:
         pairs = [(_right(row, first), _right(row, other)) for row in rows]
         if other != first and any(None not in pair for pair in pairs):
-            counted = [(True, True), (True, False), (False, True), (False, False)]
-            found.append([other, *(str(pairs.count(pair)) for pair in counted)])
-    columns = ["recipe", "both right", f"only {first} right", "only this one right", "both wrong"]
-    return numbers_table(
-        "agreement", f"Rows that {first} and each other recipe answer rightly", columns, found
-    )
+            counts = {title: str(pairs.count(pair)) for title, pair in columns.items()}
+            found.append({"recipe": other, **counts})
+    return fill("agreement", f"Rows that {first} and each other recipe answer rightly.", found)
 
 
 def _right(row: Mapping[str, Any], arm: str) -> bool | None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ia2.config.recipes import METHOD, PLAIN
 from ia2.evaluation.tables import SCOPES, intervals_of, mean_of
 from ia2.report.results import Run
 from ia2.utils.statistics import main_scope, side
 from ia2.utils.wording import counted, estimate
 
-METHOD, RIVAL, TEACHER = "ia2-sft", "sft", "icl"
+TEACHER = "icl"
 
-_TITLES = {METHOD: "IA2 → SFT", "ia2": "IA2", RIVAL: "SFT", TEACHER: "in-context learning"}
+_TITLES = {METHOD: "IA2 → SFT", "ia2": "IA2", PLAIN: "SFT", TEACHER: "in-context learning"}
 
 # (better, worse) of a higher value
 _WORDS = {
@@ -40,13 +41,13 @@ def comparison_verdict(summary: Mapping[str, Any]) -> list[str]:
     """Two sentences on a comparison, from its paired differences."""
     design = summary["design"]
     lines = []
-    for other in (RIVAL, TEACHER):
+    for other in (PLAIN, TEACHER):
         (name, rival), found = _difference(summary, other)
         if found is None:
             lines.append(_absent(summary, other))
             continue
         title, of = arm_title(rival), ""
-        if other == RIVAL:
+        if other == PLAIN:
             of = f"; {counted(design['num_test'], 'test row')}, {intervals_of(summary)}"
         else:
             title += f" ({design['icl_demonstrations']} in every prompt)"
@@ -58,7 +59,7 @@ def curve_verdict(summary: Mapping[str, Any], parts: Mapping[int, Mapping[str, A
     """Two sentences on a curve, from its comparisons by N: where the method is better, worse or neither."""
     against_sft = {int(size): found for size, found in summary["differences"].items() if found}
     against_icl = {size: found for size, part in parts.items() if (found := _difference(part, TEACHER)[1])}
-    return [_over_sizes(RIVAL, against_sft), _over_sizes(TEACHER, against_icl)]
+    return [_over_sizes(PLAIN, against_sft), _over_sizes(TEACHER, against_icl)]
 
 
 def _training_verdict(metrics: Mapping[str, Any]) -> list[str]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ia2.config.recipes import METHOD, PLAIN
 from ia2.report.figures.lines import MEAN, OTHER, Lines, array, line_figure, view_styles
 from ia2.report.figures.style import Figure, plain_log
-from ia2.report.verdict import METHOD, RIVAL
 from ia2.utils.wording import estimate
 
 Json = Mapping[str, Any]
@@ -110,7 +110,7 @@ def _chosen(section: Json, views: Mapping[str, Json]) -> list[Json]:
     """The method against its rival first, then other pairs of adapters; else those with the base model."""
 
     def rank(pair: Json) -> int:
-        return len({METHOD, RIVAL} - {pair["a"].partition("@")[0], pair["b"].partition("@")[0]})
+        return len({METHOD, PLAIN} - {pair["a"].partition("@")[0], pair["b"].partition("@")[0]})
 
     for other in ("adapter", "base"):
         kinds = ("adapter", other)

@@ -19,7 +19,7 @@ import yaml
 
 from ia2.config.recipes import RECIPES
 from ia2.utils.files import write_bytes
-from ia2.utils.format import Column, Entry, Row, Table, fill
+from ia2.utils.format import Row, Table, fill
 from ia2.utils.logging import logger
 
 # Okabe and Ito's palette, told apart by readers with any colour vision; an olive of Paul Tol's stands for its
@@ -134,12 +134,6 @@ def _texts() -> dict[str, dict[str, str]]:
         Path(__file__).with_name("texts.yaml").read_text("utf-8")
     )
     return found
-
-
-def numbers_table(name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table of texts; the first column names the row."""
-    entries = tuple(tuple(map(Entry, row)) for row in rows)
-    return Table(name, f"{title}.", tuple(map(Column, columns)), entries)
 
 
 def matplotlib_is_there() -> bool:
