@@ -28,7 +28,7 @@ from ia2.data.examples import Examples, FewShotSplit
 from ia2.experiment.methods import arms
 from ia2.experiment.workbench import Workbench
 from ia2.models.load import BaseModel
-from ia2.prompts.demonstrations import ORDERS, Draw, Order
+from ia2.prompts.demonstrations import ORDERS, Demonstrations, Order
 from ia2.prompts.task import make_task
 from ia2.training.objectives import OBJECTIVES, Objective
 from ia2.utils.errors import ConfigError
@@ -227,7 +227,7 @@ def test_help_names_every_recipe_objective_and_adapter() -> None:
 # ---------------------------------------------------------------- demonstration orders, stage kinds
 
 
-def in_file_order(draw: Draw) -> Order:
+def in_file_order(draw: Demonstrations) -> Order:
     """All other demonstrations as they stand in the file."""
 
     def candidates(i: int, k: int, limit: int) -> list[int]:

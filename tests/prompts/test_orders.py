@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ia2.config import AdaptConfig
 from ia2.data.examples import Example
-from ia2.prompts.demonstrations import ORDERS, Draw, Order
+from ia2.prompts.demonstrations import ORDERS, Demonstrations, Order
 
 
 def labelled(*answers: str) -> list[Example]:
@@ -26,7 +26,9 @@ def order(
 ) -> Order:
     """Of the pool's own examples unless other queries are given."""
     options = {"queries": pool, "leave_one_out": True, **options}
-    return ORDERS[name](Draw(order=name, pool=pool, permutations=permutations, seed=seed, **options))  # type: ignore[arg-type]
+    return ORDERS[name](
+        Demonstrations(order=name, pool=pool, permutations=permutations, seed=seed, **options)
+    )  # type: ignore[arg-type]
 
 
 def test_every_order_of_the_settings_is_there() -> None:

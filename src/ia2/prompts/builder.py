@@ -17,7 +17,7 @@ from ia2.data.examples import Example
 from ia2.models.load import BaseModel
 from ia2.models.tokens import Ids
 from ia2.prompts.context import Context, Contexts, bare_lengths
-from ia2.prompts.demonstrations import Draw
+from ia2.prompts.demonstrations import Demonstrations
 from ia2.prompts.format import PromptFormat
 from ia2.prompts.own_context import ContextFunction, context_text, own_contexts
 from ia2.prompts.ranking import embed_queries, search_orders
@@ -82,13 +82,8 @@ class PromptBuilder:
     ) -> Contexts:
         """Queries behind the training examples, or in the context that the settings give them.
 
-        Args:
-            queries: dev or test examples.
-            permutations: orders of the demonstrations; a context of another kind is always one.
-            reserve: tokens of the window kept for the answer, where these queries need others.
-
-        Raises:
-            DataError: see :attr:`train_contexts`.
+        In so many orders (a context of another kind is always one). ``reserve``: tokens of the window kept
+        for the answer, where these queries need others. Errors are those of :attr:`train_contexts`.
         """
         return self._contexts("ICL prompts", queries, reserve, permutations=permutations)
 
@@ -127,23 +122,27 @@ class PromptBuilder:
         """Made once, so that what was checked is what is used, and what does not fit is reported once."""
         key = (name, order, tuple(queries), reserve, changes.get("permutations"))
         if key not in self._known:
-            source: Draw | list[Context]
+            source: Demonstrations | list[Context]
             if order or self.shows_demonstrations:
                 source = self._draw(order or self.config.demo_order, queries, pool or self.train, **changes)
             else:
                 source = self._own(queries, **changes)
-            lengths = self._lengths if pool is None and isinstance(source, Draw) else None
+            lengths = self._lengths if pool is None and isinstance(source, Demonstrations) else None
             reserve = reserve or self.reserve
             self._known[key] = Contexts(self.format, queries, self.window, reserve, name, source, lengths)
         return self._known[key]
 
-    def _draw(self, order: str, queries: Sequence[Example], pool: Sequence[Example], **changes: Any) -> Draw:
+    def _draw(
+        self, order: str, queries: Sequence[Example], pool: Sequence[Example], **changes: Any
+    ) -> Demonstrations:
         config = self.config
         options = {"most": config.max_demonstrations, "seed": config.seed, **changes}
         if order == "search":
             window = [self.window, self.reserve, config.max_demonstrations]
             options["settings"] = {"tries": config.demo_search_orders, "window": window}
-        return Draw(order, queries, pool, embed=self._embed, search=lambda: self._ranked_orders, **options)
+        return Demonstrations(
+            order, queries, pool, embed=self._embed, search=lambda: self._ranked_orders, **options
+        )
 
     def _own(
         self, queries: Sequence[Example], permutations: int = 1, leave_one_out: bool = False

@@ -16,7 +16,7 @@ import numpy as np
 
 from ia2.data.examples import Example
 from ia2.models.tokens import Ids
-from ia2.prompts.demonstrations import ORDERS, Draw
+from ia2.prompts.demonstrations import ORDERS, Demonstrations
 from ia2.prompts.format import Preamble, PromptFormat
 from ia2.utils.errors import DataError
 from ia2.utils.files import digest
@@ -48,7 +48,7 @@ class Selection:
     ``sizes`` are the tokens of each demonstration, ``[N]``; ``room`` those beside each query, ``[n]``.
     """
 
-    def __init__(self, draw: Draw, sizes: np.ndarray, room: np.ndarray) -> None:
+    def __init__(self, draw: Demonstrations, sizes: np.ndarray, room: np.ndarray) -> None:
         self.draw, self.sizes, self.order = draw, sizes, ORDERS[draw.order](draw)
         # queries that share their demonstrations must share them all
         self.room = np.full(len(room), room.min()) if self.order.shared and len(room) else room
@@ -124,14 +124,14 @@ class Contexts:
         window: int,
         reserve: int,
         name: str,
-        source: Draw | Sequence[Context],
+        source: Demonstrations | Sequence[Context],
         lengths: np.ndarray | None = None,
     ) -> None:
         self.format, self.queries, self.name, self.source = prompt_format, queries, name, source
         self.window, self.reserve, self._budget = window, reserve, window - reserve
         self._bare = bare_lengths(prompt_format, queries, window, reserve)
         self.selection: Selection | None = None
-        if not isinstance(source, Draw):
+        if not isinstance(source, Demonstrations):
             self.dropped = self._report(self._checked(source))
             return
         known = prompt_format.demonstration_lengths(source.pool) if lengths is None else lengths
@@ -148,7 +148,7 @@ class Contexts:
     @property
     def permutations(self) -> int:
         """Number of contexts of each query."""
-        return self.source.permutations if isinstance(self.source, Draw) else 1
+        return self.source.permutations if isinstance(self.source, Demonstrations) else 1
 
     def query_ids(self, i: int) -> Ids:
         """Ids of query ``i`` on its own, ``X``."""
@@ -172,7 +172,7 @@ class Contexts:
     def _fitted(self, i: int, k: int) -> tuple[Ids, int]:
         """Ids of a prompt, and how many demonstrations had to go for it; the last one stays."""
         source = self.source
-        if isinstance(source, Draw):
+        if isinstance(source, Demonstrations):
             context = Context(None, [source.pool[j] for j in self.chosen(i, k)])
         else:
             context = source[i]
@@ -226,7 +226,7 @@ class Contexts:
         Two that differ in any context differ here.
         """
         source = self.source
-        if isinstance(source, Draw):
+        if isinstance(source, Demonstrations):
             shown = text_digest((demo.query, demo.answer) for demo in source.pool)
             own = {"orders": source.facts(), "most": source.most, "demonstrations": shown}
         else:

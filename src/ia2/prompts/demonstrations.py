@@ -15,7 +15,7 @@ from ia2.data.examples import Example
 
 
 @dataclass(frozen=True)
-class Draw:
+class Demonstrations:
     """What demonstrations are drawn from, and how.
 
     Attributes:
@@ -80,7 +80,7 @@ def fixed(orders: Sequence[Sequence[int]], *, leave_one_out: bool = False) -> Or
     return Order(candidates, shared=not leave_one_out)
 
 
-def in_random_order(draw: Draw) -> Order:
+def in_random_order(draw: Demonstrations) -> Order:
     """Of each example random orders of the others; of a pool the same random orders for every query."""
     if not draw.leave_one_out:
         return fixed(pool_orders(len(draw.pool), draw.permutations, draw.seed))
@@ -95,13 +95,13 @@ def in_random_order(draw: Draw) -> Order:
     return Order(candidates)
 
 
-def drawn_afresh(draw: Draw) -> Order:
+def drawn_afresh(draw: Demonstrations) -> Order:
     """For each query its own draw from a pool of rows that nothing else uses (the paper's ICL)."""
     rows = range(len(draw.pool))
     return Order(lambda i, k, n: random.Random(f"fresh {draw.seed} {i}").sample(rows, min(n, len(rows))))
 
 
-def with_shared_beginnings(draw: Draw) -> Order:
+def with_shared_beginnings(draw: Demonstrations) -> Order:
     """Random orders of the others, in which many examples' contexts begin alike.
 
     A random order of all is cut into halves. The contexts of one half begin with the other half, and go
@@ -135,7 +135,7 @@ def with_shared_beginnings(draw: Draw) -> Order:
     return Order(candidates)
 
 
-def balanced(draw: Draw) -> Order:
+def balanced(draw: Demonstrations) -> Order:
     """Answers alternate: one demonstration of each in turn, as long as there are any.
 
     Where not all fit, only whole rounds are shown, so that every answer comes equally often (one that
@@ -175,7 +175,7 @@ def balanced(draw: Draw) -> Order:
     return Order(candidates, shared=not draw.leave_one_out, whole=whole)
 
 
-def nearest(draw: Draw) -> Order:
+def nearest(draw: Demonstrations) -> Order:
     """Each query's nearest demonstrations by the cosine of the base model's embeddings, the nearest last."""
 
     @cache
@@ -194,7 +194,7 @@ def nearest(draw: Draw) -> Order:
     return Order(candidates)
 
 
-def best_of_many(draw: Draw) -> Order:
+def best_of_many(draw: Demonstrations) -> Order:
     """The orders of the whole pool under which the base model finds the true answers most likely."""
 
     @cache
@@ -205,7 +205,7 @@ def best_of_many(draw: Draw) -> Order:
     return Order(lambda i, k, limit: best().candidates(i, k, limit), shared=not draw.leave_one_out)
 
 
-ORDERS: dict[str, Callable[[Draw], Order]] = {
+ORDERS: dict[str, Callable[[Demonstrations], Order]] = {
     "random": in_random_order,
     "shared": with_shared_beginnings,
     "balanced": balanced,

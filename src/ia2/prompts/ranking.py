@@ -19,7 +19,7 @@ from ia2.models.families import evaluating
 from ia2.models.forward import answer_pass, check_finite
 from ia2.models.tokens import Ids, encode_answer, pad_id, pad_rows
 from ia2.prompts.context import Contexts
-from ia2.prompts.demonstrations import Draw, pool_orders
+from ia2.prompts.demonstrations import Demonstrations, pool_orders
 from ia2.prompts.format import PromptFormat
 from ia2.utils.logging import logger, progress
 
@@ -84,7 +84,7 @@ def search_orders(
     rows = list(range(len(pool)))
     if len(rows) > SEARCH_EXAMPLES:
         rows = sorted(random.Random(f"search {seed}").sample(rows, SEARCH_EXAMPLES))
-    draw = Draw("search", pool, pool, tries, seed, True, most, search=lambda: orders)
+    draw = Demonstrations("search", pool, pool, tries, seed, True, most, search=lambda: orders)
     contexts = Contexts(prompt_format, pool, window, reserve, "orders tried", draw)
     prompts = [[contexts.context_ids(i, r) for i in rows] for r in range(tries)]
     tokenizer = prompt_format.tokenizer
