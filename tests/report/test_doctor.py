@@ -90,6 +90,10 @@ def stage(folder: Path, name: str) -> Path:
     return next(folder.rglob(f"{name}/lr-{RATE:g}/stage.json"))
 
 
+def align(folder: Path) -> Path:
+    return stage(folder, "align")
+
+
 def answer(folder: Path, **right: float) -> None:
     """Give recipes this accuracy in the label set."""
     for recipe, share in right.items():
@@ -169,67 +173,40 @@ def test_committed_results_have_no_problem() -> None:
 
 NAN = float("nan")
 
-FAULTS: list[tuple[str, str, Callable[[Path], Any], str]] = [
+Fault = tuple[str, str, Callable[[Path], Any], str]
+
+ALIKE = ["Two labels differ by case", "' L1', ' l1'", "write them alike"]
+
+
+def few_dev_rows(folder: Path, rows: int, *rates: float) -> None:
+    design(folder, num_dev=rows)
+    config(folder, learning_rates=[RATE, *rates])
+
+
+def nearly_alike(folder: Path) -> None:
+    """A little better on average, and not on every query."""
+    asim(folder, sft=0.6, ia2_sft=0.6)
+    edit(evaluation(folder, "sft"), lambda v: v.update(asim=[0.9, *v["asim"][1:-1], 0.2]))
+
+
+FAULTS: list[Fault] = [
     ("icl-at-chance", "problem", lambda f: answer(f, icl=0.25), "ICL is right on 25% of 40 rows"),
     ("icl-at-chance", "problem", lambda f: answer(f, icl=0.42), "ICL is right on 42% of 40 rows"),
-    (
-        "alignment-not-learnt",
-        "problem",
-        lambda f: losses(stage(f, "align"), [2, 1.9, 1.9]),
-        "2 in the first steps, 1.9 at its lowest (5% less) after 6 steps",
-    ),
-    (
-        "alignment-not-learnt",
-        "problem",
-        lambda f: losses(stage(f, "align"), [2, 2.4, 2.4]),
-        "2.4 at its lowest (20% more)",
-    ),
-    (
-        "rate-at-edge",
-        "warning",
-        lambda f: config(f, learning_rates=[1e-3, 3e-3, RATE]),
-        "0.01 of 0.001, 0.003, 0.01 was chosen in 1 of 1 rounds",
-    ),
-    ("dev-too-small", "warning", lambda f: design(f, num_dev=0), "0 dev rows"),
-    ("dev-too-small", "warning", lambda f: design(f, num_dev=3), "3 dev rows; 4 are the least"),
-    (
-        "dev-too-small",
-        "warning",
-        lambda f: (design(f, num_dev=7), config(f, learning_rates=[1e-3, RATE])),
-        "7 dev rows choose among 2 rates",
-    ),
+    ("alignment-not-learnt", "problem", lambda f: losses(align(f), [2, 1.9]), "1.9 at its lowest (5% less)"),
+    ("alignment-not-learnt", "problem", lambda f: losses(align(f), [2, 2.4]), "2.4 at its lowest (20% more)"),
+    ("rate-at-edge", "warning", lambda f: config(f, learning_rates=[1e-3, 3e-3, RATE]), "in 1 of 1 rounds"),
+    ("dev-too-small", "warning", lambda f: few_dev_rows(f, 0), "0 dev rows"),
+    ("dev-too-small", "warning", lambda f: few_dev_rows(f, 3), "3 dev rows; 4 are the least"),
+    ("dev-too-small", "warning", lambda f: few_dev_rows(f, 7, 1e-3), "7 dev rows choose among 2 rates"),
     ("asim-no-gain", "problem", lambda f: asim(f, sft=0.7, ia2_sft=0.6), "(paired by query)"),
-    (
-        "asim-no-gain",
-        "warning",  # a little better on average, and not on every query
-        lambda f: (
-            asim(f, sft=0.6, ia2_sft=0.6),
-            edit(evaluation(f, "sft"), lambda v: v.update(asim=[0.9, *v["asim"][1:-1], 0.2])),
-        ),
-        "(paired by query)",
-    ),
-    (
-        "sft-undid-alignment",
-        "warning",
-        lambda f: asim(f, sft=0.4, ia2=0.9, ia2_sft=0.5),
-        "20% of the gain is left",
-    ),
+    ("asim-no-gain", "warning", nearly_alike, "(paired by query)"),
+    ("sft-undid-alignment", "warning", lambda f: asim(f, sft=0.4, ia2=0.9, ia2_sft=0.5), "20% of the gain"),
     ("sft-undid-alignment", "problem", lambda f: asim(f, sft=0.4, ia2=0.9, ia2_sft=0.38), "-4% of the gain"),
     ("alignment-not-carried-over", "problem", lambda f: asim(f, base=0.5, ia2=0.45), "difference -0.050"),
-    (
-        "worse-than-base",
-        "problem",
-        lambda f: answer(f, base=0.9, sft=0.6),
-        "0.600 against 0.900: difference -0.300",
-    ),
+    ("worse-than-base", "problem", lambda f: answer(f, base=0.9, sft=0.6), "0.600 against 0.900"),
     ("worse-than-guessing", "problem", lambda f: answer(f, ia2=0.3), "accuracy in the label set 0.300"),
     ("worse-than-sft", "warning", lambda f: answer(f, sft=0.9, ia2_sft=0.6), "accuracy -0.300"),
-    (
-        "texts-hardly-read",
-        "warning",
-        lambda f: design(f, advice=[["Two labels differ by case", "' L1', ' l1'", "write them alike"]]),
-        "' L1', ' l1'",
-    ),
+    ("texts-hardly-read", "warning", lambda f: design(f, advice=[ALIKE]), "' L1', ' l1'"),
 ]
 
 
@@ -336,8 +313,17 @@ def put_rows(folder: Path, change: Callable[[list[dict[str, str]]], Any]) -> Non
     edit(folder / "ia2_run.json", lambda value: value["data"].update(prints))
 
 
-def query_of_test(folder: Path) -> str:
-    return str(json.loads((folder / "predictions.jsonl").read_text().splitlines()[0])["query"])
+def leak(folder: Path) -> None:
+    query = json.loads((folder / "predictions.jsonl").read_text().splitlines()[0])["query"]
+    put_rows(folder, lambda rows: rows[0].update(prompt=query))
+
+
+def one_prompt(folder: Path) -> None:
+    put_rows(folder, lambda rows: [row.update(prompt=rows[0]["prompt"]) for row in rows])
+
+
+def no_l6(folder: Path) -> None:
+    put_rows(folder, lambda rows: [r.update(completion=r["completion"].replace("L6", "L2")) for r in rows])
 
 
 def teacher_says(folder: Path, text: str) -> None:
@@ -349,50 +335,23 @@ def put_metrics(folder: Path, change: Edit) -> None:
     edit(folder / "metrics.json", change)
 
 
-def several_tokens(run_file: Any) -> None:
-    run_file["task"].update(label_ids=[[66], [67, 9, 9], [71]], max_answer_tokens=11)
+def several_tokens(folder: Path) -> None:
+    change = {"label_ids": [[66], [67, 9, 9], [71]], "max_answer_tokens": 11}
+    edit(folder / "ia2_run.json", lambda value: value["task"].update(change))
 
 
-TRAINING_FAULTS: list[tuple[str, str, Callable[[Path], Any], str]] = [
+def right_on(share: float) -> Edit:
+    return lambda metrics: metrics["test"]["labels"]["accuracy"].update(value=share)
+
+
+TRAINING_FAULTS: list[Fault] = [
     ("icl-at-chance", "problem", lambda f: teacher_says(f, "L1"), "of 16 rows"),
-    (
-        "diverged",
-        "problem",
-        lambda f: losses(stage(f, "align"), [2, NAN], (2, NAN)),
-        "at rate 0.01 the loss is not finite after step 4",
-    ),
-    (
-        "labels-of-several-tokens",
-        "note",
-        lambda f: edit(f / "ia2_run.json", several_tokens),
-        "up to 3 tokens (' L2')",
-    ),
-    (
-        "worse-than-guessing",
-        "problem",
-        lambda f: put_metrics(f, lambda v: v["test"]["labels"]["accuracy"].update(value=0.3)),
-        "accuracy in the label set 0.300",
-    ),
-    (
-        "label-missing",
-        "warning",
-        lambda f: put_rows(
-            f, lambda rows: [r.update(completion=r["completion"].replace("L6", "L2")) for r in rows]
-        ),
-        "no train row has ' L6'",
-    ),
-    (
-        "repeated-rows",
-        "problem",
-        lambda f: put_rows(f, lambda rows: rows[0].update(prompt=query_of_test(f))),
-        "1 prompts",
-    ),
-    (
-        "repeated-rows",
-        "warning",
-        lambda f: put_rows(f, lambda rows: [row.update(prompt=rows[0]["prompt"]) for row in rows]),
-        "1 prompts",
-    ),
+    ("diverged", "problem", lambda f: losses(align(f), [2, NAN], (2, NAN)), "not finite after step 4"),
+    ("labels-of-several-tokens", "note", several_tokens, "up to 3 tokens (' L2')"),
+    ("worse-than-guessing", "problem", lambda f: put_metrics(f, right_on(0.3)), "in the label set 0.300"),
+    ("label-missing", "warning", no_l6, "no train row has ' L6'"),
+    ("repeated-rows", "problem", leak, "1 prompts"),
+    ("repeated-rows", "warning", one_prompt, "1 prompts"),
     ("evaluated-on-dev", "note", lambda f: put_metrics(f, lambda v: v.update(dev=v.pop("test"))), "dev rows"),
 ]
 
@@ -436,7 +395,7 @@ def test_a_stage_that_is_being_trained_is_read_from_its_checkpoint(trained: Path
     """As the trainer leaves them: only a checkpoint with complete.json counts."""
     for name in ("metrics.json", "predictions.jsonl"):
         (trained / name).unlink()
-    history = json.loads(stage(trained, "align").read_text())["history"]
+    history = json.loads(align(trained).read_text())["history"]
     for name in ("align", "sft"):
         shutil.rmtree(trained / name)
     assert diagnose(trained).untold["diverged"] == "no stage has logged a loss yet"
@@ -484,7 +443,7 @@ def test_printed(compared: Path, trained: Path, capsys: pytest.CaptureFixture[st
 def test_json_and_order(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     answer(compared, icl=0.2)
     design(compared, num_dev=3)
-    losses(stage(compared, "align"), [NAN, NAN])
+    losses(align(compared), [NAN, NAN])
     found = run(capsys, "doctor", compared, "--json").json
     (only,) = found["runs"]
     assert found["problems"] >= 2 and only["folder"] == str(compared) and only["finished"] is True
