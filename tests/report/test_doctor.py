@@ -25,7 +25,7 @@ from ia2.data.examples import Examples
 from ia2.experiment.adapt import adapt
 from ia2.experiment.compare import compare
 from ia2.report.doctor.diagnosis import RULES, SEVERITIES, diagnose, diagnose_all
-from ia2.report.doctor.findings import Finding
+from ia2.report.doctor.facts import Finding
 from ia2.utils.errors import RunFolderError
 from ia2.utils.manifest import MANIFEST
 

@@ -22,7 +22,7 @@ from helpers.sweep_records import record, rows, write_sweep
 
 from ia2.evaluation.tables import INTERVALS
 from ia2.report.doctor import diagnosis
-from ia2.report.doctor.findings import Finding
+from ia2.report.doctor.facts import Finding
 from ia2.report.page import page, try_report
 from ia2.report.results import read_analysis, read_run
 from ia2.report.verdict import comparison_verdict, curve_verdict

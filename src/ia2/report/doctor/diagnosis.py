@@ -8,8 +8,8 @@ from typing import Any
 
 from ia2.experiment.run_folder import find_runs
 from ia2.report.doctor import result_rules, training_rules
-from ia2.report.doctor.findings import CannotTell, Finding, Severity
-from ia2.report.doctor.reading import Facts, read_facts
+from ia2.report.doctor.facts import CannotTell, Facts, Finding, Severity
+from ia2.report.doctor.reading import read_facts
 from ia2.utils.errors import RunFolderError
 from ia2.utils.files import finite
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,123 +17,12 @@ from ia2.data.examples import Examples, FewShotSplit, RowFormat
 from ia2.experiment.methods import Arm, arms
 from ia2.experiment.rounds import draws, place_of, places
 from ia2.experiment.run_folder import read_run_file, settings_of
+from ia2.report.doctor.facts import AnswerFacts, Facts, RecipeFacts, RoundFacts, StageFacts
 from ia2.training.stages import PlannedStage, plan, stage_place
 from ia2.utils.errors import RunFolderError, UserError
 from ia2.utils.files import read_json, read_lines, understood
 from ia2.utils.manifest import RUN_FILE
 from ia2.utils.user_files import user_path
-
-Rows = list[tuple[str, str]]  # prompt and answer
-
-
-@dataclass
-class StageFacts:
-    """One training stage at one rate (and β) in one round, in a folder of the run; losses are (step, loss).
-
-    A rate of its own settings counts instead of the recipe's, ``tried``.
-    """
-
-    recipes: list[str]
-    kind: str
-    label: str
-    place: str
-    tried: float
-    own_rate: float | None
-    chosen: bool | None  # None while none of its recipes has chosen
-    finished: bool
-    train: list[tuple[int, float]]
-    dev: list[tuple[int, float]]
-    diverged: int | None
-
-    @property
-    def rate(self) -> float:
-        """What it is trained at."""
-        return self.tried if self.own_rate is None else self.own_rate
-
-    def at(self, *factors: float) -> str:
-        """The option that gives it other rates: ``--learning-rates 0.01``."""
-        if self.own_rate is not None:  # one only
-            return f"--{self.kind}-learning-rate {self.rate * factors[-1]:g}"
-        return f"--learning-rates {' '.join(f'{self.rate * factor:g}' for factor in factors)}"
-
-
-@dataclass
-class AnswerFacts:
-    """One recipe's answers in one round, to ``n`` rows of ``test`` or, without such, of ``dev``.
-
-    ``correct``, ``[n]``, and its mean are where only answers compete: ``scope`` is ``labels``, or ``answer``
-    of free text. ``rows`` are the predictions; ``asim`` is of the first queries, or one number of all.
-    """
-
-    part: str
-    n: int
-    scope: str
-    accuracy: float | None
-    correct: np.ndarray | None
-    rows: list[dict[str, Any]]
-    asim: np.ndarray | None
-    rate: float | None
-    beta: float | None
-
-
-@dataclass
-class RoundFacts:
-    """A training set, of a seed or a fold of one, and what came of it; a training run has exactly one.
-
-    ``answers`` are by recipe, ``teacher`` has its answer to each training row; rows are None where unknown.
-    """
-
-    seed: int
-    place: str
-    stages: list[StageFacts]
-    answers: dict[str, AnswerFacts]
-    teacher: list[str]
-    train: Rows | None
-    dev: Rows | None
-
-
-@dataclass
-class RecipeFacts:
-    """A recipe with its settings, ``ia2-sft@dora``, and its entry of ``compare.json``, if that is there.
-
-    ``stages`` are kinds, empty without training; ``candidates`` counts rates times β.
-    """
-
-    name: str
-    recipe: str
-    variant: str
-    stages: list[str]
-    rates: list[float]
-    candidates: int
-    summary: Mapping[str, Any]
-
-
-@dataclass
-class Facts:
-    """One run, as far as it has come; it has when nothing is ``missing``. None is what is not known (yet).
-
-    ``labels`` are verbatim, with spaces; ``label_tokens`` counts the tokens of each; ``single_token``: each
-    answer is one; ``no_rows``: why the training rows could not be drawn again; ``advice``: what the run said
-    of labels and prompts when it began, each with its evidence and way out.
-    """
-
-    folder: Path
-    kind: str
-    missing: list[str]
-    recipes: list[RecipeFacts]
-    rounds: list[RoundFacts]
-    labelled: bool | None
-    labels: list[str]
-    label_tokens: list[int]
-    single_token: bool | None
-    num_dev: int | None
-    differences: Mapping[str, Any]
-    no_rows: str | None
-    advice: list[tuple[str, str, str]] | None
-
-    def answers(self, name: str) -> list[AnswerFacts]:
-        """Of one recipe, in all rounds that have come to it."""
-        return [each.answers[name] for each in self.rounds if name in each.answers]
 
 
 def read_facts(folder: Path, part: str = "") -> Facts:

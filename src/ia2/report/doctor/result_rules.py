@@ -5,27 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from ia2.report.doctor.findings import (
-    CannotTell,
-    Finding,
-    Rule,
-    Severity,
-    asim_less,
-    difference_of,
-    find_recipe,
-    guessing,
-    in_words,
-    mean_accuracy,
-    mean_asim,
-    need_labels,
-    need_recipes,
-    not_yet,
-    pairs_of,
-    scope_of,
-    trained,
-    where_of,
-)
-from ia2.report.doctor.reading import Facts, RoundFacts
+from ia2.report.doctor.facts import CannotTell, Facts, Finding, RoundFacts, Rule, Severity, in_words
 
 # Thresholds, as in docs/doctor.md.
 GAIN = 0.02  # asim that alignment must add before any of it can be lost
@@ -37,7 +17,7 @@ KEPT = 1 / 3  # share of that gain that fine-tuning must leave
 
 def asim_no_gain(facts: Facts) -> Iterable[Finding]:
     """IA2 → SFT is no nearer to ICL than SFT alone: the method's known failure signature."""
-    need_recipes(facts, "ia2-sft", "sft")
+    facts.need_recipes("ia2-sft", "sft")
     return _no_nearer(
         facts,
         ("ia2-sft", "sft"),
@@ -54,13 +34,13 @@ def sft_undid_alignment(facts: Facts) -> Iterable[Finding]:
         raise CannotTell(
             "ia2 train measures similarity to ICL after the last stage only; ia2 compare shows both"
         )
-    need_recipes(facts, "ia2", "ia2-sft")
+    facts.need_recipes("ia2", "ia2-sft")
     told = False
-    for recipe, aligned in pairs_of(facts, "ia2-sft", "ia2"):
-        rival = find_recipe(facts, "sft", recipe.variant) or find_recipe(facts, "base")
+    for recipe, aligned in facts.pairs("ia2-sft", "ia2"):
+        rival = facts.find("sft", recipe.variant) or facts.find("base")
         if rival is None:
             continue
-        after, before, start = (mean_asim(facts, each) for each in (recipe, aligned, rival))
+        after, before, start = (facts.mean_asim(each) for each in (recipe, aligned, rival))
         if after is None or before is None or start is None:
             continue
         told = True
@@ -75,16 +55,16 @@ def sft_undid_alignment(facts: Facts) -> Iterable[Finding]:
                 f"{rival.name}: {kept:.0%} of the gain is left",
                 "--sft-learning-rate (a third of it), fewer --sft-epochs, or keep the alignment loss beside "
                 "cross-entropy (--sft-ia2-weight 0.1)",
-                where_of(facts, recipe.name),
+                facts.where(recipe.name),
                 {"aligned": before, "fine_tuned": after, "reference": start, "kept": kept},
             )
     if not told:
-        raise not_yet(facts, "similarities to ICL of ia2, ia2-sft and sft or base")
+        raise facts.not_yet("similarities to ICL of ia2, ia2-sft and sft or base")
 
 
 def alignment_not_carried_over(facts: Facts) -> Iterable[Finding]:
     """On test queries the aligned model is no nearer to ICL than the base."""
-    need_recipes(facts, "base", "ia2")
+    facts.need_recipes("base", "ia2")
     message = "On the test queries alignment brought the model no nearer to ICL than the base model is."
     return _no_nearer(
         facts,
@@ -99,19 +79,19 @@ def alignment_not_carried_over(facts: Facts) -> Iterable[Finding]:
 def _no_nearer(
     facts: Facts, recipes: tuple[str, str], message: str, uncertain: str, advice: str
 ) -> Iterable[Finding]:
-    found = [(a, b, less) for a, b in pairs_of(facts, *recipes) if (less := asim_less(facts, a, b))]
+    found = [(a, b, less) for a, b in facts.pairs(*recipes) if (less := facts.asim_difference(a, b))]
     if not found:
-        raise not_yet(facts, f"similarities to ICL of {' and '.join(recipes)}")
+        raise facts.not_yet(f"similarities to ICL of {' and '.join(recipes)}")
     for a, b, (difference, how) in found:
         if difference["low"] <= 0:
             none = difference["value"] <= 0
             yield Finding(
                 "problem" if none else "warning",
                 message if none else uncertain,
-                f"asim {mean_asim(facts, a):.3f} against {mean_asim(facts, b):.3f}: difference "
+                f"asim {facts.mean_asim(a):.3f} against {facts.mean_asim(b):.3f}: difference "
                 f"{in_words(difference)} ({how})",
                 advice,
-                where_of(facts, a.name if b.recipe == "base" else f"{a.name}, {b.name}"),
+                facts.where(a.name if b.recipe == "base" else f"{a.name}, {b.name}"),
                 difference,
             )
 
@@ -121,9 +101,9 @@ def _no_nearer(
 
 def labels_of_several_tokens(facts: Facts) -> Iterable[Finding]:
     """Answers are labels of more than one token."""
-    need_labels(facts)
+    facts.need_labels()
     if facts.single_token is None:
-        raise not_yet(facts, "the labels' tokens")
+        raise facts.not_yet("the labels' tokens")
     if facts.single_token:
         return
     longest = max(facts.label_tokens, default=None)
@@ -142,35 +122,35 @@ def labels_of_several_tokens(facts: Facts) -> Iterable[Finding]:
 
 def worse_than_base(facts: Facts) -> Iterable[Finding]:
     """Training made the model worse than it was."""
-    need_recipes(facts, "base")
-    base = find_recipe(facts, "base")
+    facts.need_recipes("base")
+    base = facts.find("base")
     assert base is not None
-    found = [(each, less) for each in trained(facts) if (less := difference_of(facts, each, base, "correct"))]
+    found = [(each, less) for each in facts.trained if (less := facts.difference(each, base, "correct"))]
     if not found:
         raise CannotTell("no predictions of a trained recipe and of the base on the same rows")
-    scope = scope_of(facts)
+    scope = facts.scope
     for recipe, difference in found:
         if difference["high"] < 0:
             yield Finding(
                 "problem",
                 "The trained model is worse than the base model without demonstrations.",
                 f"accuracy {'in the label set' if scope == 'labels' else 'of answers'} "
-                f"{mean_accuracy(facts, recipe):.3f} against {mean_accuracy(facts, base):.3f}: difference "
+                f"{facts.mean_accuracy(recipe):.3f} against {facts.mean_accuracy(base):.3f}: difference "
                 f"{in_words(difference)} (paired by row and seed)",
                 "a lower rate (--learning-rates), more rows (--num-examples); see the findings on training",
-                where_of(facts, recipe.name),
+                facts.where(recipe.name),
                 difference,
             )
 
 
 def worse_than_guessing(facts: Facts) -> Iterable[Finding]:
     """No better than always answering the most frequent label."""
-    need_labels(facts)
-    means = [(each, mean) for each in trained(facts) if (mean := mean_accuracy(facts, each)) is not None]
+    facts.need_labels()
+    means = [(each, mean) for each in facts.trained if (mean := facts.mean_accuracy(each)) is not None]
     if not means:
-        raise not_yet(facts, "evaluations of a trained recipe")
+        raise facts.not_yet("evaluations of a trained recipe")
     for recipe, mean in means:
-        guess, n = guessing(facts, recipe), sum(a.n for a in facts.answers(recipe.name))
+        guess, n = facts.guessing(recipe), sum(a.n for a in facts.answers(recipe.name))
         if mean <= guess:
             yield Finding(
                 "problem",
@@ -179,18 +159,18 @@ def worse_than_guessing(facts: Facts) -> Iterable[Finding]:
                 f"{f', on {n} answers' if n else ''}",
                 "ia2 probe tells whether the model can do the task; more rows (--num-examples), another rate "
                 "(--learning-rates)",
-                where_of(facts, recipe.name),
+                facts.where(recipe.name),
                 {"accuracy": mean, "guessing": guess},
             )
 
 
 def worse_than_sft(facts: Facts) -> Iterable[Finding]:
     """The method lost to plain fine-tuning."""
-    need_recipes(facts, "ia2-sft", "sft")
+    facts.need_recipes("ia2-sft", "sft")
     told = False
-    for recipe, rival in pairs_of(facts, "ia2-sft", "sft"):
+    for recipe, rival in facts.pairs("ia2-sft", "sft"):
         summed_up = facts.differences.get(f"{recipe.name} − {rival.name}", {}).get("accuracy")
-        difference = difference_of(facts, recipe, rival, "correct") or summed_up
+        difference = facts.difference(recipe, rival, "correct") or summed_up
         if difference is None or difference["high"] is None:
             continue
         told = True
@@ -200,11 +180,11 @@ def worse_than_sft(facts: Facts) -> Iterable[Finding]:
                 "Alignment before fine-tuning made the answers worse than fine-tuning alone.",
                 f"accuracy {in_words(difference)} (paired by row and seed)",
                 "--recipe sft here; or see what is said of ICL and of the alignment",
-                where_of(facts, f"{recipe.name}, {rival.name}"),
+                facts.where(f"{recipe.name}, {rival.name}"),
                 dict(difference),
             )
     if not told:
-        raise not_yet(facts, "predictions of ia2-sft and sft")
+        raise facts.not_yet("predictions of ia2-sft and sft")
 
 
 # --------------------------------------------------------------------------------------------- rows
@@ -212,7 +192,7 @@ def worse_than_sft(facts: Facts) -> Iterable[Finding]:
 
 def label_missing(facts: Facts) -> Iterable[Finding]:
     """A label that no training (or dev) row has."""
-    need_labels(facts)
+    facts.need_labels()
     rounds = _with_rows(facts)
     known = set(facts.labels) or {answer for each in rounds for _, answer in (*each.train, *each.dev)}  # type: ignore[misc]
     says: dict[str, tuple[Severity, str]] = {
@@ -248,7 +228,7 @@ def _with_rows(facts: Facts) -> list[RoundFacts]:
 def texts_hardly_read(facts: Facts) -> Iterable[Finding]:
     """Labels that nearly match, prompts and answers that meet oddly: what the run said when it began."""
     if facts.advice is None:
-        raise not_yet(facts, "what was said of labels and prompts")
+        raise facts.not_yet("what was said of labels and prompts")
     for message, evidence, way_out in facts.advice:
         yield Finding("warning", f"{message}.", evidence, way_out, "labels and prompts")
 

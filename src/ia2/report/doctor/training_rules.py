@@ -8,24 +8,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ia2.report.doctor.findings import (
-    CannotTell,
-    Finding,
-    Rule,
-    columns,
-    find_recipe,
-    guessing,
-    interval_of,
-    mean_accuracy,
-    need_labels,
-    not_yet,
-    scope_of,
-    shown,
-    stage_hits,
-    trained,
-    where_of,
-)
-from ia2.report.doctor.reading import Facts, StageFacts
+from ia2.report.doctor.facts import CannotTell, Facts, Finding, Rule, StageFacts, interval_of, shown
 
 # Thresholds, as in docs/doctor.md.
 CHANCE_ROWS = 16  # with fewer rows nobody can be told from chance, and only a figure at it counts
@@ -38,20 +21,20 @@ DEV_TO_SELECT, DEV_TO_STOP = 8, 4  # dev rows: to choose among rates, to stop by
 
 def icl_at_chance(facts: Facts) -> Iterable[Finding]:
     """ICL is no better than guessing: there is nothing to align with (METHOD, section 5)."""
-    icl = find_recipe(facts, "icl")
-    mean = None if icl is None else mean_accuracy(facts, icl)
+    icl = facts.find("icl")
+    mean = None if icl is None else facts.mean_accuracy(icl)
     if icl is None or mean is None:
         value, chance, n, low = _teacher_score(facts)
         where = "teacher"
     else:
         value, where = mean, "icl"
-        runs = [run[0] for run in columns(facts, [icl.name], "correct")]
+        runs = [run[0] for run in facts.columns([icl.name], "correct")]
         if interval := interval_of(runs):
-            chance, n, low = guessing(facts, icl), len(runs[0]), interval["low"]
+            chance, n, low = facts.guessing(icl), len(runs[0]), interval["low"]
         else:
             metrics = icl.summary["metrics"]
             chance, n = 1 / len(facts.labels) if facts.labels else 0.0, int(metrics["n"])
-            low = metrics[scope_of(facts)]["accuracy"]["low"]
+            low = metrics[facts.scope]["accuracy"]["low"]
             low = value if low is None else low
     # free text is never guessed: there only no right answer at all is chance
     if value <= chance or (n >= CHANCE_ROWS and chance > 0 and low <= chance):
@@ -64,7 +47,7 @@ def icl_at_chance(facts: Facts) -> Iterable[Finding]:
             evidence,
             "ia2 probe before any training; label words that the model can read (--label-map), more "
             "demonstrations (--num-examples), or a stronger model (--model)",
-            where_of(facts, where),
+            facts.where(where),
             {"accuracy": value, "chance": chance, "rows": n, "low": low},
         )
 
@@ -78,7 +61,7 @@ def _teacher_score(facts: Facts) -> tuple[float, float, int, float]:
         raise CannotTell(
             f"ICL was not evaluated, and what the teacher should answer is not known: {facts.no_rows}"
         )
-    need_labels(facts)
+    facts.need_labels()
     right, guesses = [], []
     for each in rounds:
         answers = [answer.strip() for _, answer in each.train or ()]
@@ -107,7 +90,7 @@ def diverged(facts: Facts) -> Iterable[Finding]:
             return None
         return {"step": min(bad) if stage.diverged is None else stage.diverged, "loss": float("nan")}
 
-    for where, hits, _ in stage_hits(facts, ("align", "sft", "joint", "soft"), "trained", test):
+    for where, hits, _ in facts.stage_hits(("align", "sft", "joint", "soft"), "trained", test):
         stage, figures = hits[0]
         yield Finding(
             "problem",
@@ -142,7 +125,7 @@ def alignment_not_learnt(facts: Facts) -> Iterable[Finding]:
         fall = 1 - lowest / first if first > 0 else 0.0
         return {"first": first, "lowest": lowest, "fall": fall} if fall < LOSS_FALL else None
 
-    for where, hits, total in stage_hits(facts, ("align",), "aligned", test):
+    for where, hits, total in facts.stage_hits(("align",), "aligned", test):
         stage, figures = min(hits, key=lambda hit: hit[1]["fall"])
         fall = f"{abs(figures['fall']):.0%} {'less' if figures['fall'] >= 0 else 'more'}"
         yield Finding(
@@ -161,7 +144,7 @@ def alignment_not_learnt(facts: Facts) -> Iterable[Finding]:
 
 def rate_at_edge(facts: Facts) -> Iterable[Finding]:
     """The chosen rate is the lowest or highest of those tried."""
-    several = [each for each in trained(facts) if len(each.rates) > 2]
+    several = [each for each in facts.trained if len(each.rates) > 2]
     if not several:
         raise CannotTell("fewer than three rates were tried")
     seen = False
@@ -179,20 +162,20 @@ def rate_at_edge(facts: Facts) -> Iterable[Finding]:
                     f"{edge:g} of {', '.join(f'{rate:g}' for rate in recipe.rates)} was chosen in {times} of "
                     f"{len(rates)} rounds",
                     f"one more rate: --learning-rates {wider}",
-                    where_of(facts, recipe.name),
+                    facts.where(recipe.name),
                     {"chosen": edge, "times": times, "rounds": len(rates)},
                 )
     if not seen:
-        raise not_yet(facts, "the choice of a rate")
+        raise facts.not_yet("the choice of a rate")
 
 
 def dev_too_small(facts: Facts) -> Iterable[Finding]:
     """Too few dev rows for what they decide."""
-    if not trained(facts):
+    if not facts.trained:
         raise CannotTell("nothing is trained here")
     if (n := facts.num_dev) is None:
-        raise not_yet(facts, "the number of dev rows")
-    candidates = max(each.candidates for each in trained(facts))
+        raise facts.not_yet("the number of dev rows")
+    candidates = max(each.candidates for each in facts.trained)
     advice = "more labelled rows (half of --num-examples come on top as dev), or no choice: a single rate"
     if n == 0:
         message = "There are no dev rows: no early stopping, no choice of rate, no temperature scaling."
