@@ -145,16 +145,6 @@ def test_choices_are_shuffled_by_the_row_alone(tmp_path: Path) -> None:
         assert f"[{(answer or '').strip()}]carbon dioxide\n" in query
 
 
-@pytest.mark.parametrize(
-    ("text", "shortened"),
-    [("a" * 250 + " bcd efg", "a" * 250 + " bcd"), ("short enough", "short enough"), ("x" * 300, "x" * 256)],
-)
-def test_shortened_columns(text: str, shortened: str, tmp_path: Path) -> None:
-    mirror(tmp_path / "bbc_news", test=[{"text": text, "label": 2}])
-    (example,) = BENCHMARKS["BBCN"].load(tmp_path).test
-    assert example.query == f"Text:{shortened}\nLabel:"
-
-
 # Rows
 
 
@@ -251,21 +241,6 @@ def demo_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(found[-1].parent)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", PACKAGED_MODELS)
-def test_labels_are_one_token(model: str) -> None:
-    tokenizer = demo_tokenizer(model)
-    several = {
-        (name, verbaliser)
-        for name, benchmark in BENCHMARKS.items()
-        for verbaliser in benchmark.verbalisers
-        for label in benchmark.settings(verbaliser)["labels"]
-        if len(tokenizer(label, add_special_tokens=False)["input_ids"]) > 1
-    }
-    # without its space `banana` is two on one of them
-    assert several <= {("SciQr", "bare"), ("QASCr", "bare")}
 
 
 @pytest.mark.slow

@@ -28,7 +28,6 @@ from ia2.config import AdaptConfig
 from ia2.config.recipes import LABELLED, RECIPES, TRAINED, UNLABELLED
 from ia2.experiment.workbench import Workbench, answered_parts, held_out
 from ia2.models.load import BaseModel
-from ia2.teacher.targets import pack_soft
 from ia2.training.constant import ConstantTrainer
 from ia2.training.losses import AlignmentLoss, AnswerLoss, JointLoss
 from ia2.training.objectives import OBJECTIVES
@@ -306,13 +305,6 @@ def log_p(model: Any, prompt: tuple[int, ...], answer: tuple[int, ...]) -> torch
     return logits[0, -len(answer) :].log_softmax(-1)
 
 
-def test_soft_targets_are_kept_exactly() -> None:
-    p = torch.tensor([[0.5, 0.3, 0.2, 0.0]])
-    assert torch.allclose(pack_soft(p, None).exp(), p[None], atol=1e-6)
-    ids, kept = pack_soft(p, 2)
-    assert ids.tolist() == [[0.0, 1.0]] and kept.exp().tolist()[0] == pytest.approx([0.5, 0.3])
-
-
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_lowers_its_loss(objective: str, learner: BaseModel, tmp_path: Path) -> None:
     bench = small(learner, tmp_path, align={"objective": objective, "epochs": 6})
@@ -337,13 +329,6 @@ def test_layers_can_be_chosen(
     assert isinstance(loss, AlignmentLoss)
     assert loss.capture.layers == expected or (expected is None and 0 < len(loss.capture.layers) < 4)
     losses_of(bench, job, tmp_path)
-
-
-def test_a_part_that_would_be_fed_the_same_is_fed_once(learner: BaseModel, tmp_path: Path) -> None:
-    # labels of one token: query alone is fed, whatever the answers
-    bench = small(learner, tmp_path, joint={"answers": "ground_truth"})
-    _, batch, _ = losses_of(bench, job_of(bench, "ia2+sft"), tmp_path)
-    assert "response" not in batch
 
 
 # -------------------------------------------------------------------------------------- a constant

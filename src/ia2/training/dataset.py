@@ -113,7 +113,7 @@ class AnswerDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 @dataclass
 class Collator:
-    """Lays rows out for the model; the result holds only tensors, plain lists and dicts of them.
+    """Lays rows out for the model, as tensors, plain lists and dicts of them.
 
     ``rows`` are the answers behind their queries: side by side in one pack, or padded. ``response`` are the
     same with the teacher's answers, and left out where they would be fed the same ids; ``context`` are the
@@ -176,18 +176,11 @@ def run_rows(
     capture: ActivationCapture | None = None,
     spans: Sequence[int] | None = None,
 ) -> tuple[Any, Any]:
-    """Run rows; the head runs at answer positions only, or, without ``logits``, at one.
+    """Logits ``[ΣG, V]`` and activations ``[L, ΣG, …]`` at the answer positions of all rows.
 
-    Args:
-        model: causal model, bare or wrapped, inside :func:`ia2.models.packing.row_attention`.
-        rows: see :func:`fed_rows`.
-        logits: whether logits are wanted.
-        capture: reads activations; its hooks are in place here only.
-        spans: of each row, where attention weights are captured.
-
-    Returns:
-        Logits ``[ΣG, V]`` and activations ``[L, ΣG, …]`` at the answer positions of all rows; None in place
-        of what was not asked for.
+    None in place of what was not asked for. The head runs at answer positions only, or, without ``logits``,
+    at one. To be called inside :func:`ia2.models.packing.row_attention`; ``spans`` are of each row, where
+    ``capture`` reads attention weights.
     """
     keep = rows.keep(rows.input_ids.device) if logits else 1
     with capture or nullcontext():
@@ -206,17 +199,9 @@ def run_rows(
 class EpochSampler(torch.utils.data.Sampler):  # type: ignore[type-arg]
     """A shuffled order of each epoch that depends on seed and epoch alone.
 
-    Every optimiser step is filled up to the same number of rows with fillers of weight 0, so that
-    micro-batches and processes divide it evenly and nothing is counted twice.
-
-    Attributes:
-        count: number of examples.
-        per_step: examples of one optimiser step.
-        slots: rows of one optimiser step, at least ``per_step``.
-        permutations: targets an example has; one is drawn an epoch.
-        seed: of the order.
-        epoch: tells the current epoch.
-        beside: number of rows of another loss; each example is given one, in turn of a shuffled order.
+    Every optimiser step of ``per_step`` examples is filled up to ``slots`` rows with fillers of weight 0, so
+    that micro-batches and processes divide it evenly and nothing is counted twice. One of an example's
+    ``permutations`` is drawn an epoch; of so many rows ``beside`` each example is given one, in turn.
     """
 
     count: int

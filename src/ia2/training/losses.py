@@ -60,9 +60,6 @@ class AlignmentLoss(Loss):
         settings: objective, temperature, scale and layers, which are indices or ``all`` that have targets.
         targets: the teacher's targets of the training rows; gives layers and scales.
         attention_modules: glob, for models whose attention is not recognised.
-
-    Raises:
-        ModelError: activations that this model does not give.
     """
 
     def __init__(
@@ -175,10 +172,7 @@ class JointLoss(Loss):
 class SoftLoss(Loss):
     """Distillation: KL of the teacher's token distributions on ``Ŷ`` to the model's (METHOD: stages).
 
-    Attributes:
-        model: a PEFT model, which is the teacher too.
-        top_k: of distributions computed online; None: the whole vocabulary.
-        remainder: what becomes of the mass outside the top k: ``spread`` or ``drop``.
+    ``model`` is the teacher too, with the adapter off, where distributions are computed online.
     """
 
     model: Any

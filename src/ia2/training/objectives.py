@@ -96,20 +96,11 @@ def alignment_losses(
     temperature: float = 1.0,
     normalise: bool = False,
 ) -> Tensor:
-    """``L_IA2`` of every example of a batch: sum over layers, mean over the example's tokens.
+    """``L_IA2`` of every example of a batch: sum over layers, mean over the example's G tokens.
 
-    Args:
-        objective: a key of :data:`OBJECTIVES`.
-        student: ``[L, T, d]`` with T = ΣG; attention weights ``[L, T, H, S]``.
-        teacher: the same shape.
-        answer_lengths: G of each example.
-        rms: ``[L]``.
-        temperature: τ of ``kl``.
-        normalise: divide each layer's loss by ``rms_l²`` (METHOD: alignment objectives), so that layers
-            of large activations do not outweigh the others.
-
-    Returns:
-        ``[B]``, in float32.
+    Student and teacher are ``[L, T, d]`` with T = ΣG (attention weights ``[L, T, H, S]``), rms is ``[L]``.
+    With ``normalise`` each layer's loss is divided by ``rms_l²`` (METHOD: alignment objectives), so that
+    layers of large activations do not outweigh the others. Gives ``[B]``, in float32.
     """
     rms = rms.float()
     per_token = OBJECTIVES[objective].loss(student.float(), teacher.float(), rms, temperature)
@@ -119,12 +110,9 @@ def alignment_losses(
 
 
 def cross_entropy_losses(logits: Tensor, targets: Tensor, answer_lengths: Sequence[int]) -> Tensor:
-    """Cross-entropy of every example of a batch, mean over its answer tokens: ``[B]``, in float32.
+    """Cross-entropy of every example of a batch, mean over its G answer tokens: ``[B]``, in float32.
 
-    Args:
-        logits: at answer positions, ``[T, V]``.
-        targets: answer ids, ``[T]``.
-        answer_lengths: G of each example, ΣG = T.
+    Logits are those at answer positions, ``[T, V]`` with T = ΣG; targets are answer ids, ``[T]``.
     """
     import torch
 
@@ -147,9 +135,6 @@ def soft_label_losses(
             most probable tokens (as float32) and their log-probabilities.
         answer_lengths: G of each example, ΣG = T.
         remainder: ``spread`` or ``drop``.
-
-    Returns:
-        ``[B]``, in float32.
     """
     import torch
 

@@ -144,16 +144,10 @@ def fitted(recipe: str, config: C) -> C:
 
 
 def stage_place(stages: Sequence[PlannedStage], tried: float, beta: float | None, *, alone: bool) -> Path:
-    """Where a stage lies below its run's folder and variant.
+    """Where the last of these stages lies below its run's folder and variant.
 
     A rate or β that neither it nor a stage before it depends on is no part of the place: otherwise the
-    same stage would be trained for each.
-
-    Args:
-        stages: those up to this one.
-        tried: the recipe's rate.
-        beta: the recipe's β.
-        alone: the run has a single recipe, whose stages are then simply named.
+    same stage would be trained for each. ``alone``: the run has one recipe, whose stages are simply named.
     """
     chain = [stage.label for stage in stages]
     own = [stage.settings.learning_rate for stage in stages if stage.settings.learning_rate is not None]
@@ -222,7 +216,6 @@ class TrainedRecipe:
     """A recipe's chosen adapter, and what each learning rate (and β) came to.
 
     Attributes:
-        recipe: its name.
         stages: at the chosen rate.
         tried: rate (and β) → the loss that it is chosen by; NaN without dev rows, and where it diverged.
         selected_by: what chose.
