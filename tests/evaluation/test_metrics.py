@@ -11,7 +11,6 @@ from ia2.evaluation.calibration import TEMPERATURES, ece_equal_mass
 from ia2.evaluation.metrics import (
     STATISTICS,
     Measured,
-    RowMeasures,
     fitted_temperatures,
     free_rows,
     free_temperature_losses,
@@ -71,20 +70,6 @@ def test_over_the_label_set() -> None:
     np.testing.assert_array_equal(rows.correct, p.argmax(1) == GOLD)
 
 
-def test_by_hand() -> None:
-    """One row: the label 0.2, another label 0.3, some other token 0.5."""
-    p = np.array([[0.5, 0, 0, 0.2, 0, 0.3, 0, 0]])
-    with np.errstate(divide="ignore"):
-        rows = label_rows(scores_of(np.log(np.maximum(p, 1e-30))), np.array([0]), TOKENS)
-    vocabulary, labels = rows["vocabulary"], rows["labels"]
-    assert (vocabulary.correct[0], labels.correct[0]) == (0, 0)
-    assert (vocabulary.confidence[0], labels.confidence[0]) == (pytest.approx(0.5), pytest.approx(0.6))
-    assert vocabulary.brier[0] == pytest.approx(0.25 + 0.64 + 0.09)
-    assert labels.brier[0] == pytest.approx(0.36 + 0.36)
-    assert vocabulary.nll[0] == pytest.approx(-np.log(0.2))
-    assert labels.nll[0] == pytest.approx(-np.log(0.4))
-
-
 def test_labels_of_several_tokens_have_everything_else_as_one_outcome() -> None:
     p = np.array([[0.3, 0.1, 0.2], [0.05, 0.6, 0.05]])
     squares = (p**2).sum(1) + (1 - p.sum(1)) ** 2
@@ -101,9 +86,6 @@ def test_labels_of_several_tokens_have_everything_else_as_one_outcome() -> None:
     np.testing.assert_array_equal(rows.correct, [0, 1])
     np.testing.assert_allclose(rows.brier[0], 0.09 + 0.01 + 0.64 + 0.16)
     np.testing.assert_allclose(rows.nll, [-np.log(0.2), -np.log(0.6)])
-
-
-# -------------------------------------------------------------------------------------- temperature
 
 
 def test_temperatures_make_dev_likelier_in_their_own_scope() -> None:
@@ -144,15 +126,6 @@ def test_scaled_rows_use_each_scope_s_temperature() -> None:
     np.testing.assert_allclose(found.plain["vocabulary"].confidence, softmax(logits).max(1))
 
 
-def test_without_dev_rows_nothing_is_scaled() -> None:
-    found = measure_labels(scores_of(logits_of()), GOLD, TOKENS, None)
-    assert (found.scaled, found.temperatures) == ({}, {})
-    assert "scaled" not in summarise([found])
-
-
-# ---------------------------------------------------------------------------------------- free text
-
-
 def test_free_answers_are_right_or_wrong() -> None:
     answers = FreeAnswers([], [], np.array([0.9, 0.4]), np.log(np.array([0.5, 0.1])))
     correct = np.array([1.0, 0.0])
@@ -183,9 +156,6 @@ def test_free_temperatures() -> None:
     assert measured.scaled["answer"].confidence.mean() == pytest.approx(correct.mean(), abs=0.02)
 
 
-# ------------------------------------------------------------------------------------------ summary
-
-
 def measured(n: int, seed: int, shift: float = 0.0) -> Measured:
     rng = np.random.default_rng(seed)
     gold = rng.integers(3, size=n)
@@ -211,22 +181,3 @@ def test_summary() -> None:
         assert found[scope]["brier"]["value"] == pytest.approx(rows.brier.mean())
     assert found["scaled"]["labels"]["temperature"] == 1.2
     json.dumps(found, allow_nan=False)
-
-
-def test_several_runs_are_averaged_and_their_spread_counts() -> None:
-    weak, strong = measured(60, 3, shift=-2), measured(60, 4, shift=4)
-    both = summarise([weak, strong])["vocabulary"]["accuracy"]
-    alone = [summarise([run])["vocabulary"]["accuracy"] for run in (weak, strong)]
-    assert both["value"] == pytest.approx((alone[0]["value"] + alone[1]["value"]) / 2)
-    assert 0 <= both["low"] < alone[0]["value"] < alone[1]["value"] < both["high"] <= 1
-
-
-def test_runs_of_different_lengths() -> None:
-    assert summarise([measured(10, 3), measured(20, 4)])["runs"] == 2
-
-
-def test_concatenated_rows() -> None:
-    a, b = measured(4, 0).plain["labels"], measured(3, 1).plain["labels"]
-    joined = RowMeasures.concatenate([a, b])
-    for column, left, right in zip(joined.arrays(), a.arrays(), b.arrays(), strict=True):
-        np.testing.assert_array_equal(column, [*left, *right])

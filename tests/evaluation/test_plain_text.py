@@ -9,13 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.adapting import disturb, lora
 from helpers.benches import wordy_model
 from helpers.families import FAMILIES, HYBRIDS
 
-from ia2.adapters.types import peft_config
-from ia2.adapters.weights import attach, base_weights, detach
-from ia2.config.sections import AdapterConfig
 from ia2.evaluation.plain_text import DIVERSITY, diversity, openings, perplexity, plain_texts
 from ia2.models.tokens import encode_prompt
 from ia2.utils.errors import DataError
@@ -50,18 +46,6 @@ def test_long_texts_are_cut_and_no_token_counts_twice(word_tokenizer: Any) -> No
     expected = sum(float(nlls(model, ids[start : start + 5]).sum()) for start in range(0, len(ids) - 1, 4))
     np.testing.assert_allclose(found, [[expected, len(ids) - 1]], rtol=1e-5)
     assert perplexity(model, word_tokenizer, ["cat", "the cat"], 4).tolist()[0] == [0, 0]
-
-
-def test_perplexity_sees_the_adapter(word_tokenizer: Any) -> None:
-    model = lora(FAMILIES["llama"]().requires_grad_(False))
-    disturb(model)
-    with base_weights(model):
-        before = perplexity(model, word_tokenizer, TEXTS, 64)
-    assert (perplexity(model, word_tokenizer, TEXTS, 64)[:, 0] != before[:, 0]).all()
-    np.testing.assert_allclose(perplexity(detach(model), word_tokenizer, TEXTS, 64), before)
-
-
-# ----------------------------------------------------------------------------------------- diversity
 
 
 def test_diversity_is_seeded_and_leaves_the_random_numbers_alone(word_tokenizer: Any) -> None:
@@ -130,42 +114,6 @@ def test_sampling_follows_the_distribution_not_the_models_own_settings(word_toke
     assert model.generation_config.top_k == 1
 
 
-def test_diversity_of_unequal_openings_is_refused(word_tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match="one length"):
-        diversity(wordy_model(), word_tokenizer, [(5, 6), (5, 6, 7)], [])
-    with pytest.raises(ValueError, match="two samples"):
-        diversity(wordy_model(), word_tokenizer, [(5, 6)], [], samples=1)
-
-
-@pytest.mark.parametrize("kind", ["lora", "prefix", "prompt", "full"])
-def test_every_kind_of_adapter(kind: str, word_tokenizer: Any) -> None:
-    base = wordy_model().requires_grad_(False)
-    model = attach(base, peft_config(base, AdapterConfig(type=kind)), 0)
-    disturb(model, 0.3)
-    ids = encode_prompt(word_tokenizer, TEXTS[0])
-    found = perplexity(model, word_tokenizer, TEXTS[:1], 64)
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([ids[:-1]])).logits[0, -len(ids) + 1 :]
-    expected = -logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None]).sum()
-    assert found[0, 0] == pytest.approx(float(expected), rel=1e-4)
-    prompts = openings(word_tokenizer, TEXTS, 3)
-    adapted = diversity(model, word_tokenizer, prompts, [], max_new_tokens=6)
-    with base_weights(model):
-        before = diversity(model, word_tokenizer, prompts, [], max_new_tokens=6)
-    after = diversity(detach(model), word_tokenizer, prompts, [], max_new_tokens=6)
-    np.testing.assert_allclose(before["entropy"], after["entropy"], rtol=1e-5)
-    assert (adapted["entropy"] != before["entropy"]).all()
-
-
-# -------------------------------------------------------------------------------------- plain texts
-
-
-def test_the_packaged_texts() -> None:
-    texts = plain_texts()
-    assert len(texts) == 40 and len(set(texts)) == 40
-    assert all(60 <= len(text.split()) <= 100 and "\n" not in text for text in texts)
-
-
 def test_texts_of_ones_own(tmp_path: Path) -> None:
     file = tmp_path / "own.txt"
     file.write_text("\ufeffone\nand more\n \n\n two \n", encoding="utf-8")
@@ -192,8 +140,3 @@ def test_bad_texts_are_refused_in_one_line(tmp_path: Path, name: str, content: b
     with pytest.raises(DataError, match=said.replace("'", ".")) as error:
         plain_texts(tmp_path / name)
     assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_missing_file_of_texts(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file"):
-        plain_texts(tmp_path / "none.txt")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +22,6 @@ from ia2.evaluation.scoring import (
     free_predictions,
     label_predictions,
     score_labels,
-    write_predictions,
 )
 from ia2.models.forward import AnswerOutput, answer_pass
 from ia2.models.tokens import Ids, encode_prompt
@@ -55,15 +52,11 @@ def log_p(model: Any, ids: Ids, temperature: float = 1.0) -> torch.Tensor:
     return (logits.double() / temperature).log_softmax(-1)
 
 
-# ----------------------------------------------------------------------------------------- labels
-
-
 def test_labels_of_one_token_are_the_softmax(
     tiny_llama: Any, word_tokenizer: Any, prompts: list[Ids]
 ) -> None:
     task = task_of(word_tokenizer, " yes", " no", " red")
     scores = score_labels(tiny_llama, word_tokenizer, task, prompts, temperatures=TEMPERATURES)
-    assert len(scores) == 3
     assert scores.single_token
     assert scores.log_probability.shape == (3, 3, 3)
     for i, prompt in enumerate(prompts):
@@ -74,41 +67,6 @@ def test_labels_of_one_token_are_the_softmax(
             assert scores.top_probability[i, t] == pytest.approx(float(expected.exp().max()), abs=1e-6)
             assert scores.square_sum[i, t] == pytest.approx(float((2 * expected).exp().sum()), abs=1e-6)
         assert scores.top_token[i] == int(log_p(tiny_llama, prompt)[-1].argmax())
-
-
-def whole_label(model: Any, prompt: Ids, label: Ids, ends: tuple[int, ...], temperature: float) -> float:
-    """Log-probability of a label (and of then coming to an end), a pass for each token."""
-    total = 0.0
-    for place, token in enumerate(label):
-        total += float(log_p(model, prompt + label[:place], temperature)[-1, token])
-    if ends:
-        total += float(log_p(model, prompt + label, temperature)[-1, list(ends)].logsumexp(0))
-    return total
-
-
-@pytest.mark.parametrize(
-    "labels",
-    [(" good film", " bad", " red fish song"), (" good", " good film", " bad food")],
-    ids=["apart", "nested"],
-)
-def test_labels_of_several_tokens_are_summed(
-    tiny_llama: Any, word_tokenizer: Any, prompts: list[Ids], labels: tuple[str, ...]
-) -> None:
-    task = task_of(word_tokenizer, *labels)
-    assert bool(task.terminators) == (" good" in labels)
-    scores = score_labels(tiny_llama, word_tokenizer, task, prompts, temperatures=TEMPERATURES)
-    assert not scores.single_token
-    for i, prompt in enumerate(prompts):
-        first = log_p(tiny_llama, prompt)[-1]
-        assert scores.top_token[i] == int(first.argmax())
-        assert scores.top_probability[i, 0] == pytest.approx(float(first.exp().max()), abs=1e-6)
-        for t, temperature in enumerate(TEMPERATURES):
-            expected = [
-                whole_label(tiny_llama, prompt, ids, task.terminators, temperature) for ids in task.label_ids
-            ]
-            np.testing.assert_allclose(scores.log_probability[i, :, t], expected, atol=1e-4)
-            p = np.exp(expected)
-            assert scores.square_sum[i, t] == pytest.approx((p**2).sum() + (1 - p.sum()) ** 2, abs=1e-5)
 
 
 LONG = [
@@ -181,16 +139,6 @@ def test_temperatures_cost_no_passes_and_labels_no_prompts(tiny_llama: Any, word
         np.testing.assert_allclose(losses, expected[scope], rtol=1e-6)
 
 
-def test_scores_do_not_depend_on_the_company(
-    tiny_llama: Any, word_tokenizer: Any, prompts: list[Ids]
-) -> None:
-    task = task_of(word_tokenizer, " good", " good film", " bad food")
-    together = score_labels(tiny_llama, word_tokenizer, task, prompts)
-    for i, prompt in enumerate(prompts):
-        alone = score_labels(tiny_llama, word_tokenizer, task, [prompt])
-        np.testing.assert_allclose(together.log_probability[i], alone.log_probability[0], atol=1e-5)
-
-
 def test_the_shorter_of_nested_labels_does_not_always_win(word_tokenizer: Any) -> None:
     """A model that goes on after the shorter label means the longer one."""
     task = task_of(word_tokenizer, " good", " good film")
@@ -239,9 +187,6 @@ def test_label_predictions(word_tokenizer: Any) -> None:
     assert second.to_dict()["source"] == "s:2"
 
 
-# -------------------------------------------------------------------------------------- free text
-
-
 def test_free_answers_are_greedy_and_their_confidence_is_the_model_s(
     tiny_llama: Any, word_tokenizer: Any, prompts: list[Ids]
 ) -> None:
@@ -263,21 +208,6 @@ def test_free_answers_are_greedy_and_their_confidence_is_the_model_s(
         assert answers.parsed[i] == (" ".join(text.split()) or None)
         assert answers.first_probability[i] == pytest.approx(first, abs=1e-5)
         assert answers.sequence_log_probability[i] == pytest.approx(total, abs=1e-4)
-
-
-def test_free_predictions(tiny_llama: Any, word_tokenizer: Any, prompts: list[Ids], tmp_path: Path) -> None:
-    task = task_of(word_tokenizer, " a b", task="generation", max_answer_tokens=3)
-    answers = answer_freely(tiny_llama, word_tokenizer, task, prompts)
-    golds = [answers.texts[0], " no such answer", None]
-    examples = [Example(f"q{i}", gold, f"s:{i + 1}") for i, gold in enumerate(golds)]
-    rows = free_predictions(task, examples, answers)
-    assert [row.correct for row in rows] == [True, False, None]
-    assert rows[2].gold is None
-    assert rows[1].confidence == pytest.approx(np.exp(answers.sequence_log_probability[1]))
-    write_predictions(tmp_path / "p.jsonl", rows)
-    read = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert read == [row.to_dict() for row in rows]
-    assert read[0]["answer"] == answers.texts[0]
 
 
 def test_an_answer_that_ends_at_once(tiny_llama: Any, word_tokenizer: Any, prompts: list[Ids]) -> None:

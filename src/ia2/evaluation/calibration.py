@@ -1,6 +1,4 @@
-"""Calibration measures and temperature scaling (METHOD.md, section 4).
-
-Everything is numpy and scipy on small arrays.
+"""Calibration measures and temperature scaling (METHOD.md, section 4), in numpy and scipy on small arrays.
 
 Sources: Guo et al. 2017 (equal-width ECE, temperature scaling), Nixon et al. 2019 (equal-mass
 ECE), Brier 1950.
@@ -22,15 +20,12 @@ TEMPERATURES: Floats = np.logspace(-1.0, 1.0, 33)
 TEMPERATURES.setflags(write=False)
 
 
-# --- calibration error -------------------------------------------------------------------------
-
-
 def ece_equal_mass(confidence: ArrayLike, correct: ArrayLike, bins: int = 15, *, axis: int = -1) -> Any:
     """Expected calibration error over bins of equal mass (Nixon et al. 2019).
 
     Rows are sorted by confidence and cut into bins of ``floor(n / bins)``; the last one also takes
-    the remainder. With fewer rows than bins, every row is a bin (``min(bins, n)`` bins). The sort
-    is stable: among equal confidences the order of the input decides which bin a row falls in.
+    the remainder. With fewer rows than bins, every row is a bin. The sort is stable: among equal
+    confidences the order of the input decides which bin a row falls in.
 
     Args:
         confidence: ``[..., n]``, probability given to the predicted answer, in [0, 1].
@@ -40,65 +35,50 @@ def ece_equal_mass(confidence: ArrayLike, correct: ArrayLike, bins: int = 15, *,
 
     Returns:
         ``[...]`` (a scalar for one-dimensional input), in [0, 1]; NaN without rows.
-
-    Raises:
-        ValueError: shapes differ or ``bins`` is not positive.
     """
-    conf, corr = _rows_last(confidence, correct, bins, axis)
+    conf, corr = _rows_last(confidence, correct, axis)
     n = conf.shape[-1]
     if n == 0:
-        return _scalar(np.full(conf.shape[:-1], np.nan))
+        return np.full(conf.shape[:-1], np.nan)[()]
     order = np.argsort(conf, axis=-1, kind="stable")
     # |bin| · |mean conf - mean acc| = |sum of (conf - correct)|: no means needed.
     gap = np.take_along_axis(conf.astype(np.float64) - corr, order, axis=-1)
     per_bin = np.add.reduceat(gap, _mass_starts(n, bins), axis=-1)
-    return _scalar(np.abs(per_bin).sum(axis=-1) / n)
+    return (np.abs(per_bin).sum(axis=-1) / n)[()]
 
 
 def ece_equal_width(confidence: ArrayLike, correct: ArrayLike, bins: int = 15, *, axis: int = -1) -> Any:
-    """Expected calibration error over bins of equal width (Guo et al. 2017).
+    """Expected calibration error over bins of equal width (Guo et al. 2017); as :func:`ece_equal_mass`.
 
     The edges follow torchmetrics: bin i holds ``[i / bins, (i + 1) / bins)``, and a confidence of
-    exactly 1 has a bin of its own behind the last (Guo et al. close the bins on the right; the two
-    differ only for confidences exactly on an edge). An edge here is the float nearest to
-    ``i / bins``; torch.linspace rounds some edges the other way in the last bit.
-
-    Args:
-        confidence: ``[..., n]``, probability given to the predicted answer, in [0, 1]. Edges are
-            compared in its own precision: 0.7 in float32 lies on the edge 0.7.
-        correct: ``[..., n]``, 1 or True where the prediction was right.
-        bins: number of bins.
-        axis: the axis of the rows; the others are batch.
-
-    Returns:
-        ``[...]`` (a scalar for one-dimensional input), in [0, 1]; NaN without rows.
+    exactly 1 has a bin of its own behind the last. Edges are compared in the precision of the data: 0.7 in
+    float32 lies on the edge 0.7.
 
     Raises:
-        ValueError: shapes differ, ``bins`` is not positive or a confidence lies outside [0, 1].
+        ValueError: a confidence lies outside [0, 1].
     """
-    conf, corr = _rows_last(confidence, correct, bins, axis)
+    conf, corr = _rows_last(confidence, correct, axis)
     n = conf.shape[-1]
     if n == 0:
-        return _scalar(np.full(conf.shape[:-1], np.nan))
-    index = _width_index(conf, bins)
-    gap = conf.astype(np.float64) - corr
+        return np.full(conf.shape[:-1], np.nan)[()]
+    # A float32 softmax may exceed 1 by rounding; more than that is a mistake of the caller.
+    if not np.all((conf >= -1e-6) & (conf <= 1 + 1e-6)):
+        raise ValueError("confidences must be probabilities in [0, 1] and not NaN")
+    # The nearest float to each i / bins, so that a confidence written as i / bins lies on its edge.
+    edges = (np.arange(bins + 1) / bins).astype(conf.dtype)
+    index = np.searchsorted(edges, np.clip(conf, 0.0, 1.0), side="right") - 1
     rows = math.prod(conf.shape[:-1])
     # Bins of all batch rows side by side: one bincount serves the whole batch.
     index = index.reshape(rows, n) + np.arange(rows)[:, None] * (bins + 1)
+    gap = conf.astype(np.float64) - corr
     sums = np.bincount(index.ravel(), weights=gap.ravel(), minlength=rows * (bins + 1))
     total = np.abs(sums.reshape(rows, bins + 1)).sum(axis=-1) / n
-    return _scalar(total.reshape(conf.shape[:-1]))
+    return total.reshape(conf.shape[:-1])[()]
 
 
 @dataclass(frozen=True)
 class ReliabilityBins:
-    """The bins behind an ECE, for a reliability diagram; all arrays are ``[B]``.
-
-    Attributes:
-        count: rows in the bin.
-        confidence: mean confidence.
-        accuracy: share of right predictions.
-    """
+    """The bins behind an ECE in ascending confidence, ``[B]`` each: rows, mean confidence, share right."""
 
     count: NDArray[np.int64]
     confidence: Floats
@@ -106,22 +86,8 @@ class ReliabilityBins:
 
 
 def reliability_bins(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> ReliabilityBins:
-    """Count, mean confidence and accuracy of each of the ``min(bins, n)`` bins of :func:`ece_equal_mass`.
-
-    Args:
-        confidence: ``[n]``, in [0, 1].
-        correct: ``[n]``, 1 or True where the prediction was right.
-        bins: number of bins.
-
-    Returns:
-        The bins, in ascending confidence.
-
-    Raises:
-        ValueError: as :func:`ece_equal_mass`.
-    """
-    conf, corr = _rows_last(confidence, correct, bins, -1)
-    if conf.ndim != 1:
-        raise ValueError(f"confidence must be [n], not {list(conf.shape)}")
+    """The ``min(bins, n)`` bins of :func:`ece_equal_mass`, of ``[n]``."""
+    conf, corr = _rows_last(confidence, correct, -1)
     order = np.argsort(conf, kind="stable")
     parts = np.split(order, _mass_starts(len(conf), bins)[1:]) if len(conf) else []
     return ReliabilityBins(
@@ -131,14 +97,8 @@ def reliability_bins(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) 
     )
 
 
-def _rows_last(confidence: ArrayLike, correct: ArrayLike, bins: int, axis: int) -> tuple[Floats, Floats]:
+def _rows_last(confidence: ArrayLike, correct: ArrayLike, axis: int) -> tuple[Floats, Floats]:
     conf, corr = np.asarray(confidence), np.asarray(correct)
-    if conf.shape != corr.shape:
-        raise ValueError(f"confidence is {list(conf.shape)} and correct {list(corr.shape)}: they must agree")
-    if conf.ndim == 0:
-        raise ValueError("confidence must have at least one axis, the rows")
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, not {bins}")
     # float32 stays: the edges of equal width are compared in the precision of the data.
     if conf.dtype != np.float32:
         conf = conf.astype(np.float64)
@@ -150,65 +110,16 @@ def _mass_starts(n: int, bins: int) -> NDArray[np.int64]:
     return np.arange(number) * (n // number if number else 0)
 
 
-def _width_index(conf: Floats, bins: int) -> NDArray[np.int64]:
-    # A float32 softmax may exceed 1 by rounding; more than that is a mistake of the caller.
-    if not np.all((conf >= -1e-6) & (conf <= 1 + 1e-6)):
-        raise ValueError("confidences must be probabilities in [0, 1] and not NaN")
-    # The nearest float to each i / bins, so that a confidence written as i / bins lies on its edge.
-    edges = (np.arange(bins + 1) / bins).astype(conf.dtype)
-    return np.searchsorted(edges, np.clip(conf, 0.0, 1.0), side="right") - 1
-
-
-def _scalar(value: Floats) -> Any:
-    return value[()]
-
-
-# --- proper scores -----------------------------------------------------------------------------
-
-
 def brier_rows(probabilities: ArrayLike, gold: ArrayLike) -> Floats:
-    """Multi-class Brier score of each row (Brier 1950): sum over classes of squared differences.
+    """Multi-class Brier score of each row (Brier 1950), in [0, 2]: sum over classes of squared differences.
 
     Args:
         probabilities: ``[n, C]``, each row a distribution.
         gold: ``[n]``, index of the right class.
-
-    Returns:
-        ``[n]``, each in [0, 2]; 0 is best.
-
-    Raises:
-        ValueError: shapes do not fit or a gold index is outside ``[0, C)``.
     """
-    p, g = np.asarray(probabilities, dtype=np.float64), np.asarray(gold)
-    if p.ndim != 2 or g.shape != p.shape[:1]:
-        raise ValueError(f"expected [n, C] and [n], got {list(p.shape)} and {list(g.shape)}")
-    if len(g) == 0:
-        return np.zeros(0)
-    if not np.issubdtype(g.dtype, np.integer) or g.min() < 0 or g.max() >= p.shape[1]:
-        raise ValueError(f"gold must be integers in [0, {p.shape[1]})")
-    difference = p.copy()
-    difference[np.arange(len(g)), g] -= 1.0
+    difference = np.array(probabilities, dtype=np.float64)
+    difference[np.arange(len(difference)), np.asarray(gold, dtype=int)] -= 1.0
     return np.square(difference).sum(axis=1)
-
-
-def brier(probabilities: ArrayLike, gold: ArrayLike) -> float:
-    """Mean multi-class Brier score, in [0, 2]: the mean of `brier_rows`, NaN without rows."""
-    return _mean(brier_rows(probabilities, gold))
-
-
-def nll(log_probability_of_gold: ArrayLike) -> float:
-    """Negative log-likelihood, in nats: minus the mean of ``[n]`` log-probabilities.
-
-    NaN without rows, infinite if any gold answer has probability 0.
-    """
-    return -_mean(np.asarray(log_probability_of_gold, dtype=np.float64))
-
-
-def _mean(values: Floats) -> float:
-    return float(values.mean()) if values.size else math.nan
-
-
-# --- temperature scaling -----------------------------------------------------------------------
 
 
 def fit_temperature(temperatures: ArrayLike, nll_grid: ArrayLike) -> float:
@@ -228,19 +139,13 @@ def fit_temperature(temperatures: ArrayLike, nll_grid: ArrayLike) -> float:
         The temperature; 1.0 without rows, if no temperature has a finite mean, or if the sharpest is best.
 
     Raises:
-        ValueError: shapes do not fit, temperatures not positive and ascending, or NaN in the grid.
+        ValueError: NaN in the grid.
     """
     t = np.asarray(temperatures, dtype=np.float64)
     grid = np.asarray(nll_grid, dtype=np.float64)
-    if t.ndim != 1 or t.size == 0 or t[0] <= 0 or np.any(np.diff(t) <= 0):
-        raise ValueError("temperatures must be [T], positive and ascending")
-    if grid.size == 0:
-        return 1.0
-    if grid.ndim != 2 or grid.shape[1] != t.size:
-        raise ValueError(f"nll_grid must be [n, {t.size}], not {list(grid.shape)}")
     if np.isnan(grid).any():
         raise ValueError("nll_grid contains NaN")
-    mean = grid.mean(axis=0)
+    mean = grid.mean(axis=0) if grid.size else np.full(t.size, np.inf)
     if not np.isfinite(mean).any():
         return 1.0
     log_t = np.log(t)
@@ -260,23 +165,13 @@ def fit_temperature(temperatures: ArrayLike, nll_grid: ArrayLike) -> float:
 
 
 def scale_label_log_probabilities(log_p: ArrayLike, temperature: float) -> Floats:
-    """``log_softmax(log_p / temperature)`` over the label set (Guo et al. 2017).
+    """``log_softmax(log_p / temperature)`` over the label set, ``[n, C]`` nats (Guo et al. 2017).
 
-    Args:
-        log_p: ``[n, C]``, nats: log-probability of each label; need not be normalised. -inf stays
-            -inf. A row of nothing but -inf says nothing and becomes uniform.
-        temperature: above 1 flattens, below 1 sharpens.
-
-    Returns:
-        ``[n, C]``, nats, each row normalised over C.
-
-    Raises:
-        ValueError: the temperature is not positive and finite.
+    ``log_p`` need not be normalised. -inf stays -inf; a row of nothing but -inf says nothing and becomes
+    uniform.
     """
     from scipy import special
 
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be positive and finite, not {temperature}")
     scaled = np.asarray(log_p, dtype=np.float64)
     if scaled.size == 0:
         return scaled.copy()

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
     from ia2.models.capture import ActivationCapture
 
+_GRID = [float(t) for t in TEMPERATURES]
+
 
 def temperature_losses(
     model: nn.Module,
@@ -48,10 +50,9 @@ def temperature_losses(
     """What :func:`ia2.evaluation.metrics.fitted_temperatures` takes, of these (dev) rows."""
     description = "fitting temperature"
     if task.kind == "classification":
-        grid = [float(t) for t in TEMPERATURES]
         gold = _gold(task, examples)
         scores = score_labels(
-            model, tokenizer, task, prompts, temperatures=grid, truth=gold, description=description
+            model, tokenizer, task, prompts, temperatures=_GRID, truth=gold, description=description
         )
         return label_temperature_losses(scores, gold)
     answers = answer_freely(model, tokenizer, task, prompts, description=description)
@@ -75,7 +76,7 @@ def evaluate_prompts(
 
     Args:
         model: as it is to be evaluated.
-        tokenizer: its tokenizer.
+        tokenizer: of the model.
         task: what counts as an answer.
         examples: labelled rows.
         prompts: what the model is asked for each, with or without demonstrations.
@@ -103,7 +104,7 @@ def evaluate_prompts(
             tokenizer,
             task,
             prompts,
-            temperatures=[float(t) for t in TEMPERATURES] if fit else asked,
+            temperatures=_GRID if fit else asked,
             truth=gold if fit else None,
             capture=capture,
             on_output=on_output,

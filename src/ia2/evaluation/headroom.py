@@ -38,10 +38,7 @@ def judge(
     units: str = "draws",
     name: str = "ICL",
 ) -> Judgement:
-    """Judge by ICL − SFT and by the base model among the labels.
-
-    Alignment carries over what ICL does. It can add to fine-tuning only where ICL is better than
-    fine-tuning on the same examples, and there is nothing to carry over where the bare model does as well.
+    """Judge by ICL − SFT and by the base model among the labels: what there is to carry over.
 
     Args:
         icl: accuracy among the labels (free text: of the answer) of each unit, in [0, 1].

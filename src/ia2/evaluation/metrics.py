@@ -85,39 +85,21 @@ class Measured:
 def label_rows(
     scores: LabelScores, gold: np.ndarray, label_tokens: Sequence[int], t: int = 0
 ) -> dict[str, RowMeasures]:
-    """Rows of both scopes at temperature number ``t``.
-
-    Args:
-        scores: of n queries.
-        gold: label index of each, ``[n]``.
-        label_tokens: the token of each label (single-token tasks).
-        t: which of ``scores.temperatures``.
-    """
+    """Rows of both scopes at temperature number ``t``, of label indices ``[n]`` and each label's token."""
     n = np.arange(len(gold))
     log_p = scores.log_probability[:, :, t]
     gold_log_p = np.maximum(log_p[n, gold], _LEAST)
     if scores.single_token:
-        vocabulary = RowMeasures(
-            scores.top_probability[:, t],
-            (scores.top_token == np.asarray(label_tokens)[gold]).astype(float),
-            _brier(scores.square_sum[:, t], gold_log_p),
-            -gold_log_p,
-        )
+        confidence = scores.top_probability[:, t]
+        correct = scores.top_token == np.asarray(label_tokens)[gold]
     else:
         # the distribution over the labels as wholes, everything else being one more outcome
         best = log_p.argmax(1)
-        vocabulary = RowMeasures(
-            np.exp(log_p[n, best]),
-            (best == gold).astype(float),
-            _brier(scores.square_sum[:, t], gold_log_p),
-            -gold_log_p,
-        )
+        confidence, correct = np.exp(log_p[n, best]), best == gold
+    # of float32 sums, whose rounding must not make it negative
+    brier = np.maximum(scores.square_sum[:, t] - 2 * np.exp(gold_log_p) + 1, 0.0)
+    vocabulary = RowMeasures(confidence, correct.astype(float), brier, -gold_log_p)
     return {"vocabulary": vocabulary, "labels": _label_set_rows(log_p, gold, 1.0)}
-
-
-def _brier(square_sum: np.ndarray, gold_log_p: np.ndarray) -> np.ndarray:
-    """From float32 sums, whose rounding must not make it negative."""
-    return np.maximum(square_sum - 2 * np.exp(gold_log_p) + 1, 0.0)
 
 
 def _label_set_rows(log_p: np.ndarray, gold: np.ndarray, temperature: float) -> RowMeasures:
@@ -134,11 +116,7 @@ def _label_set_rows(log_p: np.ndarray, gold: np.ndarray, temperature: float) -> 
 
 
 def fitted_temperatures(losses: dict[str, np.ndarray]) -> dict[str, float]:
-    """The temperature of each scope that gives the lowest mean loss.
-
-    Args:
-        losses: negative log-likelihoods at ``calibration.TEMPERATURES``, scope → ``[n, T]``.
-    """
+    """The best temperature of each scope, of losses at ``calibration.TEMPERATURES``: scope → ``[n, T]``."""
     return {scope: fit_temperature(TEMPERATURES, nll) for scope, nll in losses.items()}
 
 
@@ -242,6 +220,4 @@ def summarise(runs: Sequence[Measured]) -> dict[str, Any]:
 
 def _intervals(runs: Sequence[RowMeasures]) -> dict[str, Any]:
     rows = [run.arrays() for run in runs]
-    return {
-        name: bounded(over_draws(statistic, rows), name).to_dict() for name, statistic in STATISTICS.items()
-    }
+    return {name: bounded(over_draws(of, rows), name).to_dict() for name, of in STATISTICS.items()}

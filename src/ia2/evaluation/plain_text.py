@@ -77,19 +77,10 @@ def _problem(row: Any) -> str | None:
 def perplexity(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], window: int
 ) -> np.ndarray:
-    """Negative log-likelihood of plain texts, every token given those before it.
+    """Negative log-likelihood of plain texts: sum in nats and number of scored tokens of each, ``[n, 2]``.
 
     The very first token (the begin-of-sequence token, where the tokenizer has one) is given, not scored. A
     text longer than the window is cut into pieces; each begins with the last token of the one before.
-
-    Args:
-        model: as it is to be measured.
-        tokenizer: its tokenizer.
-        texts: plain texts.
-        window: tokens that are fed at once, at least 1.
-
-    Returns:
-        Sum in nats and number of scored tokens of each text, ``[n, 2]``.
     """
     import torch
 
@@ -139,30 +130,17 @@ def diversity(
     samples: int = 2,
     max_new_tokens: int = 32,
 ) -> dict[str, np.ndarray]:
-    """What a model writes when it goes on from the openings of plain texts, drawn at temperature 1.
+    """What a model writes when it goes on from :func:`openings`, drawn at temperature 1.
 
-    Continuations are sampled, since greedy ones repeat themselves whatever was trained.
-
-    Args:
-        model: as it is to be measured.
-        tokenizer: its tokenizer.
-        prompts: of :func:`openings`, all of one length.
-        labels: of the task that was trained; none for free text, which then has no leak.
-        seed: of the draws; the same seed gives the same continuations.
-        samples: continuations of each opening, at least 2.
-        max_new_tokens: at which a continuation is cut.
+    Continuations are sampled, at least two of each opening: greedy ones repeat themselves whatever was
+    trained. Without ``labels`` (of the task that was trained) there is no leak.
 
     Returns:
         Measure of :data:`DIVERSITY` → its mean over the continuations of each opening, ``[n]``. A
         continuation that is too short for a share of runs counts as 1 distinct and 0 repeated.
-
-    Raises:
-        ValueError: openings of different lengths, or fewer than two samples.
     """
     import torch
 
-    if samples < 2 or len({len(prompt) for prompt in prompts}) > 1:
-        raise ValueError("diversity takes openings of one length, and at least two samples of each")
     asked = [prompt for prompt in prompts for _ in range(samples)]
     written = list(_sampled(model, tokenizer, asked, seed, max_new_tokens))
     entropy = np.zeros(len(asked))
@@ -192,10 +170,7 @@ def diversity(
 def _sampled(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Ids], seed: int, max_new_tokens: int
 ) -> Iterator[tuple[Ids, Ids, str]]:
-    """Ids of each continuation with and without its end of sequence, and its text.
-
-    Prompts of one length need no padding, which some families would see.
-    """
+    """Ids of each continuation with and without its end of sequence, and its text."""
     import torch
     from transformers import GenerationConfig
 

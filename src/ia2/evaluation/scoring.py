@@ -46,9 +46,6 @@ class LabelScores:
     square_sum: np.ndarray
     single_token: bool
 
-    def __len__(self) -> int:
-        return len(self.top_token)
-
     def join(self) -> LabelScores:
         """Those of all processes' shares, one behind the other; all of them must ask for it."""
         mine = self.log_probability, self.top_probability, self.top_token, self.square_sum
@@ -186,16 +183,14 @@ def score_labels(
 
     Args:
         model: as it is to be evaluated.
-        tokenizer: its tokenizer.
+        tokenizer: of the model.
         task: labels.
         prompts: ids of n prompts.
         temperatures: of the logits.
         truth: the true label of each prompt, where only it is wanted at temperatures other than 1.
         capture: for labels of one token, an entered capture whose activations ``on_output`` gets.
-        on_output: for labels of one token, called with each prompt's output as it comes (of this
-            process's share).
-        fit: gives a temperature from these scores. What is returned is then taken at 1 and at that one, from
-            the same logits, which are kept until then.
+        on_output: called with each output of this process's share as it comes, for labels of one token.
+        fit: gives a temperature from these scores; those at 1 and at that one are returned.
         description: text of the progress bar.
     """
     mine = share(len(prompts), lambda i: len(prompts[i]))
@@ -317,15 +312,8 @@ class Prediction:
 
     def to_dict(self) -> dict[str, Any]:
         """A flat JSON-able row."""
-        return {
-            "source": self.source,
-            "query": self.query,
-            "gold": self.gold,
-            "predicted": self.predicted,
-            "correct": self.correct,
-            "confidence": self.confidence,
-            **self.details,
-        }
+        row = dict(vars(self))
+        return row | row.pop("details")
 
 
 def label_predictions(
@@ -338,22 +326,22 @@ def label_predictions(
     rows = []
     for i, example in enumerate(examples):
         best = int(log_p[i].argmax())
-        gold = task.label_of(example) if example.answer is not None else None
+        known = example.answer is not None
+        gold = task.label_of(example) if known else -1
+        details = {
+            "labels": {str(name): float(share) for name, share in zip(task.names, shares[i], strict=True)},
+            "top_token": decode(tokenizer, [int(scores.top_token[i])]),
+            "top_token_probability": float(scores.top_probability[i, 0]),
+        }
         rows.append(
             Prediction(
                 example.source,
                 example.query,
-                None if gold is None else task.names[gold],
+                task.names[gold] if known else None,
                 task.names[best],
-                None if gold is None else best == gold,
+                best == gold if known else None,
                 float(shares[i, best]),
-                {
-                    "labels": {
-                        str(name): float(share) for name, share in zip(task.names, shares[i], strict=True)
-                    },
-                    "top_token": decode(tokenizer, [int(scores.top_token[i])]),
-                    "top_token_probability": float(scores.top_probability[i, 0]),
-                },
+                details,
             )
         )
     return rows
