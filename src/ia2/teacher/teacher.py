@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ia2.adapters.weights import base_weights
 from ia2.models.batching import give_back_memory
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
-
-T = TypeVar("T", bound=OnlineTargets)
 
 # Examples whose prompts (and, while they are averaged, whose permutations) are in memory together.
 _CHUNK = 256
@@ -72,11 +70,11 @@ class Teacher:
     def teach(
         self,
         contexts: Contexts,
-        new: Callable[[Sequence[int], int], T] = TargetStore,  # type: ignore[assignment]
+        new: Callable[[Sequence[int], int], OnlineTargets] = TargetStore,
         *,
         answers: Sequence[TeacherAnswer] | None = None,
         description: str = "teacher",
-    ) -> T:
+    ) -> OnlineTargets:
         """Targets of all queries in their contexts.
 
         Args:
