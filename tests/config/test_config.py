@@ -22,7 +22,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
     file = settings_file(tmp_path, "seed: 3\nbatch_size: 8\nalign: {epochs: 7, patience: 2}\n")
     config = load_config(TrainConfig, file, {"seed": 4, "align.epochs": 9, "recipe": None})
     assert (config.seed, config.batch_size, config.recipe) == (4, 8, "auto")
-    assert (config.align.epochs, config.align.patience, config.sft.epochs) == (9, 2, 50)
+    assert (config.align.epochs, config.align.patience, config.sft.epochs) == (9, 2, None)
 
 
 def test_dotted_flags_make_sections() -> None:

@@ -67,7 +67,7 @@ def test_shuffled_labels(base: BaseModel, task: int) -> None:
 
 def test_facts(base: BaseModel) -> None:
     before = {name: p.clone() for name, p in base.model.named_parameters()}
-    found = probe(base, icl_examples(30), ProbeConfig(max_queries=12, context_draws=2))
+    found = probe(base, icl_examples(30), ProbeConfig(max_queries=12, context_draws=2, selection="dev"))
     facts = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert (facts["rows"], facts["demonstrations"]) == (12, 11)
     accuracy = facts["accuracy"]
@@ -141,7 +141,7 @@ def shuffled(count: int) -> Examples:
 def test_auto_takes_the_method_where_in_context_learning_helps(
     rows: Examples, recipe: str, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = TrainConfig(align={"epochs": 2}, sft={"epochs": 2}, learning_rates=[3e-3])
+    config = TrainConfig(align={"epochs": 2}, sft={"epochs": 2}, learning_rates=[3e-3], selection="dev")
     assert config.recipe == "auto"
     result = adapt(clone(base), rows, config, output_dir=tmp_path / "out")
     assert (result.config.recipe, result.metrics["recipe"]) == (recipe, recipe)
@@ -172,7 +172,7 @@ def test_auto_learns_from_no_teacher_that_guesses(
 def test_rows_that_nothing_learns_from(base: BaseModel, caplog: pytest.LogCaptureFixture) -> None:
     """Refused where the user named the recipe; where it was chosen, told, and counted nowhere."""
     more = Examples([Example(r.query, None, r.source) for r in icl_examples(20, seed=9)], name="more")
-    config = TrainConfig(sft={"epochs": 1}, learning_rates=[3e-3])
+    config = TrainConfig(sft={"epochs": 1}, learning_rates=[3e-3], selection="dev")
     with caplog.at_level(logging.INFO, "ia2"):
         found = adapt(clone(base), shuffled(17), config, unlabelled=more).metrics
     assert found["recipe"] == "sft" and "num_unlabelled" not in found
@@ -182,11 +182,11 @@ def test_rows_that_nothing_learns_from(base: BaseModel, caplog: pytest.LogCaptur
 
 
 def test_a_file_of_settings_for_training_serves_a_probe(base: BaseModel) -> None:
-    """What it says of unlabelled rows and of selection is not for a probe, and its rate for SFT is."""
+    """What it says of unlabelled rows is not for a probe; its selection and its rate for SFT are."""
     config = ProbeConfig(unlabelled="more.jsonl", selection="folds", sft={"learning_rate": 2e-3})
     found = probe(base, icl_examples(9), config)
     assert found.facts["sft"]["rate"] == 2e-3
-    assert found.facts["cost"]["num_train"] == 6
+    assert found.facts["cost"]["num_train"] == 9
 
 
 def test_auto_does_not_probe_two_rows(base: BaseModel) -> None:

@@ -26,6 +26,7 @@ from helpers.benches import (
 from ia2.adapters.weights import base_weights
 from ia2.config import AdaptConfig
 from ia2.config.recipes import LABELLED, RECIPES, TRAINED, UNLABELLED
+from ia2.config.sections import AlignConfig
 from ia2.experiment.workbench import Workbench, answered_parts, held_out
 from ia2.models.load import BaseModel
 from ia2.training.constant import ConstantTrainer
@@ -358,3 +359,39 @@ def test_a_constant_needs_a_bias_where_attention_writes(learner: BaseModel, tmp_
     bench = small(learner, tmp_path, adapter={"bias": True, "target_modules": ["q_proj"]})
     with pytest.raises(ConfigError, match=r"the adapter has no bias there \(layer 0\)"):
         bench.train("constant-sft")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rates"),
+    [
+        ("sft", [3e-4]),
+        ("ia2", [1e-3]),
+        ("ia2-sft", [1e-3, 1e-4]),
+        ("sft-ia2", [3e-4, 1e-3]),
+        ("ia2+sft", [3e-4]),
+        ("soft-sft", [3e-4, 1e-4]),
+    ],
+)
+def test_each_stage_has_a_rate_of_its_own_where_none_is_given(recipe: str, rates: list[float]) -> None:
+    assert [s.settings.learning_rate for s in plan(recipe, AdaptConfig())] == pytest.approx(rates)
+    # a given one is that of every stage
+    assert {s.settings.learning_rate for s in plan(recipe, AdaptConfig(learning_rates=[2e-3]))} == {None}
+
+
+@pytest.mark.parametrize(("rows", "align", "sft"), [(8, 60, 30), (32, 64, 32), (256, 64, 192), (3, 60, 30)])
+def test_without_held_out_rows_lengths_are_in_steps(rows: int, align: int, sft: int) -> None:
+    per_epoch = -(-rows // 4)
+    config = AdaptConfig()
+    assert config.align.length(per_epoch, config.selection) * per_epoch == align
+    assert config.sft.length(per_epoch, config.selection) * per_epoch == sft
+    assert (
+        config.align.length(per_epoch, "dev") == 50 and AlignConfig(epochs=7).length(per_epoch, "last") == 7
+    )
+
+
+def test_several_rates_are_chosen_by_held_out_rows() -> None:
+    assert AdaptConfig().selection == "last"
+    assert AdaptConfig(learning_rates=[1e-3, 1e-4]).selection == "dev"
+    assert AdaptConfig(joint={"betas": [0.1, 0.5]}).selection == "dev"
+    with pytest.raises(ValueError, match="selection last chooses nothing"):
+        AdaptConfig(learning_rates=[1e-3, 1e-4], selection="last")

@@ -68,10 +68,10 @@ class AdaptConfig(Section):
         description="Use at most this many unlabelled rows, drawn by the seed; a fifth is held out.",
     )
     selection: Literal["dev", "folds", "average", "last"] = Field(
-        "dev",
-        description="What chooses steps, rate, β and temperature: dev, rows that are held out; folds, "
-        "cross-fitting over all rows, which are all trained on; average, the mean of the folds' weights; "
-        "last, nothing (all rows, the last weights, one rate).",
+        "last",
+        description="What chooses steps, rate, β and temperature: last, nothing (all rows, the last weights, "
+        "one rate); dev, rows that are held out (the default with several rates or β); folds, cross-fitting "
+        "over all rows, which are all trained on; average, the mean of the folds' weights.",
     )
     task: Literal["auto", "classification", "generation"] = Field(
         "auto", description="Whether answers are labels of a fixed set, or free text."
@@ -143,7 +143,8 @@ class AdaptConfig(Section):
     learning_rates: list[Rate] | None = Field(
         None,
         min_length=1,
-        description="Rates to try; the best is chosen by dev loss. By default the adapter type's own rate.",
+        description="Rates of every stage to try; the best is chosen by dev loss. By default each stage has "
+        "its own, a share of the adapter type's.",
     )
     batch_size: int = Field(4, ge=1, description="Examples of one optimiser step, over all processes.")
     micro_batch_size: int | None = Field(
@@ -187,10 +188,16 @@ class AdaptConfig(Section):
         self._check_schedules()
         if self.recipe != AUTO:
             self._check_recipe(self.recipe, "recipe")
+        if "selection" not in self.model_fields_set and self._chooses:
+            self.selection = "dev"
         for wrong, reason in self._contradictions():
             if wrong:
                 raise ValueError(reason)
         return self
+
+    @property
+    def _chooses(self) -> bool:
+        return len(self.learning_rates or ()) > 1 or len(self.joint.betas or ()) > 1
 
     def _check_recipe(self, recipe: str, place: str) -> None:
         try:
@@ -264,9 +271,8 @@ class AdaptConfig(Section):
             "use_reentrant=True is not possible: captured activations would carry no gradient. Leave it "
             "out, or set it to false",
         )
-        several = len(self.learning_rates or ()) > 1 or len(self.joint.betas or ()) > 1
         yield (
-            self.selection == "last" and several,
+            self.selection == "last" and self._chooses,
             "selection last chooses nothing: give one learning rate and one β, or set selection to folds",
         )
         yield (

@@ -45,6 +45,9 @@ def _share(value: float) -> float:
 
 Share = Annotated[float, AfterValidator(_share)]
 
+MAX_EPOCHS = 50
+"""Of a stage that held-out rows stop."""
+
 Width = Annotated[int, Field(ge=1, le=2**16)]
 """Of what an adapter adds to a model; more than any layer is wide."""
 
@@ -132,9 +135,20 @@ class AdapterConfig(Section):
 class StageConfig(Section):
     """One training stage."""
 
-    epochs: int = Field(50, ge=1, description="Epochs at most.")
+    # Without held-out rows nothing says when to stop: so many optimiser steps, and epochs at least.
+    usual_steps: ClassVar[int] = 60
+    least_epochs: ClassVar[int] = 1
+
+    epochs: int | None = Field(
+        None,
+        ge=1,
+        description="Epochs at most; by default 50, and with the selection last as many as take about 60 "
+        "steps (the supervised stage: 30, and 3 epochs at least).",
+    )
     learning_rate: Rate | None = Field(
-        None, description="This stage's own rate; by default the one being tried."
+        None,
+        description="This stage's own rate; by default the one being tried, and where none is given the "
+        "adapter type's, of which fine-tuning takes 0.3 (after another stage 0.1), joint and soft 0.3.",
     )
     eval_every: int | None = Field(
         None,
@@ -151,6 +165,14 @@ class StageConfig(Section):
     restore_best: bool = Field(
         True, description="End with the weights of the best dev loss (false: with the last ones)."
     )
+
+    def length(self, per_epoch: int, selection: str) -> int:
+        """Epochs at most, of so many optimiser steps each, under a selection of :class:`AdaptConfig`."""
+        if self.epochs is not None:
+            return self.epochs
+        if selection != "last":
+            return MAX_EPOCHS
+        return max(self.least_epochs, -(-self.usual_steps // per_epoch))
 
 
 class TaughtConfig(Section):
@@ -178,6 +200,11 @@ class ConstantConfig(TaughtConfig):
 
     epochs: ClassVar[int] = 1
     learning_rate: ClassVar[float | None] = None
+
+    def length(self, per_epoch: int, selection: str) -> int:
+        """One epoch."""
+        return self.epochs
+
     eval_every: ClassVar[int | None] = None
     patience: ClassVar[int] = 1
     restore_best: ClassVar[bool] = True
@@ -211,6 +238,9 @@ class AlignConfig(TeacherStageConfig):
 
 class SftConfig(TeacherStageConfig):
     """The supervised stage."""
+
+    usual_steps: ClassVar[int] = 30
+    least_epochs: ClassVar[int] = 3
 
     rows: RowKind | None = Field(
         None, description="labelled rows (the default), unlabelled ones with the teacher's answers, or both."

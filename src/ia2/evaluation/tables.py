@@ -174,6 +174,8 @@ def _rates(design: Mapping[str, Any]) -> str:
     shown = next(iter(tried.values()))
     if len(set(tried.values())) > 1:
         shown = ", ".join(f"{rate} ({kind})" for kind, rate in tried.items())
+    if any("/" in rate for rate in tried.values()) and not design["selected_by"]:
+        return f"rates of the stages {shown}"
     return f"rate {shown}" + (f" by {design['selected_by']}" if design["selected_by"] else "")
 
 

@@ -38,7 +38,7 @@ from ia2.prompts.task import Task, make_task
 from ia2.training.stages import TrainedRecipe, fitted, plan
 from ia2.utils.distributed import is_first, several, wait
 from ia2.utils.errors import ConfigError, DataError, ModelError, RunFolderError
-from ia2.utils.files import atomic_files, digest, read_json, write_json, write_text
+from ia2.utils.files import atomic_files, digest, finite, read_json, write_json, write_text
 from ia2.utils.logging import logger
 from ia2.utils.manifest import RUN_FILE, begin
 
@@ -264,7 +264,7 @@ def _metrics(bench: Workbench, trained: TrainedRecipe, base: BaseModel) -> dict[
         "model": base.name,
         "learning_rate": trained.learning_rate,
         "selected_by": trained.selected_by,
-        "dev_loss_by_learning_rate": trained.tried,
+        "dev_loss_by_learning_rate": finite(trained.tried),
         "diverged": trained.diverged,
         "beta": trained.beta,
         "seconds": {**teacher, **trained.seconds},

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from ia2.adapters.types import default_learning_rate
 from ia2.config import CompareConfig
 from ia2.config.recipes import is_trained
 from ia2.data.examples import Examples
@@ -27,7 +26,7 @@ from ia2.experiment.workbench import Evaluated, Workbench
 from ia2.models.load import BaseModel
 from ia2.prompts.task import Task, make_task
 from ia2.teacher.targets import OnlineTargets
-from ia2.training.stages import TrainedRecipe
+from ia2.training.stages import TrainedRecipe, plan
 from ia2.utils.distributed import is_first, wait
 from ia2.utils.errors import ConfigError, DivergedError
 from ia2.utils.files import digest, read_json, write_json, write_text
@@ -473,12 +472,14 @@ def _context_of(config: CompareConfig) -> str:
 
 
 def _rates(every: Sequence[Arm]) -> dict[str, list[float]]:
-    """Rates tried, by adapter type."""
-    return {
-        arm.config.adapter.type: arm.config.learning_rates or [default_learning_rate(arm.config.adapter)]
-        for arm in every
-        if is_trained(arm.recipe)
-    }
+    """Rates tried, or those of the stages, by adapter type."""
+    rates: dict[str, set[float]] = {}
+    for arm in every:
+        if is_trained(arm.recipe):
+            own = (stage.settings.learning_rate for stage in plan(arm.recipe, arm.config))
+            found = arm.config.learning_rates or [rate for rate in own if rate is not None]
+            rates.setdefault(arm.config.adapter.type, set()).update(found)
+    return {kind: sorted(found) for kind, found in rates.items()}
 
 
 DIFFERENCES = ("accuracy", "nll", "brier", "ece")

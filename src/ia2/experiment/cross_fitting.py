@@ -61,7 +61,7 @@ def cross_fitted(bench: Workbench, recipe: str) -> TrainedRecipe:
     tried: dict[str, float] = {}
     diverged: dict[str, str] = {}
     best: tuple[float, float, float | None, list[list[StageResult]]] | None = None
-    for rate, beta in product(bench.learning_rates, betas):
+    for rate, beta in product(bench.learning_rates(stages), betas):
         name = bench.attempt_name(rate, beta)
         runs = []
         for fold in folds:

@@ -37,6 +37,7 @@ def demo_config(**changes: object) -> CompareConfig:
         "completion_template": COMPLETION_TEMPLATE,
         "label_map": LABEL_MAP,
         "num_examples": 8,
+        "selection": "dev",
         "seeds": 1,
         "max_test": 60,
         "learning_rates": [1e-3],

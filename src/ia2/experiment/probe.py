@@ -16,6 +16,7 @@ import numpy as np
 from ia2.adapters.weights import base_weights
 from ia2.config import AdaptConfig, ProbeConfig
 from ia2.config.recipes import METHOD, PLAIN
+from ia2.config.sections import MAX_EPOCHS
 from ia2.data.examples import Examples, FewShotSplit
 from ia2.data.splits import MAX_DEV
 from ia2.evaluation.evaluate import evaluate_prompts
@@ -83,7 +84,7 @@ def probe(
     """
     config = config or ProbeConfig()
     # a file of settings may be one for training
-    config = config.model_copy(update={"unlabelled": None, "selection": "dev"})
+    config = config.model_copy(update={"unlabelled": None})
     base = load_base_of(model, config)
     task = make_task(examples, config, base.tokenizer, config.prompt_template)
     limit = min(config.num_examples or len(examples), config.max_queries)
@@ -273,10 +274,12 @@ def _held_out(bench: Workbench, rows: Examples) -> _Tried | None:
     folds = rows.folds(FOLDS, bench.config.seed)
     smallest = min(len(rest) for rest, _ in folds)
     per_epoch = -(-smallest // bench.config.batch_size)
-    epochs = min(bench.config.sft.epochs, max(1, round(STEPS / per_epoch)))
+    stages = plan(PLAIN, bench.config)
+    rate = bench.learning_rates(stages)[0]
+    epochs = min(bench.config.sft.epochs or MAX_EPOCHS, max(1, round(STEPS / per_epoch)))
     config = bench.config.model_copy(
         update={
-            "learning_rates": bench.learning_rates[:1],
+            "learning_rates": [rate],
             "selection": "last",
             "sft": bench.config.sft.model_copy(update={"epochs": epochs}),
             "icl_demonstrations": "same",
@@ -302,7 +305,7 @@ def _held_out(bench: Workbench, rows: Examples) -> _Tried | None:
             return None
         finally:
             fold.close()
-    rate = config.sft.learning_rate or bench.learning_rates[0]
+    rate = config.sft.learning_rate or rate
     about = {"folds": FOLDS, "rows": smallest, "steps": epochs * per_epoch, "rate": rate}
     return _Tried(found["icl"], found["sft"], about)
 
@@ -378,8 +381,10 @@ def _cost(
     bench: Workbench, seconds_icl: float, step: float, dev_row: float, available: int
 ) -> dict[str, Any]:
     config = bench.config
-    train = config.num_examples or max(2, available - available // 3)
-    dev = min(train // 2, MAX_DEV) if config.num_examples else available - train
+    train, dev = config.num_examples or available, 0
+    if config.selection == "dev":
+        train = config.num_examples or max(2, available - available // 3)
+        dev = min(train // 2, MAX_DEV) if config.num_examples else available - train
     stages = plan(METHOD, config)
     needed = next(each for each in teacher_passes(stages, config) if each is not None)
     per_query = seconds_icl / len(bench.data.train)
@@ -388,9 +393,10 @@ def _cost(
     per_epoch = -(-train // config.batch_size)
     most, training = 0, 0.0
     for stage in stages:
-        steps = per_epoch * stage.settings.epochs
         settings, batch = stage.settings, min(config.batch_size, train)
-        schedule = Schedule(per_epoch, settings.epochs, batch, dev, settings.eval_every)
+        epochs = settings.length(per_epoch, config.selection)
+        steps = per_epoch * epochs
+        schedule = Schedule(per_epoch, epochs, batch, dev, settings.eval_every)
         evaluations = schedule.total if dev else 0
         most = max(most, steps)
         training += steps * step + evaluations * dev * dev_row
@@ -401,6 +407,6 @@ def _cost(
         "step_seconds": step,
         "evaluation_seconds": dev * dev_row,
         "max_steps_a_stage": most,
-        "training_seconds_at_most": len(bench.learning_rates) * training,
+        "training_seconds_at_most": len(bench.learning_rates(stages)) * training,
         "target_bytes": bench.teaching.target_bytes(*needed) // len(bench.data.train) * (train + dev),
     }

@@ -300,10 +300,10 @@ class Workbench:
 
     # -------------------------------------------------------------------------------- training
 
-    @property
-    def learning_rates(self) -> list[float]:
-        """Rates to try: the given ones, or the adapter type's own."""
-        return self.config.learning_rates or [default_learning_rate(self.config.adapter)]
+    def learning_rates(self, stages: Sequence[PlannedStage]) -> list[float]:
+        """Rates to try: the given ones, or what the last of these stages has by default."""
+        usual = stages[-1].settings.learning_rate or default_learning_rate(self.config.adapter)
+        return self.config.learning_rates or [usual]
 
     def train(self, recipe: str) -> TrainedRecipe:
         """Train a recipe at every learning rate (and β) and keep the best, by what ``selection`` says.
@@ -326,7 +326,7 @@ class Workbench:
         tried: dict[str, float] = {}
         diverged: dict[str, str] = {}
         betas: list[float | None] = next((s.betas for s in stages if s.betas != [None]), [None])
-        for rate, beta in product(self.learning_rates, betas):
+        for rate, beta in product(self.learning_rates(stages), betas):
             done = self.attempt(stages, rate, beta)
             name = self.attempt_name(rate, beta)
             tried[name] = loss = done[-1].selection_loss
@@ -443,6 +443,7 @@ class Workbench:
                 "format": FORMAT,
                 "stage": stage.kind,
                 "settings": settings.model_dump(),
+                "length": self.config.selection if settings.epochs is None else None,
                 "kept": self.config.align.model_dump() if stage.aligns and stage.kind == SFT else None,
                 "parent": parent or digest([(k, list(v.shape)) for k, v in start.items()]),
                 "rate": rate,

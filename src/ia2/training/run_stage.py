@@ -98,7 +98,8 @@ def run_stage(model: Any, tokenizer: Any, config: AdaptConfig, job: StageJob) ->
     partial = job.folder.with_name(f".{job.folder.name}.{job.key}")
     name = job.stage.kind
     what = f"rate {job.rate:g}" + ("" if job.beta is None else f", β {job.beta:g}")
-    most = settings.epochs * _steps_per_epoch(config, job)
+    per_epoch = _steps_per_epoch(config, job)
+    most = settings.length(per_epoch, config.selection) * per_epoch
     weights = job.align is not None and OBJECTIVES[job.align.objective].site == "weights"
     with (
         progress(f"{name} ({what}, at most {most} steps)", most) as bar,
@@ -180,6 +181,7 @@ def stage_loss(model: Any, config: AdaptConfig, job: StageJob) -> Loss:
         return JointLoss(align, lambda step: 1 - share, share)
     if isinstance(settings, SftConfig):
         weight = settings.ia2_weight
-        decay = _steps_per_epoch(config, job) * (settings.ia2_decay_epochs or settings.epochs)
+        per_epoch = _steps_per_epoch(config, job)
+        decay = per_epoch * (settings.ia2_decay_epochs or settings.length(per_epoch, config.selection))
         return JointLoss(align, lambda step: weight * max(0.0, 1 - step / decay), dev_answers=True)
     return align

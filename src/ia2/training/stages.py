@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ia2.adapters.types import default_learning_rate
 from ia2.config import AdaptConfig
 from ia2.config.recipes import ALIGN, CONSTANT, JOINT, LABELLED, RECIPES, SFT, UNLABELLED
 from ia2.config.sections import (
@@ -91,13 +92,23 @@ def plan(recipe: str, config: AdaptConfig) -> list[PlannedStage]:
     Raises:
         ConfigError: a stage is for unlabelled rows, and there are none, or it cannot use them.
     """
-    stages = []
+    stages: list[PlannedStage] = []
     for entry in _schedule(recipe, config):
         kind, settings = entry["stage"], config.stage_settings(entry)
         changed = settings != getattr(config, kind)
         label = f"{kind}~{digest(settings.model_dump())[:6]}" if changed else kind
+        if config.learning_rates is None and settings.learning_rate is None and kind != CONSTANT:
+            usual = default_learning_rate(config.adapter) * _share_of_rate(kind, first=not stages)
+            settings = settings.model_copy(update={"learning_rate": usual})
         stages.append(PlannedStage(kind, settings, label, _rows_of(recipe, kind, settings, config)))
     return stages
+
+
+def _share_of_rate(kind: str, *, first: bool) -> float:
+    """Of the adapter type's rate: what a stage takes where no rate is given (docs/measurements.md)."""
+    if kind == SFT:
+        return 0.3 if first else 0.1
+    return 1.0 if kind == ALIGN else 0.3
 
 
 def _schedule(recipe: str, config: AdaptConfig) -> Sequence[Mapping[str, Any]]:

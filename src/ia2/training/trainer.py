@@ -96,7 +96,7 @@ class ExampleTrainer(Trainer):
         arguments = self._arguments(len(train_dataset), learning_rate, on_cpu=device.type == "cpu")
         self.schedule = Schedule(
             self.steps_per_epoch,
-            self.stage.epochs,
+            self.epochs,
             self._per_step,
             len(eval_dataset) * eval_dataset.permutations + len(eval_dataset.beside or ()),
             self.stage.eval_every,
@@ -131,6 +131,7 @@ class ExampleTrainer(Trainer):
         accumulation = -(-per_process // micro)
         self._slots = micro * accumulation * world
         self.steps_per_epoch = -(-count // self._per_step)
+        self.epochs = self.stage.length(self.steps_per_epoch, config.selection)
         arguments = TrainingArguments(
             output_dir=output_dir,
             per_device_train_batch_size=micro,
@@ -140,7 +141,7 @@ class ExampleTrainer(Trainer):
             optim="adamw_torch_fused",
             weight_decay=0.0,
             max_grad_norm=0.0,
-            num_train_epochs=self.stage.epochs,
+            num_train_epochs=self.epochs,
             # BestWeights asks for both, by the stage's schedule
             eval_strategy="no",
             logging_strategy="no",

@@ -9,7 +9,7 @@ from typing import Any
 from ia2.config import AdaptConfig
 from ia2.config.reading import validate
 from ia2.config.recipes import RECIPES, UNLABELLED
-from ia2.config.sections import SECTIONS, SftConfig
+from ia2.config.sections import MAX_EPOCHS, SECTIONS, SftConfig
 from ia2.training.stages import PlannedStage, plan
 from ia2.utils.errors import ConfigError, suggest
 
@@ -19,7 +19,9 @@ INCIDENTAL = ("report_to", "checkpoint_every", "targets")
 
 # Values that stand for defaults in keys and records: a cell is random unless it says balanced, as every cell
 # was before balanced draws became the default.
-KEPT = {"balanced": False}
+# What a grid starts from in place of a run's own defaults: tables choose rates by dev rows.
+USUAL = {"selection": "dev", **{f"{kind}.epochs": MAX_EPOCHS for kind in ("align", "sft", "joint", "soft")}}
+KEPT = {"balanced": False, **USUAL}
 # Of the task: all that a model without demonstrations and training depends on.
 _TASK = (
     "task",

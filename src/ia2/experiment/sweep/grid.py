@@ -25,6 +25,7 @@ from ia2.experiment.sweep.cell_settings import (
     INCIDENTAL,
     KEPT,
     TRAINING,
+    USUAL,
     flat,
     nested,
     planned,
@@ -502,7 +503,7 @@ def _settings(
     entry, verbaliser = benchmark
     count = changes.get("unlabelled")
     changes = {name: value for name, value in changes.items() if name != "unlabelled"}
-    given = {**flat(entry.settings(verbaliser)), **flat(part.settings), **changes}
+    given = {**USUAL, **flat(entry.settings(verbaliser)), **flat(part.settings), **changes}
     for name in AXES:
         if name in given:
             raise ConfigError(f"{prefix}settings: '{name}' is an axis of the grid. Give it beside `recipes`.")

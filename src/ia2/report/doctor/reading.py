@@ -125,10 +125,17 @@ def _compare_config(
 
 
 def _recipe(arm: Arm, planned: Sequence[PlannedStage], entry: Mapping[str, Any]) -> RecipeFacts:
-    rates = _rates(arm) if planned else []
+    rates = _rates(arm, planned)
     candidates = max(1, len(rates)) * max((len(stage.betas) for stage in planned), default=1)
     kinds = [stage.kind for stage in planned]
     return RecipeFacts(arm.name, arm.recipe, arm.variant, kinds, rates, candidates, entry)
+
+
+def _rates(arm: Arm, planned: Sequence[PlannedStage]) -> list[float]:
+    if not planned:
+        return []
+    usual = planned[-1].settings.learning_rate or default_learning_rate(arm.config.adapter)
+    return list(arm.config.learning_rates or [usual])
 
 
 def _rates(arm: Arm) -> list[float]:
@@ -215,7 +222,7 @@ def _stages(
     found: dict[Path, StageFacts] = {}
     for arm, stages in planned:
         betas: list[float | None] = next((s.betas for s in stages if s.betas != [None]), [None])
-        for count, (rate, beta) in product(range(1, len(stages) + 1), product(_rates(arm), betas)):
+        for count, (rate, beta) in product(range(1, len(stages) + 1), product(_rates(arm, stages), betas)):
             # a training run has one recipe, whose stages are simply named
             folder = run / place / arm.variant / stage_place(stages[:count], rate, beta, alone=not place)
             if folder not in found:
