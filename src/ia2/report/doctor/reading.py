@@ -138,10 +138,6 @@ def _rates(arm: Arm, planned: Sequence[PlannedStage]) -> list[float]:
     return list(arm.config.learning_rates or [usual])
 
 
-def _rates(arm: Arm) -> list[float]:
-    return list(arm.config.learning_rates or [default_learning_rate(arm.config.adapter)])
-
-
 def _places(config: TrainConfig | CompareConfig, tested: bool) -> dict[tuple[int, int | None], str]:
     if isinstance(config, TrainConfig):
         return {(config.seed, None): ""}
