@@ -509,7 +509,7 @@ _HERE = {"benchmarks": ["SST2"], "models": ["demo"], "recipes": ["sft"]}
             ["learning_rates: 'sfd' is no recipe", "Did you mean 'sft'?"],
         ),
         ({**_HERE, "learning_rates": [-1]}, ["settings: learning_rates.0: input should be greater than 0"]),
-        ({**_HERE, "recipes": ["ia2+sft"], "betas": [1.5]}, ["joint.betas: β must lie between 0 and 1"]),
+        ({**_HERE, "recipes": ["ia2+sft"], "betas": [1.5]}, ["joint.betas.0: β must lie between 0 and 1"]),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

@@ -369,7 +369,7 @@ def test_a_constant_needs_a_bias_where_attention_writes(learner: BaseModel, tmp_
         ("ia2-sft", [1e-3, 1e-4]),
         ("sft-ia2", [3e-4, 1e-3]),
         ("ia2+sft", [3e-4]),
-        ("soft-sft", [3e-4, 1e-4]),
+        ("soft-sft", [3e-4]),
     ],
 )
 def test_each_stage_has_a_rate_of_its_own_where_none_is_given(recipe: str, rates: list[float]) -> None:
