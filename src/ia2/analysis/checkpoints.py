@@ -35,15 +35,7 @@ _Read = tuple[_Config, Examples, "list[TrainingSet]"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained adapter.
-
-    Attributes:
-        name: of its recipe and what it differs in, as comparisons have it: ``ia2-sft@dora``.
-        recipe: its recipe.
-        seed: of the training examples and the first weights.
-        config: settings of its adapter.
-        weights: folder of its weights.
-    """
+    """A trained adapter: its name as in comparisons (``ia2-sft@dora``), and the folder of its weights."""
 
     name: str
     recipe: str
@@ -96,15 +88,9 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class Found:
-    """Training sets of one base model and one data set.
+    """Training sets of one base model and one data set, by seed and fold.
 
-    Attributes:
-        model: as the runs name it.
-        identity: what it is.
-        config: settings of the first run: model, data, task.
-        examples: all labelled rows that the first run was given; they settle the task.
-        sets: by seed and fold.
-        queries_of: where the queries come from.
+    Settings and labelled rows are those of the first run; they settle the task.
     """
 
     model: str
@@ -125,17 +111,9 @@ def find_checkpoints(
     only: Sequence[str] = (),
     code: Mapping[str, Any] | None = None,
 ) -> Found:
-    """What is to be analysed in these folders.
+    """What is to be analysed in these folders, or in one round of a comparison (see :func:`analyze`).
 
-    Args:
-        folders: of finished runs of ``ia2 train`` or ``ia2 compare``, or of one round in the latter.
-        data: labelled rows to look at; None takes the runs' own test rows (or dev rows, where a training
-            run has none).
-        split: of ``data``, where it is a hub data set or a folder.
-        data_config: configuration of ``data``, where it is one of these.
-        max_queries: at most so many rows of each training set, drawn once.
-        only: names of the checkpoints to look at; empty for all.
-        code: what the runs may name (see :func:`ia2.config.reading.refuse_code`).
+    Without ``data`` the queries are the runs' own test rows, or dev rows where a training run has none.
 
     Raises:
         RunFolderError: a folder without a finished run, or whose adapters are gone.

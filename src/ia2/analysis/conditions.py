@@ -333,13 +333,8 @@ def run_conditions(
 ) -> None:
     """Every condition over a block of queries; accumulators are given every query of every condition once.
 
-    Args:
-        runner: of the training set.
-        conditions: in order; ``icl`` is always run, as the reference, and ``icl-other`` where it is there.
-        accumulators: what is made of the activations.
-        answers: the base model's answers with demonstrations are added to it, before accumulators hear of
-            their queries.
-        members: the block.
+    ``icl`` is always run, as the reference, and ``icl-other`` where it is there. The base model's answers
+    with demonstrations are added to ``answers``, before accumulators hear of their queries.
     """
     sites = sites_of(accumulators)
     forced, icl = runner.reference(members, sites)

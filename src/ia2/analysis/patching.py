@@ -65,14 +65,8 @@ def patched_log_probs(
 ) -> np.ndarray:
     """Log-probability of each answer after each patch, without gradients.
 
-    Args:
-        model: causal model, bare or PEFT, in the state that is patched; in evaluation mode for the duration.
-        prompts: prompt ids.
-        answers: answer ids; only ``prompt + answer[:-1]`` is fed.
-        sources: of each example, the activations that are put in.
-        patches: what is replaced, each tried alone, on every example.
-        pattern: optional glob over module names (see :func:`ia2.models.capture.find_attention_modules`).
-        description: text of the progress bar.
+    Only ``prompt + answer[:-1]`` is fed. Each patch is tried alone on every example, whose source is what is
+    put in. The model is in evaluation mode for the duration.
 
     Returns:
         ``[n, len(patches)]``, nats, summed over an answer's tokens.

@@ -39,10 +39,8 @@ _TOLERANCE, _HALF_TOLERANCE = 1e-4, 2e-2
 class Lens:
     """Residual streams to logits, as the model itself reads the last one.
 
-    It stays what it was when it was made, whatever adapter is put on the model afterwards: the norm is copied
-    and the unembedding held by its tensor, which no adapter of this package changes in place. (Output
-    embeddings that are not a plain linear layer, such as a quantised one or one with an adapter of its own,
-    are called as they are at the time.)
+    It stays what it was when it was made, whatever adapter is put on the model afterwards. (Output embeddings
+    that are not a plain linear layer, quantised or adapted, are called as they are at the time.)
 
     Attributes:
         tail: modules between the last layer and the output embeddings, in order; OPT may have none.
@@ -69,10 +67,7 @@ class Lens:
     def of(cls, model: nn.Module, ids: Sequence[int] | None = None, pattern: str | None = None) -> Lens:
         """The lens of a model as it is now: with its adapter off, the base model's.
 
-        Args:
-            model: bare or wrapped causal model.
-            ids: the only tokens whose logits are wanted, which then cost next to nothing.
-            pattern: glob over attention modules (see :func:`ia2.models.capture.find_attention_modules`).
+        With ``ids`` only the logits of these tokens are wanted, which then cost next to nothing.
 
         Raises:
             ModelError: what comes after the last layer cannot be followed, or gives other logits.
@@ -137,12 +132,8 @@ class Lens:
     def promotes(self, shifts: np.ndarray) -> np.ndarray:
         """What directions ``[m, d]`` of the residual stream add to the logits on their way straight out.
 
-        They are put through the gains of the final norm (a LayerNorm also removes their mean) and the
-        unembedding. Layers in between, which would make more of them, are left out; so is the length that the
-        norm divides by, the same for all tokens.
-
-        Returns:
-            ``[m, V]``, in standard deviations over the vocabulary from its mean.
+        ``[m, V]``, in standard deviations over the vocabulary from its mean. Layers in between are left out,
+        and the length that the norm divides by, the same for all tokens.
         """
         import torch
 

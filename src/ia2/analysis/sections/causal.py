@@ -170,18 +170,10 @@ def intervene(
 ) -> dict[str, dict[str, Patched]]:
     """The causal check of one training set.
 
-    Args:
-        shown: gives the model of a target, or with its base weights (``base``).
-        targets: whose runs are patched.
-        tokenizer: of the model.
-        patches: what is patched.
-        icl_prompts: ids of the queries behind their demonstrations, ``I ∘ X``; at least two.
-        prompts: ids of the queries alone, ``X``.
-        answers: what ICL answers, ``Ŷ``; of each, the first :data:`MAX_POSITIONS` ids are looked at.
-        places: names of the queries; by default their numbers.
-        controls: whether the controls are run: they double the time.
-        pattern: optional glob over module names.
-        seed: of the pairing with other queries.
+    ``shown`` gives the model of a target, or with its base weights (``base``), whose run is patched. Prompts
+    are those of at least two queries with demonstrations and without; of each answer ``Ŷ`` the first
+    :data:`MAX_POSITIONS` ids are looked at. ``places`` are names of the queries, by default their numbers.
+    Controls double the time; ``seed`` pairs queries with others.
 
     Returns:
         ``targets``: target → ICL's activations in its run; ``reverse``: its activations in ICL's run.

@@ -108,12 +108,6 @@ def other_benchmark(
 ) -> tuple[Task, Examples]:
     """A benchmark (a name, or a YAML file) to look for forgetting on: its task, and test rows.
 
-    Args:
-        name: of :data:`ia2.data.benchmarks.BENCHMARKS`, or a YAML file.
-        prompt_format: of the run, whose style of prompts it gets.
-        data_dir: folder of mirrors.
-        parsers: those that the file may name.
-
     Raises:
         ConfigError: the benchmark is unknown.
         DataError: its rows cannot be had, or the model cannot tell its labels apart.

@@ -230,15 +230,8 @@ def attention_mass(
     The model runs with eager attention, whatever it is set to. Weights are reduced batch by batch; where
     those of all layers do not fit into a gibibyte, layers are read in several passes.
 
-    Args:
-        model: as it is to be looked at (its adapter on or off).
-        tokenizer: gives the padding id.
-        prompts: ids of each prompt, demonstrations included.
-        answers: ids of each answer; ``prompt + answer[:-1]`` is fed.
-        query_lengths: how many of the last ids of each prompt are the query; the rest, but for the first
-            token, counts as demonstrations (instructions too, where there are some).
-        pattern: optional glob over module names.
-        description: text of the progress bar.
+    ``prompt + answer[:-1]`` is fed. The last ``query_lengths`` ids of each prompt are the query; the rest,
+    but for the first token, counts as demonstrations (instructions too, where there are some).
 
     Returns:
         ``[n, L, H, 3]`` float64, mean over an example's answer positions: the parts of :data:`REGIONS`, which

@@ -100,12 +100,8 @@ class LensAccumulator:
     first. Examples whose answer does not begin as all labels do are left out. All conditions go through one
     lens, the base model's: a norm or unembedding that was trained too (``full``) is not looked at.
 
-    Args:
-        model: bare or wrapped causal model, its adapter off.
-        answers: ids of the teacher's answer by example; may grow until an example is added.
-        label_ids: ids of each label of the task; none for free text.
-        gold: each example's label (its index), or None.
-        pattern: glob over attention modules.
+    ``answers`` are the ids of the teacher's answer by example, and may grow until an example is added;
+    ``gold`` is each example's label, by index. The adapter of the model is off.
 
     Raises:
         ModelError: the model's read-out cannot be followed (see :meth:`Lens.of`).

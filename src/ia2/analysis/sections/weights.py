@@ -46,16 +46,9 @@ _WITHOUT_UPDATE = {
 
 @dataclass
 class AdapterWeights:
-    """One trained adapter.
+    """One trained adapter, and once it is read, A, B and scale of each module's update.
 
-    Attributes:
-        name: of its arm, such as ``ia2-sft`` or ``ia2-sft@dora``.
-        recipe: how it was trained.
-        seed, fold: of its training set and initial weights.
-        config: what kind of adapter it is.
-        state: its weights by name, as :func:`ia2.adapters.weights.read_adapter_state` gives them.
-        factors: A, B and scale of each module's update, once it is read.
-        weights: of each module, the trained weight of full fine-tuning.
+    ``weights`` are, of each module, the trained weight of full fine-tuning.
     """
 
     name: str
@@ -177,10 +170,8 @@ def overlaps(
     DoRA the low-rank part is compared. Of full fine-tuning norms are given, and effective ranks where the
     matrix is small.
 
-    Args:
-        adapters: of one base model, in the order of the tables; each arm, seed and fold once.
-        base: weights of the base model by name, no adapter attached; norms are then also given relative to
-            these. Packed (quantised) ones are passed over.
+    Adapters come in the order of the tables, each arm, seed and fold once. With weights of the base model
+    (by name, no adapter attached) norms are also relative to these; quantised ones are passed over.
 
     Returns:
         The section: ``measures``; ``adapters``; ``modules`` (``names``, ``layers``, ``kinds``: lists of M);
