@@ -27,14 +27,9 @@ def evaluation(
     labelled = dataset in LABELLED
     bits = np.asarray(correct)
     sure = np.full(len(bits), 0.8) if confidence is None else np.asarray(confidence)
-    metrics = {
-        "accuracy": float(bits.mean()),
-        "ece": float(ece_equal_mass(sure, bits)),
-        "ece_equal_width": 0.1,
-        "brier": 0.2,
-        "nll": 0.3,
-    }
-    metrics["nll"] = 0.3 + float(1 - bits.mean())
+    accuracy, ece = float(bits.mean()), float(ece_equal_mass(sure, bits))
+    nll = 0.3 + float(1 - bits.mean())
+    metrics = {"accuracy": accuracy, "ece": ece, "ece_equal_width": 0.1, "brier": 0.2, "nll": nll}
     scopes = {"vocabulary": metrics, ("labels" if labelled else "answer"): dict(metrics)}
     return {
         "role": role,
@@ -82,26 +77,17 @@ def record(
         "settings": settings or {},
     }
     stages = [{"stage": "sft", "epochs": 12.0, "dev_loss": loss}]
+    seconds = {"evaluate": 9.0, "other": 1.0, **({"teacher": 3.0, "sft": 14.0} if trained else {})}
+    rows_of = {"pool": "p", "test": "t", "num_train": 0 if base else size, "num_dev": size // 2}
+    similarity = {"asim": asim, "layers": [0], "asim_by_layer": [asim]}
     return {
         "key": digest(spec),
         "spec": spec,
-        "data": {
-            "pool": "p",
-            "test": "t",
-            "num_train": 0 if base else size,
-            "num_dev": size // 2,
-            "notes": list(notes),
-        },
+        "data": {**rows_of, "notes": list(notes)},
         "training": {"selection_loss": loss, "stages": stages} if trained else None,
         "evaluations": evaluations,
-        "similarity": None
-        if asim is None or base
-        else {"asim": asim, "layers": [0], "asim_by_layer": [asim]},
-        "cost": {
-            "seconds": {**({"teacher": 3.0, "sft": 14.0} if trained else {}), "evaluate": 9.0, "other": 1.0},
-            "machine": {},
-            "versions": {},
-        },
+        "similarity": None if asim is None or base else similarity,
+        "cost": {"seconds": seconds, "machine": {}, "versions": {}},
     }
 
 
@@ -146,15 +132,6 @@ def small_grid(
                         benchmark: evaluation(drawn(at, n, of), 0.5 + noise / 2, dataset=benchmark),
                         "PoemS": evaluation(drawn(at - 0.1, n, [*of, 1]), dataset="PoemS", role="ood"),
                     }
-                    found.append(
-                        record(
-                            evaluations,
-                            benchmark=benchmark,
-                            model=model,
-                            recipe=recipe,
-                            size=size,
-                            seed=seed,
-                            asim=p,
-                        )
-                    )
+                    options = {"benchmark": benchmark, "model": model, "recipe": recipe, "asim": p}
+                    found.append(record(evaluations, size=size, seed=seed, **options))  # type: ignore[arg-type]
     return found

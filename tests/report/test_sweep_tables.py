@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -13,7 +14,6 @@ from xml.etree import ElementTree
 import pytest
 from helpers.command_line import run
 from helpers.sweep_records import evaluation, record, rows, small_grid, write_sweep
-from helpers.sweep_reports import QWEN, RECIPES, few, grid_of, report_of
 
 from ia2.experiment.sweep.records import load_results
 from ia2.report.sweep.cells import Report
@@ -21,11 +21,40 @@ from ia2.report.sweep.comparisons import p_value
 from ia2.report.sweep.notes import span
 from ia2.report.sweep.paper import PaperRow, available, paper_table, paper_tables, ranked
 from ia2.report.sweep.printing import print_tables
+from ia2.report.sweep.selection import Select
 from ia2.report.sweep.sweep_figures import sweep_figures, try_figures
 from ia2.utils.errors import ConfigError
 from ia2.utils.format import Column, Entry, Table, escape, latex, markdown
 
+QWEN = "Qwen/Qwen3-4B-Base"
+RECIPES = ("icl", "sft", "ia2", "ia2-sft")
 RESPONSES = {"sft.answers": "icl_responses"}
+
+
+def report_of(tmp_path: Path, records: Sequence[dict[str, Any]], select: Select = "dev") -> Report:
+    return Report(load_results([write_sweep(tmp_path / "sweep", records)]), select)
+
+
+def few(size: int = 4, model: str = QWEN, benchmark: str = "SST2", **options: Any) -> list[dict[str, Any]]:
+    """Two seeds of four recipes: accuracies are 0.7, 0.5, 0.6 and 0.8, one right row less at seed 1."""
+    right = dict(zip(RECIPES, (14, 10, 12, 16), strict=True))
+    of_all = {"benchmark": benchmark, "model": model, "size": size, **options}
+    return [
+        record(
+            {benchmark: evaluation(rows(right[recipe] - seed, 20), [0.72] * 20, dataset=benchmark)},
+            recipe=recipe,
+            seed=seed,
+            **of_all,
+        )
+        for recipe in RECIPES
+        for seed in (0, 1)
+    ]
+
+
+def grid_of(text: str) -> list[list[str]]:
+    """Fields of a table in Markdown."""
+    lines = [line for line in text.splitlines() if line.startswith("|") and not line.startswith("|---")]
+    return [[field.strip() for field in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
 
 
 def lines_of(table: Table) -> list[dict[str, str]]:
