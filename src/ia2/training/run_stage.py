@@ -77,6 +77,8 @@ def finished_stage(name: str, tried: float, folder: Path, key: str) -> StageResu
         raise RunFolderError(
             f"{folder} holds a stage trained with other settings or data. Choose another output folder."
         )
+    if is_first():  # what a start left that was killed right after it had finished the stage
+        shutil.rmtree(_partial(folder, key), ignore_errors=True)
     diverged = record["diverged_step"]
     if diverged is None:
         logger.info("Stage %s at rate %g: reusing %s.", name, tried, folder)
@@ -95,7 +97,7 @@ def run_stage(model: Any, tokenizer: Any, config: AdaptConfig, job: StageJob) ->
     from ia2.training.trainer import AlignTrainer, ExampleTrainer
 
     settings, (train, dev) = job.stage.settings, job.rows
-    partial = job.folder.with_name(f".{job.folder.name}.{job.key}")
+    partial = _partial(job.folder, job.key)
     name = job.stage.kind
     what = f"rate {job.rate:g}" + ("" if job.beta is None else f", β {job.beta:g}")
     per_epoch = _steps_per_epoch(config, job)
@@ -154,6 +156,11 @@ def run_stage(model: Any, tokenizer: Any, config: AdaptConfig, job: StageJob) ->
         best = f", best dev loss {dev_loss:.4g} at step {best_step}" if math.isfinite(dev_loss) else ""
         logger.info("Stage %s at %s: %d steps%s, %.1f s.", name, what, steps, best, seconds)
     return StageResult.of(record, job.tried, job.folder, adapter_state(model) if diverged is None else {})
+
+
+def _partial(folder: Path, key: str) -> Path:
+    """Where checkpoints of an unfinished stage lie."""
+    return folder.with_name(f".{folder.name}.{key}")
 
 
 def _steps_per_epoch(config: AdaptConfig, job: StageJob) -> int:
