@@ -47,16 +47,6 @@ def test_wordings_of_a_template() -> None:
     assert wordings(queries, [" bad", " good"], "Review: {text}\nLabel:") == found  # of other data
 
 
-def test_wordings_of_bare_prompts() -> None:
-    found = wordings(rows("z3 b2 z0", "a1 z2"), [" L1", " L2"])
-    assert list(found) == [UNCHANGED, "instruction"]
-    assert [e.query for e in found[UNCHANGED]] == ["z3 b2 z0", "a1 z2"]
-    cue = wordings(rows("good film\nLabel:", "bad\nLabel:"), [" L1"])
-    assert list(cue) == [UNCHANGED, "cue", "blank line", "lower case", "instruction"]
-    alone = wordings(rows("Label:"), [])  # opening and cue would be the same words
-    assert alone[UNCHANGED][0].query == "Label:"
-
-
 def test_accuracy_is_that_of_the_evaluation(tiny_icl_model_path: Path) -> None:
     base = icl_base(tiny_icl_model_path)
     examples = icl_examples(24)

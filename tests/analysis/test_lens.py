@@ -118,16 +118,6 @@ def _outcomes(p: torch.Tensor, first: torch.Tensor) -> np.ndarray:
     return torch.cat([chosen, 1 - chosen.sum(-1, keepdim=True)], dim=-1).numpy()
 
 
-def test_answers_that_are_labels() -> None:
-    model = llama()
-    answers: list[tuple[int, ...]] = []
-    accumulator = LensAccumulator(model, answers, LABELS)
-    answers += [(77,), (5,), (9,), (9,), (9,), (100,)]  # known only once the accumulator is there
-    agreement = fed(accumulator, model).conditions["icl"]["agreement"][:, -1]
-    tops = own_logits(model)["icl"][:, 0, list(FEW)].argmax(-1).tolist()
-    assert agreement.tolist() == [float(a == b) for a, b in zip(tops, [2, 1, 0, 0, 0, tops[5]], strict=True)]
-
-
 def test_labels_that_begin_alike() -> None:
     model = llama()
     answers = [(50, 9), (50, 5), (51, 9), (50, 9), (50, 77), (50, 9)]
