@@ -183,7 +183,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny_icl_model_path: Path) ->
     arguments = ["--config", folder / "settings.yaml", "--model", tiny_icl_model_path]
     arguments += ["--data", folder / "train.jsonl", "--test-data", folder / "test.jsonl"]
     arguments += ["--output-dir", folder / "out", "--learning-rates", "1e-2"]
-    arguments += ["--align-epochs", 4, "--sft-epochs", 25, "--sft-patience", 12]
+    arguments += ["--align-epochs", 4, "--sft-epochs", 25, "--sft-patience", 12, "--selection", "dev"]
     ran = run_apart("train", *arguments)
     assert ran.status == 0, ran.err
     (folder / "train.out").write_text(ran.out)

@@ -116,7 +116,7 @@ def test_function_in_python(small: BaseModel, watch: Watch, tmp_path: Path, caps
     """Demonstrations that a Python function chooses; what runs later does not need it."""
     rows, out = Examples.from_rows(small_rows(9)), tmp_path / "out"
     test = write_rows(tmp_path / "test.jsonl", small_rows(4, 1))
-    config = AdaptConfig(learning_rates=[0.01], align={"epochs": 1}, sft={"epochs": 1})
+    config = AdaptConfig(learning_rates=[0.01], selection="dev", align={"epochs": 1}, sft={"epochs": 1})
     asked: list[tuple[str, int]] = []
 
     def context(example: Example, others: Sequence[Example]) -> list[Example]:

@@ -40,6 +40,7 @@ def outcomes(
             seed=seed,
             num_examples=8,
             balanced=True,
+            selection="dev",
             align={"eval_every": 10, "epochs": 25, "learning_rate": 2e-3},
             sft={"eval_every": 5, "epochs": 12, "learning_rate": 3e-3},
         )

@@ -54,7 +54,18 @@ def test_two_processes_learn_what_one_learns(tiny_icl_model_path: Path, tmp_path
     def arguments(name: str) -> list[Any]:
         options = ["--model", tiny_icl_model_path, "--device", "cpu", "--data", data, "--num-examples", 6]
         options += ["--adapter-target-modules", "q_proj,k_proj,o_proj,down_proj"]
-        options += ["--recipe", "ia2-sft", "--align-epochs", 4, "--sft-epochs", 4, "--learning-rates", 0.002]
+        options += [
+            "--recipe",
+            "ia2-sft",
+            "--align-epochs",
+            4,
+            "--sft-epochs",
+            4,
+            "--learning-rates",
+            0.002,
+            "--selection",
+            "dev",
+        ]
         return ["train", *options, "--output-dir", tmp_path / name]
 
     logs = {name: tmp_path / f"{name}.log" for name in ("one", "two")}

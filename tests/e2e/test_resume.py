@@ -16,7 +16,18 @@ from ia2.utils.locks import LOCK
 # Epochs of three steps and checkpoints every five: they fall into the middle of epochs, and step 15 is
 # an epoch's end that no regular evaluation falls on.
 _TRAIN = ("--recipe", "ia2-sft", "--checkpoint-every", 5, "--learning-rates", 0.005, "--adapter-dropout", 0.1)
-_TRAIN += ("--align-epochs", 20, "--align-patience", 1000, "--sft-epochs", 10, "--sft-patience", 1000)
+_TRAIN += (
+    "--align-epochs",
+    20,
+    "--align-patience",
+    1000,
+    "--sft-epochs",
+    10,
+    "--sft-patience",
+    1000,
+    "--selection",
+    "dev",
+)
 
 
 def weights(folder: Path) -> bytes:
@@ -84,7 +95,16 @@ def test_compare(tiny_icl_model_path: Path, tmp_path: Path) -> None:
 
     def arguments(name: str) -> list[Any]:
         options = ["--model", tiny_icl_model_path, "--device", "cpu", "--data", data, "--test-data", test]
-        options += ["--num-examples", 6, "--seeds", 2, "--recipes", "base,icl,ia2,ia2-sft"]
+        options += [
+            "--num-examples",
+            6,
+            "--seeds",
+            2,
+            "--recipes",
+            "base,icl,ia2,ia2-sft",
+            "--selection",
+            "dev",
+        ]
         options += ["--align-epochs", 5, "--sft-epochs", 5, "--output-dir", tmp_path / name]
         return ["compare", *options]
 

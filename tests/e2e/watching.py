@@ -23,7 +23,7 @@ from ia2.training import trainer
 from ia2.utils.files import read_json
 
 TASK = sample_task(0, num_classes=2)
-BRIEF = ["--align-epochs", 1, "--sft-epochs", 1, "--learning-rates", 0.01]
+BRIEF = ["--align-epochs", 1, "--sft-epochs", 1, "--learning-rates", 0.01, "--selection", "dev"]
 
 # what the small trained model can read: it knows few words
 HINT = "a1 z2 z3 L1"

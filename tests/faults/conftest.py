@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 from helpers.command_line import TASK, Ia2, Ran, run, write_rows
 
+# held-out rows and one rate, whatever the defaults are
+CHOSEN = ("--selection", "dev", "--learning-rates", "1e-3")
+
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_icl_model_path: Path) -> Path:
@@ -17,7 +20,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_icl_model_path: Path
     folder = tmp_path_factory.mktemp("finished")
     rows = write_rows(folder / "rows.jsonl", TASK.examples(12, seed=0))
     options = ["--model", tiny_icl_model_path, "--data", rows, "--output-dir", folder / "out"]
-    main(["train", *map(str, options), "--recipe", "sft", "--sft-epochs", "1", "--device", "cpu", "--quiet"])
+    main(
+        [
+            "train",
+            *map(str, options),
+            "--recipe",
+            "sft",
+            "--sft-epochs",
+            "1",
+            "--device",
+            "cpu",
+            *CHOSEN,
+            "--quiet",
+        ]
+    )
     return folder / "out"
 
 
@@ -46,7 +62,7 @@ def ia2(capsys: pytest.CaptureFixture[str]) -> Ia2:
 def train(here: Path, ia2: Ia2) -> Ia2:
     """``ia2 train`` on these rows and this model into out, an epoch a stage; later options win."""
     brief = ["--align-epochs", 1, "--sft-epochs", 1, "--joint-epochs", 1]
-    common = ["--model", "model", "--data", "rows.jsonl", "--output-dir", "out", *brief]
+    common = ["--model", "model", "--data", "rows.jsonl", "--output-dir", "out", *brief, *CHOSEN]
     return lambda *options: ia2("train", *common, *options)
 
 

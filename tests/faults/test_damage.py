@@ -50,7 +50,8 @@ class Runs:
 
     def train(self, out: Path) -> list[str]:
         arguments = ["train", "--model", self.model, "--data", self.rows, "--output-dir", out, *SHORT]
-        return list(map(str, [*arguments, "--recipe", "ia2-sft"]))
+        chosen = ["--selection", "dev", "--learning-rates", "1e-3"]
+        return list(map(str, [*arguments, "--recipe", "ia2-sft", *chosen]))
 
     @property
     def last(self) -> Path:

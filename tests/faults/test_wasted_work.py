@@ -27,6 +27,7 @@ from ia2.utils.files import digest, finite, read_json
 
 ROWS = icl_examples(12)
 BRIEF: dict[str, Any] = {name: {"epochs": 1} for name in ("align", "sft", "joint", "soft")}
+BRIEF |= {"selection": "dev"}
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +266,7 @@ def test_a_probe_counts_the_rows_and_steps_of_the_run(
     rows: int, settings: dict[str, Any], base: BaseModel
 ) -> None:
     examples = icl_examples(rows)
-    config = ProbeConfig(**{"max_queries": 4, **settings})
+    config = ProbeConfig(**{"max_queries": 4, "selection": "dev", **settings})
     cost = probe(base, examples, config).facts["cost"]
     split = examples.split(num_examples=config.num_examples, seed=0, balanced=False)
     train, dev = len(split.train), len(split.dev)
