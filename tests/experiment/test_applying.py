@@ -37,6 +37,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory, tiny_icl_model_path: Path
         label_map=dict(format.label_map or {}),
         recipe="sft",
         sft={"epochs": 2},
+        selection="dev",
     )
     examples = Examples.from_rows(rows, format=format)
     return adapt(str(tiny_icl_model_path), examples, config, output_dir=folder / "out")
@@ -48,7 +49,12 @@ def free(tmp_path_factory: pytest.TempPathFactory, tiny_icl_model_path: Path) ->
     folder = tmp_path_factory.mktemp("free")
     rows = [{"prompt": q, "completion": f"{a} {a}"} for q, a in TASK.examples(9, 0)]
     config = TrainConfig(
-        recipe="ia2-sft", task="generation", max_answer_tokens=6, align={"epochs": 1}, sft={"epochs": 1}
+        recipe="ia2-sft",
+        task="generation",
+        max_answer_tokens=6,
+        align={"epochs": 1},
+        sft={"epochs": 1},
+        selection="dev",
     )
     adapt(str(tiny_icl_model_path), Examples.from_rows(rows), config, output_dir=folder / "out")
     return folder / "out"

@@ -26,7 +26,9 @@ BRIEF = {"epochs": 2}
 
 
 def config(**changes: Any) -> CompareConfig:
-    return CompareConfig(**{"align": BRIEF, "sft": BRIEF, "seeds": 2, "recipes": RECIPES, **changes})
+    return CompareConfig(
+        **{"align": BRIEF, "sft": BRIEF, "seeds": 2, "recipes": RECIPES, "selection": "dev", **changes}
+    )
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_icl_model_path: Path)
     root = tmp_path_factory.mktemp("trained")
     data = write_rows(root / "rows.jsonl", TASK.examples(12, seed=0))
     free = {"task": "generation", "max_answer_tokens": 2, "recipe": "sft", "sft": {"epochs": 1}}
+    free["selection"] = "dev"
     config = TrainConfig(model=str(tiny_icl_model_path), data=str(data), **free)
     adapt(str(tiny_icl_model_path), Examples.load(data), config, output_dir=root / "out")
     return root / "out"

@@ -180,7 +180,7 @@ TABLE: dict[str, tuple[list[str], dict[str, tuple[str, ...]]]] = {
             "--label-map '0=a, 0 =b'": ("--label-map", "'0' is there twice"),
             "--label-map nonsense": ("--label-map", "0=negative"),
             "--label-map L1=a": ("not in the label map",),
-            "--num-examples 30": ("asked for 30 examples, the data has 12 rows", "ask for at most 8"),
+            "--num-examples 30": ("asked for 30 examples, the data has 12 rows", "ask for at most 12"),
             "--max-context-tokens 8": ("no demonstration fits", "rows.jsonl:"),
             r"--prompt-template 'Text: {promt}\nLabel:'": ("'promt'", "Did you mean 'prompt'?"),
             "--split train": ("single file",),

@@ -142,7 +142,7 @@ def test_trained_copies_of_whole_modules_are_taken_off(saved: list[str], tiny_ll
 LONG = Example("good " * 73 + "\nLabel:", " positive", "the long row")  # 75 tokens; 16 more are too many
 SHORT, TEST = word_examples(14), word_examples(4, seed=5)
 BRIEF: dict[str, Any] = {name: {"epochs": 1} for name in ("align", "sft", "joint", "soft")}
-BRIEF["max_context_tokens"] = 90
+BRIEF |= {"max_context_tokens": 90, "selection": "dev"}
 ADAPTERS: list[dict[str, Any]] = [{"type": kind} for kind in ("prompt", "prefix", "p-tuning")]
 ADAPTERS.append({"peft": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 16}})
 

@@ -276,8 +276,9 @@ def test_a_probe_counts_the_rows_and_steps_of_the_run(
     per_epoch = -(-train // batch)
     steps, seconds = [], 0.0
     for section in (config.align, config.sft):
-        steps.append(per_epoch * section.epochs)
-        schedule = Schedule(per_epoch, section.epochs, batch, dev)
+        epochs = section.length(per_epoch, config.selection)
+        steps.append(per_epoch * epochs)
+        schedule = Schedule(per_epoch, epochs, batch, dev)
         evaluations = sum(map(schedule.due, range(1, steps[-1] + 1))) if dev else 0
         seconds += cost["step_seconds"] * steps[-1] + cost["evaluation_seconds"] * evaluations
     assert cost["max_steps_a_stage"] == max(steps)

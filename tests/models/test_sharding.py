@@ -41,6 +41,7 @@ def trained(path: Path, folder: Path, stop_after: int | None = None, **settings:
     rows = icl_examples(24)
     config = AdaptConfig(
         learning_rates=[0.002],
+        selection="dev",
         align={"epochs": 3},
         sft={"epochs": 3},
         num_examples=7,

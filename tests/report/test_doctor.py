@@ -47,6 +47,7 @@ def healthy(tiny_icl_model_path: Path, tmp_path_factory: pytest.TempPathFactory)
         "sft": {"epochs": 15},
         "learning_rates": [RATE],
         "num_examples": 16,
+        "selection": "dev",
         "data": str(root / "rows.jsonl"),
         "test_data": str(root / "test.jsonl"),
         "task": "classification",

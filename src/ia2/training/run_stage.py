@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raise a ConfigError if transformers does not know a tracker, or its package is not installed."""
+    if not names:  # the import takes a second
+        return
     from transformers.integrations import get_available_reporting_integrations
 
     known = ["all", "none", *get_available_reporting_integrations()]

@@ -323,10 +323,6 @@ class AlignTrainer(ExampleTrainer):
 
     Raises:
         ConfigError: no weight of the adapter reaches an aligned activation, or there are no targets.
-
-    Example:
-        >>> trainer = AlignTrainer(model, train, dev, tokenizer, output_dir=folder)  # doctest: +SKIP
-        >>> trainer.fit()  # doctest: +SKIP
     """
 
     def __init__(
