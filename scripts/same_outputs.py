@@ -31,7 +31,7 @@ VOLATILE = re.compile(
 )
 
 ROWS = ["--model", str(MODEL), "--data", "train.jsonl", "--num-examples", "8", "--batch-size", "4"]
-LENGTHS = ["--align-epochs", "10", "--sft-epochs", "10", "--learning-rates", "3e-3"]
+LENGTHS = ["--align-epochs", "10", "--sft-epochs", "10", "--learning-rates", "3e-3", "--selection", "dev"]
 GRID = f"""
 models: [{MODEL}]
 benchmarks: [rule.yaml]
