@@ -31,6 +31,7 @@ from ia2.experiment.sweep.store import CELLS, read_lines
 from ia2.models.load import load_base
 from ia2.utils.errors import UserError
 from ia2.utils.files import json_lines, write_text
+from ia2.utils.user_files import read_text
 from ia2.utils.wording import MISSING
 
 LIKELY, UNLIKELY = "likely to help", "unlikely"
@@ -59,10 +60,10 @@ def pairs(units: Sequence[Unit], seed: int) -> Iterator[tuple[dict[str, Any], Ex
             yield about, pool.split(seed=seed, **drawn).train, ProbeConfig(**given)
 
 
-def gains(cells: Path) -> dict[tuple[str, str, int], dict[str, list[float]]]:
+def gains(cells: Sequence[dict[str, Any]]) -> dict[tuple[str, str, int], dict[str, list[float]]]:
     """Points of IA2 → SFT over SFT, one a draw: leave one out, and on unlabelled rows."""
     by_pair: dict[tuple[str, str, int], dict[str, list[float]]] = {}
-    for setting, arms in arms_of(read_lines(cells / CELLS)).items():
+    for setting, arms in arms_of(cells).items():
         plain = arms.get(PLAIN, {})
         for arm, measures in arms.items():
             if arm.partition(",")[0] != METHOD:
@@ -116,6 +117,10 @@ def table(lines: Sequence[dict[str, Any]], came_out: dict[tuple[str, str, int], 
     return rows
 
 
+def _read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in read_text(file).splitlines()]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """What the command does; its exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -129,9 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.table:
-            print("\n".join(table(read_lines(options.table), gains(options.cells))))
+            print("\n".join(table(_read(options.table), gains(read_lines(options.cells / CELLS)))))
             return 0
-        lines = read_lines(options.output) if options.output.exists() else []
+        lines = _read(options.output) if options.output.exists() else []
         names = ("model", "benchmark", "verbaliser", "num_examples", "seed")
         done = [{name: line[name] for name in names} for line in lines]
         loaded = (None, None)

@@ -19,7 +19,7 @@ from ia2.models import packing
 from ia2.models.capture import ActivationCapture
 from ia2.models.packing import groups, packs, row_attention, tree_pass
 from ia2.models.tokens import Ids
-from ia2.training.dataset import AnswerRow, Collator, fed_rows, run_rows
+from ia2.training.dataset import AnswerRow, Collator, fed_rows, near_lengths, run_rows
 from ia2.training.objectives import cross_entropy_losses
 
 LLAMA = llama()
@@ -231,3 +231,36 @@ def test_groups_hold_every_row_once_and_no_more_than_fits(lengths: list[int], si
     found = groups(lengths, size)
     assert sorted(i for group in found for i in group) == list(range(len(lengths)))
     assert all(len(group) == 1 or sum(lengths[i] for i in group) <= size for group in found)
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=20))
+def test_padded_rows_are_of_near_lengths(lengths: list[int]) -> None:
+    lengths = sorted(lengths, reverse=True)
+    bounds = near_lengths(lengths)
+    assert [i for a, b in bounds for i in range(a, b)] == list(range(len(lengths)))
+    for a, b in bounds:
+        short = [n for n in lengths[a:b] if n < 0.75 * lengths[a]]
+        assert sum(lengths[a] - n for n in short) <= 32
+
+
+def test_rows_of_far_lengths_are_padded_apart_and_give_the_same() -> None:
+    """In two passes, which together feed less than the padded rectangle."""
+    model = ALL["falcon"]().eval()
+    prompts = [tuple(range(3, 3 + n)) for n in (90, 80, 8, 6)]
+    items = [
+        {"row": AnswerRow(prompt, (5, 6), response=None), "weight": 1.0, "target": None, "soft": None}
+        for prompt in prompts
+    ]
+    fed = fed_rows(Collator(0)(items[::-1]))
+    shapes: list[tuple[int, ...]] = []
+    with model.register_forward_pre_hook(
+        lambda module, args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    ):
+        logits, activations = run_rows(model, fed, logits=True, capture=ActivationCapture(model))
+    assert shapes == [(2, 91), (2, 9)]
+    for i in range(len(prompts)):
+        alone, own = run_rows(
+            model, fed_rows(Collator(0)([items[i]])), logits=True, capture=ActivationCapture(model)
+        )
+        torch.testing.assert_close(logits[2 * i : 2 * i + 2], alone, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(activations[:, 2 * i : 2 * i + 2], own, atol=1e-4, rtol=1e-4)

@@ -16,7 +16,7 @@ from helpers.words import make_word_tokenizer
 
 from ia2.data.benchmarks import load_benchmark
 from ia2.utils.files import read_json
-from scripts import dials, evidence, peers, screen
+from scripts import dials, evidence, peers, screen, verdicts
 
 
 @pytest.fixture(scope="module")
@@ -248,3 +248,32 @@ def test_the_rival_stands_at_its_best_rate_and_differences_are_paired() -> None:
     (row,) = (line for line in lines if line.startswith("| ia2-sft, unlabelled=64 | 2 |"))
     assert "| +10.0 [+10.0, +10.0] | −0.100 [−0.100, −0.100] | +20.0 [+20.0, +20.0] |" in row
     assert "| base | 50.0 (2) |" in lines and "| sft | 70.0 (2) |" in lines
+
+
+# ----------------------------------------------------------------------------------------- verdicts
+
+
+def test_verdicts_are_held_against_what_came_out(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = write_grid(files, tmp_path, recipes=["sft", "ia2-sft"], num_examples=[6], seeds=[0, 1])
+    output = tmp_path / "verdicts.jsonl"
+    command = [str(grid), "--num-examples", "6", "--output", str(output)]
+    assert verdicts.main(command) == 0
+    (line,) = lines_of(output)  # one draw of the one pair
+    assert (line["seed"], line["probe"]["rows"]) == (0, 6)
+    assert line["probe"]["verdict"] in (verdicts.LIKELY, "unclear", verdicts.UNLIKELY)
+    monkeypatch.setattr(verdicts, "probe", lambda *_: pytest.fail("probed again"))
+    assert verdicts.main(command) == 0
+    accuracy = {"icl": 0.9, "sft": 0.5, "base": 0.5}
+    pairs = [
+        {"model": "m", "benchmark": name, "verbaliser": "words", "num_examples": 8}
+        | {"probe": {"verdict": verdict, "accuracy": accuracy}}
+        for name, verdict in (("Two", verdicts.LIKELY), ("Three", verdicts.UNLIKELY))
+    ]
+    gained = {("m", "Two, words", 8): {"ia2-sft": [2.0, 4.0]}, ("m", "Three, words", 8): {"ia2-sft": [-1.0]}}
+    table = verdicts.table(pairs, gained)
+    assert "| m | Two, words | likely to help | 0.900 | 0.500 | 0.500 | +3.0 (2) |" in table
+    assert table[-1] == "`ia2-sft`: the verdict is right in 2 of 2 pairs, always *likely* in 1."
+    cells = [cell("sft", 0, 0.5), cell("ia2-sft", 0, 0.7)]
+    assert verdicts.gains(cells) == {("m", "Two, words", 8): {"ia2-sft": [pytest.approx(20.0)]}}

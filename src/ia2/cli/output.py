@@ -51,7 +51,8 @@ def print_metrics(metrics: dict[str, Any]) -> None:
         print(f"Recipe: {metrics['recipe']}. {metrics['chosen_because']}")
     table = metrics_table(metrics)
     if table is None:
-        print("Not evaluated: there were neither test nor dev rows.")
+        print("Not evaluated: there were neither test nor dev rows. Name some with --test-data, or ask")
+        print("`ia2 compare`, which holds out each row in turn.")
         return
     print_table(*table.texts(), title=table.title.rstrip("."), wide=False)
     if "similarity_to_icl" in metrics:

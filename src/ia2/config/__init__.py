@@ -1,8 +1,6 @@
 """All settings, each defined once: the command line's options and the YAML keys are made from here.
 
-``AdaptConfig`` is what the Python function :func:`ia2.adapt` takes; the commands add where model, data
-and results are. The sections of the stages are in :mod:`ia2.config.sections`; files and flags are read
-by :mod:`ia2.config.reading`.
+``AdaptConfig`` is what :func:`ia2.adapt` takes; the commands add where model, data and results are.
 """
 
 from __future__ import annotations
@@ -34,8 +32,7 @@ from ia2.config.sections import (
     one_of,
 )
 
-# METHOD: definitions (G = 200).
-FREE_TEXT_TOKENS = 200
+FREE_TEXT_TOKENS = 200  # METHOD: definitions
 
 
 class AdaptConfig(Section):

@@ -10,11 +10,9 @@ from typing import Any
 from ia2.adapters.types import ADAPTERS, narrowed
 from ia2.config import AdaptConfig, CompareConfig
 from ia2.config.reading import validate
-from ia2.config.recipes import JOINT, SFT, SOFT, describe, is_trained
+from ia2.config.recipes import JOINT, METHOD, SFT, SOFT, describe, is_trained
 from ia2.training.stages import fitted, plan
 from ia2.utils.errors import ConfigError
-
-METHOD = "ia2-sft"
 
 
 @dataclass(frozen=True)

@@ -262,6 +262,17 @@ class Batch:
     position_ids: torch.Tensor | None = None
     kept: torch.Tensor | None = None
 
+    def cut(self, first: int, end: int) -> Batch:
+        """Some of the padded rows, no wider than the longest of them."""
+        width = max(self.row_lengths[first:end])
+        assert self.attention_mask is not None
+        return Batch(
+            self.input_ids[first:end, :width],
+            self.attention_mask[first:end, :width],
+            self.answer_lengths[first:end],
+            self.row_lengths[first:end],
+        )
+
     def keep(self, device: torch.device | str = "cpu") -> int | torch.Tensor:
         """Where the head is to run, as ``logits_to_keep`` of a transformers model takes it.
 

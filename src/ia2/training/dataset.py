@@ -13,8 +13,12 @@ import torch
 
 from ia2.models.capture import ActivationCapture
 from ia2.models.packing import inputs, pack_rows
+from ia2.models.sharding import shards_model
 from ia2.models.tokens import Batch, Ids, fed_ids, pad_rows
 from ia2.teacher.targets import JoinedTargets, OnlineTargets, pack_targets
+
+# Padded tokens that cost as much as one more small forward pass.
+_WORTH_A_PASS = 32
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,8 @@ class Collator:
     ``rows`` are the answers behind their queries: side by side in one pack, or padded. ``response`` are the
     same with the teacher's answers, and left out where they would be fed the same ids; ``context`` are the
     teacher's answers in their contexts, where targets are computed online; ``beside`` are rows of another
-    loss, with their answers. Rows are in the same order everywhere.
+    loss, with their answers. Rows are in the same order everywhere; where they are padded, the longest is
+    first.
 
     Attributes:
         padding: id to fill rows with.
@@ -131,6 +136,8 @@ class Collator:
     alike: bool = False
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        if not self.packed:  # so that rows of near lengths are neighbours
+            items = sorted(items, key=lambda item: -len(fed_ids(item["row"].query, item["row"].answer)))
         rows: list[AnswerRow] = [item["row"] for item in items]
         responses = [row.answer if row.response is None else row.response for row in rows]
         batch = self._with_answers(rows)
@@ -182,17 +189,45 @@ def run_rows(
     at one. To be called inside :func:`ia2.models.packing.row_attention`; ``spans`` are of each row, where
     ``capture`` reads attention weights.
     """
-    keep = rows.keep(rows.input_ids.device) if logits else 1
+    whole = rows.kept is not None or shards_model()
+    bounds = [(0, len(rows.row_lengths))] if whole else near_lengths(rows.row_lengths)
+    scores, activations = [], []
     with capture or nullcontext():
-        if capture is not None:
-            capture.arm()
-        output = model(**inputs(model, rows), logits_to_keep=keep, use_cache=False)
-        activations = capture.at_answers(rows, spans) if capture is not None else None
-    if not logits:
-        return None, activations
-    if rows.kept is not None:  # of a pack the head ran at these positions alone
-        return output.logits[0], activations
-    return output.logits[rows.index(output.logits.shape[1])], activations
+        for first, end in bounds:
+            part = rows if len(bounds) == 1 else rows.cut(first, end)
+            if capture is not None:
+                capture.arm()
+            keep = part.keep(part.input_ids.device) if logits else 1
+            output = model(**inputs(model, part), logits_to_keep=keep, use_cache=False)
+            if logits:
+                # of a pack the head ran at the answer positions alone
+                packed = part.kept is not None
+                scores.append(output.logits[0 if packed else part.index(output.logits.shape[1])])
+            if capture is not None:
+                own = None if spans is None else spans[first:end]
+                activations.append(capture.at_answers(part, own))
+    if len(bounds) == 1:  # no copy
+        return next(iter(scores), None), next(iter(activations), None)
+    return torch.cat(scores) if scores else None, pack_targets(activations) if activations else None
+
+
+def near_lengths(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Cut rows into runs that are padded together: the first and exclusive last row of each.
+
+    A row that is much shorter than the longest of its run begins a run of its own, if what that saves is
+    more than a small pass costs.
+
+    Example:
+        >>> near_lengths([400, 390, 90, 80])
+        [(0, 2), (2, 4)]
+    """
+    cuts = [0]
+    for i in range(1, len(lengths)):
+        widest = max(lengths[cuts[-1] : i])
+        padding = sum(abs(widest - n) for n in lengths[i:])
+        if lengths[i] < 0.75 * widest and padding > _WORTH_A_PASS:
+            cuts.append(i)
+    return list(zip(cuts, [*cuts[1:], len(lengths)], strict=True))
 
 
 @dataclass

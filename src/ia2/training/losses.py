@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 _FIRST = 32
 
 
-class Loss:
+class Loss(ABC):
     """A loss of rows; subclasses say what it is.
 
     Attributes:
@@ -32,15 +33,15 @@ class Loss:
 
     packs = True
 
+    @abstractmethod
     def __call__(self, model: Any, batch: dict[str, Any], step: int = 0) -> Tensor:
         """Of each row of a collated batch, ``[B]``, at an optimiser step."""
-        raise NotImplementedError
 
     def dev_terms(self, rows: AnswerDataset) -> list[tuple[float, Loss, AnswerDataset]]:
         """What dev rows are judged by: weight, loss and rows of each term of the sum."""
         return [(1.0, self, rows)]
 
-    def begin(self, trainer: ExampleTrainer) -> None:
+    def begin(self, trainer: ExampleTrainer) -> None:  # noqa: B027 - most losses need nothing
         """Called before a stage's first step, or its first after a restart."""
 
 

@@ -105,7 +105,7 @@ def plan(recipe: str, config: AdaptConfig) -> list[PlannedStage]:
 
 
 def _share_of_rate(kind: str, *, first: bool) -> float:
-    """Of the adapter type's rate: what a stage takes where no rate is given (docs/measurements.md)."""
+    """Of the adapter type's rate: what a stage takes where none is given (docs/choices.md, rates)."""
     if kind == SFT:
         return 0.3 if first else 0.1
     return 1.0 if kind == ALIGN else 0.3
