@@ -16,7 +16,7 @@ from ia2.adapters.types import peft_config
 from ia2.adapters.weights import attach
 from ia2.config.sections import AdapterConfig
 from ia2.models import packing
-from ia2.models.capture import ActivationCapture
+from ia2.models.capture import ActivationCapture, eager_attention
 from ia2.models.packing import groups, packs, row_attention, tree_pass
 from ia2.models.tokens import Ids
 from ia2.training.dataset import AnswerRow, Collator, fed_rows, near_lengths, run_rows
@@ -235,23 +235,22 @@ def test_groups_hold_every_row_once_and_no_more_than_fits(lengths: list[int], si
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=20))
 def test_padded_rows_are_of_near_lengths(lengths: list[int]) -> None:
-    lengths = sorted(lengths, reverse=True)
-    bounds = near_lengths(lengths)
-    assert [i for a, b in bounds for i in range(a, b)] == list(range(len(lengths)))
-    for a, b in bounds:
-        short = [n for n in lengths[a:b] if n < 0.75 * lengths[a]]
-        assert sum(lengths[a] - n for n in short) <= 32
+    found = near_lengths(lengths)
+    assert sorted(i for own in found for i in own) == list(range(len(lengths)))
+    for own in found:
+        widest = max(lengths[i] for i in own)
+        assert sum(widest - lengths[i] for i in own if lengths[i] < 0.75 * widest) <= 32
 
 
 def test_rows_of_far_lengths_are_padded_apart_and_give_the_same() -> None:
     """In two passes, which together feed less than the padded rectangle."""
     model = ALL["falcon"]().eval()
-    prompts = [tuple(range(3, 3 + n)) for n in (90, 80, 8, 6)]
+    prompts = [tuple(range(3, 3 + n)) for n in (8, 90, 6, 80)]
     items = [
         {"row": AnswerRow(prompt, (5, 6), response=None), "weight": 1.0, "target": None, "soft": None}
         for prompt in prompts
     ]
-    fed = fed_rows(Collator(0)(items[::-1]))
+    fed = fed_rows(Collator(0)(items))
     shapes: list[tuple[int, ...]] = []
     with model.register_forward_pre_hook(
         lambda module, args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
@@ -264,3 +263,34 @@ def test_rows_of_far_lengths_are_padded_apart_and_give_the_same() -> None:
         )
         torch.testing.assert_close(logits[2 * i : 2 * i + 2], alone, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(activations[:, 2 * i : 2 * i + 2], own, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [(6, 9, 7), (8, 90, 6, 80)], ids=["one pass", "two"])
+def test_attention_weights_keep_their_rows(lengths: tuple[int, ...]) -> None:
+    """Rows of one padded pass and of several, each with a span of its own."""
+    model = ALL["falcon"]().eval()
+    items = [
+        {
+            "row": AnswerRow(tuple(range(3, 3 + n)), (5, 6), span=2 + i),
+            "weight": 1.0,
+            "target": None,
+            "soft": None,
+        }
+        for i, n in enumerate(lengths)
+    ]
+
+    def weights(*some: dict[str, Any]) -> torch.Tensor:
+        batch = Collator(0)(some)
+        with eager_attention(model):
+            capture = ActivationCapture(model, site="weights")
+            found: torch.Tensor = run_rows(
+                model, fed_rows(batch), logits=False, capture=capture, spans=batch["spans"]
+            )[1]
+        return found
+
+    together = weights(*items)
+    for i, item in enumerate(items):
+        alone = weights(item)
+        own = together[:, 2 * i : 2 * i + 2, :, -alone.shape[-1] :]
+        torch.testing.assert_close(own, alone, atol=1e-5, rtol=1e-4)
+        assert together[:, 2 * i : 2 * i + 2, :, : -alone.shape[-1]].abs().sum() == 0

@@ -262,15 +262,15 @@ class Batch:
     position_ids: torch.Tensor | None = None
     kept: torch.Tensor | None = None
 
-    def cut(self, first: int, end: int) -> Batch:
+    def of(self, members: Sequence[int]) -> Batch:
         """Some of the padded rows, no wider than the longest of them."""
-        width = max(self.row_lengths[first:end])
+        lengths = [self.row_lengths[i] for i in members]
         assert self.attention_mask is not None
         return Batch(
-            self.input_ids[first:end, :width],
-            self.attention_mask[first:end, :width],
-            self.answer_lengths[first:end],
-            self.row_lengths[first:end],
+            self.input_ids[list(members), : max(lengths)],
+            self.attention_mask[list(members), : max(lengths)],
+            [self.answer_lengths[i] for i in members],
+            lengths,
         )
 
     def keep(self, device: torch.device | str = "cpu") -> int | torch.Tensor:

@@ -122,8 +122,7 @@ class Collator:
     ``rows`` are the answers behind their queries: side by side in one pack, or padded. ``response`` are the
     same with the teacher's answers, and left out where they would be fed the same ids; ``context`` are the
     teacher's answers in their contexts, where targets are computed online; ``beside`` are rows of another
-    loss, with their answers. Rows are in the same order everywhere; where they are padded, the longest is
-    first.
+    loss, with their answers. Rows are in the same order everywhere.
 
     Attributes:
         padding: id to fill rows with.
@@ -136,8 +135,6 @@ class Collator:
     alike: bool = False
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        if not self.packed:  # so that rows of near lengths are neighbours
-            items = sorted(items, key=lambda item: -len(fed_ids(item["row"].query, item["row"].answer)))
         rows: list[AnswerRow] = [item["row"] for item in items]
         responses = [row.answer if row.response is None else row.response for row in rows]
         batch = self._with_answers(rows)
@@ -189,12 +186,15 @@ def run_rows(
     at one. To be called inside :func:`ia2.models.packing.row_attention`; ``spans`` are of each row, where
     ``capture`` reads attention weights.
     """
-    whole = rows.kept is not None or shards_model()
-    bounds = [(0, len(rows.row_lengths))] if whole else near_lengths(rows.row_lengths)
+    members = [list(range(len(rows.row_lengths)))]
+    if rows.kept is None and not shards_model():
+        members = near_lengths(rows.row_lengths)
     scores, activations = [], []
     with capture or nullcontext():
-        for first, end in bounds:
-            part = rows if len(bounds) == 1 else rows.cut(first, end)
+        for own in members:
+            part, seen = rows, spans
+            if len(members) > 1:
+                part, seen = rows.of(own), spans and [spans[i] for i in own]
             if capture is not None:
                 capture.arm()
             keep = part.keep(part.input_ids.device) if logits else 1
@@ -204,30 +204,44 @@ def run_rows(
                 packed = part.kept is not None
                 scores.append(output.logits[0 if packed else part.index(output.logits.shape[1])])
             if capture is not None:
-                own = None if spans is None else spans[first:end]
-                activations.append(capture.at_answers(part, own))
-    if len(bounds) == 1:  # no copy
+                activations.append(capture.at_answers(part, seen))
+    if len(members) == 1:  # no copy
         return next(iter(scores), None), next(iter(activations), None)
-    return torch.cat(scores) if scores else None, pack_targets(activations) if activations else None
+    order = _answer_order([i for own in members for i in own], rows.answer_lengths)
+    return (
+        torch.cat(scores)[order] if scores else None,
+        pack_targets(activations)[:, order] if activations else None,
+    )
 
 
-def near_lengths(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Cut rows into runs that are padded together: the first and exclusive last row of each.
+def _answer_order(fed: Sequence[int], answer_lengths: Sequence[int]) -> list[int]:
+    """Where the answer positions of each row are, in the rows' own order, among those in the order fed."""
+    starts, end = {}, 0
+    for row in fed:
+        starts[row] = end
+        end += answer_lengths[row]
+    return [starts[row] + g for row, length in enumerate(answer_lengths) for g in range(length)]
 
-    A row that is much shorter than the longest of its run begins a run of its own, if what that saves is
-    more than a small pass costs.
+
+def near_lengths(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows that are padded together, by their places.
+
+    A row that is much shorter than the longest of a group begins another, if what that saves is more than a
+    small pass costs.
 
     Example:
-        >>> near_lengths([400, 390, 90, 80])
-        [(0, 2), (2, 4)]
+        >>> near_lengths([90, 400, 80, 390])
+        [[1, 3], [0, 2]]
     """
-    cuts = [0]
-    for i in range(1, len(lengths)):
-        widest = max(lengths[cuts[-1] : i])
-        padding = sum(abs(widest - n) for n in lengths[i:])
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    found = [[order[0]]]
+    for n, i in enumerate(order[1:], 1):
+        widest = lengths[found[-1][0]]
+        padding = sum(widest - lengths[j] for j in order[n:])
         if lengths[i] < 0.75 * widest and padding > _WORTH_A_PASS:
-            cuts.append(i)
-    return list(zip(cuts, [*cuts[1:], len(lengths)], strict=True))
+            found.append([])
+        found[-1].append(i)
+    return found
 
 
 @dataclass
